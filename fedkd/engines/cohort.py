@@ -1,0 +1,75 @@
+"""The in-process engine: all clients of a round side by side on one device.
+
+It receives the very messages that a strategy sends, decodes them, executes them together (clients of
+one architecture and instruction as one stacked cohort), and encodes the replies, so that bytes and
+rounding are those of the wire. It imports no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flwr.app import Message
+
+from fedkd.adapter import LocalGrid, task_identity
+from fedkd.client import Failure, MemoryStore, Order, Report, execute
+from fedkd.client_app import introduce
+from fedkd.experiment import Experiment
+from fedkd.knowledge import Knowledge
+from fedkd.messages import (
+    HELLO,
+    decode_order,
+    encode_introduction,
+    encode_report,
+    experiment_record,
+    failed,
+)
+from fedkd.strategy import DistillationStrategy
+from fedkd.world import world_of
+
+
+def run(strategy: DistillationStrategy, experiment: Experiment) -> None:
+    """Run a federation in this process; its records are in the experiment's run folder."""
+    clients = _Clients(experiment)
+    grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
+    with task_identity():
+        strategy.start(
+            grid,
+            num_rounds=experiment.num_server_rounds,
+            timeout=experiment.round_timeout,
+            train_config=experiment_record(experiment),
+        )
+
+
+class _Clients:
+    """All clients of a federation."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+        self._world = world_of(experiment)
+        self._store = MemoryStore()
+
+    def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
+        """Answer all messages of an exchange."""
+        if messages[0][1].metadata.message_type == HELLO:
+            return [self._hello(client, message) for client, message in messages]
+        seen: dict[Any, Knowledge | None] = {}
+        orders = [
+            decode_order(message.content, num_examples=len(self._world.shards[k]), seen=seen)
+            for k, message in messages
+        ]
+        results = execute(self._experiment, self._world, orders, self._store)
+        return [
+            self._reply(message, order, result)
+            for (_, message), order, result in zip(messages, orders, results, strict=True)
+        ]
+
+    def _hello(self, client: int, message: Message) -> Message:
+        introduction = introduce(self._experiment, client)
+        return Message(encode_introduction(introduction), reply_to=message)
+
+    def _reply(self, message: Message, order: Order, result: Report | Failure) -> Message:
+        if isinstance(result, Failure):
+            return failed(message, result.reason)
+        return Message(encode_report(result, order.asked), reply_to=message)

@@ -1,0 +1,292 @@
+"""Clients as Flower simulates them: every call runs a ClientApp in a worker process of Ray."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Event, Thread, current_thread
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedkd.engines.adapter import (
+    ClientProcessLost,
+    GuardedGrid,
+    SimulationStopped,
+    quiet,
+    replaced,
+    run_simulation,
+    task_identity,
+)
+from fedkd.errors import FedkdError
+
+_POLL_S = 0.5
+_JOIN_S = 5.0
+
+
+def simulate(
+    server: Callable[[Grid], None],
+    client_app: ClientApp,
+    *,
+    num_clients: int,
+    client_cpus: float = 1.0,
+    client_gpus: float = 0.0,
+    num_cpus: int | None = None,
+    start_timeout: float = 60.0,
+    verbose: bool = False,
+) -> None:
+    """Run `server(grid)` against `num_clients` simulated clients; return when it has returned.
+
+    As many clients run at once as `client_cpus` and `client_gpus` (shares of a CPU or GPU that one
+    takes, 0.5 = two on each) leave room for; a client's libraries get `client_cpus` threads, at
+    least one. `num_cpus` is what may be used in all, by default what this process may use. Define
+    `client_app` in a module that can be imported: the workers get this process's `sys.path`.
+
+    `server` starts when all clients are registered and all workers are up, and gets a grid on which
+    a failed client is an error reply (see `fedkd.engines.adapter.failure_reason`): it raised, its
+    process died, it returned no message, or it was still at work at the end of the round's timeout.
+    In the last three cases its worker is, if need be, replaced and the others never notice.
+    Ray is started for the run and shut down after it; the environment is as before.
+
+    Args:
+        start_timeout: Seconds that clients and workers may take to start.
+        verbose: Let Flower and Ray log, and show what the workers print.
+
+    Raises:
+        FedkdError: The machine cannot hold a single client, the start took too long, or Ray already
+            runs in this process.
+        BaseException: Whatever `server` raised, as it is.
+    """
+    resources = _resources(num_clients, client_cpus, client_gpus, num_cpus)
+    import flwr.simulation  # noqa: F401 - both set variables that belong to them
+    import ray
+
+    if ray.is_initialized():
+        raise FedkdError("Ray already runs in this process: call ray.shutdown() before")
+    stopped, ready = Event(), Event()
+    run = _Server(server, num_clients, start_timeout, stopped, ready)
+    with ExitStack() as stack:
+        stack.enter_context(task_identity())
+        stack.enter_context(_environment(_worker_environment(client_cpus)))
+        if not verbose:
+            stack.enter_context(_silence())
+        try:
+            run_simulation(
+                run,
+                client_app,
+                num_clients=num_clients,
+                backend_config=_backend_config(resources, client_cpus, client_gpus, verbose),
+                processes=_Workers(stopped, ready),
+            )
+        except Exception as exception:
+            run.failure = run.failure or _without_wrapping(exception)
+        finally:
+            run.end()
+            ray.shutdown()
+    if run.failure is not None:
+        raise run.failure
+
+
+def _without_wrapping(exception: BaseException) -> RuntimeError:
+    """Return an error that says what Flower's "An error was encountered" stands for."""
+    while exception.__cause__ is not None:
+        exception = exception.__cause__
+    error = RuntimeError(f"the simulation failed: {type(exception).__name__}: {exception}")
+    error.__cause__ = exception
+    return error
+
+
+class _Server:
+    """Runs the server function in Flower's thread and keeps what it raised."""
+
+    def __init__(
+        self,
+        server: Callable[[Grid], None],
+        num_clients: int,
+        start_timeout: float,
+        stopped: Event,
+        ready: Event,
+    ) -> None:
+        self._server = server
+        self._num_clients = num_clients
+        self._start_timeout = start_timeout
+        self._stopped = stopped
+        self._ready = ready
+        self._thread: Thread | None = None
+        self.failure: BaseException | None = None
+
+    def __call__(self, grid: Grid) -> None:
+        self._thread = current_thread()
+        try:
+            self._wait_for_clients(grid)
+            self._server(GuardedGrid(grid, self._stopped))
+        except SimulationStopped:
+            pass  # what stopped it is raised by run_simulation
+        except BaseException as exception:
+            self.failure = exception
+        finally:
+            self._stopped.set()
+
+    def end(self) -> None:
+        """Tell the server, if it still runs, that the simulation is over."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(_JOIN_S)
+
+    def _wait_for_clients(self, grid: Grid) -> None:
+        end = time.monotonic() + self._start_timeout
+        while True:
+            registered = len(list(grid.get_node_ids()))
+            if registered >= self._num_clients and self._ready.is_set():
+                return
+            if self._stopped.is_set():
+                raise SimulationStopped
+            if time.monotonic() > end:
+                raise FedkdError(
+                    f"the simulation did not start within {self._start_timeout:g} s: "
+                    f"{registered} of {self._num_clients} clients are registered, their worker "
+                    f"processes are {'up' if self._ready.is_set() else 'not up'}"
+                )
+            time.sleep(0.05)
+
+
+class _Workers:
+    """What has to be asked of Ray about the processes in which clients run."""
+
+    def __init__(self, stopped: Event, ready: Event) -> None:
+        self._stopped = stopped
+        self._ready = ready
+
+    def wait_until_ready(self, actors: Sequence[Any]) -> None:
+        import ray
+
+        starting = [actor.__ray_ready__.remote() for actor in actors]
+        while starting and not self._stopped.is_set():
+            _, starting = ray.wait(starting, num_returns=len(starting), timeout=_POLL_S)
+        self._ready.set()
+
+    def result(self, actor: Any, call: Any, deadline: float) -> tuple[str, Any, Context]:
+        import ray
+        from ray.exceptions import RayActorError, WorkerCrashedError
+
+        done: list[Any] = []
+        while not done and time.time() < deadline and not self._stopped.is_set():
+            patience = max(0.0, min(_POLL_S, deadline - time.time()))
+            done, _ = ray.wait([call], timeout=patience)
+        if not done:
+            ray.kill(actor)
+            raise ClientProcessLost("no reply in time")
+        try:
+            answer: tuple[str, Any, Context] = ray.get(call)
+        except (RayActorError, WorkerCrashedError) as exception:
+            raise ClientProcessLost("client process died") from exception
+        return answer
+
+    def end(self) -> None:
+        self._stopped.set()
+
+
+# --- Resources and environment -------------------------------------------------------------------
+
+
+def _resources(
+    num_clients: int, client_cpus: float, client_gpus: float, num_cpus: int | None
+) -> dict[str, int]:
+    """Return the CPUs and GPUs that Ray is told of: at most what the clients can use at once.
+
+    Flower starts a worker for every share of a CPU, and hangs when there is not a single one.
+    """
+    cpus = num_cpus if num_cpus is not None else _available_cpus()
+    gpus = 0
+    if client_gpus > 0:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if not 0 < client_cpus <= cpus:
+        raise FedkdError(
+            f"client-cpus = {client_cpus:g}: a client needs more than 0 and at most the {cpus} CPU"
+            f"{'s' * (cpus != 1)} that this run may use"
+        )
+    if not 0 <= client_gpus <= gpus:
+        raise FedkdError(
+            f"client-gpus = {client_gpus:g}: a client takes at least 0 and at most the {gpus} GPU"
+            f"{'s' * (gpus != 1)} of this machine"
+        )
+    if client_gpus > 1 and client_gpus % 1:
+        raise FedkdError(f"client-gpus = {client_gpus:g}: above 1 it must be a whole number")
+    return {
+        "num_cpus": min(cpus, math.ceil(num_clients * client_cpus)),
+        "num_gpus": min(gpus, math.ceil(num_clients * client_gpus)),
+    }
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _backend_config(
+    resources: Mapping[str, int], client_cpus: float, client_gpus: float, verbose: bool
+) -> dict[str, dict[str, Any]]:
+    return {
+        "init_args": {
+            **resources,
+            "address": "local",  # whatever RAY_ADDRESS says
+            "include_dashboard": False,
+            "log_to_driver": verbose,
+            "logging_level": "INFO" if verbose else "ERROR",
+        },
+        "client_resources": {"num_cpus": client_cpus, "num_gpus": client_gpus},
+    }
+
+
+def _worker_environment(client_cpus: float) -> dict[str, str]:
+    """Return the variables that the workers inherit.
+
+    Ray would choose the number of threads by itself; the server's process keeps its own.
+    """
+    threads = str(max(1, int(client_cpus)))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set these variables, and take back every change of the block (Flower sets PYTHONPATH)."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Silence Flower and Ray.
+
+    Ray prints the death of a worker on stdout, whatever its own log settings are.
+    """
+    worker = importlib.import_module("ray._private.worker")
+    with (
+        quiet(),
+        replaced(worker, "print_to_stdstream", lambda *_, **__: None),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
+        yield

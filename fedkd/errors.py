@@ -1,0 +1,21 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedkdError(ValueError):
+    """A mistake that a user can mend.
+
+    The text is one line and names the value, the key or file it came from, and what is accepted.
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the choice most like `word`, or ``""`` if none is."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    matches = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""

@@ -1,0 +1,499 @@
+"""The round loop, once for all strategies: hello, T rounds, a closing exchange.
+
+A run costs 1 + T + 1 exchanges. Each round one message goes to every sampled client, with the newest
+knowledge and the phases to execute; its reply brings the answer and the metrics. A bad reply is
+dropped with its reason and the round goes on; below the quorum the previous knowledge stays. The
+record of a round is on disk before the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from torch import Tensor
+
+from fedkd.adapter import failure_reason
+from fedkd.client import INITIAL, Order, Report
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.knowledge import Knowledge, SoftLabels, Weights, check_answer
+from fedkd.messages import (
+    HELLO,
+    TRAIN,
+    decode_introduction,
+    decode_report,
+    encode_knowledge,
+    encode_order,
+    experiment_record,
+    payload_bytes,
+    wire_bytes,
+)
+from fedkd.phases import Phase, Predict, SendWeights, closing
+from fedkd.randomness import permutation
+from fedkd.records import Row, RunFolder, environment
+from fedkd.server import Replies, Server
+from fedkd.sources import digest as sources_digest
+from fedkd.world import World
+
+if TYPE_CHECKING:
+    from fedkd.strategy import DistillationStrategy
+
+HELLO_TIMEOUT = 60.0
+"""Seconds until all clients must have introduced themselves."""
+
+LOST_ROUNDS = 3
+"""Rounds running without a quorum that end a run: clients that all died look like this."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Where a client is, and what it said of itself."""
+
+    node_id: int
+    num_examples: int
+    student: str
+
+
+@dataclass
+class _Bytes:
+    """Bytes of one direction, summed over clients."""
+
+    payload: int = 0
+    wire: int = 0
+    by_tensor: dict[str, int] = field(default_factory=dict)
+
+    def count(self, records: RecordDict) -> None:
+        """Add a message."""
+        self.wire += wire_bytes(records)
+        for name, size in payload_bytes(records).items():
+            self.payload += size
+            self.by_tensor[name] = self.by_tensor.get(name, 0) + size
+
+
+@dataclass
+class _Exchange:
+    """One exchange in progress: what was sent to whom, and what came back."""
+
+    phases: list[Phase]
+    asked: Tensor
+    sampled: list[int]
+    started: float = field(default_factory=monotonic)
+    up: _Bytes = field(default_factory=_Bytes)
+    down: _Bytes = field(default_factory=_Bytes)
+    reports: list[Report] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+
+
+class Federation:
+    """A federation in session.
+
+    Args:
+        strategy: the algorithm.
+        grid: reaches the clients.
+        experiment: the run; if its folder exists, records are written there.
+        world: the data as the server sees it.
+    """
+
+    def __init__(
+        self, strategy: DistillationStrategy, grid: Grid, experiment: Experiment, world: World
+    ) -> None:
+        strategy.check(experiment)
+        self._strategy = strategy
+        self._grid = grid
+        self._experiment = experiment
+        self._record = experiment_record(experiment)
+        self._server = Server(experiment, world)
+        self._knowledge: Knowledge | None = None
+        self._knowledge_round = 0
+        self._base: dict[int, int] = {}
+        self._roster: dict[int, _Node] = {}
+        self._lost = 0
+        self._exchange: _Exchange | None = None
+        self._totals = {"up": _Bytes(), "down": _Bytes()}
+        self.rows: list[Row] = []
+        path = Path(experiment.run_dir) / (experiment.name or "")
+        self._folder = RunFolder(path) if experiment.name and path.is_dir() else None
+
+    # --- the whole run --------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Run all rounds and the closing exchange, and write the result."""
+        started = monotonic()
+        rounds = self._experiment.num_server_rounds
+        for number in range(1, rounds + 1):
+            messages = self.open_round(number)
+            self.finish_round(self._send(messages))
+        result = self.close(self._send(self.open_closing()), started)
+        return self._flower_result(result)
+
+    def _send(self, messages: Iterable[Message]) -> list[Message]:
+        timeout = self._experiment.round_timeout
+        return list(self._grid.send_and_receive(messages, timeout=timeout))
+
+    # --- hello ----------------------------------------------------------------------------------
+
+    def introduce(self) -> None:
+        """Learn which node holds which partition, from nodes that have not said yet.
+
+        Raises:
+            FedkdError: fewer clients than ``num-clients`` after a minute, two for one partition, or
+                clients that run other code than the server.
+        """
+        deadline = monotonic() + HELLO_TIMEOUT
+        wanted = self._experiment.num_clients
+        while len(nodes := list(self._grid.get_node_ids())) < wanted and monotonic() < deadline:
+            sleep(0.1)
+        if len(nodes) < wanted:
+            raise FedkdError(
+                f"num-clients = {wanted}: only {len(nodes)} Flower nodes are there; start as many, "
+                f'with --federation-config "num-supernodes={wanted}" under `flwr run`'
+            )
+        known = {node.node_id for node in self._roster.values()}
+        new = [node for node in nodes if node not in known]
+        content = RecordDict({"experiment": self._record})
+        timeout = min(HELLO_TIMEOUT, self._experiment.round_timeout)
+        hellos = [Message(content, node, HELLO, ttl=timeout) for node in new]
+        for reply in self._grid.send_and_receive(hellos, timeout=timeout) if hellos else []:
+            if reply.has_content():
+                self._enrol(reply)
+
+    def _enrol(self, reply: Message) -> None:
+        said = decode_introduction(reply.content)
+        node_id = reply.metadata.src_node_id
+        if said.sources != sources_digest(self._experiment):
+            raise FedkdError(
+                f"client {said.client} runs other code than the server (fedkd, strategies or "
+                "client-code differ); start both from the same installation"
+            )
+        known = self._roster.get(said.client)
+        if known is not None and known.node_id != node_id:
+            raise FedkdError(
+                f"nodes {known.node_id} and {node_id} both hold partition {said.client}"
+            )
+        if not 0 <= said.client < self._experiment.num_clients:
+            raise FedkdError(
+                f"a node holds partition {said.client}; num-clients = "
+                f"{self._experiment.num_clients} allows 0 to {self._experiment.num_clients - 1}"
+            )
+        self._roster[said.client] = _Node(node_id, said.num_examples, said.student)
+
+    # --- a round --------------------------------------------------------------------------------
+
+    def open_round(self, number: int) -> list[Message]:
+        """Draw the round's clients and return their messages."""
+        if len(self._roster) < self._experiment.num_clients:
+            self.introduce()
+        self._server.round = number
+        due = number % self._experiment.evaluate_every == 0
+        last = number == self._experiment.num_server_rounds
+        phases = self._strategy.phases(number)
+        predicts = any(isinstance(phase, Predict) for phase in phases)
+        asked = self._strategy.request(self._server) if predicts else torch.empty(0).long()
+        chosen = permutation(
+            self._experiment.num_clients, self._experiment.seed, "clients", number
+        )[: self._experiment.clients_per_round]
+        self._exchange = _Exchange(phases, asked, sorted(chosen.tolist()))
+        return self._messages(self._exchange, number, "phases" if due or last else "none")
+
+    def open_closing(self) -> list[Message]:
+        """Return the messages of the closing exchange, to all clients."""
+        number = self._server.round + 1
+        phases = closing(self._strategy.phases(number), self._strategy.closes)
+        everybody = list(range(self._experiment.num_clients))
+        self._exchange = _Exchange(phases, torch.empty(0, dtype=torch.int64), everybody)
+        return self._messages(self._exchange, number, "end")
+
+    def _messages(self, exchange: _Exchange, number: int, evaluate: Any) -> list[Message]:
+        packed: dict[int, dict[str, Any]] = {}
+        messages = []
+        for client in exchange.sampled:
+            node = self._roster.get(client)
+            if node is None:
+                exchange.dropped[client] = "never introduced itself"
+                continue
+            order = Order(
+                client=client,
+                round=number,
+                base=self._base.get(client, INITIAL),
+                phases=tuple(exchange.phases),
+                asked=exchange.asked,
+                knowledge_round=self._knowledge_round,
+                evaluate=evaluate,
+            )
+            content = encode_order(order, self._record, self._packed(client, node, packed))
+            exchange.down.count(content)
+            messages.append(
+                Message(
+                    content,
+                    node.node_id,
+                    TRAIN,
+                    ttl=self._experiment.round_timeout,
+                    group_id=str(number),
+                )
+            )
+        return messages
+
+    def _packed(
+        self, client: int, node: _Node, packed: dict[int, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Encode what a client receives, once for all who receive the same."""
+        if self._knowledge is None:
+            return {}
+        received = self._strategy.personalise(self._knowledge, client, self._server)
+        part, key = received, id(received)
+        if isinstance(received, Weights):
+            if node.student not in received.by_model:
+                return {}
+            part, key = received.only(node.student), id(received.by_model[node.student])
+        if key not in packed:
+            packed[key] = encode_knowledge(part, with_samples=True)
+        return packed[key]
+
+    def finish_round(self, replies: Iterable[Message]) -> Row:
+        """Check the replies, update the knowledge, and write the round's record.
+
+        Raises:
+            FedkdError: the third round running without a quorum.
+        """
+        exchange = self._received(replies)
+        digested_round = self._knowledge_round
+        accepted = len(exchange.reports) >= self._experiment.quorum
+        aggregating = monotonic()
+        if accepted:
+            self._accept(exchange.reports)
+        self._lost = 0 if accepted else self._lost + 1
+        spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
+        row = self._row(exchange, digested_round, accepted, spent)
+        self.rows.append(row)
+        if self._folder is not None:
+            self._folder.append_round(row)
+        if self._lost >= LOST_ROUNDS:
+            reasons = sorted(set(exchange.dropped.values()))
+            raise FedkdError(
+                f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
+                f"{LOST_ROUNDS} rounds running; the clients' reasons: {'; '.join(reasons)}"
+            )
+        return row
+
+    def _accept(self, reports: Sequence[Report]) -> None:
+        """Let the strategy update the knowledge; its memory is kept only if it succeeds."""
+        draft = Server.__new__(Server)
+        draft.__dict__.update(self._server.__dict__)
+        draft.state = deepcopy(self._server.state)
+        new = self._strategy.update(_replies(reports), draft)
+        self._server.state = draft.state
+        for report in reports:
+            self._base[report.client] = self._server.round
+        if new is None:
+            return
+        self._knowledge, self._knowledge_round = new, self._server.round
+        if self._server.model is not None and isinstance(new, SoftLabels) and len(new.samples):
+            self._server.fit(new)
+
+    # --- replies --------------------------------------------------------------------------------
+
+    def _received(self, replies: Iterable[Message]) -> _Exchange:
+        """Sort the replies into good reports, in order of partition, and drops with a reason."""
+        exchange = self._exchange
+        assert exchange is not None
+        client_of = {node.node_id: client for client, node in self._roster.items()}
+        silent = set(exchange.sampled) - set(exchange.dropped)
+        for reply in replies:
+            client = client_of[reply.metadata.src_node_id]
+            if client not in silent:
+                exchange.dropped.setdefault(client, "replied twice")
+                exchange.reports = [r for r in exchange.reports if r.client != client]
+                continue
+            silent.remove(client)
+            if reply.has_error():
+                exchange.dropped[client] = failure_reason(reply)
+                continue
+            exchange.up.count(reply.content)
+            try:
+                exchange.reports.append(self._checked(reply.content, client, exchange))
+            except FedkdError as error:
+                exchange.dropped[client] = str(error)
+        for client in silent:
+            exchange.dropped[client] = "no reply in time"
+        exchange.reports.sort(key=lambda report: report.client)
+        self._sum_bytes(exchange)
+        return exchange
+
+    def _sum_bytes(self, exchange: _Exchange) -> None:
+        for direction, part in (("up", exchange.up), ("down", exchange.down)):
+            self._totals[direction].payload += part.payload
+            self._totals[direction].wire += part.wire
+
+    def _checked(self, records: RecordDict, client: int, exchange: _Exchange) -> Report:
+        """Decode a reply and refuse what would poison the round.
+
+        Raises:
+            FedkdError: with the reason.
+        """
+        report = decode_report(records, exchange.asked)
+        node = self._roster[client]
+        if report.client != client:
+            raise FedkdError(f"replies for partition {report.client}")
+        if report.num_examples != node.num_examples:
+            raise FedkdError(
+                f"sends num-examples = {report.num_examples} after introducing {node.num_examples}"
+            )
+        self._check_kind(report.answer, exchange, node)
+        if report.answer is not None:
+            check_answer(report.answer)
+        return report
+
+    def _check_kind(self, answer: Knowledge | None, exchange: _Exchange, node: _Node) -> None:
+        for phase in exchange.phases:
+            if isinstance(phase, Predict):
+                self._check_labels(answer, phase, exchange)
+            elif isinstance(phase, SendWeights):
+                self._check_weights(answer, node)
+
+    def _check_labels(self, answer: Knowledge | None, phase: Predict, exchange: _Exchange) -> None:
+        if not isinstance(answer, SoftLabels) or answer.space != phase.space:
+            raise FedkdError(f"does not send the {phase.space} that were asked for")
+        classes = self._server.world.num_classes
+        if answer.values.dtype != torch.float32 or answer.values.shape[-1] != classes:
+            raise FedkdError(
+                f"sends {answer.values.dtype} of shape {tuple(answer.values.shape[1:])}: must be "
+                f"float32 of shape [N, {classes}]"
+            )
+        if len(answer.samples.unique()) != len(answer.samples):
+            raise FedkdError("answers a sample twice")
+        if not bool(torch.isin(answer.samples, exchange.asked).all()):
+            raise FedkdError("answers samples that were not asked for")
+
+    def _check_weights(self, answer: Knowledge | None, node: _Node) -> None:
+        if not isinstance(answer, Weights) or list(answer.by_model) != [node.student]:
+            raise FedkdError(f"does not send the weights of {node.student} that were asked for")
+        reference = self._server.world.model(node.student).state_dict()
+        sent = answer.by_model[node.student].tensors
+        if set(sent) != set(reference):
+            raise FedkdError(f"sends other parameters than {node.student} has")
+        for name, tensor in reference.items():
+            if sent[name].shape[1:] != tensor.shape or sent[name].dtype != tensor.dtype:
+                raise FedkdError(
+                    f"sends {name} as {sent[name].dtype} of shape {tuple(sent[name].shape[1:])}: "
+                    f"must be {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+
+    # --- records --------------------------------------------------------------------------------
+
+    def _row(
+        self, exchange: _Exchange, digested_round: int, accepted: bool, spent: Mapping[str, float]
+    ) -> Row:
+        seconds = _summed(report.seconds for report in exchange.reports)
+        return {
+            "round": self._server.round,
+            "sampled": exchange.sampled,
+            "answered": [report.client for report in exchange.reports],
+            "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
+            "accepted": accepted,
+            "knowledge_round": digested_round or None,
+            **_metrics(exchange.reports),
+            "server_accuracy": self._server_accuracy(exchange.reports),
+            "bytes_up": exchange.up.payload,
+            "bytes_down": exchange.down.payload,
+            "bytes_up_by_tensor": exchange.up.by_tensor,
+            "bytes_down_by_tensor": exchange.down.by_tensor,
+            "wire_bytes_up": exchange.up.wire,
+            "wire_bytes_down": exchange.down.wire,
+            "seconds": {**seconds, **spent},
+        }
+
+    def _server_accuracy(self, reports: Sequence[Report]) -> float | None:
+        """Test the server's model in rounds in which the clients tested theirs."""
+        if reports and not any("own_accuracy" in report.metrics for report in reports):
+            return None
+        weights = self._knowledge if isinstance(self._knowledge, Weights) else None
+        return self._server.accuracy(weights)
+
+    def close(self, replies: Iterable[Message], started: float) -> dict[str, Any]:
+        """Take the final accuracies and write ``result.json``.
+
+        Raises:
+            FedkdError: no client answered the closing exchange.
+        """
+        exchange = self._received(replies)
+        if not exchange.reports:
+            reasons = "; ".join(sorted(set(exchange.dropped.values())))
+            raise FedkdError(f"no client answered the closing exchange: {reasons}")
+        final = {report.client: report.metrics for report in exchange.reports}
+        clients = range(self._experiment.num_clients)
+        device = str(self._server.world.train.device)
+        result = {
+            "accuracy": _mean(m["accuracy"] for m in final.values()),
+            "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
+            "own_accuracy": _mean(m["own_accuracy"] for m in final.values()),
+            "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
+            "server_accuracy": self._server_accuracy(exchange.reports),
+            "reports": self._strategy.facts.reports,
+            "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
+            "rounds": len(self.rows),
+            "bytes_up": self._totals["up"].payload,
+            "bytes_down": self._totals["down"].payload,
+            "wire_bytes_up": self._totals["up"].wire,
+            "wire_bytes_down": self._totals["down"].wire,
+            "test_size": len(self._server.world.test),
+            "seconds": monotonic() - started,
+            "environment": environment(device, torch.get_num_threads()),
+        }
+        if self._folder is not None:
+            self._folder.write_result(result)
+        return result
+
+    def _flower_result(self, result: Mapping[str, Any]) -> Result:
+        """Tell Flower's users by round what the run folder says in full."""
+        flower = Result()
+        for row in self.rows:
+            numbers = {k: v for k, v in row.items() if type(v) in (int, float)}
+            flower.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
+        final = {k: v for k, v in result.items() if type(v) in (int, float)}
+        flower.evaluate_metrics_clientapp[len(self.rows)] = MetricRecord(final)
+        return flower
+
+
+def _replies(reports: Sequence[Report]) -> Replies:
+    answers = [report.answer for report in reports]
+    labels = [answer for answer in answers if isinstance(answer, SoftLabels)]
+    weights = [answer for answer in answers if isinstance(answer, Weights)]
+    return Replies(
+        [report.client for report in reports],
+        SoftLabels.stack(labels) if labels else None,
+        Weights.stack(weights) if weights else None,
+    )
+
+
+def _metrics(reports: Sequence[Report]) -> dict[str, Any]:
+    """Turn the clients' metrics into means, and accuracies into lists as well."""
+    names = dict.fromkeys(name for report in reports for name in report.metrics)
+    metrics: dict[str, Any] = {}
+    for name in names:
+        values = [report.metrics.get(name) for report in reports]
+        metrics[name] = _mean(v for v in values if v is not None)
+        if "accuracy" in name:
+            metrics[f"client_{name}"] = values
+    return metrics
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

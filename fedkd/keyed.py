@@ -1,0 +1,154 @@
+"""Dropout and batch normalisation that do not know their neighbours.
+
+Under ``vmap`` PyTorch draws dropout from one generator by position in the stack, and batch
+normalisation sees padding. `KeyedMode` intercepts both inside the mapped function: dropout masks
+become a counter-based hash of a per-client key (integer arithmetic, the same on CPU and CUDA), and
+batch statistics are taken over real rows only. No surgery on the model is needed, and calls of
+``torch.nn.functional`` in a user's own model are caught as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fedkd.errors import FedkdError
+
+
+def _signed(value: int) -> int:
+    """Wrap an integer around to the range of int64."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# The constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit integers.
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+EPS = 1 / 65536
+"""Resolution of a dropout probability: draws have 16 bits."""
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right without the sign: ``>>`` on int64 is arithmetic."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(z: Tensor) -> Tensor:
+    """Hash int64 to int64 by splitmix64's finaliser; multiplication wraps around."""
+    z = (z ^ _shift(z, 30)) * _MIX1
+    z = (z ^ _shift(z, 27)) * _MIX2
+    return z ^ _shift(z, 31)
+
+
+def at_step(keys: Tensor, step: int) -> Tensor:
+    """Return the keys of step `step` of the streams `keys` (int64, any shape)."""
+    return mix(keys + _signed(step * _GOLDEN))
+
+
+def draws(key: Tensor, count: int, call: int = 0) -> Tensor:
+    """Return `count` uniform 16-bit integers (int64, 0..65535) of the stream `key`.
+
+    Args:
+        key: int64 0-d (or mapped to that by ``vmap``).
+        count: how many.
+        call: number of the call, so that two calls with one key draw different streams.
+    """
+    counter = torch.arange(-(-count // 4), device=key.device) + (call + 1) * (1 << 40)
+    words = mix(key + counter * _GOLDEN)
+    shifts = torch.tensor([0, 16, 32, 48], device=key.device)
+    return ((words.unsqueeze(-1) >> shifts) & 0xFFFF).flatten()[:count]
+
+
+_RANDOM = {
+    F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu,
+    F.gumbel_softmax, torch.bernoulli, torch.rand, torch.randn, torch.rand_like, torch.randn_like,
+}  # fmt: skip
+
+
+class KeyedMode(TorchFunctionMode):
+    """Give one client's forward pass its own dropout masks and padding-free batch statistics.
+
+    Args:
+        key: int64 0-d, the client's stream for this step; ``None`` outside training.
+        real: bool ``[B]``, which rows are not padding; ``None`` where no row is.
+
+    Raises:
+        FedkdError: the model calls another random function, whose draws would depend on the
+            other clients.
+    """
+
+    def __init__(self, key: Tensor | None, real: Tensor | None) -> None:
+        super().__init__()
+        self._key = key
+        self._real = real
+        self._calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.batch_norm and self._real is not None:
+            return self._batch_norm(*args, **kwargs)
+        if func in _RANDOM or (
+            func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0)
+        ):
+            name = getattr(func, "__name__", str(func))
+            raise FedkdError(f"the model calls {name}, whose draws cannot be keyed; use nn.Dropout")
+        return func(*args, **kwargs)
+
+    def _dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if not training or p == 0:
+            return input
+        if self._key is None:
+            raise FedkdError("dropout in training mode needs a key")
+        draw = draws(self._key, input.numel(), self._calls).reshape(input.shape)
+        self._calls += 1
+        keep = draw >= round(p * 65536)
+        # p = 1 drops everything; the denominator is then never used.
+        return torch.where(keep, input / max(1 - p, EPS), input.new_zeros(()))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+        assert self._real is not None
+        per_channel = [1, -1, *[1] * (input.ndim - 2)]
+        dims = [d for d in range(input.ndim) if d != 1]
+        real = self._real.to(input.dtype).reshape(-1, *[1] * (input.ndim - 1))
+        count = real.sum() * (input.numel() // (input.shape[0] * input.shape[1]))
+        mean = (input * real).sum(dims) / count
+        centred = input - mean.reshape(per_channel)
+        var = (centred.square() * real).sum(dims) / count
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
+            running_var.mul_(1 - momentum).add_(momentum * var.detach() * (count / (count - 1)))
+        out = centred * torch.rsqrt(var + eps).reshape(per_channel)
+        if weight is not None:
+            out = out * weight.reshape(per_channel)
+        return out if bias is None else out + bias.reshape(per_channel)

@@ -1,0 +1,249 @@
+"""Knowledge: what crosses the wire between clients and server.
+
+Two kinds so far. `SoftLabels` hold what K clients think of N public samples; `Weights` hold model
+parameters (for FedAvg, the baseline that everybody asks for). A leading axis K everywhere: K repliers
+on the way up, K recipients on the way down, or 1 for knowledge that all share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+
+Space = Literal["logits", "probabilities"]
+SIMPLEX_TOLERANCE = 1e-3
+"""How far a row of probabilities may be from summing to 1 (float16 rounding stays below it)."""
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class SoftLabels:
+    """What K clients think of N public samples.
+
+    Attributes:
+        values: ``[K, N, C]`` in the space named by `space`.
+        space: ``"logits"`` or ``"probabilities"``.
+        samples: int64 ``[N]``, indices into the public set, distinct.
+        clients: int64 ``[K]``, partition ids.
+        num_examples: int64 ``[K]``, private images behind each client's answer.
+        mask: bool ``[K, N]``, which samples each client answered.
+        targets: int64 ``[N]``, the public labels, or ``None`` where there are none.
+
+    Raises:
+        FedkdError: shapes or space do not fit together; the text names both.
+    """
+
+    values: Tensor
+    space: Space
+    samples: Tensor
+    clients: Tensor
+    num_examples: Tensor
+    mask: Tensor
+    targets: Tensor | None
+
+    def __init__(
+        self,
+        values: Tensor,
+        space: Space,
+        samples: Tensor | None = None,
+        clients: Tensor | None = None,
+        num_examples: Tensor | None = None,
+        mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        if space not in ("logits", "probabilities"):
+            raise FedkdError(f"space = {space!r}: must be 'logits' or 'probabilities'")
+        if values.ndim != 3:
+            raise FedkdError(f"soft labels have shape {tuple(values.shape)}: must be [K, N, C]")
+        k, n, _ = values.shape
+        device = values.device
+        fields = {
+            "values": values,
+            "space": space,
+            "samples": torch.arange(n, device=device) if samples is None else samples,
+            "clients": torch.arange(k, device=device) if clients is None else clients,
+            "num_examples": (
+                torch.ones(k, dtype=torch.int64, device=device)
+                if num_examples is None
+                else num_examples
+            ),
+            "mask": torch.ones(k, n, dtype=torch.bool, device=device) if mask is None else mask,
+            "targets": targets,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        wanted = {"samples": (n,), "clients": (k,), "num_examples": (k,), "mask": (k, n)}
+        for name, shape in {**wanted, **({"targets": (n,)} if targets is not None else {})}.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise FedkdError(
+                    f"{name} of soft labels has shape {tuple(getattr(self, name).shape)}: must be "
+                    f"{shape} beside values {tuple(values.shape)}"
+                )
+
+    @classmethod
+    def shared(cls, values: Tensor, samples: Tensor, space: Space) -> SoftLabels:
+        """Wrap ``[N, C]`` as knowledge that is the same for all (K = 1)."""
+        return cls(values.unsqueeze(0), space, samples)
+
+    @classmethod
+    def stack(cls, answers: Sequence[SoftLabels]) -> SoftLabels:
+        """Join answers of one client each: the union of their samples, masked.
+
+        Samples nobody answered do not appear. At least one answer is needed; all share space and C.
+        """
+        samples = torch.cat([a.samples for a in answers]).unique()
+        first = answers[0].values
+        values = first.new_zeros(len(answers), len(samples), first.shape[-1])
+        mask = torch.zeros(values.shape[:2], dtype=torch.bool, device=first.device)
+        for k, answer in enumerate(answers):
+            rows = torch.searchsorted(samples, answer.samples)
+            values[k, rows] = answer.values[0]
+            mask[k, rows] = answer.mask[0]
+        return cls(
+            values,
+            answers[0].space,
+            samples,
+            torch.cat([a.clients for a in answers]),
+            torch.cat([a.num_examples for a in answers]),
+            mask,
+        )
+
+    @property
+    def logits(self) -> Tensor:
+        """``[K, N, C]``; log p of probabilities (their logits up to a constant a row), kept finite."""
+        if self.space == "logits":
+            return self.values
+        return self.values.clamp_min(torch.finfo(self.values.dtype).tiny).log()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """``[K, N, C]``; the softmax of logits."""
+        return self.values.softmax(-1) if self.space == "logits" else self.values
+
+    def mean_logits(self) -> Tensor:
+        """Plain mean over the clients that answered, ``[N, C]``."""
+        return self._mean(self.logits)
+
+    def mean_probabilities(self) -> Tensor:
+        """Plain mean over the clients that answered, ``[N, C]``."""
+        return self._mean(self.probabilities)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        answered = self.mask.unsqueeze(-1)
+        count = answered.sum(0).clamp_min(1)
+        return torch.where(answered, values, values.new_zeros(())).sum(0) / count
+
+    def keep(self, rows: Tensor) -> SoftLabels:
+        """Keep the samples `rows`, bool ``[N]`` or positions."""
+        return SoftLabels(
+            self.values[:, rows],
+            self.space,
+            self.samples[rows],
+            self.clients,
+            self.num_examples,
+            self.mask[:, rows],
+            None if self.targets is None else self.targets[rows],
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what one peer's copy (K = 1) consists of on the wire: ``values [N, C]``, samples."""
+        return {"values": self.values[0], "samples": self.samples.to(torch.int32)}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """Parameters and buffers of one architecture from K clients.
+
+    Attributes:
+        tensors: ``[K, ...]`` by name.
+        clients: int64 ``[K]``.
+        num_examples: int64 ``[K]``, the weights of an average.
+    """
+
+    tensors: Mapping[str, Tensor]
+    clients: Tensor
+    num_examples: Tensor
+
+    def average(self) -> ModelWeights:
+        """Mean weighted by `num_examples` (McMahan et al. 2017, algorithm 1), K = 1.
+
+        Accumulated in float64; integer buffers are rounded.
+        """
+        share = self.num_examples.double() / self.num_examples.sum()
+
+        def mean(stacked: Tensor) -> Tensor:
+            total = torch.einsum("k,k...->...", share.to(stacked.device), stacked.double())
+            total = total if stacked.is_floating_point() else total.round()
+            return total.to(stacked.dtype).unsqueeze(0)
+
+        return ModelWeights(
+            {name: mean(stacked) for name, stacked in self.tensors.items()},
+            self.clients[:1],
+            self.num_examples.sum().unsqueeze(0),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Model parameters, by architecture: only like is averaged with like."""
+
+    by_model: Mapping[str, ModelWeights]
+
+    @classmethod
+    def stack(cls, answers: Sequence[Weights]) -> Weights:
+        """Join answers of one client each."""
+        found: dict[str, list[ModelWeights]] = {}
+        for answer in answers:
+            for name, weights in answer.by_model.items():
+                found.setdefault(name, []).append(weights)
+        return cls({name: _joined(weights) for name, weights in found.items()})
+
+    def average(self) -> Weights:
+        """Average within each architecture, K = 1."""
+        return Weights({name: weights.average() for name, weights in self.by_model.items()})
+
+    def only(self, model: str) -> Weights:
+        """Return the part that a client with architecture `model` can load."""
+        return Weights({model: self.by_model[model]})
+
+    @property
+    def clients(self) -> list[int]:
+        """Partition ids of all contributors, sorted."""
+        return sorted(int(k) for w in self.by_model.values() for k in w.clients)
+
+
+def _joined(weights: Sequence[ModelWeights]) -> ModelWeights:
+    return ModelWeights(
+        {name: torch.cat([w.tensors[name] for w in weights]) for name in weights[0].tensors},
+        torch.cat([w.clients for w in weights]),
+        torch.cat([w.num_examples for w in weights]),
+    )
+
+
+Knowledge: TypeAlias = SoftLabels | Weights
+
+
+def check_answer(answer: Knowledge) -> None:
+    """Refuse values that would poison an aggregate.
+
+    Raises:
+        FedkdError: not finite, or probabilities off the simplex; the text says which.
+    """
+    tensors = (
+        [answer.values]
+        if isinstance(answer, SoftLabels)
+        else [t for w in answer.by_model.values() for t in w.tensors.values()]
+    )
+    if not all(bool(t.isfinite().all()) for t in tensors):
+        raise FedkdError("holds NaN or infinity")
+    if isinstance(answer, SoftLabels) and answer.space == "probabilities":
+        if bool((answer.values < 0).any()):
+            raise FedkdError("holds negative probabilities")
+        off = float((answer.values.sum(-1) - 1).abs().amax()) if answer.values.numel() else 0.0
+        if off > SIMPLEX_TOLERANCE:
+            raise FedkdError(f"holds rows of probabilities that miss a sum of 1 by {off:.3g}")

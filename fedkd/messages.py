@@ -1,0 +1,276 @@
+"""Orders and reports as Flower records, with every byte of knowledge counted.
+
+An order travels as the experiment's keys (any Ray worker may get any client), the instruction, the
+samples asked for and the knowledge; a report as its numbers and the answer. Payload bytes are the raw
+buffers of knowledge and requested indices; wire bytes everything in the message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedkd.client import Order, Report
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.phases import from_text, to_text
+
+TRAIN, HELLO = "train.fedkd", "query.hello"
+"""Message types: execute an order; say who you are."""
+
+_SECONDS = "seconds "
+_RAISED = 2
+"""Flower's error code of a client app that raised."""
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a client says of itself before the first round.
+
+    Attributes:
+        client: partition id.
+        num_examples: its private images.
+        student: architecture of its student.
+        sources: digest of the code it runs.
+    """
+
+    client: int
+    num_examples: int
+    student: str
+    sources: str
+
+
+def encode_introduction(introduction: Introduction) -> RecordDict:
+    """Pack an introduction."""
+    return RecordDict({"introduction": ConfigRecord({**vars(introduction)})})
+
+
+def decode_introduction(records: RecordDict) -> Introduction:
+    """Unpack an introduction.
+
+    Raises:
+        FedkdError: it is not one.
+    """
+    try:
+        fields: dict[str, Any] = dict(records.config_records["introduction"])
+        return Introduction(**fields)
+    except (KeyError, TypeError) as error:
+        raise FedkdError(f"sends no introduction ({error})") from None
+
+
+def experiment_record(experiment: Experiment) -> ConfigRecord:
+    """Pack the experiment's keys."""
+    return ConfigRecord(dict(experiment.flat()))
+
+
+def decode_experiment(records: RecordDict) -> Experiment:
+    """Unpack the experiment's keys.
+
+    Raises:
+        FedkdError: they are missing or do not validate.
+    """
+    if "experiment" not in records.config_records:
+        raise FedkdError("the message carries no experiment")
+    return Experiment.load(("the message", dict(records.config_records["experiment"])))
+
+
+def encode_knowledge(knowledge: Knowledge, *, with_samples: bool) -> dict[str, Any]:
+    """Pack knowledge of K = 1 as records ``knowledge`` (arrays) and ``knowledge-kind``.
+
+    Args:
+        knowledge: soft labels, or weights of one architecture.
+        with_samples: whether sample indices go along (int32); without, the receiver knows them.
+    """
+    if isinstance(knowledge, SoftLabels):
+        tensors = knowledge.tensors()
+        if not with_samples:
+            del tensors["samples"]
+        kind = {"kind": "soft-labels", "space": knowledge.space}
+    else:
+        ((model, weights),) = knowledge.by_model.items()
+        tensors = {name: stacked[0] for name, stacked in weights.tensors.items()}
+        kind = {"kind": "weights", "model": model}
+    arrays = {name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()}
+    return {"knowledge": ArrayRecord(arrays), "knowledge-kind": ConfigRecord(dict(kind))}
+
+
+def decode_knowledge(
+    records: RecordDict, *, client: int, num_examples: int, samples: Tensor | None = None
+) -> Knowledge | None:
+    """Unpack knowledge of K = 1, or return ``None`` where the message carries none.
+
+    Args:
+        records: of a message.
+        client: partition id that it is attributed to.
+        num_examples: private images behind it.
+        samples: its samples where the message does not name them.
+
+    Raises:
+        FedkdError: the records do not make up knowledge.
+    """
+    if "knowledge" not in records.array_records:
+        return None
+    try:
+        kind = records.config_records["knowledge-kind"]
+        tensors = {n: _tensor(a) for n, a in records.array_records["knowledge"].items()}
+        owner = torch.tensor([client]), torch.tensor([num_examples])
+        if kind["kind"] == "soft-labels":
+            named = tensors["samples"].to(torch.int64) if "samples" in tensors else samples
+            space: Any = kind["space"]
+            return SoftLabels(tensors["values"].unsqueeze(0), space, named, *owner)
+        stacked = {name: t.unsqueeze(0) for name, t in tensors.items()}
+        return Weights({str(kind["model"]): ModelWeights(stacked, *owner)})
+    except FedkdError:
+        raise
+    except Exception as error:
+        # Whatever a foreign message does to the decoder is that message's fault.
+        raise FedkdError(f"sends knowledge that cannot be read: {error}") from None
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array.numpy()))
+
+
+def encode_order(order: Order, experiment: ConfigRecord, knowledge: dict[str, Any]) -> RecordDict:
+    """Pack an order.
+
+    Args:
+        order: what the client is to do.
+        experiment: see `experiment_record`; shared by all messages.
+        knowledge: see `encode_knowledge`; shared by all who receive the same.
+    """
+    instruction: dict[str, Any] = {
+        "client": order.client,
+        "round": order.round,
+        "base": order.base,
+        "phases": to_text(order.phases),
+        "knowledge-round": order.knowledge_round,
+        "evaluate": order.evaluate,
+    }
+    records: dict[str, Any] = {
+        "experiment": experiment,
+        "instruction": ConfigRecord(instruction),
+        **knowledge,
+    }
+    if len(order.asked):
+        asked = order.asked.to(torch.int32).cpu().numpy()
+        records["request"] = ArrayRecord({"samples": Array(asked)})
+    return RecordDict(records)
+
+
+def decode_order(
+    records: RecordDict, *, num_examples: int, seen: dict[Any, Knowledge | None] | None = None
+) -> Order:
+    """Unpack an order.
+
+    Args:
+        records: of a message.
+        num_examples: the client's private images.
+        seen: knowledge decoded before, by its bytes; orders that share them share one object, which
+            is how a stack knows that all its clients received the same.
+
+    Raises:
+        FedkdError: the records do not make up an order.
+    """
+    seen = {} if seen is None else seen
+    key = tuple(id(a.data) for a in records.array_records.get("knowledge", {}).values())
+    try:
+        instruction: Mapping[str, Any] = records.config_records["instruction"]
+        if key not in seen:
+            seen[key] = decode_knowledge(
+                records, client=instruction["client"], num_examples=num_examples
+            )
+        asked = torch.empty(0, dtype=torch.int64)
+        if "request" in records.array_records:
+            asked = _tensor(records.array_records["request"]["samples"]).to(torch.int64)
+        return Order(
+            client=instruction["client"],
+            round=instruction["round"],
+            base=instruction["base"],
+            phases=tuple(from_text(instruction["phases"])),
+            asked=asked,
+            knowledge=seen[key],
+            knowledge_round=instruction["knowledge-round"],
+            evaluate=instruction["evaluate"],
+        )
+    except KeyError as error:
+        raise FedkdError(f"the message carries no {error}") from None
+
+
+def encode_report(report: Report, asked: Tensor) -> RecordDict:
+    """Pack a report; sample indices go along only for an answer other than what was asked."""
+    numbers: dict[str, Any] = {
+        "partition-id": report.client,
+        "num-examples": report.num_examples,
+        **report.metrics,
+        **{_SECONDS + name: spent for name, spent in report.seconds.items()},
+    }
+    records: dict[str, Any] = {"report": MetricRecord(numbers)}
+    if report.answer is not None:
+        partial = isinstance(report.answer, SoftLabels) and not torch.equal(
+            report.answer.samples, asked
+        )
+        records |= encode_knowledge(report.answer, with_samples=partial)
+    return RecordDict(records)
+
+
+def decode_report(records: RecordDict, asked: Tensor) -> Report:
+    """Unpack a report.
+
+    Raises:
+        FedkdError: the records do not make up a report.
+    """
+    if "report" not in records.metric_records:
+        raise FedkdError("sends no report")
+    numbers: dict[str, Any] = dict(records.metric_records["report"])
+    client = _integer(numbers, "partition-id")
+    num_examples = _integer(numbers, "num-examples")
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers.values()):
+        raise FedkdError("sends metrics that are not finite numbers")
+    return Report(
+        client,
+        num_examples,
+        decode_knowledge(records, client=client, num_examples=num_examples, samples=asked),
+        {n: v for n, v in numbers.items() if not n.startswith(_SECONDS)},
+        {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)},
+    )
+
+
+def _integer(numbers: dict[str, Any], name: str) -> int:
+    value = numbers.pop(name, None)
+    if not isinstance(value, int):
+        raise FedkdError(f"sends {name} = {value!r}, which must be a whole number")
+    return value
+
+
+def failed(message: Message, reason: str) -> Message:
+    """Return the reply of a client that could not do what it was asked."""
+    return Message(Error(_RAISED, reason), reply_to=message)
+
+
+def payload_bytes(records: RecordDict) -> dict[str, int]:
+    """Count the raw buffers of knowledge and requested indices, by tensor.
+
+    With N public samples, C classes and float32, an upload's ``values`` are N·C·4 bytes. Flower's
+    128-byte header of each array is not payload.
+    """
+    counted: dict[str, int] = {}
+    for record, prefix in (("knowledge", ""), ("request", "requested ")):
+        if record in records.array_records:
+            for name, array in records.array_records[record].items():
+                size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+                counted[prefix + name] = size
+    return counted
+
+
+def wire_bytes(records: RecordDict) -> int:
+    """Count everything in a message's records, as Flower does."""
+    return sum(record.count_bytes() for record in records.values())

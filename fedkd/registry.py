@@ -1,0 +1,191 @@
+"""Find strategies by name: ours, installed ones, and a user's own file.
+
+The only module that imports `strategies`, and it does so by name, so that nothing below depends on the
+algorithms that it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+import fedkd
+from fedkd.errors import FedkdError, nearest
+from fedkd.experiment import Experiment, kebab
+from fedkd.strategy import DistillationStrategy
+
+GROUP = "fedkd.strategies"
+"""Entry-point group of strategies that other packages install."""
+
+
+def strategies() -> dict[str, type[DistillationStrategy]]:
+    """Return all strategies by class name: those of fedkd, then installed ones.
+
+    Raises:
+        FedkdError: a strategy does not import, or `strategies` is somebody else's package.
+    """
+    package = _import("strategies", "fedkd's own strategies")
+    _refuse_foreign(package)
+    found = {name: getattr(package, name) for name in package.__all__}
+    for point in entry_points(group=GROUP):
+        try:
+            found[point.name] = point.load()
+        except Exception as error:
+            raise FedkdError(
+                f"the installed strategy {point.name} ({point.value}) does not import: {error}"
+            ) from error
+    return found
+
+
+def find(name: str, config: str = "none") -> DistillationStrategy:
+    """Return the strategy called `name` with its settings.
+
+    Args:
+        name: a class name in any case, with or without hyphens (``dsfl``, ``DS-FL``);
+            ``module:Class``; or ``file.py:Class``.
+        config: settings as ``key=value`` pairs separated by spaces, or ``"none"``.
+
+    Raises:
+        FedkdError: there is no such strategy, it does not import, or a setting is not right.
+    """
+    cls = _own(name) if ":" in name else _named(name)
+    return cls(**_settings(cls, config))
+
+
+def strategy_of(experiment: Experiment) -> DistillationStrategy:
+    """Return the experiment's strategy, checked against the experiment.
+
+    Raises:
+        FedkdError: see `find`, or the two do not go together.
+    """
+    strategy = find(experiment.strategy, experiment.strategy_config)
+    strategy.check(experiment)
+    return strategy
+
+
+def _named(name: str) -> type[DistillationStrategy]:
+    known = strategies()
+    by_plain = {_plain(known_name): cls for known_name, cls in known.items()}
+    if _plain(name) not in by_plain:
+        raise FedkdError(
+            f"strategy = '{name}': no such strategy{nearest(name, known)}; there are "
+            f"{', '.join(known)}, or your own as module:Class or file.py:Class"
+        )
+    return by_plain[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _own(name: str) -> type[DistillationStrategy]:
+    where, _, class_name = name.rpartition(":")
+    module = _load_file(Path(where)) if where.endswith(".py") else _import(where, name)
+    cls = getattr(module, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, DistillationStrategy)):
+        present = [n for n, v in vars(module).items() if _is_strategy(v)]
+        raise FedkdError(
+            f"strategy = '{name}': {where} defines no strategy {class_name}"
+            f"{nearest(class_name, present)}; a strategy is a subclass of "
+            "fedkd.DistillationStrategy"
+        )
+    return cls
+
+
+def _is_strategy(value: object) -> bool:
+    return (
+        isinstance(value, type)
+        and issubclass(value, DistillationStrategy)
+        and value is not DistillationStrategy
+    )
+
+
+def _import(module: str, what: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except Exception as error:
+        # Whatever the user's module does while it is imported is worth one line, not a traceback.
+        kind = type(error).__name__
+        raise FedkdError(
+            f"strategy = '{what}': {module} does not import: {kind}: {error}"
+        ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.exists():
+        raise FedkdError(f"strategy = '{path}': there is no such file")
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[path.stem]
+        line = getattr(error, "lineno", None)
+        at = f", line {line}" if line else ""
+        raise FedkdError(
+            f"strategy = '{path}': the file does not import: {type(error).__name__}: {error}{at}"
+        ) from error
+    return module
+
+
+def _refuse_foreign(package: ModuleType) -> None:
+    """Refuse a `strategies` package that stands elsewhere than beside fedkd."""
+    ours = Path(fedkd.__file__ or "").resolve().parent.parent
+    theirs = Path(package.__file__ or "").resolve().parent.parent
+    if ours != theirs:
+        raise FedkdError(
+            f"the package 'strategies' in {theirs} hides fedkd's own in {ours}; rename your folder, "
+            "or remove its __init__.py"
+        )
+
+
+def _settings(cls: type[DistillationStrategy], config: str) -> dict[str, Any]:
+    if config == "none":
+        return {}
+    hints = get_type_hints(cls)
+    types = {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    settings = {}
+    for pair in config.split():
+        key, equals, text = pair.partition("=")
+        field = key.replace("-", "_")
+        if not equals or field not in types:
+            known = ", ".join(kebab(name) for name in types) or "none"
+            raise FedkdError(
+                f"strategy-config = '{config}': '{pair}' is not a setting of {cls.__name__}"
+                f"{nearest(kebab(field), [kebab(name) for name in types])}; settings: {known}, "
+                "written key=value and separated by spaces"
+            )
+        settings[field] = _value(cls, kebab(field), text, types[field])
+    return settings
+
+
+def _value(cls: type[DistillationStrategy], key: str, text: str, wanted: Any) -> Any:
+    choices = get_args(wanted)
+    if choices:
+        if text not in choices:
+            raise FedkdError(
+                f"strategy-config: {key} = '{text}' of {cls.__name__}: must be "
+                f"{', '.join(choices)}{nearest(text, choices)}"
+            )
+        return text
+    if wanted is bool:
+        if text not in ("true", "false"):
+            raise FedkdError(
+                f"strategy-config: {key} = '{text}' of {cls.__name__}: must be true or false"
+            )
+        return text == "true"
+    try:
+        return wanted(text)
+    except ValueError:
+        raise FedkdError(
+            f"strategy-config: {key} = '{text}' of {cls.__name__}: must be a {wanted.__name__}"
+        ) from None

@@ -1,0 +1,78 @@
+"""Which samples each client sees at each step, decided before training starts.
+
+An epoch visits every sample once and its last batch may be short, exactly as with a ``DataLoader``;
+clients with different shard sizes take different numbers of steps. Batches are padded to a constant
+width with weight 0, since the width of a matrix product decides its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedkd.randomness import permutation
+
+Stream = tuple[int | str, ...]
+"""Name of a random stream, such as ``(seed, client, round, phase)``."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Batches of K clients.
+
+    Attributes:
+        positions: int64 ``[K, T, B]``, positions in each client's list of samples; padding points at
+            position 0, a real sample, so that activations stay finite.
+        weights: ``[K, T, B]``, 1/n for the n real rows of a batch and 0 for padding.
+        sizes: int64 ``[K, T]`` on the CPU, the real rows of each batch (0 past a client's last).
+        steps: how many steps each client takes.
+    """
+
+    positions: Tensor
+    weights: Tensor
+    sizes: Tensor
+    steps: list[int]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Schedule:
+        """Move positions and weights to `device`, weights in `dtype`."""
+        # 1/n is formed in the training dtype: a cast from float32 costs 1e-10 in float64 runs.
+        weights = (self.weights > 0).to(device, dtype)
+        weights /= self.sizes.clamp_min(1).to(device, dtype).unsqueeze(-1)
+        return Schedule(self.positions.to(device), weights, self.sizes, self.steps)
+
+
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Return how many batches an epoch over `samples` has."""
+    return -(-samples // batch_size)
+
+
+def schedule(
+    samples: Sequence[int], steps: Sequence[int], batch_size: int, streams: Sequence[Stream]
+) -> Schedule:
+    """Draw the batches of every client.
+
+    Args:
+        samples: how many samples each of the K clients has, ≥ 1.
+        steps: how many steps each takes; a client goes through its samples as often as it needs.
+        batch_size: B.
+        streams: each client's random stream; epoch e is drawn from ``(*stream, e)``.
+    """
+    total = max(steps)
+    positions = torch.zeros(len(samples), total, batch_size, dtype=torch.int64)
+    sizes = torch.zeros(len(samples), total, dtype=torch.int64)
+    for k, (n, wanted, stream) in enumerate(zip(samples, steps, streams, strict=True)):
+        per_epoch = steps_per_epoch(n, batch_size)
+        for epoch in range(-(-wanted // per_epoch)):
+            order = torch.zeros(per_epoch * batch_size, dtype=torch.int64)
+            order[:n] = permutation(n, *stream, epoch)
+            first = epoch * per_epoch
+            taken = min(per_epoch, wanted - first)
+            positions[k, first : first + taken] = order.reshape(per_epoch, batch_size)[:taken]
+            sizes[k, first : first + taken] = batch_size
+            if taken == per_epoch:
+                sizes[k, first + taken - 1] = n - (per_epoch - 1) * batch_size
+    weights = torch.arange(batch_size) < sizes.unsqueeze(-1)
+    return Schedule(positions, weights, sizes, list(steps))

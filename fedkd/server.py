@@ -1,0 +1,138 @@
+"""The server's side of a federation that a strategy may look at and work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedkd.client import correct_by_class
+from fedkd.cohort import Cohort, Side, State, choose_plan
+from fedkd.experiment import Experiment
+from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.losses import Term, ce, kl, kl_mean
+from fedkd.optimizers import OptimizerSettings
+from fedkd.randomness import generator, permutation
+from fedkd.world import World
+
+
+@dataclass(frozen=True, eq=False)
+class Replies:
+    """The good replies of a round, in order of partition.
+
+    Attributes:
+        clients: partition ids.
+        labels: their soft labels, stacked, or ``None`` if they were not asked for any.
+        weights: their weights, or ``None``.
+    """
+
+    clients: list[int]
+    labels: SoftLabels | None = None
+    weights: Weights | None = None
+
+    @property
+    def knowledge(self) -> Knowledge | None:
+        """The one kind that was uploaded."""
+        return self.labels if self.labels is not None else self.weights
+
+
+@dataclass
+class Server:
+    """What the server knows and remembers.
+
+    Attributes:
+        experiment: the run.
+        world: the data; a strategy may use the public set and its labels, nothing private.
+        round: the running round, from 1.
+        state: a strategy's memory, tensors and scalars by name; kept only if the round is accepted.
+        model: the server's own model (``server-model``), a cohort of one, or ``None``.
+    """
+
+    experiment: Experiment
+    world: World = field(repr=False)
+    round: int = 0
+    state: dict[str, Tensor | float | int | str] = field(default_factory=dict)
+    model: Cohort | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name = self.experiment.server_model
+        self.model = None if name == "none" else self._cohort(name)
+
+    @property
+    def num_clients(self) -> int:
+        """K, all clients of the federation."""
+        return self.experiment.num_clients
+
+    @property
+    def num_public(self) -> int:
+        """P, the size of the public set."""
+        return len(self.world.public)
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Labels of the public set, int64 ``[P]``, where it has any."""
+        labels = self.world.public.labels
+        return None if labels is None else labels.cpu()
+
+    def everything(self) -> Tensor:
+        """Return all public samples, int64 ``[P]``."""
+        return torch.arange(self.num_public)
+
+    def draw(self) -> Tensor:
+        """Return the public samples of this round, sorted: a pure function of (seed, round)."""
+        count = self.experiment.public_per_round
+        if count is None or count >= self.num_public:
+            return self.everything()
+        order = permutation(self.num_public, self.experiment.seed, "public draw", self.round)
+        return order[:count].sort().values
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a generator for `purpose` in this round."""
+        return generator(self.experiment.seed, "server", self.round, purpose)
+
+    def fit(self, labels: SoftLabels) -> None:
+        """Distil soft labels (K = 1) into the server's model, with hard labels where it has any."""
+        assert self.model is not None
+        experiment, public = self.experiment, self.world.public
+        soft = kl if experiment.kl_reduction == "batchmean" else kl_mean
+        terms: dict[Term, float | Tensor] = {soft: 1.0}
+        if public.labels is not None:
+            terms = {soft: experiment.alpha, ce: 1 - experiment.alpha}
+        logits = labels.logits.to(public.device, public.dtype)
+        self.model.fit(
+            [Side("public", public, [labels.samples], terms, logits)],
+            epochs=experiment.distill_epochs,
+            batch_size=experiment.batch_size,
+            optimizer=OptimizerSettings(
+                experiment.optimizer,
+                experiment.learning_rate,
+                experiment.momentum,
+                experiment.weight_decay,
+            ),
+            numbers={"tau": experiment.tau},
+            streams=[(experiment.seed, "server", self.round, "digest")],
+        )
+
+    def accuracy(self, weights: Weights | None = None) -> float | None:
+        """Return test accuracy of the given weights (mean over architectures), or of the model."""
+        if weights is not None:
+            parts = [
+                self._tested(self._cohort(name, {n: t[0] for n, t in part.tensors.items()}))
+                for name, part in weights.by_model.items()
+            ]
+            return sum(parts) / len(parts)
+        return None if self.model is None else self._tested(self.model)
+
+    def _tested(self, cohort: Cohort) -> float:
+        test = self.world.test
+        right = correct_by_class(cohort.classify(test), test, self.world.num_classes)
+        return float(right.correct.sum() / right.total.sum())
+
+    def _cohort(self, name: str, state: State | None = None) -> Cohort:
+        device = self.world.train.device
+        skeleton = self.world.model(name)
+        if state is None:
+            state = self.world.initial_state(name, self.experiment.seed)
+        state = {n: t.to(device) for n, t in state.items()}
+        return Cohort.of(skeleton, [state], choose_plan(skeleton, device, self.experiment.plan))

@@ -1,0 +1,35 @@
+"""The Flower server under ``flwr run .``: the experiment comes from Flower's run config."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedkd.experiment import Experiment
+from fedkd.messages import experiment_record
+from fedkd.records import RunFolder, environment
+from fedkd.registry import strategy_of
+from fedkd.world import resolve_device
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run config describes, on the nodes that Flower has."""
+    experiment = Experiment.load(("Flower's run config", context.run_config))
+    strategy = strategy_of(experiment)
+    folder = RunFolder.create(experiment, f"{strategy.name().lower()}-flwr-run")
+    # Clients find their folder by this path, whatever the working directory of their process.
+    named = experiment.replace(
+        name=folder.path.name, run_dir=str(folder.path.parent.absolute()), engine="flower"
+    )
+    device = str(resolve_device(named.device))
+    folder.write_experiment(named, environment(device, torch.get_num_threads()))
+    strategy.start(
+        grid,
+        num_rounds=named.num_server_rounds,
+        timeout=named.round_timeout,
+        train_config=experiment_record(named),
+    )

@@ -1,0 +1,235 @@
+"""The strategy interface: what an algorithm of federated distillation says, and nothing else.
+
+A strategy is a frozen dataclass of hyper-parameters that overrides one or more of `phases`, `request`,
+`aggregate`, `update` and `personalise`; everything else (the round loop, sampling, checking replies,
+counting bytes, records) is the federation's and the same for all. What a strategy remembers lives in
+``server.state``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, ClassVar, Literal, dataclass_transform
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.federation import Federation
+from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.phases import Digest, Phase, Predict, Revisit, SendWeights
+from fedkd.server import Replies, Server
+from fedkd.world import world_of
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a strategy declares of itself; printed by ``fedkd strategies``.
+
+    Attributes:
+        paper: arXiv number or venue.
+        up: payload bytes a client sends a round, a formula over P (samples asked), C (classes) and
+            W (parameters and buffers of the student, in numbers).
+        down: payload bytes a client receives a round, likewise.
+        public_labels: whether the algorithm needs the labels of the public set.
+        server_model: whether it keeps a model at the server.
+        reports: whose accuracy the paper reports.
+    """
+
+    paper: str
+    up: str
+    down: str
+    public_labels: bool = False
+    server_model: Literal["none", "optional", "required"] = "none"
+    reports: Literal["clients", "server"] = "clients"
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class DistillationStrategy(Strategy):
+    """Base of all strategies: override what your algorithm does differently.
+
+    Subclasses become frozen, keyword-only dataclasses without a decorator; their fields are scalars.
+    """
+
+    facts: ClassVar[Facts]
+    closes: ClassVar[Literal["digest", "revisit"]] = "digest"
+    """Last phase of the closing exchange, after which final accuracies are taken."""
+
+    def __init_subclass__(cls) -> None:
+        if "aggregate" in cls.__dict__:
+            setattr(cls, "aggregate", _typed(cls.aggregate))  # noqa: B010 - mypy: a method
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    # --- what an algorithm says ---------------------------------------------------------------
+
+    def phases(self, round: int) -> list[Phase]:
+        """Return what clients do in `round` (from 1)."""
+        return [Digest(), Revisit(), Predict()]
+
+    def request(self, server: Server) -> Tensor:
+        """Return the public samples to be answered this round, int64 ``[M]``, distinct."""
+        return server.draw()
+
+    def aggregate(self, knowledge: Any) -> Any:
+        """Combine what K clients know: the paper's equation, a pure function without a server.
+
+        Args:
+            knowledge: `SoftLabels`, or `Weights` for a strategy that uploads weights.
+
+        Returns:
+            ``[N, C]`` in the space of the uploads, or knowledge of K = 1.
+
+        Raises:
+            TypeError: the wrong kind of knowledge.
+        """
+        raise FedkdError(f"{type(self).__name__} defines neither aggregate nor update")
+
+    def update(self, replies: Replies, server: Server) -> Knowledge | None:
+        """Turn a round's replies into new knowledge, or ``None`` to keep the previous."""
+        if replies.knowledge is None:
+            return None
+        combined = self.aggregate(replies.knowledge)
+        if isinstance(combined, Tensor):
+            assert replies.labels is not None
+            return SoftLabels.shared(combined, replies.labels.samples, replies.labels.space)
+        knowledge: Knowledge = combined
+        return knowledge
+
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        """Return what `client` receives, K = 1; the same object for all who receive the same."""
+        return knowledge
+
+    # --- derived ------------------------------------------------------------------------------
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the name under which it is found."""
+        return cls.__name__
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def uploads(self) -> type[SoftLabels] | type[Weights] | None:
+        """Return the kind of knowledge that clients send, from the phases of a usual round."""
+        phases = self.phases(2)
+        if any(isinstance(phase, SendWeights) for phase in phases):
+            return Weights
+        return SoftLabels if any(isinstance(phase, Predict) for phase in phases) else None
+
+    def check(self, experiment: Experiment) -> None:
+        """Refuse an experiment that this strategy would get silently wrong.
+
+        Raises:
+            FedkdError: the keys do not go together; the text says which to change.
+        """
+        if self.facts.public_labels and not experiment.public_labels:
+            raise FedkdError(
+                f"public-labels = false: {self.name()} needs the labels of the public set; "
+                "set public-labels = true or choose another strategy"
+            )
+        if self.facts.server_model == "required" and experiment.server_model == "none":
+            raise FedkdError(
+                f"server-model = 'none': {self.name()} trains a model at the server; name one"
+            )
+
+    # --- Flower's interface ---------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the federation: hello, `num_rounds` rounds, a closing exchange.
+
+        Args:
+            grid: Flower's, or an engine's.
+            initial_arrays: not used; initial weights follow from the seed.
+            num_rounds: number of rounds.
+            timeout: seconds to wait for the replies of a round.
+            train_config: the experiment's keys, see `Experiment.flat`.
+            evaluate_config: not used; clients evaluate in the same exchange.
+            evaluate_fn: not used; the server evaluates its model itself.
+
+        Returns:
+            Flower's record of metrics by round; the run folder holds everything.
+
+        Raises:
+            FedkdError: too few clients, or no quorum in three rounds running.
+        """
+        keys: dict[str, Any] = dict(train_config or {})
+        keys |= {"num-server-rounds": num_rounds, "round-timeout": timeout}
+        federation = self.open(grid, Experiment.load(("train_config", keys)))
+        try:
+            return federation.run()
+        finally:
+            self._set_session(None)
+
+    def open(self, grid: Grid, experiment: Experiment) -> Federation:
+        """Open a session, in which rounds can be run one by one."""
+        federation = Federation(self, grid, experiment, world_of(experiment))
+        self._set_session(federation)
+        return federation
+
+    def _set_session(self, session: Federation | None) -> None:
+        object.__setattr__(self, "_open_session", session)  # the one handle a frozen strategy has
+
+    @property
+    def _session(self) -> Federation:
+        session: Federation | None = getattr(self, "_open_session", None)
+        if session is None:
+            raise FedkdError("no session is open: call start(), or open() first")
+        return session
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the round's messages."""
+        return self._session.open_round(server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the replies, update the knowledge, write the round's record."""
+        row = self._session.finish_round(replies)
+        return None, MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return nothing: clients evaluate while they train."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing: there is no second exchange."""
+        return None
+
+    def summary(self) -> None:
+        """Print nothing: the command line prints the experiment."""
+
+
+def _typed(aggregate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Have `aggregate` refuse the wrong kind of knowledge by name."""
+
+    @wraps(aggregate)
+    def checked(self: DistillationStrategy, knowledge: Any) -> Any:
+        wanted = self.uploads()
+        if wanted is not None and not isinstance(knowledge, wanted):
+            raise TypeError(
+                f"{self.name()}.aggregate takes {wanted.__name__}, not {type(knowledge).__name__}"
+            )
+        return aggregate(self, knowledge)
+
+    return checked

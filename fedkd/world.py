@@ -1,0 +1,197 @@
+"""The data of an experiment as every party sees it: public set, private shards, test set.
+
+Built from the experiment alone, so that a client in another process, the server and the central
+baseline all hold the same images in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedkd import data, models
+from fedkd.cohort import State, initial_state
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.images import Images
+from fedkd.partition import label_counts, partition, split_public
+from fedkd.randomness import permutation
+
+_SUBSET = "subset"
+
+
+@dataclass(frozen=True)
+class World:
+    """Images on the device, and who holds which.
+
+    Attributes:
+        num_classes: C.
+        input_shape: ``(c, h, w)``.
+        train: the labelled training images that private shards index.
+        test: the test images; never trained on, nor split.
+        public: the P public images, with labels only where ``public-labels`` says so.
+        shards: each client's private images, int64 indices into `train`.
+        pooled: the training images whose labels anybody holds: all shards, and a labelled public set.
+        private_label_counts: int64 ``[K, C]``.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    train: Images
+    test: Images
+    public: Images
+    shards: tuple[Tensor, ...]
+    pooled: Tensor
+    private_label_counts: Tensor
+
+    def model(self, name: str) -> nn.Module:
+        """Build an architecture for these images, on their device."""
+        return models.build(name, self.input_shape, self.num_classes).to(self.train.device)
+
+    def initial_state(self, name: str, seed: int) -> State:
+        """Return an architecture's initial weights, the same for every client, method and engine."""
+        state = initial_state(
+            lambda: models.build(name, self.input_shape, self.num_classes), seed, "initial", name
+        )
+        return {n: t.to(self.train.device) for n, t in state.items()}
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``device`` names; ``auto`` takes cuda, then mps, then cpu.
+
+    Raises:
+        FedkdError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedkdError(
+            f"device = '{name}': {reason}; accepted: auto, cpu, cuda, cuda:N, mps"
+        ) from None
+
+
+def world_of(experiment: Experiment) -> World:
+    """Return the experiment's data, built once per process for experiments that share it.
+
+    Raises:
+        FedkdError: the data set cannot be had, or cannot be split as asked.
+    """
+    return _world(
+        experiment.dataset,
+        experiment.data_dir,
+        experiment.train_size,
+        experiment.test_size,
+        experiment.public,
+        experiment.public_size,
+        experiment.public_labels,
+        experiment.partition,
+        experiment.partition_alpha,
+        experiment.classes_per_client,
+        experiment.min_partition_size,
+        experiment.split_seed,
+        experiment.num_clients,
+        str(resolve_device(experiment.device)),
+    )
+
+
+@lru_cache(maxsize=8)
+def _world(
+    dataset: str,
+    data_dir: str | None,
+    train_size: int | None,
+    test_size: int | None,
+    public: str,
+    public_size: int | None,
+    public_labels: bool,
+    kind: str,
+    alpha: float,
+    classes_per_client: int,
+    min_size: int,
+    seed: int,
+    num_clients: int,
+    device: str,
+) -> World:
+    source = data.load(dataset, data_dir)
+    train = _subset(source, "train", train_size, device)
+    test = _subset(source, "test", test_size, device)
+    size = len(train) // 5 if public_size is None else public_size
+    assert train.labels is not None
+    labels = train.labels.cpu()
+    if public == "train":
+        public_rows, private_rows = split_public(labels, size, seed)
+        public_images = train.keep(public_rows.to(device), labelled=public_labels)
+    else:
+        public_rows, private_rows = torch.empty(0, dtype=torch.int64), torch.arange(len(train))
+        public_images = _foreign(public, data_dir, size, source, seed, device)
+    dealt = partition(
+        labels[private_rows],
+        kind=kind,
+        num_clients=num_clients,
+        seed=seed,
+        alpha=alpha,
+        classes_per_client=classes_per_client,
+        min_size=min_size,
+        cache_dir=_split_cache(data_dir),
+    )
+    shards = tuple(private_rows[rows] for rows in dealt)
+    return World(
+        num_classes=source.num_classes,
+        input_shape=source.input_shape,
+        train=train,
+        test=test,
+        public=public_images,
+        shards=shards,
+        pooled=torch.arange(len(train)) if public_labels else private_rows,
+        private_label_counts=label_counts(labels, list(shards), source.num_classes),
+    )
+
+
+def _split_cache(data_dir: str | None) -> Path:
+    return data.data_folder(data_dir) / "partitions"
+
+
+def _subset(source: data.Dataset, split: str, size: int | None, device: str) -> Images:
+    """Take a split's images, or a fixed random part of them that does not depend on any seed."""
+    pixels, labels = (
+        (source.train_images, source.train_labels)
+        if split == "train"
+        else (source.test_images, source.test_labels)
+    )
+    if size is not None and size > len(pixels):
+        raise FedkdError(
+            f"{split}-size = {size}: {source.name} has {len(pixels)} {split} images; "
+            f"accepted: 10 to {len(pixels)}, or auto"
+        )
+    if size is not None and size < len(pixels):
+        rows = permutation(len(pixels), _SUBSET, split)[:size].sort().values
+        pixels, labels = pixels[rows], labels[rows]
+    return Images(pixels.to(device), labels.to(device), source.mean, source.std)
+
+
+def _foreign(
+    name: str, data_dir: str | None, size: int, private: data.Dataset, seed: int, device: str
+) -> Images:
+    """Take an unlabelled public set from another data set's training split."""
+    other = data.load(name, data_dir)
+    if other.input_shape != private.input_shape:
+        raise FedkdError(
+            f"public = '{name}': its images are {other.input_shape}, those of dataset = "
+            f"'{private.name}' are {private.input_shape}; both must have one shape"
+        )
+    if size > len(other.train_images):
+        raise FedkdError(
+            f"public-size = {size}: {name} has {len(other.train_images)} training images"
+        )
+    rows = permutation(len(other.train_images), seed, "public")[:size].sort().values
+    # Normalised as the private images are: one client has one input pipeline.
+    return Images(other.train_images[rows].to(device), None, private.mean, private.std)

@@ -1,0 +1,49 @@
+"""DS-FL: Distillation-Based Semi-Supervised Federated Learning.
+
+Sohei Itahara, Takayuki Nishio, Yusuke Koda, Masahiro Morikura, Koji Yamamoto, 2020 (IEEE TMC 2023),
+arXiv:2008.06180, algorithm 1 and section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fedkd.knowledge import SoftLabels
+from fedkd.phases import Digest, Phase, Predict, Revisit
+from fedkd.strategy import DistillationStrategy, Facts
+
+
+class DSFL(DistillationStrategy):
+    """Mean of client probabilities, sharpened by a softmax at low temperature.
+
+    Not to be confused with FedMD, which averages logits. The public set needs no labels; mixed
+    architectures are welcome; the server may keep a model to evaluate (``server-model``).
+
+    Args:
+        sharpening: ``"era"`` (entropy reduction aggregation, softmax(mean / T)) or ``"mean"`` (simple
+            aggregation).
+        era_temperature: T; 0.1 in the paper. As the softmax is taken of probabilities, the sharpest
+            label it can give is e^(1/T) / (e^(1/T) + C − 1).
+    """
+
+    facts = Facts(
+        paper="2008.06180",
+        up="P*C*4",
+        down="P*C*4 + P*8",
+        server_model="optional",
+        reports="server",
+    )
+
+    sharpening: Literal["era", "mean"] = "era"
+    era_temperature: float = 0.1
+
+    def phases(self, round: int) -> list[Phase]:
+        return [Digest(), Revisit(), Predict("probabilities")]
+
+    def aggregate(self, labels: SoftLabels) -> Tensor:
+        mean_NC = labels.mean_probabilities()
+        if self.sharpening == "mean":
+            return mean_NC
+        return (mean_NC / self.era_temperature).softmax(-1)

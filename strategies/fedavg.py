@@ -1,0 +1,27 @@
+"""FedAvg: Communication-Efficient Learning of Deep Networks from Decentralized Data.
+
+Brendan McMahan, Eider Moore, Daniel Ramage, Seth Hampson, Blaise Agüera y Arcas, AISTATS 2017,
+arXiv:1602.05629, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from fedkd.knowledge import Weights
+from fedkd.phases import Load, Phase, Revisit, SendWeights
+from fedkd.strategy import DistillationStrategy, Facts
+
+
+class FedAvg(DistillationStrategy):
+    """Mean of the students' weights, weighted by private images: the baseline everyone asks for.
+
+    No soft labels and no public set. Weights are averaged within each architecture only. As usual,
+    buffers (BatchNorm's statistics) are averaged like parameters.
+    """
+
+    facts = Facts(paper="1602.05629", up="W*4", down="W*4", reports="server")
+
+    def phases(self, round: int) -> list[Phase]:
+        return [Load(), Revisit(model="student"), SendWeights()]
+
+    def aggregate(self, weights: Weights) -> Weights:
+        return weights.average()

@@ -1,0 +1,48 @@
+"""FedMD: Heterogenous Federated Learning via Model Distillation.
+
+Daliang Li and Junpu Wang, 2019, arXiv:1910.03581, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fedkd.knowledge import SoftLabels
+from fedkd.losses import mae_logits
+from fedkd.phases import Digest, Fit, Phase, Predict, Revisit, reference
+from fedkd.strategy import DistillationStrategy, Facts
+
+
+class FedMD(DistillationStrategy):
+    """Clients agree on the mean of their logits; each digests it, then revisits its own data.
+
+    Not to be confused with DS-FL, which averages probabilities: the mean of logits is a geometric
+    mean of probabilities. Mixed architectures are welcome; no weights leave a client. The first round
+    is transfer learning: train on the public labels (skipped where there are none), then on the
+    private shard.
+
+    Args:
+        digest: ``"kl"`` is the τ-softened loss of the experiment's α and τ; ``"mae"`` the mean
+            absolute error between logits, as in the authors' code.
+        transfer_epochs: passes over the labelled public set in round 1 (the authors': up to 20).
+    """
+
+    facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + P*8")
+    closes = "revisit"
+
+    digest: Literal["kl", "mae"] = "kl"
+    transfer_epochs: int = 5
+
+    def phases(self, round: int) -> list[Phase]:
+        if round == 1:
+            transfer = Fit("transfer", "teacher", public={"ce": 1.0}, epochs=self.transfer_epochs)
+            return [transfer, Revisit(), Predict()]
+        if self.digest == "kl":
+            return [Digest(), Revisit(), Predict()]
+        mae = Fit("digest", public={reference(mae_logits): 1.0})
+        return [mae, Revisit(), Predict()]
+
+    def aggregate(self, labels: SoftLabels) -> Tensor:
+        return labels.mean_logits()

@@ -1,0 +1,18 @@
+"""Local only: every student alone on its own shard, the floor that collaboration is measured from."""
+
+from __future__ import annotations
+
+from fedkd.phases import Phase, Revisit
+from fedkd.strategy import DistillationStrategy, Facts
+
+
+class LocalOnly(DistillationStrategy):
+    """Students train on their private shards with hard labels; nothing crosses the wire.
+
+    A round is ``local-epochs`` passes with a fresh optimiser, as in every other strategy.
+    """
+
+    facts = Facts(paper="none", up="0", down="0")
+
+    def phases(self, round: int) -> list[Phase]:
+        return [Revisit(model="student")]

@@ -1,0 +1,845 @@
+"""The stacked trainer against a plain PyTorch loop: ``DataLoader``, ``nn.Module``, ``torch.optim``.
+
+The oracle below shares nothing with the trainer but the order of the samples, which both draw from
+`fedkd.randomness.permutation`, and the names of the streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedkd import models
+from fedkd.cohort import Cohort, Plan, Side, State, choose_plan, initial_state
+from fedkd.errors import FedkdError
+from fedkd.images import Images
+from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
+from fedkd.optimizers import OptimizerSettings
+from fedkd.randomness import key, permutation
+from fedkd.schedule import Stream
+
+SHAPE, C, N, B, EPOCHS = (1, 8, 8), 7, 101, 8, 3
+SIZES = [5, 17, 64, 1, 8, 9, 16]
+K = len(SIZES)
+MEAN, STD = 0.3, 0.4
+F64 = torch.float64
+
+Name = Literal["adam", "adamw", "sgd"]
+Builder = Callable[[], nn.Module]
+
+LEARNING_RATE = torch.tensor([3e-3, 1e-3, 2e-3, 5e-3, 1e-2, 5e-4, 4e-3], dtype=F64)
+ALPHA = torch.tensor([0.7, 0.0, 0.3, 1.0, 0.5, 0.9, 0.1], dtype=F64)
+TAU = torch.tensor([5.0, 1.0, 2.0, 3.0, 10.0, 0.5, 4.0], dtype=F64)
+OPTIMIZERS: dict[Name, dict[str, float]] = {
+    "adam": {},
+    "adamw": {"weight_decay": 0.05},
+    "sgd": {"momentum": 0.9, "weight_decay": 0.01},
+}
+STACKED_1, STACKED_2, STACKED_ALL, LOOP = Plan(True, 1), Plan(True, 2), Plan(True, 7), Plan(False)
+PLANS = [STACKED_1, STACKED_2, STACKED_ALL, LOOP]
+
+
+def plan_name(value: object) -> str | None:
+    if isinstance(value, Plan):
+        return f"stacked-{value.block}" if value.stacked else "loop"
+    return None
+
+
+# --- Data and the streams of the clients ---------------------------------------------------------
+
+
+@cache
+def images(dtype: torch.dtype = F64, labelled: bool = True) -> Images:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (N, *SHAPE), generator=generator).to(torch.uint8)
+    labels = torch.randint(0, C, (N,), generator=generator)
+    return Images(pixels, labels if labelled else None, [MEAN], [STD], dtype)
+
+
+def inputs(dtype: torch.dtype = F64) -> Tensor:
+    return (images().pixels.to(dtype) / 255 - MEAN) / STD
+
+
+def labels() -> Tensor:
+    given = images().labels
+    assert given is not None
+    return given
+
+
+@cache
+def shard(k: int, side: str = "private") -> Tensor:
+    """Return client k's sample numbers, in no particular order."""
+    return torch.randperm(N, generator=torch.Generator().manual_seed(50 * len(side) + k))[
+        : SIZES[k]
+    ]
+
+
+def soft_labels(count: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return 3 * torch.randn(count, *shape, C, generator=generator, dtype=F64)
+
+
+def stream(k: int) -> Stream:
+    return (13, k, 4, "digest")
+
+
+def as_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> State:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
+
+
+def start(build: Builder, k: int, dtype: torch.dtype = F64) -> State:
+    return as_dtype(initial_state(build, 13, k), dtype)
+
+
+# --- Models --------------------------------------------------------------------------------------
+
+
+def _small_cnn() -> nn.Module:
+    """Strides, groups, bias, average pooling: what `cnn` does not have."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh()),
+        *(nn.Conv2d(6, 6, 3, groups=3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, C)),
+    )
+
+
+MODELS: dict[str, Builder] = {
+    "mlp": lambda: models.build("mlp-20", SHAPE, C),
+    "cnn": lambda: models.build("cnn", SHAPE, C),
+    "small-cnn": _small_cnn,
+    "resnet": lambda: models.build("resnet-8", SHAPE, C),
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, C)),
+}
+
+# --- The oracle ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainSide:
+    """One client's samples under a loss of its own, the plain way."""
+
+    name: str
+    rows: Tensor
+    loss: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    """Of (model, inputs, labels, teacher's logits): a scalar."""
+    teacher_logits: Tensor = field(default_factory=lambda: torch.zeros(N, C, dtype=F64))
+    """In the order of `rows`."""
+
+
+def batches(side: PlainSide, k: int, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """Yield a client's batches for ever: one DataLoader an epoch."""
+    size = len(side.rows)
+    dataset = TensorDataset(
+        inputs(dtype)[side.rows], labels()[side.rows], side.teacher_logits[:size].to(dtype)
+    )
+    epoch = 0
+    while True:
+        order: list[int] = permutation(size, *stream(k), side.name, epoch).tolist()
+        loader: DataLoader[tuple[Tensor, ...]] = DataLoader(dataset, batch_size=B, sampler=order)
+        yield from loader  # type: ignore[misc]
+        epoch += 1
+
+
+def plain_optimizer(
+    name: Name, parameters: Iterator[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    kinds: dict[Name, Callable[..., torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+    }
+    return kinds[name](parameters, lr=lr, **OPTIMIZERS[name])
+
+
+def train_plainly(
+    model: nn.Module,
+    k: int,
+    sides: Sequence[PlainSide],
+    name: Name = "adam",
+    epochs: int = EPOCHS,
+    dtype: torch.dtype = F64,
+) -> tuple[State, float]:
+    """Train `model` in place; return its state and the mean loss over its steps."""
+    optimizer = plain_optimizer(name, model.parameters(), float(LEARNING_RATE[k]))
+    model.train()
+    streams = [batches(side, k, dtype) for side in sides]
+    steps = epochs * -(-len(sides[0].rows) // B)
+    total = 0.0
+    for step in range(steps):
+        for module in model.modules():
+            if isinstance(module, NumpyDropout):
+                module.step = step
+        optimizer.zero_grad()
+        drawn = [next(each) for each in streams]
+        loss = torch.stack(
+            [side.loss(model, *batch) for side, batch in zip(sides, drawn, strict=True)]
+        ).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += float(loss.detach())
+    return {n: t.detach() for n, t in model.state_dict().items()}, total / steps
+
+
+def hard_loss(model: nn.Module, x: Tensor, y: Tensor, _: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def soft_loss(zs: Tensor, zt: Tensor, tau: float) -> Tensor:
+    """τ²·KL averaged over samples, from PyTorch's own kl_div on probabilities."""
+    p, log_q = (zt / tau).softmax(-1), (zs / tau).log_softmax(-1)
+    return tau**2 * F.kl_div(log_q, p, reduction="batchmean")
+
+
+def distilling_loss(k: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    alpha, tau = float(ALPHA[k]), float(TAU[k])
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor, zt: Tensor) -> Tensor:
+        zs = model(x)
+        return alpha * soft_loss(zs, zt, tau) + (1 - alpha) * F.cross_entropy(zs, y)
+
+    return loss
+
+
+@cache
+def plain(model: str, name: Name, k: int) -> tuple[State, float]:
+    """Train client k alone with hard labels."""
+    module = MODELS[model]().double()
+    module.load_state_dict(start(MODELS[model], k))
+    return train_plainly(module, k, [PlainSide("private", shard(k), hard_loss)], name)
+
+
+# --- The cohort ----------------------------------------------------------------------------------
+
+
+def cohort_of(
+    build: Builder, clients: Sequence[int], plan: Plan, dtype: torch.dtype = F64
+) -> Cohort:
+    return Cohort.of(build().to(dtype), [start(build, k, dtype) for k in clients], plan)
+
+
+def optimizer_of(name: Name, clients: Sequence[int]) -> OptimizerSettings:
+    return OptimizerSettings(name, LEARNING_RATE[torch.tensor(clients)], **OPTIMIZERS[name])
+
+
+def private_side(clients: Sequence[int], dtype: torch.dtype = F64) -> Side:
+    return Side("private", images(dtype), [shard(k) for k in clients], {ce: 1.0})
+
+
+def fit(
+    cohort: Cohort,
+    clients: Sequence[int],
+    sides: Sequence[Side],
+    name: Name = "adam",
+    epochs: int = EPOCHS,
+    numbers: Mapping[str, float | Tensor] | None = None,
+) -> Tensor:
+    return cohort.fit(
+        sides,
+        epochs=epochs,
+        batch_size=B,
+        optimizer=optimizer_of(name, clients),
+        streams=[stream(k) for k in clients],
+        numbers=numbers,
+    )
+
+
+def assert_equal_states(given: State, expected: Mapping[str, Tensor], tolerance: float) -> None:
+    assert list(given) != []
+    for name, tensor in given.items():
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# --- Hard labels: architectures, optimisers, plans, K --------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("model", ["mlp", "small-cnn", "cnn", "resnet"])
+def test_every_client_equals_a_plain_loop(model: str, name: Name, plan: Plan) -> None:
+    clients = list(range(K))
+    cohort = cohort_of(MODELS[model], clients, plan)
+
+    losses = fit(cohort, clients, [private_side(clients)], name)
+
+    for k in clients:
+        expected, loss = plain(model, name, k)
+        assert set(cohort.state(k)) == set(expected)
+        assert_equal_states(cohort.state(k), expected, 1e-9)
+        assert float(losses[k]) == pytest.approx(loss, abs=1e-9)
+        moved = max(
+            float((expected[n] - t).abs().max()) for n, t in start(MODELS[model], k).items()
+        )
+        assert moved > 1e-3
+
+
+@pytest.mark.parametrize("clients", [[1], [2, 0, 1], [6, 3, 1]], ids=str)
+@pytest.mark.parametrize("plan", [STACKED_2, LOOP], ids=plan_name)
+@pytest.mark.parametrize("model", ["mlp", "small-cnn", "resnet"])
+def test_so_do_cohorts_of_one_and_three(model: str, plan: Plan, clients: list[int]) -> None:
+    cohort = cohort_of(MODELS[model], clients, plan)
+    fit(cohort, clients, [private_side(clients)])
+    assert len(cohort) == len(clients)
+    for i, k in enumerate(clients):
+        assert_equal_states(cohort.state(i), plain(model, "adam", k)[0], 1e-9)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
+def test_a_dense_net_in_float32_equals_a_plain_loop(plan: Plan) -> None:
+    clients = list(range(K))
+    cohort = cohort_of(MODELS["mlp"], clients, plan, torch.float32)
+    fit(cohort, clients, [private_side(clients, torch.float32)])
+    for k in clients:
+        module = MODELS["mlp"]()
+        module.load_state_dict(start(MODELS["mlp"], k, torch.float32))
+        side = PlainSide("private", shard(k), hard_loss)
+        expected, _ = train_plainly(module, k, [side], dtype=torch.float32)
+        assert_equal_states(cohort.state(k), expected, 1e-5)
+
+
+def test_every_fit_starts_with_a_fresh_optimiser() -> None:
+    clients = [1, 0, 4]
+    cohort = cohort_of(MODELS["mlp"], clients, STACKED_ALL)
+    fit(cohort, clients, [private_side(clients)], epochs=2)
+    fit(cohort, clients, [private_side(clients)], epochs=1)
+    for i, k in enumerate(clients):
+        module = MODELS["mlp"]().double()
+        module.load_state_dict(start(MODELS["mlp"], k))
+        side = PlainSide("private", shard(k), hard_loss)
+        train_plainly(module, k, [side], epochs=2)
+        expected, _ = train_plainly(module, k, [side], epochs=1)
+        assert_equal_states(cohort.state(i), expected, 1e-9)
+
+
+# --- Neighbours ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_dense_client_s_bits_do_not_depend_on_the_others(name: Name) -> None:
+    """Float32 under vmap: alone, reordered, and in blocks of other sizes."""
+
+    def trained(clients: list[int], block: int) -> dict[int, State]:
+        cohort = cohort_of(MODELS["mlp"], clients, Plan(True, block), torch.float32)
+        fit(cohort, clients, [private_side(clients, torch.float32)], name)
+        return {k: cohort.state(i) for i, k in enumerate(clients)}
+
+    together = trained(list(range(K)), 7)
+    for others in (
+        *(trained([k], 1) for k in range(K)),
+        trained([4, 0, 6], 7),
+        trained([6, 5, 4, 3, 2, 1, 0], 3),
+        trained([2, 1], 2),
+    ):
+        for k, state in others.items():
+            assert all(torch.equal(state[n], t) for n, t in together[k].items())
+
+
+def test_a_convolutional_client_s_bits_do_not_depend_on_the_others_one_by_one() -> None:
+    def trained(clients: list[int]) -> dict[int, State]:
+        cohort = cohort_of(MODELS["small-cnn"], clients, LOOP, torch.float32)
+        fit(cohort, clients, [private_side(clients, torch.float32)])
+        return {k: cohort.state(i) for i, k in enumerate(clients)}
+
+    together = trained([0, 1, 2])
+    for others in (trained([2, 0]), trained([1])):
+        for k, state in others.items():
+            assert all(torch.equal(state[n], t) for n, t in together[k].items())
+
+
+@pytest.mark.parametrize("augment", ["jitter-2", "crop-flip"])
+def test_augmented_images_do_not_depend_on_plan_or_neighbours(
+    augment: Literal["jitter-2", "crop-flip"],
+) -> None:
+    def trained(clients: list[int], plan: Plan) -> dict[int, State]:
+        cohort = cohort_of(MODELS["mlp"], clients, plan)
+        rows = [shard(k) for k in clients]
+        fit(cohort, clients, [Side("private", images(), rows, {ce: 1.0}, augment=augment)])
+        return {k: cohort.state(i) for i, k in enumerate(clients)}
+
+    together = trained([0, 1, 2], STACKED_ALL)
+    for others in (trained([0, 1, 2], LOOP), trained([2, 1], STACKED_1)):
+        for k, state in others.items():
+            assert_equal_states(state, together[k], 1e-9)
+    plainly = plain("mlp", "adam", 2)[0]
+    assert not torch.allclose(plainly["head.weight"], together[2]["head.weight"], atol=1e-3)
+
+
+# --- Distillation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, STACKED_ALL, LOOP], ids=plan_name)
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "personal"])
+def test_distillation_with_own_alpha_and_tau_equals_a_plain_loop(
+    shared: bool, name: Name, plan: Plan
+) -> None:
+    clients, build = [4, 1, 0, 2, 5], MODELS["small-cnn"]
+    rows = [torch.arange(19) * 3 % N if shared else shard(k) for k in clients]
+    teachers = soft_labels(1 if shared else len(clients), 64)
+    chosen = torch.tensor(clients)
+    alpha = ALPHA[chosen]
+    side = Side("public", images(), rows, {kl: alpha, ce: 1 - alpha}, teachers)
+    cohort = cohort_of(build, clients, plan)
+
+    fit(cohort, clients, [side], name, numbers={"tau": TAU[chosen]})
+
+    for i, k in enumerate(clients):
+        module = build().double()
+        module.load_state_dict(start(build, k))
+        own = PlainSide("public", rows[i], distilling_loss(k), teachers[0 if shared else i])
+        expected, _ = train_plainly(module, k, [own], name)
+        assert_equal_states(cohort.state(i), expected, 1e-9)
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, LOOP], ids=plan_name)
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_two_sides_in_one_step_equal_a_plain_loop(model: str, plan: Plan) -> None:
+    """Unlabelled public images under KL, and a private batch in the same step, wrapping around."""
+    clients, build = [0, 6, 1], MODELS[model]
+    public, teachers = torch.arange(21) * 2, soft_labels(1, 21)
+    chosen = torch.tensor(clients)
+    alpha = ALPHA[chosen]
+    sides = [
+        Side("public", images(labelled=False), [public] * 3, {kl: alpha}, teachers),
+        Side("private", images(), [shard(k) for k in clients], {ce: 1 - alpha}),
+    ]
+    cohort = cohort_of(build, clients, plan)
+
+    losses = fit(cohort, clients, sides, numbers={"tau": TAU[chosen]})
+
+    for i, k in enumerate(clients):
+        weight, tau = float(ALPHA[k]), float(TAU[k])
+        module = build().double()
+        module.load_state_dict(start(build, k))
+        own = [
+            PlainSide(
+                "public",
+                public,
+                lambda m, x, y, zt, w=weight, t=tau: w * soft_loss(m(x), zt, t),  # type: ignore[misc]
+                teachers[0],
+            ),
+            PlainSide(
+                "private",
+                shard(k),
+                lambda m, x, y, zt, w=weight: (1 - w) * F.cross_entropy(m(x), y),  # type: ignore[misc]
+            ),
+        ]
+        expected, loss = train_plainly(module, k, own)
+        assert_equal_states(cohort.state(i), expected, 1e-9)
+        assert float(losses[i]) == pytest.approx(loss, abs=1e-9)
+
+
+@pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
+@pytest.mark.parametrize("each", [kl_mean, mae_logits], ids=lambda t: t.reference)
+def test_other_digests_equal_a_plain_loop(each: Term, plan: Plan) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor, zt: Tensor) -> Tensor:
+        zs = model(x)
+        if each is mae_logits:
+            return F.l1_loss(zs, zt)
+        return (
+            4.0
+            * F.kl_div((zs / 2).log_softmax(-1), (zt / 2).softmax(-1), reduction="sum")
+            / (len(x) * C)
+        )
+
+    clients, teachers = [0, 1], soft_labels(1, 11)
+    rows = torch.arange(11)
+    cohort = cohort_of(MODELS["mlp"], clients, plan)
+    fit(
+        cohort,
+        clients,
+        [Side("public", images(), [rows] * 2, {each: 1.0}, teachers)],
+        numbers={"tau": 2.0},
+    )
+    for k in clients:
+        module = MODELS["mlp"]().double()
+        module.load_state_dict(start(MODELS["mlp"], k))
+        expected, _ = train_plainly(module, k, [PlainSide("public", rows, loss, teachers[0])])
+        assert_equal_states(cohort.state(k), expected, 1e-9)
+
+
+# --- Terms of a user's own -----------------------------------------------------------------------
+
+
+@term(needs=None, needs_start=True)
+def proximal(step: Step) -> Tensor:
+    """FedProx's μ/2·‖w − w₀‖²: one number a step, whatever the size of the batch."""
+    assert step.start is not None
+    squares = [(step.params[n] - step.start[n]).square().sum() for n in step.params]
+    return step.numbers["mu"] / 2 * torch.stack(squares).sum()
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, LOOP], ids=plan_name)
+def test_a_term_of_one_number_is_added_once_and_knows_the_start(plan: Plan) -> None:
+    clients, build = [0, 1, 6], MODELS["mlp"]
+    mu = torch.tensor([0.1, 3.0, 1.0], dtype=F64)
+    coefficient = torch.tensor([1.0, 0.5, 2.0], dtype=F64)
+    rows = [shard(k) for k in clients]
+    cohort = cohort_of(build, clients, plan)
+    side = Side("private", images(), rows, {ce: 1.0, proximal: coefficient})
+
+    fit(cohort, clients, [side], numbers={"mu": mu})
+
+    for i, k in enumerate(clients):
+        module = build().double()
+        module.load_state_dict(start(build, k))
+        first = [p.detach().clone() for p in module.parameters()]
+        strength = float(mu[i] / 2 * coefficient[i])
+
+        def loss(
+            model: nn.Module,
+            x: Tensor,
+            y: Tensor,
+            _: Tensor,
+            first: list[Tensor] = first,
+            strength: float = strength,
+        ) -> Tensor:
+            pairs = zip(model.parameters(), first, strict=True)
+            distance = torch.stack([(p - f).square().sum() for p, f in pairs]).sum()
+            return F.cross_entropy(model(x), y) + strength * distance
+
+        expected, _ = train_plainly(module, k, [PlainSide("private", shard(k), loss)])
+        assert_equal_states(cohort.state(i), expected, 1e-9)
+
+
+def test_without_a_term_that_asks_there_is_no_start() -> None:
+    seen: list[object] = []
+
+    @term(needs=None)
+    def curious(step: Step) -> Tensor:
+        seen.append(step.start)
+        return step.logits.sum(-1)
+
+    cohort = cohort_of(MODELS["linear"], [0], LOOP)
+    fit(cohort, [0], [Side("private", images(), [shard(0)], {curious: 1.0})], epochs=1)
+    assert seen == [None]
+
+
+# --- Dropout -------------------------------------------------------------------------------------
+
+WORD = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def splitmix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
+    return z ^ (z >> 31)
+
+
+class NumpyDropout(nn.Module):
+    """Dropout by masks from Python integers; the n-th call of a forward pass in client k's stream."""
+
+    def __init__(self, p: float, call: int) -> None:
+        super().__init__()
+        self.p, self.call, self.k, self.step = p, call, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        root = key(*stream(self.k), "private", "step")
+        of_step = splitmix((root + self.step * GOLDEN) & WORD)
+        counters = [(self.call + 1) * 2**40 + i for i in range(-(-x.numel() // 4))]
+        words = [splitmix((of_step + counter * GOLDEN) & WORD) for counter in counters]
+        drawn = np.array(words, dtype="<u8").view("<u2")[: x.numel()].astype(np.int64)
+        keep = torch.from_numpy(drawn >= round(self.p * 65536)).reshape(x.shape)
+        return x * keep / (1 - self.p)
+
+
+class Dropping(nn.Module):
+    """Two dropouts: one a layer, one a call of ``F.dropout`` unless `second` replaces it."""
+
+    def __init__(self, first: nn.Module, second: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 13), nn.Linear(13, C)
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(self.inner(x.flatten(1)).relu())
+        if self.second is None:
+            return self.outer(F.dropout(hidden, 0.3, self.training))  # type: ignore[no-any-return]
+        return self.outer(self.second(hidden))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, STACKED_ALL, LOOP], ids=plan_name)
+def test_dropout_nets_equal_a_plain_loop_with_masks_of_its_own(plan: Plan) -> None:
+    clients = [0, 1, 6]
+
+    def build() -> nn.Module:
+        return Dropping(nn.Dropout(0.5))
+
+    cohort = cohort_of(build, clients, plan)
+    fit(cohort, clients, [private_side(clients)])
+
+    for i, k in enumerate(clients):
+        module = Dropping(NumpyDropout(0.5, call=0), NumpyDropout(0.3, call=1)).double()
+        for dropout in module.modules():
+            if isinstance(dropout, NumpyDropout):
+                dropout.k = k
+        module.load_state_dict(start(build, k))
+        expected, _ = train_plainly(module, k, [PlainSide("private", shard(k), hard_loss)])
+        assert_equal_states(cohort.state(i), expected, 1e-9)
+
+
+@pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
+def test_training_neither_reads_nor_moves_the_global_generator(plan: Plan) -> None:
+    results = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            cohort = cohort_of(lambda: Dropping(nn.Dropout(0.5)), [0, 1], plan)
+            before = torch.get_rng_state()
+            fit(cohort, [0, 1], [private_side([0, 1])], epochs=1)
+            assert torch.equal(torch.get_rng_state(), before)
+            results.append(cohort.state(1))
+    assert all(torch.equal(results[0][n], t) for n, t in results[1].items())
+
+
+class Noisy(nn.Module):
+    """Noise drawn where no rule for a name of ``torch.nn.functional`` can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return self.layer(flat + flat.new_empty(flat.shape).normal_())  # type: ignore[no-any-return]
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(64, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.squeeze(1)
+        mixed, _ = self.attention(rows, rows, rows)
+        return self.head(mixed.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
+@pytest.mark.parametrize(
+    "build", [Noisy, Attentive, lambda: nn.Sequential(nn.Dropout2d(), MODELS["linear"]())]
+)
+def test_models_that_draw_otherwise_are_refused(build: Builder, plan: Plan) -> None:
+    cohort = cohort_of(build, [0, 1], plan)
+    with pytest.raises(FedkdError, match="cannot be keyed"):
+        fit(cohort, [0, 1], [private_side([0, 1])], epochs=1)
+
+
+# --- Predicting ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
+@pytest.mark.parametrize("model", ["mlp", "resnet", "dropout"])
+def test_predictions_are_those_of_the_module_in_evaluation(
+    model: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedkd.cohort.IMAGES_AT_ONCE", 13)  # 101 images in eight chunks
+    build = MODELS.get(model, lambda: Dropping(nn.Dropout(0.5)))
+    clients = [0, 1, 2]
+    cohort = cohort_of(build, clients, plan)
+    fit(cohort, clients, [private_side(clients)], epochs=1)
+    states = [cohort.state(k) for k in clients]
+    rows = torch.arange(N).flip(0)[:29]
+
+    every, some = cohort.predict(images()), cohort.predict(images(labelled=False), rows)
+    classes, some_classes = cohort.classify(images()), cohort.classify(images(), rows)
+
+    assert every.shape == (3, N, C)
+    assert not every.requires_grad
+    assert classes.dtype == torch.int16
+    for k in clients:
+        module = build().double()
+        module.load_state_dict(states[k])
+        expected = module.eval()(inputs()).detach()
+        torch.testing.assert_close(every[k], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(some[k], expected[rows], rtol=0, atol=1e-12)
+        assert torch.equal(classes[k].long(), expected.argmax(-1))
+        assert torch.equal(some_classes[k].long(), expected[rows].argmax(-1))
+        assert_equal_states(cohort.state(k), states[k], 0.0)  # predicting changes nothing
+
+
+def test_float32_dense_predictions_do_not_depend_on_the_others() -> None:
+    full = cohort_of(MODELS["mlp"], list(range(K)), STACKED_ALL, torch.float32)
+    together = full.predict(images(torch.float32))
+    for k in range(K):
+        alone = cohort_of(MODELS["mlp"], [k], STACKED_ALL, torch.float32)
+        assert torch.equal(alone.predict(images(torch.float32))[0], together[k])
+
+
+# --- States --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_initial_state_is_that_of_a_seeded_build_and_leaves_the_global_generator_alone(
+    model: str,
+) -> None:
+    before = torch.get_rng_state()
+    given = initial_state(MODELS[model], 5, "client", 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(5, "client", 2))
+        expected = MODELS[model]().state_dict()
+    assert list(given) == list(expected)
+    assert all(torch.equal(given[n], t) for n, t in expected.items())
+    assert not any(t.requires_grad for t in given.values())
+    other = initial_state(MODELS[model], 5, "client", 3)
+    assert not torch.equal(other["head.weight"], given["head.weight"])
+
+
+def test_states_go_in_and_come_out_as_copies() -> None:
+    cohort = cohort_of(MODELS["resnet"], [0, 1, 2], LOOP)
+    taken = cohort.state(1)
+    assert_equal_states(taken, start(MODELS["resnet"], 1), 0.0)
+    taken["head.bias"].fill_(7.0)
+    assert_equal_states(cohort.state(1), start(MODELS["resnet"], 1), 0.0)
+
+    cohort.load(2, {n: t.float() if t.is_floating_point() else t for n, t in taken.items()})
+    assert cohort.params["head.bias"].dtype == F64
+    assert_equal_states(cohort.state(2), taken, 1e-7)
+    assert_equal_states(cohort.state(0), start(MODELS["resnet"], 0), 0.0)
+    taken["head.bias"].fill_(9.0)
+    assert bool((cohort.state(2)["head.bias"] == 7.0).all())
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, C)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x.flatten(1)).relu()).relu())  # type: ignore[no-any-return]
+
+
+class Counting(nn.Module):
+    """A buffer that is part of the module but not of its ``state_dict``."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, C)
+        self.register_buffer("scale", torch.linspace(0.5, 2.0, 64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1) * self.scale)  # type: ignore[no-any-return]
+
+
+def frozen() -> nn.Module:
+    """A trained body that a user fixed: ``requires_grad`` is the way to say so."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 13), nn.ReLU(), nn.Linear(13, C))
+    model[1].requires_grad_(False)
+    return model
+
+
+class Spare(nn.Module):
+    """A parameter that no loss reaches: ``torch.optim`` leaves it alone, weight decay included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.spare = nn.Linear(64, C), nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def small_batch_norm() -> nn.Module:
+    """Without bias before it: that gradient is zero but for rounding, which Adam blows up."""
+    return nn.Sequential(
+        *(nn.Flatten(), nn.Linear(64, 13, bias=False)),
+        *(nn.BatchNorm1d(13, momentum=0.3), nn.ReLU(), nn.Linear(13, C)),
+    )
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, LOOP], ids=plan_name)
+@pytest.mark.parametrize("build", [Tied, Counting, frozen, Spare, small_batch_norm])
+def test_special_modules_train_as_in_plain_pytorch(build: Builder, plan: Plan) -> None:
+    """With decay, and shards of 5, 64 and 8 samples: no batch of one, which 1-d norms refuse."""
+    clients = [0, 2, 4]
+    cohort = cohort_of(build, clients, plan)
+    fit(cohort, clients, [private_side(clients)], "adamw")
+    for i, k in enumerate(clients):
+        module = build().double()
+        module.load_state_dict(start(build, k))
+        expected, _ = train_plainly(module, k, [PlainSide("private", shard(k), hard_loss)], "adamw")
+        trained = {n: t for n, t in cohort.state(i).items() if n in expected}
+        assert_equal_states(trained, expected, 1e-9)
+
+
+def test_a_last_batch_of_one_sample_under_batch_norm_is_the_same_in_both_plans() -> None:
+    """PyTorch refuses such a batch; shards of 9 and 17 images have one in every epoch."""
+    clients = [1, 5]
+    states = []
+    for plan in (STACKED_ALL, LOOP):
+        cohort = cohort_of(small_batch_norm, clients, plan)
+        fit(cohort, clients, [private_side(clients)])
+        states.append(cohort.state(0))
+    assert all(bool(t.isfinite().all()) for t in states[0].values())
+    assert_equal_states(states[0], states[1], 1e-9)
+
+
+# --- Errors, progress, plans ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
+@pytest.mark.parametrize("empty", [0, 1], ids=["first side", "second side"])
+def test_a_client_without_samples_is_refused_before_anything_moves(empty: int, plan: Plan) -> None:
+    clients = [0, 1, 2]
+    cohort = cohort_of(MODELS["linear"], clients, plan)
+    rows = [[shard(k) for k in clients] for _ in range(2)]
+    rows[empty][1] = torch.empty(0, dtype=torch.int64)
+    names = ["public", "private"]
+    sides = [Side(n, images(), r, {ce: 1.0}) for n, r in zip(names, rows, strict=True)]
+    with pytest.raises(FedkdError, match=f"model 1 .*no {names[empty]} samples"):
+        fit(cohort, clients, sides)
+    for k in clients:
+        assert_equal_states(cohort.state(k), start(MODELS["linear"], k), 0.0)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
+def test_progress_rises_to_one(plan: Plan) -> None:
+    told: list[float] = []
+    clients = [0, 1, 2]
+    cohort = cohort_of(MODELS["linear"], clients, plan)
+    cohort.fit(
+        [private_side(clients)],
+        epochs=1,
+        batch_size=B,
+        optimizer=OptimizerSettings(),
+        streams=[stream(k) for k in clients],
+        progress=told.append,
+    )
+    assert told == sorted(told)
+    assert 0 < told[0] < 1
+    assert told[-1] == 1
+
+
+def test_plans_choose_by_model_and_device() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    dense, convolutional = MODELS["mlp"](), MODELS["cnn"]()
+    assert choose_plan(dense, cpu) == Plan(True, 100)
+    assert choose_plan(dense, cuda) == Plan(True, 1000)
+    assert choose_plan(convolutional, cpu) == Plan(False)
+    assert choose_plan(convolutional, cuda).stacked
+    assert choose_plan(convolutional, cpu, "stacked").stacked
+    assert choose_plan(dense, cpu, "loop") == Plan(False)
+    assert choose_plan(nn.Linear(2000, 2000), cpu) == Plan(True, 1)
+    assert choose_plan(nn.Sequential(nn.GRU(8, 8)), cuda) == Plan(False)
+    assert choose_plan(nn.BatchNorm1d(3, momentum=None), cuda) == Plan(False)
