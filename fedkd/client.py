@@ -373,7 +373,9 @@ class _Stack:
         private = self._terms(phase.private)
         if phase.public and all(term.needs is None for term in public):
             # The public set is there to be distilled on; without knowledge only its labels teach.
-            teaches = not self._wants_knowledge(phase.public) and self.world.public.labels is not None
+            teaches = (
+                not self._wants_knowledge(phase.public) and self.world.public.labels is not None
+            )
             public = public if teaches else {}
         if self.world.public.labels is None and public:
             # Cross entropy needs labels: a private batch in the same step has them.

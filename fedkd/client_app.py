@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedkd.adapter import always_reply
+from fedkd.transport.adapter import always_reply
 from fedkd.client import DiskStore, Failure, execute
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment

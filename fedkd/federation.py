@@ -8,7 +8,7 @@ record of a round is on disk before the next one begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedkd.adapter import failure_reason
+from fedkd.transport.adapter import failure_reason
 from fedkd.client import INITIAL, Order, Report
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -101,12 +101,19 @@ class Federation:
         grid: reaches the clients.
         experiment: the run; if its folder exists, records are written there.
         world: the data as the server sees it.
+        on_round: called with each round's record, once that is on disk.
     """
 
     def __init__(
-        self, strategy: DistillationStrategy, grid: Grid, experiment: Experiment, world: World
+        self,
+        strategy: DistillationStrategy,
+        grid: Grid,
+        experiment: Experiment,
+        world: World,
+        on_round: Callable[[Row], None] = lambda _: None,
     ) -> None:
         strategy.check(experiment)
+        self._on_round = on_round
         self._strategy = strategy
         self._grid = grid
         self._experiment = experiment
@@ -276,6 +283,7 @@ class Federation:
         self.rows.append(row)
         if self._folder is not None:
             self._folder.append_round(row)
+        self._on_round(row)
         if self._lost >= LOST_ROUNDS:
             reasons = sorted(set(exchange.dropped.values()))
             raise FedkdError(

@@ -87,8 +87,15 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _mlp(shape: InputShape, num_classes: int, *, width: int, dropout: float = 0.0) -> Classifier:
-    hidden: list[nn.Module] = []
+def _mlp(
+    shape: InputShape,
+    num_classes: int,
+    *,
+    width: int,
+    dropout: float = 0.0,
+    input_dropout: float = 0.0,
+) -> Classifier:
+    hidden: list[nn.Module] = [nn.Dropout(input_dropout)] if input_dropout else []
     for before, after in pairwise((prod(shape), width, width)):
         hidden += [nn.Linear(before, after), nn.ReLU()]
         if dropout:
@@ -205,6 +212,8 @@ _BUILDERS: dict[str, Builder] = {
     "mlp-64": partial(_mlp, width=64),
     "mlp-800": partial(_mlp, width=800),
     "mlp-1200": partial(_mlp, width=1200, dropout=0.8),
+    # Dropout as in Hinton et al. 2012 (1207.0580), the recipe behind Hinton, Vinyals, Dean 2015.
+    "hinton-1200": partial(_mlp, width=1200, dropout=0.5, input_dropout=0.2),
     "lenet": _lenet,
     "cnn": _cnn,
     "cnn-large": _cnn_large,

@@ -187,8 +187,8 @@ class Run:
         return float(self.result["accuracy"])
 
     @property
-    def client_accuracy(self) -> list[float]:
-        """The same per client, ``[K]`` in order of partition."""
+    def client_accuracy(self) -> list[float | None]:
+        """The same per client, ``[K]`` in order of partition; `None` for one that did not answer."""
         return list(self.result["client_accuracy"])
 
     @property

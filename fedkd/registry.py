@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
-import fedkd
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment, kebab
 from fedkd.strategy import DistillationStrategy
@@ -139,7 +138,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def _refuse_foreign(package: ModuleType) -> None:
     """Refuse a `strategies` package that stands elsewhere than beside fedkd."""
-    ours = Path(fedkd.__file__ or "").resolve().parent.parent
+    ours = Path(__file__).resolve().parent.parent
     theirs = Path(package.__file__ or "").resolve().parent.parent
     if ours != theirs:
         raise FedkdError(

@@ -9,7 +9,7 @@ import torch
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.records import Run, RunFolder, environment
+from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.world import resolve_device, world_of
@@ -17,12 +17,13 @@ from fedkd.world import resolve_device, world_of
 _ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
 
 
-def run(experiment: Experiment) -> Run:
+def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None) -> Run:
     """Run a federated experiment.
 
     Args:
         experiment: what to run. Its folder ``<run-dir>/<name>`` must not exist; without a name one is
             made up from strategy, data set and seed.
+        on_round: called with each round's record, once that is on disk.
 
     Returns:
         The finished run, read back from its folder.
@@ -36,9 +37,7 @@ def run(experiment: Experiment) -> Run:
     named = experiment.replace(name=folder.path.name, strategy=_recorded(experiment, strategy))
     device = str(resolve_device(experiment.device))
     folder.write_experiment(named, environment(device, torch.get_num_threads()))
-    engine: Callable[[DistillationStrategy, Experiment], None]
-    engine = import_module(_ENGINES[experiment.engine]).run
-    engine(strategy, named)
+    import_module(_ENGINES[experiment.engine]).run(strategy, named, on_round)
     return Run.load(folder.path)
 
 

@@ -7,9 +7,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.experiment import Experiment
-from fedkd.messages import experiment_record
 from fedkd.records import RunFolder, environment
 from fedkd.registry import strategy_of
+from fedkd.transport.simulation import guarded
 from fedkd.world import resolve_device
 
 app = ServerApp()
@@ -27,9 +27,5 @@ def main(grid: Grid, context: Context) -> None:
     )
     device = str(resolve_device(named.device))
     folder.write_experiment(named, environment(device, torch.get_num_threads()))
-    strategy.start(
-        grid,
-        num_rounds=named.num_server_rounds,
-        timeout=named.round_timeout,
-        train_config=experiment_record(named),
-    )
+    with guarded(grid) as guarded_grid:
+        strategy.open(guarded_grid, named).run()

@@ -23,6 +23,7 @@ from fedkd.experiment import Experiment
 from fedkd.federation import Federation
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.phases import Digest, Phase, Predict, Revisit, SendWeights
+from fedkd.records import Row
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
 
@@ -169,19 +170,23 @@ class DistillationStrategy(Strategy):
         """
         keys: dict[str, Any] = dict(train_config or {})
         keys |= {"num-server-rounds": num_rounds, "round-timeout": timeout}
-        federation = self.open(grid, Experiment.load(("train_config", keys)))
-        try:
-            return federation.run()
-        finally:
-            self._set_session(None)
+        return self.open(grid, Experiment.load(("train_config", keys))).run()
 
-    def open(self, grid: Grid, experiment: Experiment) -> Federation:
-        """Open a session, in which rounds can be run one by one."""
-        federation = Federation(self, grid, experiment, world_of(experiment))
+    def open(
+        self, grid: Grid, experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
+    ) -> Federation:
+        """Open a session: run it whole, or its rounds one by one under Flower's own loop.
+
+        Args:
+            grid: Flower's, or an engine's.
+            experiment: what to run; records go to its folder if that exists.
+            on_round: called with each round's record, once that is on disk.
+        """
+        federation = Federation(self, grid, experiment, world_of(experiment), on_round)
         self._set_session(federation)
         return federation
 
-    def _set_session(self, session: Federation | None) -> None:
+    def _set_session(self, session: Federation) -> None:
         object.__setattr__(self, "_open_session", session)  # the one handle a frozen strategy has
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
@@ -21,11 +22,12 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.simulation import run_simulation
 from numpy.typing import NDArray
 
-from fedkd.engines.adapter import (
+from fedkd.transport.adapter import (
     FIRST_NODE_ID,
     GuardedGrid,
     Handle,
@@ -38,7 +40,7 @@ from fedkd.engines.adapter import (
     quiet,
     task_identity,
 )
-from fedkd.engines.simulation import simulate
+from fedkd.transport.simulation import guarded, simulate
 from fedkd.errors import FedkdError
 
 K = 5
@@ -419,16 +421,20 @@ class Seen:
 
     labels: NDArray[np.float64] | None = None
     rounds: list[dict[int, str]] = field(default_factory=list)
+    threads: object = None
     raised: BaseException | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def partitions_of(grid: Grid) -> dict[int, int]:
-    """Ask every node for its partition."""
-    replies = grid.send_and_receive(to_all(grid, "query.do", deeds()), timeout=60)
-    return {r.metadata.src_node_id: int(metric(r, "partition-id")) for r in replies}
+def ask(grid: Grid, content: RecordDict) -> dict[int, Message]:
+    """Return the replies by node id."""
+    replies = grid.send_and_receive(to_all(grid, "query.do", content), timeout=60)
+    return {reply.metadata.src_node_id: reply for reply in replies}
 
 
-def outcomes(grid: Grid, nodes: dict[int, int], content: RecordDict, timeout: float) -> Any:
+def outcomes(
+    grid: Grid, nodes: dict[int, int], content: RecordDict, timeout: float = 60.0
+) -> dict[int, str]:
     """Return {partition: "ok" or the reason of its failure}; what is missing gave no reply."""
     messages = to_all(grid, "query.do", content)
     replies = {
@@ -448,7 +454,9 @@ def on_ray() -> Seen:
 
     def server(grid: Grid) -> None:
         seen.labels = run_mean_of_labels(grid)
-        nodes = partitions_of(grid)
+        answers = ask(grid, deeds())
+        nodes = {node: int(metric(reply, "partition-id")) for node, reply in answers.items()}
+        seen.threads = {str(reply.content["about"]["threads"]) for reply in answers.values()}
         accidents = [
             (deeds(), 60.0),
             (deeds(client_2="exit"), 60.0),
@@ -461,13 +469,14 @@ def on_ray() -> Seen:
             seen.rounds.append(outcomes(grid, nodes, content, timeout))
         raise Finished
 
-    before = dict(os.environ)
-    try:
-        simulate(server, grid_clients.app, num_clients=K, num_cpus=2)
-    except Finished as finished:
-        seen.raised = finished
-    for name, value in os.environ.items():
-        assert before.get(name, value) == value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "3")
+        patch.setenv("PYTHONPATH", "/nowhere")
+        try:
+            simulate(server, grid_clients.app, num_clients=K, num_cpus=2)
+        except Finished as finished:
+            seen.raised = finished
+        seen.environment = dict(os.environ)
     return seen
 
 
@@ -502,16 +511,40 @@ def test_a_client_that_hangs_costs_its_round_and_not_the_run(on_ray: Seen) -> No
 
 
 @pytest.mark.ray
-def test_a_second_simulation_in_the_process_gets_its_own_threads(on_ray: Seen) -> None:
-    threads: list[Any] = []
+def test_threads_are_the_workers_and_the_environment_is_as_before(on_ray: Seen) -> None:
+    assert on_ray.threads == {"1"}
+    assert on_ray.environment["OMP_NUM_THREADS"] == "3"
+    assert on_ray.environment["PYTHONPATH"] == "/nowhere"
 
-    def server(grid: Grid) -> None:
-        replies = grid.send_and_receive(to_all(grid, "query.do", deeds()), timeout=60)
-        threads.extend(reply.content["about"]["threads"] for reply in replies)
 
-    simulate(server, grid_clients.app, num_clients=1, client_cpus=2, num_cpus=3)
-    assert threads == ["2"]
-    assert os.environ.get("OMP_NUM_THREADS") != "2"
+@pytest.mark.ray
+def test_a_simulation_that_flower_started_survives_a_dead_client_too(
+    on_ray: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")  # Flower sets it, and leaves it
+    rounds: list[dict[int, str]] = []
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        while len(list(grid.get_node_ids())) < 3:
+            time.sleep(0.05)
+        with guarded(grid) as tended:
+            answers = ask(tended, deeds())
+            nodes = {node: int(metric(reply, "partition-id")) for node, reply in answers.items()}
+            rounds.append(outcomes(tended, nodes, deeds(client_1="exit")))
+            rounds.append(outcomes(tended, nodes, deeds()))
+
+    resources: dict[str, Any] = {"init_args": {"num_cpus": 1}, "client_resources": {"num_cpus": 1}}
+    with task_identity(), quiet():
+        run_simulation(app, grid_clients.app, 3, backend_config=resources)
+    assert rounds == [{0: "ok", 1: "client process died", 2: "ok"}, dict.fromkeys(range(3), "ok")]
+
+
+def test_a_grid_without_ray_needs_no_guard() -> None:
+    grid = LocalGrid(silent_or_loud, num_clients=K)
+    with guarded(grid) as same:
+        assert same is grid
 
 
 @pytest.mark.parametrize(

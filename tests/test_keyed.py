@@ -347,7 +347,6 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout1d": lambda x: F.dropout1d(x, 0.5),
     "dropout2d": lambda x: F.dropout2d(x[None, None], 0.5),
     "alpha_dropout": lambda x: F.alpha_dropout(x, 0.5, training=True),
-    "rrelu": lambda x: F.rrelu(x, training=True),
     "gumbel_softmax": F.gumbel_softmax,
     "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
     "rand": lambda x: x + torch.rand(UNITS),

@@ -7,12 +7,12 @@ rounding are those of the wire. It imports no Ray.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flwr.app import Message
 
-from fedkd.adapter import LocalGrid, task_identity
+from fedkd.transport.adapter import LocalGrid, task_identity
 from fedkd.client import Failure, MemoryStore, Order, Report, execute
 from fedkd.client_app import introduce
 from fedkd.experiment import Experiment
@@ -22,24 +22,21 @@ from fedkd.messages import (
     decode_order,
     encode_introduction,
     encode_report,
-    experiment_record,
     failed,
 )
+from fedkd.records import Row
 from fedkd.strategy import DistillationStrategy
 from fedkd.world import world_of
 
 
-def run(strategy: DistillationStrategy, experiment: Experiment) -> None:
+def run(
+    strategy: DistillationStrategy, experiment: Experiment, on_round: Callable[[Row], None]
+) -> None:
     """Run a federation in this process; its records are in the experiment's run folder."""
     clients = _Clients(experiment)
     grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
     with task_identity():
-        strategy.start(
-            grid,
-            num_rounds=experiment.num_server_rounds,
-            timeout=experiment.round_timeout,
-            train_config=experiment_record(experiment),
-        )
+        strategy.open(grid, experiment, on_round).run()
 
 
 class _Clients:

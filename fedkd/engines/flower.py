@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.serverapp import Grid
 
 from fedkd.client_app import app
-from fedkd.engines.simulation import simulate
+from fedkd.transport.simulation import simulate
 from fedkd.experiment import Experiment
-from fedkd.messages import experiment_record
+from fedkd.records import Row
 from fedkd.strategy import DistillationStrategy
 
 
-def run(strategy: DistillationStrategy, experiment: Experiment) -> None:
+def run(
+    strategy: DistillationStrategy, experiment: Experiment, on_round: Callable[[Row], None]
+) -> None:
     """Run a federation on Ray; its records are in the experiment's run folder."""
     # Workers have a working directory of their own.
     located = experiment.replace(
@@ -22,12 +25,7 @@ def run(strategy: DistillationStrategy, experiment: Experiment) -> None:
     )
 
     def server(grid: Grid) -> None:
-        strategy.start(
-            grid,
-            num_rounds=located.num_server_rounds,
-            timeout=located.round_timeout,
-            train_config=experiment_record(located),
-        )
+        strategy.open(grid, located, on_round).run()
 
     simulate(
         server,

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partialmethod
 from threading import Event
 from typing import Any, Protocol, cast
 from uuid import uuid4
@@ -40,6 +41,8 @@ FIRST_NODE_ID = 1000
 
 _RUN_ID = 1
 _TASK_ID = 1
+_POLL_S = 0.05
+_LAST_CALLS_S = 10.0
 
 Handle = Callable[[Sequence[tuple[int, Message]]], Sequence[Message | None]]
 """Answers messages for clients, given as (partition id, message); None = this client is silent."""
@@ -228,12 +231,16 @@ def always_reply(
     try:
         reply: object = call_next(message, context)
         if not isinstance(reply, Message):
-            raise TypeError(f"the client returned {type(reply).__name__} instead of a Message")
+            raise _no_message(reply)
     except Exception as exception:
         context.state = before
         logging.getLogger(__name__).warning("a client failed", exc_info=True)
         return error_reply(message, exception)
     return reply
+
+
+def _no_message(reply: object) -> TypeError:
+    return TypeError(f"the client returned {type(reply).__name__} instead of a Message")
 
 
 _DIED = "client process died"
@@ -310,6 +317,10 @@ class ClientProcesses(Protocol):
         """Have all calls of `result` that are under way end."""
 
 
+class SimulationStopped(Exception):
+    """The server waited for replies of a simulation that is no more."""
+
+
 class GuardedGrid(Grid):
     """A grid whose calls end when the run does, and a round's timeout ends its clients' work.
 
@@ -375,13 +386,6 @@ class GuardedGrid(Grid):
         return replies
 
 
-class SimulationStopped(Exception):
-    """The server waited for replies of a simulation that is no more."""
-
-
-_POLL_S = 0.05
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Flower's log, in which a dead client takes sixty lines."""
@@ -416,16 +420,20 @@ def run_simulation(
 
     # By name: the package's attribute `run_simulation` is the function.
     module = importlib.import_module("flwr.simulation.run_simulation")
-    backends = importlib.import_module("flwr.server.superlink.fleet.vce.backend.raybackend")
-    with (
-        replaced(module, "event", lambda *_, **__: None),
-        replaced(backends, "RayBackend", _tended_backend(processes)),
-    ):
+    with replaced(module, "event", lambda *_, **__: None), tended_backend(processes):
         flower_simulation(app, client_app, num_clients, backend_config=cast(Any, backend_config))
 
 
-def _tended_backend(processes: ClientProcesses) -> type:
-    """Return Flower's Ray backend with another way to treat what goes wrong with a client.
+def is_simulated(grid: Grid) -> bool:
+    """Whether the clients of this grid run in worker processes of Ray, started by this process."""
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid)
+
+
+@contextmanager
+def tended_backend(processes: ClientProcesses) -> Iterator[None]:
+    """Let Flower's Ray backend, also one that runs, treat differently what goes wrong.
 
     Flower puts a dead actor back into its pool, where it fails at once whatever it is given, and
     waits without end for one that does not return. Here a new process takes the place of either,
@@ -433,43 +441,52 @@ def _tended_backend(processes: ClientProcesses) -> type:
     """
     from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 
-    class TendedBackend(RayBackend):
-        def build(self, app_fn: Callable[[], ClientApp]) -> None:
-            super().build(app_fn)
-            processes.wait_until_ready(self._actors.pool)
+    build = partialmethod(_build, processes, RayBackend.build)
+    process_message = partialmethod(_process_message, processes)
+    terminate = partialmethod(_terminate, processes, RayBackend.terminate)
+    with (
+        replaced(RayBackend, "build", build),
+        replaced(RayBackend, "process_message", process_message),
+        replaced(RayBackend, "terminate", terminate),
+    ):
+        yield
 
-        def process_message(self, message: Message, context: Context) -> tuple[Message, Context]:
-            deadline = message.metadata.created_at + message.metadata.ttl
-            if time.time() >= deadline:  # it waited for a worker all the time that it had
-                return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, ""), reply_to=message), context
-            actor: Any = self._actors.pool.pop()
-            partition = str(context.node_config["partition-id"])
-            try:
-                call = actor.run.remote(self.app_fn, message, partition, context)
-                _, reply, after = processes.result(actor, call, deadline)
-            except ClientProcessLost as lost:
-                actor = self._actors.create_actor_fn()
-                error = Error(ErrorCode.CLIENT_APP_CRASHED, str(lost))
-                return Message(error, reply_to=message), context
-            finally:
-                self._actors.pool.append(actor)
-            if not isinstance(reply, Message):
-                none = TypeError(f"the client returned {type(reply).__name__} instead of a Message")
-                return error_reply(message, none), context
-            return reply, after
 
-        def terminate(self) -> None:
-            processes.end()  # a call that outlives Ray would start another one
-            end = time.monotonic() + 10.0
-            while self.pool and len(self.pool.pool) < self.num_workers and time.monotonic() < end:
-                time.sleep(_POLL_S)
-            super().terminate()
+def _build(
+    backend: Any, processes: ClientProcesses, build: Callable[..., None], app_fn: object
+) -> None:
+    build(backend, app_fn)
+    processes.wait_until_ready(backend.pool.pool)
 
-        @property
-        def _actors(self) -> Any:
-            return self.pool
 
-    return TendedBackend
+def _process_message(
+    backend: Any, processes: ClientProcesses, message: Message, context: Context
+) -> tuple[Message, Context]:
+    deadline = message.metadata.created_at + message.metadata.ttl
+    if time.time() >= deadline:  # it waited for a worker all the time that it had
+        return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, ""), reply_to=message), context
+    actors = backend.pool
+    actor = actors.pool.pop()
+    try:
+        partition = str(context.node_config["partition-id"])
+        call = actor.run.remote(backend.app_fn, message, partition, context)
+        _, reply, after = processes.result(actor, call, deadline)
+    except ClientProcessLost as lost:
+        actor = actors.create_actor_fn()
+        return Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(lost)), reply_to=message), context
+    finally:
+        actors.pool.append(actor)
+    if not isinstance(reply, Message):
+        return error_reply(message, _no_message(reply)), context
+    return reply, after
+
+
+def _terminate(backend: Any, processes: ClientProcesses, terminate: Callable[..., None]) -> None:
+    processes.end()  # a call that outlives Ray would start another one
+    end = time.monotonic() + _LAST_CALLS_S
+    while backend.pool and len(backend.pool.pool) < backend.num_workers and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    terminate(backend)
 
 
 @contextmanager

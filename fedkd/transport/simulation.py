@@ -16,14 +16,16 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedkd.engines.adapter import (
+from fedkd.transport.adapter import (
     ClientProcessLost,
     GuardedGrid,
     SimulationStopped,
+    is_simulated,
     quiet,
     replaced,
     run_simulation,
     task_identity,
+    tended_backend,
 )
 from fedkd.errors import FedkdError
 
@@ -50,7 +52,7 @@ def simulate(
     `client_app` in a module that can be imported: the workers get this process's `sys.path`.
 
     `server` starts when all clients are registered and all workers are up, and gets a grid on which
-    a failed client is an error reply (see `fedkd.engines.adapter.failure_reason`): it raised, its
+    a failed client is an error reply (see `fedkd.transport.adapter.failure_reason`): it raised, its
     process died, it returned no message, or it was still at work at the end of the round's timeout.
     In the last three cases its worker is, if need be, replaced and the others never notice.
     Ray is started for the run and shut down after it; the environment is as before.
@@ -92,6 +94,24 @@ def simulate(
             ray.shutdown()
     if run.failure is not None:
         raise run.failure
+
+
+@contextmanager
+def guarded(grid: Grid) -> Iterator[Grid]:
+    """Look after the clients of a simulation that Flower started: `flwr run`.
+
+    For the main function of a ServerApp. In a simulation the grid that this yields treats failed
+    clients as that of `simulate` does; in a deployment it is the given one.
+    """
+    if not is_simulated(grid):
+        yield grid
+        return
+    stopped = Event()
+    with tended_backend(_Workers(stopped, ready=Event())):
+        try:
+            yield GuardedGrid(grid, stopped)
+        finally:
+            stopped.set()
 
 
 def _without_wrapping(exception: BaseException) -> RuntimeError:

@@ -1,0 +1,135 @@
+"""Is federated distillation worth it? Central, alone and federated on the same 5,000 MNIST images.
+
+Ten clients hold 3,200 images between them, unevenly (Dirichlet 0.3), and share 800 unlabelled ones. Each
+has a small student and a bigger local teacher. The federation runs twice, as Flower clients on Ray and
+on the in-process engine, to show the same accuracies and the two times. No download; under three
+minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from time import monotonic
+
+from rich.console import Console
+from rich.table import Table
+
+import fedkd
+from fedkd.comparison import Comparison
+from fedkd.losses import effective_weights
+from fedkd.plots import accuracy_by_round
+from fedkd.records import Run
+
+EXPERIMENT = fedkd.Experiment(
+    dataset="mnist-5k",
+    public_labels=False,
+    num_clients=10,
+    partition="dirichlet",
+    partition_alpha=0.3,
+    student="mlp-20",
+    teacher="mlp-256",
+    strategy="DSFL",
+    num_server_rounds=10,
+    local_epochs=1,
+    distill_epochs=3,
+    alpha=0.9,
+    tau=3.0,
+)
+
+
+def main() -> None:
+    """Run everything and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
+    experiment = EXPERIMENT.smoke() if parser.parse_args().smoke else EXPERIMENT
+    console = Console()
+    console.print(_introduction(experiment))
+
+    comparison = fedkd.compare(
+        experiment,
+        ["teacher", "student-alone", "student-distilled", "local-only", "FedAvg", "DSFL"],
+        progress=_Progress(console),
+    )
+    cohort = comparison.runs["DSFL"][0]
+    console.print("The same federation as Flower clients on Ray ...")
+    started = monotonic()
+    flower = fedkd.run(experiment.replace(engine="flower"))
+    seconds = monotonic() - started
+
+    console.print(comparison.table())
+    console.print(_engines(cohort, flower, seconds))
+    figure = accuracy_by_round(_curves(comparison), _lines(comparison), Path("quickstart.svg"))
+    console.print(f"Accuracy by round: {figure}\nRecords: {cohort.path.parent}/")
+    if cohort.client_accuracy != flower.client_accuracy:
+        sys.exit("The two engines disagree: please report this.")
+
+
+def _introduction(experiment: fedkd.Experiment) -> str:
+    weights = effective_weights(experiment.alpha, experiment.tau, experiment.kl_reduction, 10)
+    return (
+        f"{experiment.num_clients} clients, students {experiment.student}, local teachers "
+        f"{experiment.teacher}; a client's loss on the public images is {weights}."
+    )
+
+
+class _Progress:
+    """Says what is running, once for each thing."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = ""
+
+    def __call__(self, what: str, share: float) -> None:
+        if what != self._last:
+            self._last = what
+            self._console.print(f"Training: {what} ...")
+
+
+def _engines(cohort: Run, flower: Run, flower_seconds: float) -> Table:
+    table = Table(title="One federation (DSFL), two engines")
+    for name in ("engine", "accuracy", "worst", "best", "up", "seconds"):
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for name, run, seconds in (
+        ("in process (cohort)", cohort, float(cohort.result["seconds"])),
+        ("Flower on Ray (flower)", flower, flower_seconds),
+    ):
+        clients = [a for a in run.client_accuracy if a is not None]
+        table.add_row(
+            name,
+            f"{100 * run.accuracy:.2f}",
+            f"{100 * min(clients):.2f}",
+            f"{100 * max(clients):.2f}",
+            f"{run.bytes_up:,} B",
+            f"{seconds:.1f}",
+        )
+    return table
+
+
+def _curves(comparison: Comparison) -> dict[str, list[tuple[int, float]]]:
+    """Return a curve a federated method: the student where it digests, the server's for FedAvg."""
+    names = {
+        "DSFL": "client_accuracy_after_digest",
+        "FedAvg": "server_accuracy",
+        "LocalOnly": "client_accuracy_after_revisit",
+    }
+    curves = {}
+    for method, field in names.items():
+        rows = comparison.runs[method][0].rounds
+        curves[method] = [
+            (row["round"], _average(row[field])) for row in rows if row.get(field) is not None
+        ]
+    return curves
+
+
+def _average(value: float | list[float]) -> float:
+    return sum(value) / len(value) if isinstance(value, list) else value
+
+
+def _lines(comparison: Comparison) -> dict[str, float]:
+    return {e.method: e.accuracy for e in comparison.entries if e.bytes_up is None}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""A federation in miniature: tiny clients in this process, their mail on record, one of them bad.
+
+In a module of its own that clients can import: its terms and models travel as ``module:function``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from fedkd.client import Order, Report
+from fedkd.engines import cohort
+from fedkd.experiment import Experiment
+from fedkd.federation import Federation
+from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.losses import Step, cross_entropy, term
+from fedkd.messages import HELLO, decode_order, decode_report
+from fedkd.records import Row
+from fedkd.registry import strategy_of
+from fedkd.strategy import DistillationStrategy
+from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.world import world_of
+
+DATA = str(Path(tempfile.gettempdir()) / "fedkd-tests-data")
+P, C, B = 37, 10, 16
+"""Public samples, classes and batch size of `tiny`."""
+
+
+def tiny(**keys: Any) -> Experiment:
+    """Return an experiment of a tenth of a second a round."""
+    small: dict[str, Any] = {
+        "dataset": "digits",
+        "data_dir": DATA,
+        "train_size": 151,
+        "test_size": 61,
+        "public_size": P,
+        "partition": "iid",
+        "num_clients": 3,
+        "student": "mlp-8",
+        "num_server_rounds": 1,
+        "batch_size": B,
+        "learning_rate": 0.01,
+        "device": "cpu",
+        "seed": 5,
+    }
+    return Experiment(**{**small, **keys})
+
+
+# --- Clients with their mail on record -----------------------------------------------------------
+
+Meddle = Callable[[Order, Message, Message], Message | None]
+"""Given an order, its message and the honest reply: the reply that is sent, or None for silence."""
+
+MeddleHello = Callable[[int, Message, Message], Message | None]
+"""The same for the introduction of a partition."""
+
+
+@dataclass
+class Exchange:
+    """What one exchange told the clients, and what they answered, by partition."""
+
+    orders: dict[int, Order] = field(default_factory=dict)
+    replies: dict[int, Message | None] = field(default_factory=dict)
+
+    def report(self, client: int) -> Report:
+        """Decode a client's reply."""
+        reply = self.replies[client]
+        assert reply is not None
+        return decode_report(reply.content, self.orders[client].asked)
+
+    def answers(self, clients: Sequence[int]) -> Knowledge:
+        """Stack the answers of some clients."""
+        answers = [self.report(k).answer for k in clients]
+        labels = [a for a in answers if isinstance(a, SoftLabels)]
+        weights = [a for a in answers if isinstance(a, Weights)]
+        assert len(labels) + len(weights) == len(clients)
+        return SoftLabels.stack(labels) if labels else Weights.stack(weights)
+
+
+class Clients:
+    """The clients of the in-process engine, with one who may change their replies."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        meddle: Meddle | None = None,
+        meddle_hello: MeddleHello | None = None,
+    ) -> None:
+        self._honest = cohort._Clients(experiment)
+        self._meddle = meddle or (lambda order, message, reply: reply)
+        self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
+        self._shards = world_of(experiment).shards
+        self.exchanges: list[Exchange] = []
+
+    def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
+        """Answer all messages of an exchange."""
+        honest = self._honest.handle(messages)
+        if messages[0][1].metadata.message_type == HELLO:
+            return [
+                self._meddle_hello(client, message, reply)
+                for (client, message), reply in zip(messages, honest, strict=True)
+                if reply is not None
+            ]
+        exchange = Exchange()
+        for (client, message), reply in zip(messages, honest, strict=True):
+            assert reply is not None
+            order = decode_order(message.content, num_examples=len(self._shards[client]))
+            exchange.orders[client] = order
+            exchange.replies[client] = self._meddle(order, message, reply)
+        self.exchanges.append(exchange)
+        return [exchange.replies[client] for client, _ in messages]
+
+
+@dataclass
+class Finished:
+    """A federation that ran to its end."""
+
+    rows: list[Row]
+    exchanges: list[Exchange]
+    """T rounds and the closing exchange."""
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What the closing exchange told client 0."""
+        received = self.exchanges[-1].orders[0].knowledge
+        assert received is not None
+        return received
+
+
+def open_federation(
+    experiment: Experiment,
+    clients: Clients,
+    strategy: DistillationStrategy | None = None,
+    grid: type[LocalGrid] = LocalGrid,
+) -> Federation:
+    """Open a session; its messages have to be built within `task_identity`."""
+    return (strategy or strategy_of(experiment)).open(
+        grid(clients.handle, num_clients=experiment.num_clients), experiment
+    )
+
+
+def federate(
+    experiment: Experiment,
+    meddle: Meddle | None = None,
+    strategy: DistillationStrategy | None = None,
+    grid: type[LocalGrid] = LocalGrid,
+    meddle_hello: MeddleHello | None = None,
+) -> Finished:
+    """Run a federation; with a name and no folder, nothing is written."""
+    clients = Clients(experiment, meddle, meddle_hello)
+    with task_identity():
+        federation = open_federation(experiment, clients, strategy, grid)
+        federation.run()
+    return Finished(federation.rows, clients.exchanges)
+
+
+# --- Replies that are not as they should be ------------------------------------------------------
+
+
+def reply_with(message: Message, content: RecordDict) -> Message:
+    """Answer `message` with other content."""
+    return Message(content, reply_to=message)
+
+
+def array(tensor: Tensor) -> Array:
+    """Pack a tensor as Flower does."""
+    return Array(tensor.contiguous().numpy())
+
+
+def with_arrays(content: RecordDict, **arrays: Array) -> RecordDict:
+    """Return records in which some arrays of the knowledge are others."""
+    old = dict(content.array_records["knowledge"])
+    return RecordDict({**content, "knowledge": ArrayRecord({**old, **arrays})})
+
+
+def with_metrics(content: RecordDict, **metrics: Any) -> RecordDict:
+    """Return records in which some numbers of the report are others; `_` stands for a hyphen."""
+    hyphened = {name.replace("__", "-"): value for name, value in metrics.items()}
+    old = dict(content.metric_records["report"])
+    return RecordDict({**content, "report": MetricRecord({**old, **hyphened})})
+
+
+def without(content: RecordDict, *names: str) -> RecordDict:
+    """Return records without some."""
+    return RecordDict({name: record for name, record in content.items() if name not in names})
+
+
+def with_config(content: RecordDict, name: str, **values: Any) -> RecordDict:
+    """Return records in which some values of a config record are others."""
+    old = dict(content.config_records.get(name, {}))
+    return RecordDict({**content, name: ConfigRecord({**old, **values})})
+
+
+# --- Functions and models that travel by name ----------------------------------------------------
+
+
+@term(needs=None)
+def refuses_nines(step: Step) -> Tensor:
+    """Cross entropy that raises at the sight of a nine."""
+    if bool((step.labels == 9).any()):
+        raise ArithmeticError("a nine\nof all things")
+    return cross_entropy(step.logits, step.labels)
+
+
+def not_a_term(step: Step) -> Tensor:
+    """Return zeros, undeclared."""
+    return torch.zeros(len(step.labels))
+
+
+class Fragile(nn.Module):
+    """An MLP that raises when it trains on an image that is white all over."""
+
+    def __init__(self, inputs: int, num_classes: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 5), nn.Linear(5, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        if self.training and bool((images.flatten(1).amin(1) > 1).any()):
+            raise ArithmeticError("blinded")
+        logits: Tensor = self.net(images)
+        return logits
+
+
+def fragile(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Build `Fragile`."""
+    channels, height, width = input_shape
+    return Fragile(channels * height * width, num_classes)
+
+
+CALLED: list[object] = []
+"""What `bomb` was called with."""
+
+
+def bomb(*arguments: object) -> nn.Module:
+    """Record that somebody called a function that only a client named."""
+    CALLED.append(arguments)
+    return nn.Identity()
