@@ -20,7 +20,7 @@ from fedkd.losses import Term, ce, kl, kl_mean
 from fedkd.models import num_parameters
 from fedkd.optimizers import OptimizerSettings
 from fedkd.records import CentralRun, RunFolder, environment
-from fedkd.world import World, world_of
+from fedkd.world import World, check_models, world_of
 
 Progress = Callable[[str, float], None]
 """Called with what is going on and how far it is, 0..1."""
@@ -56,6 +56,7 @@ def central(
     if save:
         RunFolder.check(experiment)
     worlds = [world_of(experiment.replace(seed=seed)) for seed in seeds]
+    check_models(experiment, worlds[0], ("student", "teacher"))
     work = _Central(experiment, seeds, worlds, progress)
     run = work.run()
     return _saved(run, experiment, str(worlds[0].train.device)) if save else run

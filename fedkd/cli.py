@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from dataclasses import field as dataclass_field
+from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
 
@@ -36,6 +37,7 @@ from fedkd.experiment import AUTO, Experiment, accepted, kebab, read_toml, snake
 from fedkd.presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    from fedkd.data import Dataset
     from fedkd.records import CentralRun, Row, Run
     from fedkd.strategy import DistillationStrategy
     from fedkd.world import World
@@ -305,21 +307,7 @@ def data(
         line = f"{name}: {facts['train']} training and {facts['test']} test images"
         output.result(facts, [line], [words])
         return
-    rows = []
-    for known, info in DATASETS.items():
-        file = folder / f"{known}.safetensors"
-        rows.append(
-            {
-                "name": known,
-                "train": info.num_train,
-                "test": info.num_test,
-                "input_shape": list(info.input_shape),
-                "classes": info.num_classes,
-                "needs_download": info.needs_download,
-                "cached": str(file) if file.is_file() else None,
-                "description": info.description,
-            }
-        )
+    rows = [_known(known, folder) for known in DATASETS]
     output.result(rows, list(DATASETS), [_datasets_table(rows), {"folder": str(folder)}])
 
 
@@ -385,12 +373,10 @@ def with_sources(text: str, sources: Sequence[Source]) -> str:
 
 def _is_part(text: str, value: object) -> bool:
     """Say whether `text` is `value`, or a part of it: one model of a list, the file of file:class."""
-    if text.lower() in str(value).lower():
-        return True
     try:
         return float(text) == float(str(value))
     except ValueError:
-        return False
+        return text.lower() in str(value).lower()
 
 
 def _usage(error: CycloptsError) -> str:
@@ -475,6 +461,7 @@ class _Steps:
         if self._begin is not None:
             self._begin()
             self._begin = None
+            self._bar.reset(self._task)
             self._bar.start()
         self._bar.update(self._task, description=text, completed=share)
         if self._in_lines and share > 0 and text != self._text:
@@ -726,6 +713,24 @@ def _strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _known(name: str, folder: Path) -> dict[str, Any]:
+    """Say what is known of a data set without loading it, and whether it is in the folder."""
+    from fedkd.data import DATASETS
+
+    info = DATASETS[name]
+    file = folder / f"{name}.safetensors"
+    return {
+        "name": name,
+        "train": info.num_train,
+        "test": info.num_test,
+        "input_shape": list(info.input_shape),
+        "classes": info.num_classes,
+        "needs_download": info.needs_download,
+        "cached": str(file) if file.is_file() else None,
+        "description": info.description,
+    }
+
+
 def _datasets_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     table = _table("data set", "training", "test", "classes", "image", "where", "what")
     table.columns[-1].justify = table.columns[-2].justify = "left"
@@ -743,7 +748,7 @@ def _datasets_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _loaded(dataset: Any) -> dict[str, Any]:
+def _loaded(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,
         "train": len(dataset.train_images),

@@ -7,7 +7,6 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedkd.transport.adapter import always_reply
 from fedkd.client import DiskStore, Failure, execute
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -20,6 +19,7 @@ from fedkd.messages import (
     failed,
 )
 from fedkd.sources import digest
+from fedkd.transport.adapter import always_reply
 from fedkd.world import world_of
 
 app = ClientApp(mods=[always_reply])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedkd.baseline import central
@@ -106,12 +107,20 @@ class Comparison:
         }
 
     def table(self) -> Table:
-        """Return the comparison as a table, accuracies in percent."""
+        """Return the comparison as a table of at most 80 columns, accuracies in percent.
+
+        ``worst`` and ``best`` are clients, ``gap`` is the gap closed, bytes are those of all clients.
+        """
         seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
-        table = Table(title=f"Test accuracy in %, {seeds}, {self.test_size:,} test images")
-        table.add_column("method")
-        for name in ("accuracy", "worst", "best", "server", "gap closed", "up", "down", "seconds"):
-            table.add_column(name, justify="right")
+        table = Table(
+            title=f"Test accuracy in %, {seeds}, {self.test_size:,} test images",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("method", no_wrap=True)
+        for name in ("accuracy", "worst", "best", "server", "gap", "up", "down", "seconds"):
+            table.add_column(name, justify="right", no_wrap=True)
         for entry in self.entries:
             table.add_row(entry.method, *_cells(entry))
         return table

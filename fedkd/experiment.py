@@ -83,7 +83,7 @@ class Experiment(BaseModel):
         "dirichlet", description="how private images are dealt to clients"
     )
     partition_alpha: float = Field(
-        0.3, gt=0, le=1e6, description="Dirichlet concentration: small is more skewed"
+        0.3, gt=0, le=1_000_000, description="Dirichlet concentration: small is more skewed"
     )
     classes_per_client: int = Field(
         2, ge=1, description="classes (pathological) or shards (shard) a client holds"
@@ -144,7 +144,7 @@ class Experiment(BaseModel):
         "cohort", description="cohort: all clients in this process; flower: Flower clients on Ray"
     )
     num_workers: int = Field(
-        0, ge=0, le=0, description="Ray workers of the cohort engine (only 0, in process, so far)"
+        0, ge=0, le=0, description="Ray workers of the cohort engine (so far only 0: in process)"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     plan: Literal["auto", "stacked", "loop"] = Field(
@@ -247,10 +247,13 @@ class Experiment(BaseModel):
                     raise FedkdError(_unknown(name, source))
                 values[field] = value
                 origin[field] = source
+        experiment = cls.__new__(cls)
         try:
-            return cls.model_validate(values)
+            # Not through __init__, which would take the keys to come from Python.
+            cls.__pydantic_validator__.validate_python(values, self_instance=experiment)
         except ValidationError as error:
             raise FedkdError(_one_line(error, origin)) from None
+        return experiment
 
 
 def read_toml(path: str | Path) -> tuple[str, dict[str, object]]:
@@ -291,14 +294,12 @@ def accepted(field: FieldInfo) -> str:
 def _bounds(field: FieldInfo) -> tuple[str, str, str]:
     low = high = ""
     for constraint in field.metadata:
-        if (bound := getattr(constraint, "ge", None)) is not None:
-            low = f"≥ {bound:g}"
-        if (bound := getattr(constraint, "gt", None)) is not None:
-            low = f"> {bound:g}"
-        if (bound := getattr(constraint, "le", None)) is not None:
-            high = f"≤ {bound:g}"
-        if (bound := getattr(constraint, "lt", None)) is not None:
-            high = f"< {bound:g}"
+        for name, sign in (("ge", "≥"), ("gt", ">")):
+            if (bound := getattr(constraint, name, None)) is not None:
+                low = f"{sign} {bound}"
+        for name, sign in (("le", "≤"), ("lt", "<")):
+            if (bound := getattr(constraint, name, None)) is not None:
+                high = f"{sign} {bound}"
     text = str(field.annotation)
     kind = "whole number" if "int" in text else "number" if "float" in text else "text"
     if "None" in text and kind != "text":

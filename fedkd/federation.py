@@ -21,7 +21,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedkd.transport.adapter import failure_reason
 from fedkd.client import INITIAL, Order, Report
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -42,6 +41,7 @@ from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
+from fedkd.transport.adapter import failure_reason
 from fedkd.world import World
 
 if TYPE_CHECKING:

@@ -109,7 +109,9 @@ class StackedOptimizer:
 
     def _adam_update(self, i: int, param: Tensor, grad: Tensor) -> None:
         active = len(param)
-        grad = grad.contiguous()  # read twice below; vmap leaves the gradients of weights transposed
+        grad = (
+            grad.contiguous()
+        )  # read twice below; vmap leaves the gradients of weights transposed
         first, second = self._first[i][:active], self._second[i][:active]
         scratch = self._scratch[i][:active]
         first.lerp_(grad, 1 - BETA1)

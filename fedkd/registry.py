@@ -163,28 +163,24 @@ def _settings(cls: type[DistillationStrategy], config: str) -> dict[str, Any]:
                 f"{nearest(kebab(field), [kebab(name) for name in types])}; settings: {known}, "
                 "written key=value and separated by spaces"
             )
-        settings[field] = _value(cls, kebab(field), text, types[field])
+        try:
+            settings[field] = _value(text, types[field])
+        except ValueError as error:
+            raise FedkdError(
+                f"strategy-config = '{config}': {kebab(field)} = '{text}' of {cls.__name__}: {error}"
+            ) from None
     return settings
 
 
-def _value(cls: type[DistillationStrategy], key: str, text: str, wanted: Any) -> Any:
-    choices = get_args(wanted)
+def _value(text: str, wanted: Any) -> Any:
+    """Turn a setting's text into its type, or raise a ValueError that says what is accepted."""
+    choices = get_args(wanted) or ("true", "false") * (wanted is bool)
     if choices:
         if text not in choices:
-            raise FedkdError(
-                f"strategy-config: {key} = '{text}' of {cls.__name__}: must be "
-                f"{', '.join(choices)}{nearest(text, choices)}"
-            )
-        return text
-    if wanted is bool:
-        if text not in ("true", "false"):
-            raise FedkdError(
-                f"strategy-config: {key} = '{text}' of {cls.__name__}: must be true or false"
-            )
-        return text == "true"
+            raise ValueError(f"must be {', '.join(choices)}{nearest(text, choices)}")
+        return text == "true" if wanted is bool else text
     try:
         return wanted(text)
     except ValueError:
-        raise FedkdError(
-            f"strategy-config: {key} = '{text}' of {cls.__name__}: must be a {wanted.__name__}"
-        ) from None
+        kind = {int: "whole number", float: "number"}.get(wanted, wanted.__name__)
+        raise ValueError(f"must be a {kind}") from None

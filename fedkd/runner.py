@@ -12,7 +12,7 @@ from fedkd.experiment import Experiment
 from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
-from fedkd.world import resolve_device, world_of
+from fedkd.world import check_models, resolve_device, world_of
 
 _ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
 
@@ -50,14 +50,7 @@ def check(experiment: Experiment) -> DistillationStrategy:
     strategy = strategy_of(experiment)
     RunFolder.check(experiment)
     world = world_of(experiment)
-    for key in ("student", "teacher", "server_model"):
-        for name in str(getattr(experiment, key)).split(","):
-            if name.strip() == "none" and key != "student":
-                continue
-            try:
-                world.model(name.strip())
-            except FedkdError as error:
-                raise FedkdError(f"{key.replace('_', '-')} = '{name.strip()}': {error}") from None
+    check_models(experiment, world, ("student", "teacher", "server_model"))
     per_round = experiment.public_per_round
     if per_round is not None and per_round > len(world.public):
         raise FedkdError(

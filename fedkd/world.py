@@ -6,6 +6,7 @@ baseline all hold the same images in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fedkd import data, models
 from fedkd.cohort import State, initial_state
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment
+from fedkd.experiment import Experiment, kebab
 from fedkd.images import Images
 from fedkd.partition import label_counts, partition, split_public
 from fedkd.randomness import permutation
@@ -58,6 +59,22 @@ class World:
             lambda: models.build(name, self.input_shape, self.num_classes), seed, "initial", name
         )
         return {n: t.to(self.train.device) for n, t in state.items()}
+
+
+def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> None:
+    """Build every model that `keys` (such as ``"student"``) name, before any work.
+
+    Raises:
+        FedkdError: there is no such model, or it does not fit the images; the text names the key.
+    """
+    for key in keys:
+        for name in str(getattr(experiment, key)).split(","):
+            if name == "none" and key != "student":
+                continue
+            try:
+                world.model(name.strip())
+            except FedkdError as error:
+                raise FedkdError(f"{kebab(key)} = '{name.strip()}': {error}") from None
 
 
 def resolve_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from time import monotonic
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +89,7 @@ class _Progress:
 
 
 def _engines(cohort: Run, flower: Run, flower_seconds: float) -> Table:
-    table = Table(title="One federation (DSFL), two engines")
+    table = Table(title="One federation (DSFL), two engines", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("engine", "accuracy", "worst", "best", "up", "seconds"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for name, run, seconds in (

@@ -85,29 +85,42 @@ class Exchange:
 
 
 class Clients:
-    """The clients of the in-process engine, with one who may change their replies."""
+    """The clients of the in-process engine, with one who may change their replies.
+
+    With `replay` they do not work, and say exchange by exchange what they said then.
+    """
 
     def __init__(
         self,
         experiment: Experiment,
         meddle: Meddle | None = None,
         meddle_hello: MeddleHello | None = None,
+        replay: Sequence[Exchange] | None = None,
     ) -> None:
         self._honest = cohort._Clients(experiment)
         self._meddle = meddle or (lambda order, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
         self._shards = world_of(experiment).shards
+        self._replay = replay
         self.exchanges: list[Exchange] = []
+
+    def _work(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
+        if self._replay is None:
+            return self._honest.handle(messages)
+        then = self._replay[len(self.exchanges)].replies
+        contents = [reply.content for k, _ in messages if (reply := then[k]) is not None]
+        return [reply_with(m, c) for (_, m), c in zip(messages, contents, strict=True)]
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
         """Answer all messages of an exchange."""
-        honest = self._honest.handle(messages)
         if messages[0][1].metadata.message_type == HELLO:
+            said = self._honest.handle(messages)
             return [
                 self._meddle_hello(client, message, reply)
-                for (client, message), reply in zip(messages, honest, strict=True)
+                for (client, message), reply in zip(messages, said, strict=True)
                 if reply is not None
             ]
+        honest = self._work(messages)
         exchange = Exchange()
         for (client, message), reply in zip(messages, honest, strict=True):
             assert reply is not None
@@ -141,9 +154,8 @@ def open_federation(
     grid: type[LocalGrid] = LocalGrid,
 ) -> Federation:
     """Open a session; its messages have to be built within `task_identity`."""
-    return (strategy or strategy_of(experiment)).open(
-        grid(clients.handle, num_clients=experiment.num_clients), experiment
-    )
+    reaching = grid(clients.handle, num_clients=experiment.num_clients)
+    return (strategy or strategy_of(experiment)).open(reaching, experiment)
 
 
 def federate(
@@ -152,9 +164,10 @@ def federate(
     strategy: DistillationStrategy | None = None,
     grid: type[LocalGrid] = LocalGrid,
     meddle_hello: MeddleHello | None = None,
+    replay: Sequence[Exchange] | None = None,
 ) -> Finished:
     """Run a federation; with a name and no folder, nothing is written."""
-    clients = Clients(experiment, meddle, meddle_hello)
+    clients = Clients(experiment, meddle, meddle_hello, replay)
     with task_identity():
         federation = open_federation(experiment, clients, strategy, grid)
         federation.run()

@@ -342,13 +342,15 @@ def test_a_dense_net_in_float32_equals_a_plain_loop(plan: Plan) -> None:
         assert_equal_states(cohort.state(k), expected, 1e-5)
 
 
-def test_every_fit_starts_with_a_fresh_optimiser() -> None:
-    clients = [1, 0, 4]
-    cohort = cohort_of(MODELS["mlp"], clients, STACKED_ALL)
+@pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
+def test_every_fit_starts_with_a_fresh_optimiser_and_in_training_mode(plan: Plan) -> None:
+    clients, build = [1, 0, 4], MODELS["normed"]
+    cohort = cohort_of(build, clients, plan)
     fit(cohort, clients, [private_side(clients)], epochs=2)
+    cohort.predict(images())
     fit(cohort, clients, [private_side(clients)], epochs=1)
     for i, k in enumerate(clients):
-        module = fresh(MODELS["mlp"], k)
+        module = fresh(build, k)
         side = PlainSide("private", shard(k), hard_loss)
         train_plainly(module, k, [side], epochs=2)
         expected, _ = train_plainly(module, k, [side], epochs=1)

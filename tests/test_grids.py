@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.simulation import run_simulation
 from numpy.typing import NDArray
 
+from fedkd.errors import FedkdError
 from fedkd.transport.adapter import (
     FIRST_NODE_ID,
     GuardedGrid,
@@ -41,7 +42,6 @@ from fedkd.transport.adapter import (
     task_identity,
 )
 from fedkd.transport.simulation import guarded, simulate
-from fedkd.errors import FedkdError
 
 K = 5
 ROUNDS = 3

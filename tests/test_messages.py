@@ -63,9 +63,7 @@ def weights(client: int = 4) -> Weights:
         "body.scalar": rand(1),
         "norm.num_batches_tracked": torch.tensor([2**40 + 1]),
     }
-    return Weights(
-        {"mlp-3": ModelWeights(tensors, torch.tensor([client]), torch.tensor([83]))}
-    )
+    return Weights({"mlp-3": ModelWeights(tensors, torch.tensor([client]), torch.tensor([83]))})
 
 
 def assert_same(got: Knowledge | None, sent: Knowledge, samples: Tensor = SAMPLES) -> None:

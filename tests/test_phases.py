@@ -143,7 +143,7 @@ def test_a_users_term_is_found_in_the_modules_that_the_client_allows_only() -> N
     ],
 )
 def test_a_server_cannot_name_other_code(name: str) -> None:
-    with pytest.raises(FedkdError, match="only runs code of fedkd.losses, strategies, mine"):
+    with pytest.raises(FedkdError, match=r"only runs code of fedkd\.losses, strategies, mine"):
         resolve_term(name, ["mine"])
 
 

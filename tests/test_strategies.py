@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import strategies as package
 import torch
 from federation_tools import C as CLASSES
 from federation_tools import P, federate, tiny
@@ -20,6 +19,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from torch import Tensor
 
+import strategies as package
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
@@ -346,7 +346,7 @@ def test_strategies_are_frozen_keyword_only_and_can_be_hashed_and_pickled(
     with pytest.raises(TypeError):
         cls("positional")  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        cls(**{"no_such_setting": 1})
+        cls(no_such_setting=1)
     for setting in fields(cls):  # type: ignore[arg-type]
         assert isinstance(getattr(strategy, setting.name), bool | int | float | str)
         with pytest.raises(FrozenInstanceError):
@@ -468,9 +468,7 @@ def test_fedmd_begins_with_transfer_learning() -> None:
     assert FedMD.closes == "revisit"
     for number in (2, 3, 10):
         assert [type(p) for p in FedMD().phases(number)] == [Fit, Fit, Predict]
-        assert FedMD().phases(number)[0] == Fit(
-            "digest", public={"kl": "alpha", "ce": "1-alpha"}
-        )
+        assert FedMD().phases(number)[0] == Fit("digest", public={"kl": "alpha", "ce": "1-alpha"})
         assert FedMD(digest="mae").phases(number)[0] == Fit("digest", public={"mae_logits": 1.0})
 
 

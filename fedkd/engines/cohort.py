@@ -12,7 +12,6 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedkd.transport.adapter import LocalGrid, task_identity
 from fedkd.client import Failure, MemoryStore, Order, Report, execute
 from fedkd.client_app import introduce
 from fedkd.experiment import Experiment
@@ -26,6 +25,7 @@ from fedkd.messages import (
 )
 from fedkd.records import Row
 from fedkd.strategy import DistillationStrategy
+from fedkd.transport.adapter import LocalGrid, task_identity
 from fedkd.world import world_of
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from fedkd.client_app import app
-from fedkd.transport.simulation import simulate
 from fedkd.experiment import Experiment
 from fedkd.records import Row
 from fedkd.strategy import DistillationStrategy
+from fedkd.transport.simulation import simulate
 
 
 def run(

@@ -16,6 +16,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedkd.errors import FedkdError
 from fedkd.transport.adapter import (
     ClientProcessLost,
     GuardedGrid,
@@ -27,7 +28,6 @@ from fedkd.transport.adapter import (
     task_identity,
     tended_backend,
 )
-from fedkd.errors import FedkdError
 
 _POLL_S = 0.5
 _JOIN_S = 5.0

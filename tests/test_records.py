@@ -1,0 +1,244 @@
+"""Run folders: written whole or not at all, and read back as they were."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, read_toml
+from fedkd.records import (
+    CentralRun,
+    Run,
+    RunFolder,
+    environment,
+    gap_closed,
+    replace_file,
+    write_json,
+)
+
+ROWS: list[dict[str, Any]] = [
+    {"round": 1, "sampled": [0, 2], "dropped": {"1": "no «reply»"}, "accuracy": None},
+    {"round": 2, "sampled": [1], "dropped": {}, "accuracy": 0.1 + 0.2},
+]
+RESULT: dict[str, Any] = {
+    "accuracy": 0.75,
+    "client_accuracy": [0.5, None, 1.0],
+    "server_accuracy": None,
+    "bytes_up": 2**40,
+    "bytes_down": 7,
+}
+
+
+def made(tmp_path: Path, **keys: Any) -> RunFolder:
+    return RunFolder.create(Experiment(run_dir=str(tmp_path / "runs"), **keys), "default")
+
+
+# --- The folder ----------------------------------------------------------------------------------
+
+
+def test_a_named_run_gets_its_folder_once(tmp_path: Path) -> None:
+    folder = made(tmp_path, name="mine")
+    assert folder.path == tmp_path / "runs" / "mine"
+    assert list(folder.path.iterdir()) == []
+    with pytest.raises(FedkdError, match=r"name = 'mine'.*mine exists.*choose another"):
+        made(tmp_path, name="mine")
+    with pytest.raises(FedkdError, match="name = 'mine'"):
+        RunFolder.check(Experiment(run_dir=str(tmp_path / "runs"), name="mine"))
+    RunFolder.check(Experiment(run_dir=str(tmp_path / "runs"), name="other"))
+
+
+def test_a_nameless_run_gets_the_next_free_folder(tmp_path: Path) -> None:
+    names = [made(tmp_path).path.name for _ in range(3)]
+    assert names == ["default", "default-2", "default-3"]
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(FedkdError, match=r"run-dir = '.*runs'"):
+        made(tmp_path)
+    with pytest.raises(FedkdError, match=r"run-dir = '.*runs'"):
+        made(tmp_path, name="mine")
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "default").write_text("a file")
+    with pytest.raises(FedkdError, match="default is in the way"):
+        made(tmp_path)
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def test_the_experiment_is_itself_a_config_file(tmp_path: Path) -> None:
+    folder = made(tmp_path)
+    experiment = Experiment(
+        student="mlp-8,lenet", tau=0.5, public_size=77, name="x", strategy_config="a=1 b='2'"
+    )
+    folder.write_experiment(experiment, environment("cpu", 1))
+    text = (folder.path / "experiment.toml").read_text()
+    assert "# torch: " in text
+    assert "# device: cpu" in text
+    assert Experiment.load(read_toml(folder.path / "experiment.toml")) == experiment
+
+
+def test_the_environment_says_what_a_run_depends_on() -> None:
+    found = environment("cuda:0", 3)
+    assert {"python", "fedkd", "torch", "torchvision", "flwr", "ray", "numpy"} <= set(found)
+    assert found["device"] == "cuda:0"
+    assert found["threads"] == 3
+    assert all(isinstance(v, str | int) for v in found.values())
+
+
+def test_rounds_are_appended_line_by_line(tmp_path: Path) -> None:
+    folder = made(tmp_path)
+    path = folder.path / "rounds.jsonl"
+    for number, row in enumerate(ROWS, 1):
+        folder.append_round(row)
+        text = path.read_text(encoding="utf-8")
+        assert text.endswith("\n")
+        assert [json.loads(line) for line in text.splitlines()] == ROWS[:number]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_does_not_know_is_never_written(tmp_path: Path, value: float) -> None:
+    folder = made(tmp_path)
+    folder.append_round(ROWS[0])
+    folder.write_result(RESULT)
+    with pytest.raises(ValueError, match="JSON"):
+        folder.append_round({"round": 2, "accuracy": value})
+    with pytest.raises(ValueError, match="JSON"):
+        folder.write_result({"accuracy": [value]})
+    run = Run.load(folder.path)
+    assert run.rounds == ROWS[:1]
+    assert run.result == RESULT
+
+
+def test_a_file_is_replaced_whole_and_leaves_no_scraps(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    replace_file(path, b"short")
+    assert path.read_bytes() == b"short"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_write_that_dies_half_way_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    replace_file(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(FedkdError, match=r"result\.json cannot be written: No space left"):
+        replace_file(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    folder = RunFolder(tmp_path)
+    with pytest.raises(FedkdError, match=r"rounds\.jsonl cannot be written: No space left"):
+        folder.append_round(ROWS[0])
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(FedkdError, match=r"result\.json cannot be written"):
+        replace_file(tmp_path / "result.json", b"x")
+    with pytest.raises(FedkdError, match=r"rounds\.jsonl cannot be written"):
+        RunFolder(tmp_path / "nowhere").append_round(ROWS[0])
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def finished(tmp_path: Path) -> Path:
+    folder = made(tmp_path)
+    folder.write_experiment(Experiment(seed=7), environment("cpu", 1))
+    for row in ROWS:
+        folder.append_round(row)
+    folder.write_result(RESULT)
+    return folder.path
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    for given in (path, str(path)):
+        run = Run.load(given)
+        assert run.path == path
+        assert run.rounds == ROWS
+        assert run.result == RESULT
+        assert run.experiment == Experiment(seed=7)
+        assert run.accuracy == 0.75
+        assert run.client_accuracy == [0.5, None, 1.0]
+        assert run.server_accuracy is None
+        assert (run.bytes_up, run.bytes_down) == (2**40, 7)
+
+
+@pytest.mark.parametrize("missing", ["rounds.jsonl", "result.json"])
+def test_a_run_that_is_not_finished_says_what_is_missing(tmp_path: Path, missing: str) -> None:
+    path = finished(tmp_path)
+    (path / missing).unlink()
+    with pytest.raises(FedkdError, match=f"no finished run: {missing} is missing"):
+        Run.load(path)
+    with pytest.raises(FedkdError, match="nowhere holds no finished run"):
+        Run.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("broken", ["rounds.jsonl", "result.json"])
+def test_a_torn_record_is_named(tmp_path: Path, broken: str) -> None:
+    path = finished(tmp_path)
+    (path / broken).write_text((path / broken).read_text()[:-20])
+    with pytest.raises(FedkdError, match="not valid JSON") as caught:
+        Run.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_its_experiment_says_so_when_asked(tmp_path: Path) -> None:
+    path = finished(tmp_path)
+    (path / "experiment.toml").unlink()
+    run = Run.load(path)
+    with pytest.raises(FedkdError, match=r"experiment\.toml"):
+        _ = run.experiment
+
+
+# --- The central baseline ------------------------------------------------------------------------
+
+
+def test_a_central_run_gives_means_over_its_seeds() -> None:
+    run = CentralRun(
+        path=None,
+        seeds=[0, 1, 2],
+        teacher_accuracies=[0.9, 0.95, 1.0],
+        student_alone_accuracies=[0.6, 0.7, 0.5],
+        student_accuracies=[0.8, 0.7, 0.75],
+        agreements=[0.5, 0.6, 0.7],
+        parameters={"teacher": 7, "student": 3},
+        test_size=11,
+        seconds={"teacher": 1.0},
+    )
+    assert run.teacher_accuracy == pytest.approx(0.95)
+    assert run.student_alone_accuracy == pytest.approx(0.6)
+    assert run.student_accuracy == pytest.approx(0.75)
+    assert run.gap_closed == pytest.approx((0.75 - 0.6) / (0.95 - 0.6))
+    written = run.as_json()
+    assert json.loads(json.dumps(written, allow_nan=False)) == written
+    assert written["student_accuracies"] == [0.8, 0.7, 0.75]
+    assert written["gap_closed"] == run.gap_closed
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [(0.7, 0.6, 0.8, 0.5), (0.5, 0.6, 0.8, -0.5), (0.9, 0.6, 0.8, 1.5),
+     (0.7, 0.8, 0.8, None), (0.7, 0.8, 0.6, None)],
+)  # fmt: skip
+def test_the_gap_that_is_closed(
+    value: float, low: float, high: float, expected: float | None
+) -> None:
+    closed = gap_closed(value, low, high)
+    assert closed == (None if expected is None else pytest.approx(expected))
