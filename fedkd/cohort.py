@@ -41,11 +41,15 @@ class Plan:
     Attributes:
         stacked: through ``vmap``, K = 1 included (so that a client's bits do not depend on K), or
             one by one.
-        block: models stepped at once when stacked.
+        block: models stepped at once; 1 unless stacked.
     """
 
     stacked: bool
     block: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block != 1 and not self.stacked:
+            raise ValueError(f"block = {self.block}: models that run one by one make blocks of 1")
 
 
 def choose_plan(
@@ -160,8 +164,10 @@ class Cohort:
         """
         self.skeleton.train()
         steps = [epochs * steps_per_epoch(len(rows), batch_size) for rows in sides[0].rows]
-        if not all(steps):
-            raise FedkdError(f"model {steps.index(0)} of the cohort has no {sides[0].name} samples")
+        for side in sides:
+            empty = [k for k, rows in enumerate(side.rows) if not len(rows)]
+            if empty:
+                raise FedkdError(f"model {empty[0]} of the cohort has no {side.name} samples")
         order = sorted(range(len(self)), key=lambda k: -steps[k])
         losses = torch.zeros(len(self), dtype=self._dtype, device=self._device)
         done = 0
@@ -229,9 +235,10 @@ def initial_state(build: Callable[[], nn.Module], *parts: int | str) -> State:
     PyTorch's initialisers draw from the global generator, which is restored afterwards.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(*parts))
+        torch.default_generator.manual_seed(key(*parts))
         model = build()
-    return {n: t.detach().clone() for n, t in model.state_dict().items()}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.detach().clone() for n, t in named}
 
 
 class _Block:
@@ -269,17 +276,18 @@ class _Block:
         ticked: Callable[[int], None],
     ) -> Tensor:
         """Run every step and return the mean loss ``[block]``."""
-        stepper = StackedOptimizer(list(self._params.values()), optimizer.rows(self.index))
+        skeleton = self._cohort.skeleton
+        trained = [n for n, p in skeleton.named_parameters() if p.requires_grad]
+        stepper = StackedOptimizer([self._params[n] for n in trained], optimizer.rows(self.index))
         dtype = self._cohort._dtype
         values = {n: _spread(v, self.index, dtype) for n, v in numbers.items()}
         total = torch.zeros(len(self._steps), dtype=dtype, device=self.index.device)
         for tick in range(self._steps[0]):
             active = sum(steps > tick for steps in self._steps)
-            leaves = {n: p[:active].detach().requires_grad_() for n, p in self._params.items()}
-            losses = self._losses(tick, active, leaves, values)
-            grads = torch.autograd.grad(
-                losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
+            params = {n: p[:active].detach() for n, p in self._params.items()}
+            leaves = [params[n].requires_grad_() for n in trained]
+            losses = self._losses(tick, active, params, values)
+            grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
             total[:active] += losses.detach()
             del losses
             stepper.step(grads, active)

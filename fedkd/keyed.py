@@ -10,7 +10,7 @@ batch statistics are taken over real rows only. No surgery on the model is neede
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -66,10 +66,10 @@ def draws(key: Tensor, count: int, call: int = 0) -> Tensor:
     return ((words.unsqueeze(-1) >> shifts) & 0xFFFF).flatten()[:count]
 
 
-_RANDOM = {
-    F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu,
-    F.gumbel_softmax, torch.bernoulli, torch.rand, torch.randn, torch.rand_like, torch.randn_like,
-}  # fmt: skip
+def _generators() -> list[Tensor]:
+    """Return the states of the global generators that a forward pass might draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else states
 
 
 class KeyedMode(TorchFunctionMode):
@@ -90,6 +90,24 @@ class KeyedMode(TorchFunctionMode):
         self._real = real
         self._calls = 0
 
+    def __enter__(self) -> Self:
+        self._generators = _generators()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        # Functions made of others (attention with dropout) are seen whole, without their draws: one by
+        # one the global generator has moved, and `vmap` refuses to draw from it.
+        refused = isinstance(error, RuntimeError) and "randomness error mode" in str(error)
+        moved = error is None and not all(map(torch.equal, self._generators, _generators()))
+        if refused or moved:
+            raise FedkdError(
+                "the model draws random numbers by other means than nn.Dropout, which cannot be keyed"
+            ) from error
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -100,13 +118,8 @@ class KeyedMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
-        if func is F.batch_norm and self._real is not None:
+        if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
-        if func in _RANDOM or (
-            func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0)
-        ):
-            name = getattr(func, "__name__", str(func))
-            raise FedkdError(f"the model calls {name}, whose draws cannot be keyed; use nn.Dropout")
         return func(*args, **kwargs)
 
     def _dropout(
@@ -120,7 +133,8 @@ class KeyedMode(TorchFunctionMode):
         self._calls += 1
         keep = draw >= round(p * 65536)
         # p = 1 drops everything; the denominator is then never used.
-        return torch.where(keep, input / max(1 - p, EPS), input.new_zeros(()))
+        out = torch.where(keep, input / max(1 - p, EPS), input.new_zeros(()))
+        return input.copy_(out) if inplace else out
 
     def _batch_norm(
         self,
@@ -133,21 +147,23 @@ class KeyedMode(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if not training:
+        # PyTorch refuses a batch of one value a channel, which a shard may well end with.
+        if not training or (self._real is None and input.numel() > input.shape[1]):
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps
             )
-        assert self._real is not None
+        rows = input.new_ones(len(input)) if self._real is None else self._real.to(input.dtype)
         per_channel = [1, -1, *[1] * (input.ndim - 2)]
         dims = [d for d in range(input.ndim) if d != 1]
-        real = self._real.to(input.dtype).reshape(-1, *[1] * (input.ndim - 1))
+        real = rows.reshape(-1, *[1] * (input.ndim - 1))
         count = real.sum() * (input.numel() // (input.shape[0] * input.shape[1]))
         mean = (input * real).sum(dims) / count
         centred = input - mean.reshape(per_channel)
         var = (centred.square() * real).sum(dims) / count
         if running_mean is not None and running_var is not None:
             running_mean.mul_(1 - momentum).add_(momentum * mean.detach())
-            running_var.mul_(1 - momentum).add_(momentum * var.detach() * (count / (count - 1)))
+            unbiased = var.detach() * count / (count - 1).clamp_min(1)
+            running_var.mul_(1 - momentum).add_(momentum * unbiased)
         out = centred * torch.rsqrt(var + eps).reshape(per_channel)
         if weight is not None:
             out = out * weight.reshape(per_channel)

@@ -122,8 +122,8 @@ class Step(NamedTuple):
     """``[B, C]`` received for these samples; log-probabilities where probabilities arrived."""
     params: Mapping[str, Tensor]
     """The parameters that are trained."""
-    start: Mapping[str, Tensor] | None
-    """The same at the start of the phase, where a term asks for it (``needs_start``)."""
+    start: Mapping[str, Tensor]
+    """The same at the start of the phase; empty unless a term asks for it (``needs_start``)."""
     numbers: Mapping[str, Tensor]
     """0-d tensors by name; ``tau`` is always there."""
 

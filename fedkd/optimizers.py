@@ -32,7 +32,7 @@ class OptimizerSettings:
         """Return the settings of the clients `rows` (int64 ``[A]``)."""
 
         def pick(value: float | Tensor) -> float | Tensor:
-            return value[rows] if isinstance(value, Tensor) else value
+            return value.to(rows.device)[rows] if isinstance(value, Tensor) else value
 
         return OptimizerSettings(
             self.name, pick(self.learning_rate), pick(self.momentum), pick(self.weight_decay)
@@ -72,16 +72,18 @@ class StackedOptimizer:
     def _keeps_first(self, settings: OptimizerSettings) -> bool:
         return settings.name != "sgd" or self._has_momentum
 
-    def step(self, grads: Sequence[Tensor], active: int) -> None:
+    def step(self, grads: Sequence[Tensor | None], active: int) -> None:
         """Apply one step to the first `active` clients.
 
         Args:
-            grads: ``[active, ...]`` for every parameter, any strides; not modified.
+            grads: ``[active, ...]`` for every parameter, any strides; not modified. As in
+                ``torch.optim``, a parameter whose gradient is ``None`` is left alone.
             active: how many clients, counted from the first row, take this step.
         """
         self._steps += 1
         for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
-            self._update(i, param[:active], grad)
+            if grad is not None:
+                self._update(i, param[:active], grad)
 
     def _sgd(self, i: int, param: Tensor, grad: Tensor) -> None:
         active = len(param)

@@ -26,7 +26,8 @@ class Schedule:
     Attributes:
         positions: int64 ``[K, T, B]``, positions in each client's list of samples; padding points at
             position 0, a real sample, so that activations stay finite.
-        weights: ``[K, T, B]``, 1/n for the n real rows of a batch and 0 for padding.
+        weights: ``[K, T, B]``, 1/n for the n real rows of a batch and 0 for padding (before `to`, which
+            gives them their type: true and false).
         sizes: int64 ``[K, T]`` on the CPU, the real rows of each batch (0 past a client's last).
         steps: how many steps each client takes.
     """

@@ -22,7 +22,11 @@ from fedkd.models import NAMES, Classifier, build, check, num_parameters
 K, B, C = 3, 5, 7
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
 SHAPES = (DIGITS, MNIST, CIFAR)
-WITH_DROPOUT = {"mlp-1200": [0.8, 0.8], "cnn-large": [0.5, 0.5]}
+WITH_DROPOUT = {
+    "mlp-1200": [0.8, 0.8],
+    "hinton-1200": [0.2, 0.5, 0.5],
+    "cnn-large": [0.5, 0.5],
+}
 
 
 def make(name: str, shape: models.InputShape, num_classes: int = C, seed: int = 11) -> Classifier:
@@ -90,6 +94,7 @@ SIZES: dict[str, Callable[[int, int, int], int]] = {
     "mlp-64": mlp(64),
     "mlp-800": mlp(800),
     "mlp-1200": mlp(1200),
+    "hinton-1200": mlp(1200),
     "lenet": lenet,
     "cnn": cnn,
     "cnn-large": cnn_large,
@@ -166,7 +171,7 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("name", ["mlp-20", "mlp-64", "mlp-800", "mlp-1200"])
+@pytest.mark.parametrize("name", ["mlp-20", "mlp-64", "mlp-800", "mlp-1200", "hinton-1200"])
 def test_mlp_is_two_hidden_layers_with_relu(name: str) -> None:
     model = make(name, DIGITS).double().eval()
     x = images(DIGITS, B)
@@ -224,13 +229,14 @@ def test_cnn_large_normalises_every_convolution() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dropout_follows_both_hidden_layers_of_two_models_only(name: str) -> None:
+def test_dropout_stands_where_it_is_promised_only(name: str) -> None:
     model = make(name, MNIST)
     rates = [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)]
     assert rates == WITH_DROPOUT.get(name, [])
-    if name == "mlp-1200":
+    if name in ("mlp-1200", "hinton-1200"):
         kinds = [type(layer) for layer in model.body.children()]
-        assert kinds == [nn.Flatten, *[nn.Linear, nn.ReLU, nn.Dropout] * 2]
+        on_input = [nn.Dropout] if name == "hinton-1200" else []
+        assert kinds == [nn.Flatten, *on_input, *[nn.Linear, nn.ReLU, nn.Dropout] * 2]
 
 
 @pytest.mark.parametrize("name", ["resnet-8", "resnet-20", "resnet-8-gn", "resnet-20-gn"])
