@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import inspect
 import math
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedkd.errors import FedkdError, nearest
+from fedkd.references import find_function, in_one_line
 
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 """What a cache file holds."""
@@ -382,7 +381,7 @@ def _from_torchvision(name: str, path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a network, a mirror or a half-written file may raise
         raise FedkdError(
             f"{path} is missing, and torchvision could not provide {name} in {path.parent} "
-            f"({_one_line(error)}): copy the file there, or mend the network or delete what "
+            f"({in_one_line(error)}): copy the file there, or mend the network or delete what "
             "torchvision left unfinished there and run again, or take dataset digits or mnist-5k, "
             "which need no download"
         ) from error
@@ -490,7 +489,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 def _load_own(spec: str, folder: Path) -> Dataset:
     """Call the user's ``module:function`` with the data folder."""
-    function = _find_function(spec)
+    function = find_function(spec, "dataset")
     try:
         inspect.signature(function).bind(folder)
     except TypeError as error:
@@ -502,33 +501,9 @@ def _load_own(spec: str, folder: Path) -> Dataset:
     except FedkdError:
         raise
     except Exception as error:
-        raise FedkdError(f"dataset '{spec}' raised {_one_line(error)}") from error
+        raise FedkdError(f"dataset '{spec}' raised {in_one_line(error)}") from error
     if not isinstance(dataset, Dataset):
         raise FedkdError(
             f"dataset '{spec}' must return a fedkd.data.Dataset, not {type(dataset).__name__}"
         )
     return dataset
-
-
-def _find_function(spec: str) -> Callable[[Path], object]:
-    module_name, _, function_name = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script does not search the working directory
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise FedkdError(
-            f"dataset '{spec}': cannot import '{module_name}' ({_one_line(error)})"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise FedkdError(
-            f"dataset '{spec}': '{module_name}' has no function '{function_name}'"
-            f"{nearest(function_name, vars(module))}"
-        )
-    return cast(Callable[[Path], object], function)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -8,20 +8,17 @@ All of ours run under ``torch.func.vmap`` over a leading axis of stacked paramet
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from itertools import pairwise
 from math import prod
-from operator import attrgetter
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.errors import FedkdError, nearest
+from fedkd.references import find_function, in_one_line
 
 InputShape = tuple[int, int, int]
 Builder = Callable[[InputShape, int], nn.Module]
@@ -57,6 +54,8 @@ def build(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
 
     - ``mlp-<width>``: two hidden layers of `width` units, ReLU. ``mlp-20`` has 16,330 parameters.
       Only ``mlp-1200`` (2,395,210) drops units, 80 % after each hidden layer.
+    - ``hinton-1200``: the same layers as ``mlp-1200``, but 20 % of the inputs and 50 % of the units
+      after each hidden layer are dropped (Hinton et al. 2012, 1207.0580).
     - ``lenet`` (61,706): LeNet-5 (LeCun et al. 1998, section II-B) with ReLU, max pooling and a
       linear output. As in the paper the field is 32x32: smaller images get a margin of zeros.
     - ``cnn`` (33,834): three 3x3 convolutions of 16, 32 and 64 channels, each ReLU and max pooling.
@@ -133,7 +132,7 @@ def _cnn_large(shape: InputShape, num_classes: int) -> Classifier:
     body = nn.Sequential(
         *_convolutions(shape[0], stages, norm=nn.BatchNorm2d),
         nn.Flatten(),
-        *(nn.Dropout(0.5), nn.Linear(128 * area, 256), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Linear(128 * area, 256), nn.ReLU(), nn.Dropout(0.5)),
     )
     return Classifier(body, nn.Linear(256, num_classes))
 
@@ -232,38 +231,11 @@ def _find(name: str) -> Builder:
     if family and int(family[1]) <= MAX_MLP_WIDTH:
         return partial(_mlp, width=int(family[1]))
     if ":" in name:
-        return _import(name)
+        return find_function(name, "model")
     raise FedkdError(
         f"unknown model '{name}'{nearest(name, NAMES)}: use one of {', '.join(NAMES)}, "
         f"mlp-<width> with a width of 1 to {MAX_MLP_WIDTH}, or your own as 'module:function'"
     )
-
-
-def _import(name: str) -> Builder:
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # a console script does not search the working directory
-        sys.path.append(here)
-    try:
-        module = import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        raise FedkdError(
-            f"model '{name}': cannot import '{module_name}': {_line(error)}"
-        ) from error
-    try:
-        function = attrgetter(function_name)(module)
-    except AttributeError as error:
-        suggestion = nearest(function_name, vars(module))
-        raise FedkdError(
-            f"model '{name}': '{module_name}' has no '{function_name}'{suggestion}"
-        ) from error
-    if not callable(function):
-        raise FedkdError(
-            f"model '{name}' is a {type(function).__name__}, not a function "
-            "(input_shape, num_classes) -> torch.nn.Module"
-        )
-    builder: Builder = function
-    return builder
 
 
 def _build_own(name: str, builder: Builder, input_shape: InputShape, num_classes: int) -> nn.Module:
@@ -271,21 +243,17 @@ def _build_own(name: str, builder: Builder, input_shape: InputShape, num_classes
     try:
         model: object = builder(input_shape, num_classes)
     except Exception as error:
-        raise FedkdError(f"{call} failed: {_line(error)}") from error
+        raise FedkdError(f"{call} failed: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise FedkdError(f"{call} returned a {type(model).__name__}, not a torch.nn.Module")
     try:
         with torch.no_grad():
             logits: object = model.eval()(torch.zeros(2, *input_shape))
     except Exception as error:
-        raise FedkdError(f"{call} fails on two zero images: {_line(error)}") from error
+        raise FedkdError(f"{call} fails on two zero images: {in_one_line(error)}") from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if shape != (2, num_classes):
         raise FedkdError(
             f"{call} gives logits of shape {shape} for two images, expected {(2, num_classes)}"
         )
     return model.train()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

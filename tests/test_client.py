@@ -492,8 +492,14 @@ def test_a_term_that_needs_soft_labels_refuses_weights() -> None:
 def test_a_clients_numbers_do_not_depend_on_who_else_takes_part(keys: dict[str, Any]) -> None:
     """Bit for bit, through two rounds."""
     experiment = tiny(local_epochs=2, **keys)
-    first = {"asked": ROWS}
-    second = {"asked": ROWS, "round": 2, "base": 1, "knowledge": received(), "knowledge_round": 1}
+    first: dict[str, Any] = {"asked": ROWS}
+    second: dict[str, Any] = {
+        "asked": ROWS,
+        "round": 2,
+        "base": 1,
+        "knowledge": received(),
+        "knowledge_round": 1,
+    }
     together, store = run(experiment, USUAL, **first)
     together_again, _ = run(experiment, USUAL, store=store, **second)
     for k in (2, 0, 1):
@@ -565,7 +571,12 @@ def assert_only_the_second_fails(
     experiment: Experiment, world: World, phases: Sequence[Phase], reason: str
 ) -> None:
     """Check the reason of client 1, and the others' numbers against a run without it."""
-    common = {"world": world, "asked": ROWS, "knowledge": received(), "knowledge_round": 1}
+    common: dict[str, Any] = {
+        "world": world,
+        "asked": ROWS,
+        "knowledge": received(),
+        "knowledge_round": 1,
+    }
     results, store = run(experiment, phases, round=2, **common)
     assert [type(r) for r in results] == [Report, Failure, Report]
     assert results[1] == Failure(1, reason)
@@ -595,7 +606,7 @@ def test_a_client_whose_term_raises_fails_alone() -> None:
     nines = world.train.labels[private] == 9
     first, third = private[~nines].chunk(2)
     world = replace(world, shards=(first, private[nines], third))
-    phases = [Digest(), Revisit({refuses_nines: 1.0}), Predict()]
+    phases: list[Phase] = [Digest(), Revisit({refuses_nines: 1.0}), Predict()]
     assert_only_the_second_fails(experiment, world, phases, "ArithmeticError: a nine")
 
 
@@ -681,12 +692,11 @@ def test_testing_is_done_when_it_is_asked_for() -> None:
 
 
 def test_testing_does_not_change_what_is_learnt() -> None:
-    phases = [Digest(), Revisit(), Predict()]
     stores = []
     for evaluate in ("none", "phases", "end"):
         _, store = run(
             tiny(student="resnet-8"),
-            phases,
+            USUAL,
             asked=ROWS,
             knowledge=received(),
             knowledge_round=1,
@@ -758,7 +768,7 @@ def test_memory_and_disk_give_the_same_run(tmp_path: Path) -> None:
     experiment = tiny(student="resnet-8,mlp-8", teacher="mlp-9,none")
     disk, memory = DiskStore(tmp_path), MemoryStore()
     for number in (1, 2, 3):
-        order = {"asked": ROWS, "round": number, "base": number - 1}
+        order: dict[str, Any] = {"asked": ROWS, "round": number, "base": number - 1}
         if number > 1:
             order |= {"knowledge": received(seed=number), "knowledge_round": number - 1}
         one, _ = run(experiment, USUAL, store=disk, **order)

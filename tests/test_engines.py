@@ -148,7 +148,7 @@ def test_the_cases_are_worth_comparing() -> None:
         found = reference(case)
         accuracies = [row["client_accuracy_after_revisit"] for row in found.run.rounds]
         assert len({tuple(row) for row in accuracies}) > 1, case
-        assert len(set(sum(accuracies, []))) > 2, case
+        assert len({value for row in accuracies for value in row}) > 2, case
         if CASES[case]["strategy"] != "FedAvg":
             assert all("loss_digest" in row for row in found.run.rounds[1:])
             first, second = found.answers[0]["values"], found.answers[1]["values"]
@@ -230,7 +230,7 @@ def test_what_is_wrong_is_found_before_anything_is_written(
     experiment = tiny(**{"run_dir": str(tmp_path / "runs"), "name": "x", **keys})
     for attempt in (check, run):
         with pytest.raises(FedkdError, match=reason) as caught:
-            attempt(experiment)  # type: ignore[operator]
+            attempt(experiment)
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -228,7 +228,9 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[RecordDict], RecordDict], str]] = {
 }
 
 
-def cases(*tables: dict[str, tuple[Callable[[RecordDict], RecordDict], str]]) -> Any:
+def cases(
+    *tables: dict[str, tuple[Callable[[RecordDict], RecordDict], str]],
+) -> pytest.MarkDecorator:
     """Parametrise a test by bad replies."""
     merged = {name: case for table in tables for name, case in table.items()}
     return pytest.mark.parametrize(("change", "reason"), merged.values(), ids=merged)

@@ -1,0 +1,123 @@
+"""Why the recipe of ``--preset mnist-mlp`` does not help its student: one change at a time.
+
+Trains the recipe's teacher (dropout 0.8) and one without dropout, then students that differ in α, τ and
+reduction alone, all as one cohort from the same initial weights on the same batches, over three seeds.
+Prints a Markdown table. About half an hour on one core; needs MNIST.
+
+    python benchmarks/mnist_mlp_recipe.py > benchmarks/results/mnist_mlp_recipe.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from statistics import mean, stdev
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from fedkd.cohort import Cohort, Side, choose_plan
+from fedkd.losses import ce, kl
+from fedkd.optimizers import OptimizerSettings
+from fedkd.presets import mnist_mlp
+from fedkd.world import World, world_of
+
+SEEDS = (0, 1, 2)
+TEACHERS = ("mlp-1200", "mlp-800")
+POINTS = {  # (weight of KL·τ², weight of CE, τ)
+    "alone: α = 0": (0.0, 1.0, 1.0),
+    "recipe: α = 0.7, τ = 5": (0.7, 0.3, 5.0),
+    "its listing: KL / 10": (0.07, 0.3, 5.0),
+    "α = 0.7, τ = 2": (0.7, 0.3, 2.0),
+    "α = 0.7, τ = 1": (0.7, 0.3, 1.0),
+    "α = 0.3, τ = 5": (0.3, 0.7, 5.0),
+    "α = 0.7, τ = 20": (0.7, 0.3, 20.0),
+}
+
+
+def cohort(world: World, name: str, seeds: Sequence[int]) -> Cohort:
+    """Stack one model a seed, from the weights that the preset starts from."""
+    skeleton = world.model(name)
+    states = [world.initial_state(name, seed) for seed in seeds]
+    return Cohort.of(skeleton, states, choose_plan(skeleton, world.train.device))
+
+
+def train(
+    models: Cohort, side: Side, epochs: int, what: str, numbers: dict[str, float | Tensor]
+) -> None:
+    """Train as the preset does, on its random streams."""
+    copies = len(models) // len(SEEDS)
+    started = monotonic()
+    models.fit(
+        [side],
+        epochs=epochs,
+        batch_size=64,
+        optimizer=OptimizerSettings("adam", 1e-3),
+        streams=[(seed, "central", what) for seed in SEEDS * copies],
+        numbers=numbers,
+    )
+    print(f"{what}: {monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def accuracies(models: Cohort, world: World) -> list[float]:
+    """Return test accuracy in percent, one a model."""
+    right = models.classify(world.test) == world.test.labels
+    return [100 * float(a) for a in right.double().mean(1)]
+
+
+def main() -> None:
+    """Measure and print."""
+    experiment = mnist_mlp()
+    world = world_of(experiment)
+    rows = world.pooled
+    print("# The recipe of mnist-mlp, one change at a time\n")
+    print(f"MNIST, {len(world.test):,} test images, seeds {SEEDS}, mean ± std (n − 1) in %.\n")
+    print("| teacher | its accuracy | its entropy at τ = 5, bits | student | accuracy | agrees |")
+    print("|---|---|---|---|---|---|")
+    for name in TEACHERS:
+        teachers = cohort(world, name, SEEDS)
+        side = Side("pooled", world.train, [rows] * len(SEEDS), {ce: 1.0})
+        train(teachers, side, experiment.local_epochs, "teacher", {})
+        logits = teachers.predict(world.train, rows)
+        report(world, name, teachers, logits, experiment.distill_epochs)
+
+
+def report(world: World, name: str, teachers: Cohort, logits: Tensor, epochs: int) -> None:
+    """Distil one teacher in every way and print a row for each."""
+    points = list(POINTS.values())
+    soft, hard, tau = (
+        torch.tensor([p[i] for p in points for _ in SEEDS], dtype=torch.float32) for i in range(3)
+    )
+    students = cohort(world, "mlp-20", SEEDS * len(points))
+    side = Side(
+        "pooled",
+        world.train,
+        [world.pooled] * len(students),
+        {kl: soft, ce: hard},
+        logits.repeat(len(points), 1, 1),
+    )
+    train(students, side, epochs, "students", {"tau": tau})
+    log_p = (logits / 5).log_softmax(-1)
+    entropy = float(-(log_p.exp() * log_p).sum(-1).mean()) / 0.6931471805599453
+    taught = teachers.classify(world.test)
+    agreement = (students.classify(world.test) == taught.repeat(len(points), 1)).double().mean(1)
+    mine = accuracies(students, world)
+    teacher = spread(accuracies(teachers, world))
+    for i, label in enumerate(POINTS):
+        part = slice(i * len(SEEDS), (i + 1) * len(SEEDS))
+        agrees = 100 * float(agreement[part].mean())
+        print(
+            f"| {name} | {teacher} | {entropy:.2f} | {label} | {spread(mine[part])} | {agrees:.1f} |",
+            flush=True,
+        )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write mean ± standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
