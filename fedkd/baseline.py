@@ -16,7 +16,7 @@ from fedkd.cohort import Cohort, Side, choose_plan
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Augment, Images
-from fedkd.losses import Term, ce, kl, kl_mean
+from fedkd.losses import Term, ce, kl_term
 from fedkd.models import num_parameters
 from fedkd.optimizers import OptimizerSettings
 from fedkd.records import CentralRun, RunFolder, environment
@@ -119,7 +119,7 @@ class _Central:
         experiment, count = self.experiment, len(self.seeds)
         device = self.world.train.device
         alpha = torch.tensor([0.0] * count + [experiment.alpha] * count, device=device)
-        soft = kl if experiment.kl_reduction == "batchmean" else kl_mean
+        soft = kl_term(experiment.kl_reduction)
         teacher_logits = self._teacher_logits().repeat(2, 1, 1)
         self._fit("students", self.students, {soft: alpha, ce: 1 - alpha}, teacher_logits, "none")
 
@@ -147,12 +147,7 @@ class _Central:
             [Side("pooled", self.world.train, self.rows * copies, terms, teacher_logits, augment)],
             epochs=experiment.local_epochs if teaches else experiment.distill_epochs,
             batch_size=experiment.batch_size,
-            optimizer=OptimizerSettings(
-                experiment.optimizer,
-                experiment.learning_rate,
-                experiment.momentum,
-                experiment.weight_decay,
-            ),
+            optimizer=OptimizerSettings.of(experiment),
             numbers={"tau": experiment.tau},
             streams=[(seed, "central", what) for seed in self.seeds * copies],
             progress=lambda done: self.progress(what, done),

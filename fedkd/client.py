@@ -24,7 +24,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights
-from fedkd.losses import Term, kl_mean
+from fedkd.losses import Term, kl_term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import (
     Coefficient,
@@ -348,12 +348,7 @@ class _Stack:
             sides,
             epochs=phase.epochs or default,
             batch_size=experiment.batch_size,
-            optimizer=OptimizerSettings(
-                experiment.optimizer,
-                experiment.learning_rate,
-                experiment.momentum,
-                experiment.weight_decay,
-            ),
+            optimizer=OptimizerSettings.of(experiment),
             numbers={"tau": experiment.tau, **phase.numbers},
             streams=[
                 (experiment.seed, client, self.first.round, f"{position} {phase.name}")
@@ -428,8 +423,8 @@ class _Stack:
         return terms
 
     def _term(self, name: str) -> Term:
-        if name == "kl" and self.experiment.kl_reduction == "mean":
-            return kl_mean
+        if name == "kl":
+            return kl_term(self.experiment.kl_reduction)
         code = [m.strip() for m in self.experiment.client_code.split(",") if m != "none"]
         return resolve_term(name, code)
 

@@ -183,6 +183,11 @@ def kl_mean(step: Step) -> Tensor:
     return soft_term(step.teacher_logits, step.logits, step.numbers["tau"], "mean")
 
 
+def kl_term(kl_reduction: Literal["batchmean", "mean"]) -> Term:
+    """Return the soft term under the experiment's ``kl-reduction``."""
+    return kl if kl_reduction == "batchmean" else kl_mean
+
+
 @term(needs="logits")
 def mae_logits(step: Step) -> Tensor:
     """Mean absolute error between logits, ``[B]`` (FedMD's digest in its authors' code)."""

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedkd.experiment import Experiment
+
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 """Adam's defaults (Kingma and Ba 2015), which ``torch.optim`` uses too."""
 
@@ -27,6 +29,16 @@ class OptimizerSettings:
     learning_rate: float | Tensor = 1e-3
     momentum: float | Tensor = 0.0
     weight_decay: float | Tensor = 0.0
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> OptimizerSettings:
+        """Return the settings that an experiment names, the same for all its clients."""
+        return cls(
+            experiment.optimizer,
+            experiment.learning_rate,
+            experiment.momentum,
+            experiment.weight_decay,
+        )
 
     def rows(self, rows: Tensor) -> OptimizerSettings:
         """Return the settings of the clients `rows` (int64 ``[A]``)."""

@@ -11,7 +11,7 @@ from fedkd.client import correct_by_class
 from fedkd.cohort import Cohort, Side, State, choose_plan
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
-from fedkd.losses import Term, ce, kl, kl_mean
+from fedkd.losses import Term, ce, kl_term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator, permutation
 from fedkd.world import World
@@ -95,7 +95,7 @@ class Server:
         """Distil soft labels (K = 1) into the server's model, with hard labels where it has any."""
         assert self.model is not None
         experiment, public = self.experiment, self.world.public
-        soft = kl if experiment.kl_reduction == "batchmean" else kl_mean
+        soft = kl_term(experiment.kl_reduction)
         terms: dict[Term, float | Tensor] = {soft: 1.0}
         if public.labels is not None:
             terms = {soft: experiment.alpha, ce: 1 - experiment.alpha}
@@ -104,12 +104,7 @@ class Server:
             [Side("public", public, [labels.samples], terms, logits)],
             epochs=experiment.distill_epochs,
             batch_size=experiment.batch_size,
-            optimizer=OptimizerSettings(
-                experiment.optimizer,
-                experiment.learning_rate,
-                experiment.momentum,
-                experiment.weight_decay,
-            ),
+            optimizer=OptimizerSettings.of(experiment),
             numbers={"tau": experiment.tau},
             streams=[(experiment.seed, "server", self.round, "digest")],
         )
