@@ -219,7 +219,6 @@ def _starting_state(
 
 def _group_key(experiment: Experiment, order: Order, state: ClientState) -> str:
     """Name what the clients of one stack have in common."""
-    fresh = order.knowledge is not None and order.knowledge_round > state.digested
     samples = ""
     if isinstance(order.knowledge, SoftLabels):
         samples = order.knowledge.samples.cpu().numpy().tobytes().hex()
@@ -230,11 +229,17 @@ def _group_key(experiment: Experiment, order: Order, state: ClientState) -> str:
         to_text(order.phases),
         order.round,
         order.evaluate,
-        fresh,
+        _is_fresh(order, state),
         samples,
         asked,
     )
     return json.dumps(parts)
+
+
+def _is_fresh(order: Order, state: ClientState) -> bool:
+    """Whether there is knowledge that this client has not digested."""
+    empty = isinstance(order.knowledge, SoftLabels) and not len(order.knowledge.samples)
+    return order.knowledge is not None and not empty and order.knowledge_round > state.digested
 
 
 _Outcome = tuple[Report, ClientState] | tuple[Failure, None]
@@ -272,9 +277,7 @@ class _Stack:
         self.clients = [order.client for order in self.orders]
         self.shards = [self.world.shards[k] for k in self.clients]
         self.digested = [state.digested for _, state in self.group]
-        self.is_fresh = self.first.knowledge is not None and (
-            self.first.knowledge_round > self.digested[0]
-        )
+        self.is_fresh = _is_fresh(self.first, self.group[0][1])
         self.answers = [None] * len(self.orders)
         self.metrics = [{} for _ in self.orders]
         self.cohorts = {role: self._cohort(role) for role in self.group[0][1].models}
@@ -346,7 +349,7 @@ class _Stack:
         default = experiment.distill_epochs if phase.public else experiment.local_epochs
         losses = self.role(phase.model).fit(
             sides,
-            epochs=phase.epochs or default,
+            epochs=default if phase.epochs is None else phase.epochs,
             batch_size=experiment.batch_size,
             optimizer=OptimizerSettings.of(experiment),
             numbers={"tau": experiment.tau, **phase.numbers},

@@ -267,18 +267,18 @@ def _cells(entry: Entry) -> list[str]:
         _percent(entry.worst),
         _percent(entry.best),
         _percent(mean(servers) if servers else None),
-        _percent(entry.gap_closed, digits=0, unit=" %"),
-        size(entry.bytes_up),
-        size(entry.bytes_down),
+        "–" if entry.gap_closed is None else f"{100 * entry.gap_closed:.0f} %",
+        _size(entry.bytes_up),
+        _size(entry.bytes_down),
         f"{entry.seconds:.1f}",
     ]
 
 
-def _percent(value: float | None, digits: int = 1, unit: str = "") -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}{unit}"
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
-def size(count: float | None) -> str:
+def _size(count: float | None) -> str:
     """Write a number of bytes with a unit (powers of 1000)."""
     if count is None:
         return "–"

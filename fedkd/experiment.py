@@ -12,7 +12,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from fedkd.errors import FedkdError, nearest
@@ -163,6 +172,15 @@ class Experiment(BaseModel):
         except ValidationError as error:
             raise FedkdError(_one_line(error, {})) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_empty_and_truth(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what pydantic would take: true for the number 1, and an empty text."""
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if value == "" or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError("refused")
+        return value
+
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
         if self.public != "train" and self.public_labels:
@@ -211,11 +229,16 @@ class Experiment(BaseModel):
 
     def smoke(self) -> Experiment:
         """Return a copy shrunk to seconds: the same data set and method, fewer of everything."""
+        train_size = min(self.train_size or 600, 600)
+        public_size = min(self.public_size or 120, train_size // 5)
+        few_clients = self.partition == "pathological"
         return self.replace(
-            train_size=min(self.train_size or 600, 600),
+            train_size=train_size,
             test_size=min(self.test_size or 200, 200),
-            public_size=min(self.public_size or 120, 120),
-            public_per_round=self.public_per_round and min(self.public_per_round, 60),
+            public_size=public_size,
+            public_per_round=self.public_per_round and min(self.public_per_round, public_size),
+            # Three clients have to hold ten classes between them.
+            classes_per_client=max(self.classes_per_client, 4 if few_clients else 1),
             num_clients=min(self.num_clients, 3),
             quorum=1,
             num_server_rounds=min(self.num_server_rounds, 2),

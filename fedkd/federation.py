@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
@@ -28,6 +28,7 @@ from fedkd.knowledge import Knowledge, SoftLabels, Weights, check_answer
 from fedkd.messages import (
     HELLO,
     TRAIN,
+    Introduction,
     decode_introduction,
     decode_report,
     encode_knowledge,
@@ -36,7 +37,7 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
-from fedkd.phases import Phase, Predict, SendWeights, closing
+from fedkd.phases import ANSWERS, Phase, Predict, SendWeights, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
 from fedkd.server import Replies, Server
@@ -86,6 +87,7 @@ class _Exchange:
     phases: list[Phase]
     asked: Tensor
     sampled: list[int]
+    evaluate: Literal["phases", "end", "none"]
     started: float = field(default_factory=monotonic)
     up: _Bytes = field(default_factory=_Bytes)
     down: _Bytes = field(default_factory=_Bytes)
@@ -123,6 +125,7 @@ class Federation:
         self._knowledge_round = 0
         self._base: dict[int, int] = {}
         self._roster: dict[int, _Node] = {}
+        self._hello_failures: list[str] = []
         self._lost = 0
         self._exchange: _Exchange | None = None
         self._totals = {"up": _Bytes(), "down": _Bytes()}
@@ -169,13 +172,19 @@ class Federation:
         content = RecordDict({"experiment": self._record})
         timeout = min(HELLO_TIMEOUT, self._experiment.round_timeout)
         hellos = [Message(content, node, HELLO, ttl=timeout) for node in new]
+        self._hello_failures = []
         for reply in self._grid.send_and_receive(hellos, timeout=timeout) if hellos else []:
-            if reply.has_content():
-                self._enrol(reply)
+            if reply.has_error():
+                self._hello_failures.append(failure_reason(reply))
+                continue
+            try:
+                said = decode_introduction(reply.content)
+            except FedkdError as error:
+                self._hello_failures.append(str(error))
+            else:
+                self._enrol(said, reply.metadata.src_node_id)
 
-    def _enrol(self, reply: Message) -> None:
-        said = decode_introduction(reply.content)
-        node_id = reply.metadata.src_node_id
+    def _enrol(self, said: Introduction, node_id: int) -> None:
         if said.sources != sources_digest(self._experiment):
             raise FedkdError(
                 f"client {said.client} runs other code than the server (fedkd, strategies or "
@@ -191,7 +200,12 @@ class Federation:
                 f"a node holds partition {said.client}; num-clients = "
                 f"{self._experiment.num_clients} allows 0 to {self._experiment.num_clients - 1}"
             )
-        self._roster[said.client] = _Node(node_id, said.num_examples, said.student)
+        if not 1 <= said.num_examples <= len(self._server.world.train):
+            self._hello_failures.append(f"introduces num-examples = {said.num_examples}")
+        elif said.student != self._experiment.student_of(said.client):
+            self._hello_failures.append(f"introduces another student, {said.student}")
+        else:
+            self._roster[said.client] = _Node(node_id, said.num_examples, said.student)
 
     # --- a round --------------------------------------------------------------------------------
 
@@ -208,24 +222,29 @@ class Federation:
         chosen = permutation(
             self._experiment.num_clients, self._experiment.seed, "clients", number
         )[: self._experiment.clients_per_round]
-        self._exchange = _Exchange(phases, asked, sorted(chosen.tolist()))
-        return self._messages(self._exchange, number, "phases" if due or last else "none")
+        evaluate: Literal["phases", "none"] = "phases" if due or last else "none"
+        self._exchange = _Exchange(phases, asked, sorted(chosen.tolist()), evaluate)
+        return self._messages(self._exchange, number)
 
     def open_closing(self) -> list[Message]:
         """Return the messages of the closing exchange, to all clients."""
         number = self._server.round + 1
         phases = closing(self._strategy.phases(number), self._strategy.closes)
         everybody = list(range(self._experiment.num_clients))
-        self._exchange = _Exchange(phases, torch.empty(0, dtype=torch.int64), everybody)
-        return self._messages(self._exchange, number, "end")
+        nothing = torch.empty(0, dtype=torch.int64)
+        self._exchange = _Exchange(phases, nothing, everybody, "end")
+        return self._messages(self._exchange, number)
 
-    def _messages(self, exchange: _Exchange, number: int, evaluate: Any) -> list[Message]:
+    def _messages(self, exchange: _Exchange, number: int) -> list[Message]:
         packed: dict[int, dict[str, Any]] = {}
         messages = []
         for client in exchange.sampled:
             node = self._roster.get(client)
             if node is None:
-                exchange.dropped[client] = "never introduced itself"
+                said = "; ".join(sorted(set(self._hello_failures)))
+                exchange.dropped[client] = "never introduced itself" + (
+                    f" ({said})" if said else ""
+                )
                 continue
             order = Order(
                 client=client,
@@ -234,7 +253,7 @@ class Federation:
                 phases=tuple(exchange.phases),
                 asked=exchange.asked,
                 knowledge_round=self._knowledge_round,
-                evaluate=evaluate,
+                evaluate=exchange.evaluate,
             )
             content = encode_order(order, self._record, self._packed(client, node, packed))
             exchange.down.count(content)
@@ -297,12 +316,21 @@ class Federation:
         draft = Server.__new__(Server)
         draft.__dict__.update(self._server.__dict__)
         draft.state = deepcopy(self._server.state)
-        new = self._strategy.update(_replies(reports), draft)
+        try:
+            new = self._strategy.update(_replies(reports), draft)
+            if new is not None:
+                check_answer(new)
+        except Exception as error:
+            error.add_note(f"in the update of {self._strategy.name()}, round {self._server.round}")
+            raise
         self._server.state = draft.state
         for report in reports:
             self._base[report.client] = self._server.round
         if new is None:
             return
+        if isinstance(new, Weights) and isinstance(self._knowledge, Weights):
+            # An architecture of which no client was drawn keeps its last average.
+            new = self._knowledge.updated(new)
         self._knowledge, self._knowledge_round = new, self._server.round
         if self._server.model is not None and isinstance(new, SoftLabels) and len(new.samples):
             self._server.fit(new)
@@ -355,12 +383,16 @@ class Federation:
             raise FedkdError(
                 f"sends num-examples = {report.num_examples} after introducing {node.num_examples}"
             )
+        if exchange.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
+            raise FedkdError("sends no final accuracy")
         self._check_kind(report.answer, exchange, node)
         if report.answer is not None:
             check_answer(report.answer)
         return report
 
     def _check_kind(self, answer: Knowledge | None, exchange: _Exchange, node: _Node) -> None:
+        if answer is not None and not any(isinstance(p, ANSWERS) for p in exchange.phases):
+            raise FedkdError("sends knowledge that nobody asked for")
         for phase in exchange.phases:
             if isinstance(phase, Predict):
                 self._check_labels(answer, phase, exchange)
@@ -464,11 +496,14 @@ class Federation:
         """Tell Flower's users by round what the run folder says in full."""
         flower = Result()
         for row in self.rows:
-            numbers = {k: v for k, v in row.items() if type(v) in (int, float)}
-            flower.train_metrics_clientapp[row["round"]] = MetricRecord(numbers)
-        final = {k: v for k, v in result.items() if type(v) in (int, float)}
-        flower.evaluate_metrics_clientapp[len(self.rows)] = MetricRecord(final)
+            flower.train_metrics_clientapp[row["round"]] = plain_numbers(row)
+        flower.evaluate_metrics_clientapp[len(self.rows)] = plain_numbers(result)
         return flower
+
+
+def plain_numbers(row: Mapping[str, Any]) -> MetricRecord:
+    """Return a record's numbers: all that Flower's metrics can hold."""
+    return MetricRecord({name: value for name, value in row.items() if type(value) in (int, float)})
 
 
 def _replies(reports: Sequence[Report]) -> Replies:

@@ -96,14 +96,15 @@ class SoftLabels:
 
         Samples nobody answered do not appear. At least one answer is needed; all share space and C.
         """
-        samples = torch.cat([a.samples for a in answers]).unique()
+        samples = torch.cat([a.samples[a.mask[0]] for a in answers]).unique()
         first = answers[0].values
         values = first.new_zeros(len(answers), len(samples), first.shape[-1])
         mask = torch.zeros(values.shape[:2], dtype=torch.bool, device=first.device)
         for k, answer in enumerate(answers):
-            rows = torch.searchsorted(samples, answer.samples)
-            values[k, rows] = answer.values[0]
-            mask[k, rows] = answer.mask[0]
+            given = answer.mask[0]
+            rows = torch.searchsorted(samples, answer.samples[given])
+            values[k, rows] = answer.values[0, given]
+            mask[k, rows] = True
         return cls(
             values,
             answers[0].space,
@@ -134,9 +135,10 @@ class SoftLabels:
         return self._mean(self.probabilities)
 
     def _mean(self, values: Tensor) -> Tensor:
+        # Summed in float64: finite answers must not add up to infinity.
         answered = self.mask.unsqueeze(-1)
-        count = answered.sum(0).clamp_min(1)
-        return torch.where(answered, values, values.new_zeros(())).sum(0) / count
+        total = torch.where(answered, values, values.new_zeros(())).sum(0, dtype=torch.float64)
+        return (total / answered.sum(0).clamp_min(1)).to(values.dtype)
 
     def keep(self, rows: Tensor) -> SoftLabels:
         """Keep the samples `rows`, bool ``[N]`` or positions."""
@@ -206,6 +208,10 @@ class Weights:
     def average(self) -> Weights:
         """Average within each architecture, K = 1."""
         return Weights({name: weights.average() for name, weights in self.by_model.items()})
+
+    def updated(self, newer: Weights) -> Weights:
+        """Return these with `newer` in their place for the architectures that it has."""
+        return Weights({**self.by_model, **newer.by_model})
 
     def only(self, model: str) -> Weights:
         """Return the part that a client with architecture `model` can load."""

@@ -8,11 +8,10 @@ buffers of knowledge and requested indices; wire bytes everything in the message
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
@@ -22,11 +21,14 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights
 from fedkd.phases import from_text, to_text
+from fedkd.references import in_one_line
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
 """Message types: execute an order; say who you are."""
 
 _SECONDS = "seconds "
+_METRIC = re.compile(r"accuracy|own_accuracy|agreement|(accuracy_after|loss)_\w+")
+"""Metrics that a server records; a client may send more."""
 _RAISED = 2
 """Flower's error code of a client app that raised."""
 
@@ -59,11 +61,12 @@ def decode_introduction(records: RecordDict) -> Introduction:
     Raises:
         FedkdError: it is not one.
     """
-    try:
-        fields: dict[str, Any] = dict(records.config_records["introduction"])
-        return Introduction(**fields)
-    except (KeyError, TypeError) as error:
-        raise FedkdError(f"sends no introduction ({error})") from None
+    fields = dict(records.config_records.get("introduction", {}))
+    wanted = {"client": int, "num_examples": int, "student": str, "sources": str}
+    if {name: type(value) for name, value in fields.items()} != wanted:
+        raise FedkdError(f"sends no introduction (it has {', '.join(fields) or 'nothing'})")
+    introduction: dict[str, Any] = fields
+    return Introduction(**introduction)
 
 
 def experiment_record(experiment: Experiment) -> ConfigRecord:
@@ -132,11 +135,11 @@ def decode_knowledge(
         raise
     except Exception as error:
         # Whatever a foreign message does to the decoder is that message's fault.
-        raise FedkdError(f"sends knowledge that cannot be read: {error}") from None
+        raise FedkdError(f"sends knowledge that cannot be read: {in_one_line(error)}") from None
 
 
 def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array.numpy()))
+    return torch.from_numpy(array.numpy())
 
 
 def encode_order(order: Order, experiment: ConfigRecord, knowledge: dict[str, Any]) -> RecordDict:
@@ -183,7 +186,7 @@ def decode_order(
     seen = {} if seen is None else seen
     key = tuple(id(a.data) for a in records.array_records.get("knowledge", {}).values())
     try:
-        instruction: Mapping[str, Any] = records.config_records["instruction"]
+        instruction = _instruction(records)
         if key not in seen:
             seen[key] = decode_knowledge(
                 records, client=instruction["client"], num_examples=num_examples
@@ -201,8 +204,23 @@ def decode_order(
             knowledge_round=instruction["knowledge-round"],
             evaluate=instruction["evaluate"],
         )
-    except KeyError as error:
-        raise FedkdError(f"the message carries no {error}") from None
+    except FedkdError:
+        raise
+    except Exception as error:
+        # As with knowledge: a foreign message can make the decoder raise anything.
+        raise FedkdError(f"the order cannot be read: {in_one_line(error)}") from None
+
+
+def _instruction(records: RecordDict) -> dict[str, Any]:
+    """Return an order's instruction, its numbers and texts checked."""
+    instruction: dict[str, Any] = dict(records.config_records["instruction"])
+    for name in ("client", "round", "base", "knowledge-round"):
+        if type(instruction[name]) is not int:
+            raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a whole number")
+    for name in ("phases", "evaluate"):
+        if type(instruction[name]) is not str:
+            raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a text")
+    return instruction
 
 
 def encode_report(report: Report, asked: Tensor) -> RecordDict:
@@ -239,7 +257,7 @@ def decode_report(records: RecordDict, asked: Tensor) -> Report:
         client,
         num_examples,
         decode_knowledge(records, client=client, num_examples=num_examples, samples=asked),
-        {n: v for n, v in numbers.items() if not n.startswith(_SECONDS)},
+        {n: v for n, v in numbers.items() if _METRIC.fullmatch(n)},
         {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)},
     )
 
@@ -266,11 +284,24 @@ def payload_bytes(records: RecordDict) -> dict[str, int]:
     for record, prefix in (("knowledge", ""), ("request", "requested ")):
         if record in records.array_records:
             for name, array in records.array_records[record].items():
-                size = math.prod(array.shape) * np.dtype(array.dtype).itemsize
-                counted[prefix + name] = size
+                counted[prefix + name] = _buffer_size(array.data)
     return counted
 
 
+def _buffer_size(data: bytes) -> int:
+    """Return the bytes of an array's buffer in a ``.npy``, whatever its sender says of its shape."""
+    width = 2 if data[6:7] == b"\x01" else 4
+    header = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    return max(0, len(data) - header)
+
+
 def wire_bytes(records: RecordDict) -> int:
-    """Count everything in a message's records, as Flower does."""
-    return sum(record.count_bytes() for record in records.values())
+    """Count everything in a message's records, as Flower does where it can."""
+    return sum(_record_bytes(record) for record in records.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    try:
+        return record.count_bytes()
+    except (ValueError, IndexError):  # Flower's count fails at empty texts and lists
+        return sum(len(str(name)) + len(str(value)) for name, value in record.items())

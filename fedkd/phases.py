@@ -20,6 +20,7 @@ from fedkd import losses
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Space
 from fedkd.losses import Term
+from fedkd.references import in_one_line
 
 Role = Literal["student", "teacher"]
 """Which local model: a client without a local teacher takes its student for both."""
@@ -125,7 +126,10 @@ def resolve_term(name: str, client_code: Sequence[str] = ()) -> Term:
             f"the instruction names {name}, but this client only runs code of {', '.join(allowed)}; "
             "add the module to client-code if you trust it"
         )
-    found = getattr(import_module(module), function, None)
+    try:
+        found = getattr(import_module(module), function, None)
+    except Exception as error:  # importing runs the module
+        raise FedkdError(f"{name} is not a loss term: {in_one_line(error)}") from None
     if not isinstance(found, Term):
         raise FedkdError(f"{name} is not a loss term: declare it with @term at the top of {module}")
     return found
@@ -144,6 +148,8 @@ def from_text(text: str) -> list[Phase]:
     """
     try:
         entries: list[dict[str, Any]] = json.loads(text)
+        if not isinstance(entries, list):
+            raise TypeError("not a list")
         return [_PHASES[entry.pop("phase")](**entry) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedkdError(f"the instruction's phases cannot be read: {error}") from None

@@ -13,10 +13,11 @@ from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeGuard
 
 from fedkd.errors import FedkdError, nearest
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import Experiment, kebab, snake
+from fedkd.randomness import key
 from fedkd.strategy import DistillationStrategy
 
 GROUP = "fedkd.strategies"
@@ -54,7 +55,11 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
         FedkdError: there is no such strategy, it does not import, or a setting is not right.
     """
     cls = _own(name) if ":" in name else _named(name)
-    return cls(**_settings(cls, config))
+    settings = _settings(cls, config)
+    try:
+        return cls(**settings)
+    except FedkdError as error:
+        raise FedkdError(f"strategy-config = '{config}': {error}") from None
 
 
 def strategy_of(experiment: Experiment) -> DistillationStrategy:
@@ -87,7 +92,7 @@ def _own(name: str) -> type[DistillationStrategy]:
     where, _, class_name = name.rpartition(":")
     module = _load_file(Path(where)) if where.endswith(".py") else _import(where, name)
     cls = getattr(module, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, DistillationStrategy)):
+    if not _is_strategy(cls):
         present = [n for n, v in vars(module).items() if _is_strategy(v)]
         raise FedkdError(
             f"strategy = '{name}': {where} defines no strategy {class_name}"
@@ -97,7 +102,7 @@ def _own(name: str) -> type[DistillationStrategy]:
     return cls
 
 
-def _is_strategy(value: object) -> bool:
+def _is_strategy(value: object) -> TypeGuard[type[DistillationStrategy]]:
     return (
         isinstance(value, type)
         and issubclass(value, DistillationStrategy)
@@ -119,15 +124,17 @@ def _import(module: str, what: str) -> ModuleType:
 def _load_file(path: Path) -> ModuleType:
     if not path.exists():
         raise FedkdError(f"strategy = '{path}': there is no such file")
-    spec = spec_from_file_location(path.stem, path)
+    # Under a name of its own: a file may be called like a module that others need.
+    name = f"strategy_file_{key(str(path.resolve())):x}"
+    spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        del sys.modules[path.stem]
+        del sys.modules[name]
         line = getattr(error, "lineno", None)
         at = f", line {line}" if line else ""
         raise FedkdError(
@@ -150,37 +157,16 @@ def _refuse_foreign(package: ModuleType) -> None:
 def _settings(cls: type[DistillationStrategy], config: str) -> dict[str, Any]:
     if config == "none":
         return {}
-    hints = get_type_hints(cls)
-    types = {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     settings = {}
     for pair in config.split():
-        key, equals, text = pair.partition("=")
-        field = key.replace("-", "_")
-        if not equals or field not in types:
-            known = ", ".join(kebab(name) for name in types) or "none"
+        setting, equals, text = pair.partition("=")
+        name = snake(setting)
+        if not equals or name not in known:
             raise FedkdError(
                 f"strategy-config = '{config}': '{pair}' is not a setting of {cls.__name__}"
-                f"{nearest(kebab(field), [kebab(name) for name in types])}; settings: {known}, "
-                "written key=value and separated by spaces"
+                f"{nearest(kebab(name), map(kebab, known))}; settings: "
+                f"{', '.join(map(kebab, known)) or 'none'}, written key=value and separated by spaces"
             )
-        try:
-            settings[field] = _value(text, types[field])
-        except ValueError as error:
-            raise FedkdError(
-                f"strategy-config = '{config}': {kebab(field)} = '{text}' of {cls.__name__}: {error}"
-            ) from None
+        settings[name] = text
     return settings
-
-
-def _value(text: str, wanted: Any) -> Any:
-    """Turn a setting's text into its type, or raise a ValueError that says what is accepted."""
-    choices = get_args(wanted) or ("true", "false") * (wanted is bool)
-    if choices:
-        if text not in choices:
-            raise ValueError(f"must be {', '.join(choices)}{nearest(text, choices)}")
-        return text == "true" if wanted is bool else text
-    try:
-        return wanted(text)
-    except ValueError:
-        kind = {int: "whole number", float: "number"}.get(wanted, wanted.__name__)
-        raise ValueError(f"must be a {kind}") from None

@@ -11,21 +11,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
-from typing import Any, ClassVar, Literal, dataclass_transform
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+)
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment
-from fedkd.federation import Federation
+from fedkd.errors import FedkdError, nearest
+from fedkd.experiment import Experiment, accepted, kebab
+from fedkd.federation import Federation, plain_numbers
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.phases import Digest, Phase, Predict, Revisit, SendWeights
 from fedkd.records import Row
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
+
+Positive = Annotated[float, Field(gt=0)]
+"""Type of a setting that is a number above 0."""
+
+Count = Annotated[int, Field(ge=1)]
+"""Type of a setting that is a whole number from 1."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,38 @@ class DistillationStrategy(Strategy):
     facts: ClassVar[Facts]
     closes: ClassVar[Literal["digest", "revisit"]] = "digest"
     """Last phase of the closing exchange, after which final accuracies are taken."""
+
+    def __new__(cls, **settings: Any) -> Self:
+        """Refuse the base itself, and a strategy that declares nothing."""
+        if not isinstance(getattr(cls, "facts", None), Facts):
+            raise TypeError(
+                f"{cls.__name__} is abstract: a strategy is a subclass of DistillationStrategy that "
+                "declares facts = Facts(...)"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check the settings (texts are converted).
+
+        Raises:
+            FedkdError: a setting is of the wrong type or out of range.
+        """
+        hints = get_type_hints(type(self), include_extras=True)
+        for name, value in self.settings().items():
+            try:
+                checked = TypeAdapter(hints[name]).validate_python(value)
+            except ValidationError:
+                field = FieldInfo.from_annotation(hints[name])
+                choices = map(str, get_args(hints[name]))
+                hint = nearest(value, choices) if isinstance(value, str) else ""
+                raise FedkdError(
+                    f"{kebab(name)} = {value!r} of {self.name()}: must be {accepted(field)}{hint}"
+                ) from None
+            object.__setattr__(self, name, checked)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings, not an open session."""
+        return self.settings()
 
     def __init_subclass__(cls) -> None:
         if "aggregate" in cls.__dict__:
@@ -207,7 +256,7 @@ class DistillationStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, update the knowledge, write the round's record."""
         row = self._session.finish_round(replies)
-        return None, MetricRecord({k: v for k, v in row.items() if isinstance(v, int | float)})
+        return None, plain_numbers(row)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

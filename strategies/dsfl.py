@@ -10,9 +10,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
-from fedkd.strategy import DistillationStrategy, Facts
+from fedkd.strategy import DistillationStrategy, Facts, Positive
 
 
 class DSFL(DistillationStrategy):
@@ -37,12 +38,14 @@ class DSFL(DistillationStrategy):
     )
 
     sharpening: Literal["era", "mean"] = "era"
-    era_temperature: float = 0.1
+    era_temperature: Positive = 0.1
 
     def phases(self, round: int) -> list[Phase]:
         return [Digest(), Revisit(), Predict("probabilities")]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
+        if labels.space != "probabilities":
+            raise FedkdError(f"DSFL aggregates probabilities, not {labels.space}")
         mean_NC = labels.mean_probabilities()
         if self.sharpening == "mean":
             return mean_NC

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import mae_logits
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit, reference
-from fedkd.strategy import DistillationStrategy, Facts
+from fedkd.strategy import Count, DistillationStrategy, Facts
 
 
 class FedMD(DistillationStrategy):
@@ -33,7 +33,7 @@ class FedMD(DistillationStrategy):
     closes = "revisit"
 
     digest: Literal["kl", "mae"] = "kl"
-    transfer_epochs: int = 5
+    transfer_epochs: Count = 5
 
     def phases(self, round: int) -> list[Phase]:
         if round == 1:

@@ -217,7 +217,10 @@ def test_a_strategy_from_a_file_runs_and_is_recorded_as_it_was_given(tmp_path: P
         ({"teacher": "mlp"}, "teacher = 'mlp'"),
         ({"server_model": "resnet8"}, "server-model = 'resnet8'.*did you mean 'resnet-8'"),
         ({"student": "federation_tools:bomb"}, r"student = 'federation_tools:bomb'.*shape"),
-        ({"student": "federation_tools:nothing"}, "has no 'nothing'"),
+        (
+            {"student": "federation_tools:nothing"},
+            "student = 'federation_tools:nothing'.*no .*'nothing'",
+        ),
         ({"public_size": None, "public_per_round": 31}, r"public-per-round = 31.*has 30 images"),
         ({"train_size": 5000}, "train-size = 5000"),
         ({"dataset": "digitz"}, "did you mean 'digits'"),

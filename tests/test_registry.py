@@ -203,11 +203,11 @@ def test_settings_are_key_value_pairs() -> None:
         ("DSFL", "sharpning=mean", r"'sharpning=mean'.*did you mean 'sharpening'.*era-temperature"),
         ("DSFL", "sharpening", r"'sharpening' is not a setting.*key=value"),
         ("DSFL", "sharpening=man", r"sharpening = 'man'.*era, mean.*did you mean 'mean'"),
-        ("DSFL", "era-temperature=cold", r"era-temperature = 'cold' of DSFL: must be a number"),
+        ("DSFL", "era-temperature=cold", r"era-temperature = 'cold' of DSFL: must be .*number"),
         (
             "FedMD",
             "transfer-epochs=2.5",
-            r"transfer-epochs = '2.5' of FedMD: must be a whole number",
+            r"transfer-epochs = '2.5' of FedMD: must be .*whole number",
         ),
         ("FedAvg", "mu=0.1", r"'mu=0.1' is not a setting of FedAvg.*settings: none"),
         ("FedMD", "digest=mae, transfer-epochs=2", "digest = 'mae,'"),
@@ -223,9 +223,9 @@ def test_a_wrong_setting_is_named_with_what_is_accepted(
 def test_settings_of_a_users_strategy_have_the_types_of_its_fields(write: Write) -> None:
     path = write("typed_rule.py", SOURCE)
     for config, reason in {
-        "twice=yes": "twice = 'yes' of Median: must be true, false",
+        "twice=perhaps": "twice = 'perhaps' of Median: must be true, false",
         "order=middle": "order = 'middle' of Median: must be low, high",
-        "at-least=many": "at-least = 'many' of Median: must be a whole number",
+        "at-least=many": "at-least = 'many' of Median: must be .*whole number",
     }.items():
         with pytest.raises(FedkdError, match=reason):
             find(f"{path}:Median", config)
