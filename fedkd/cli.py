@@ -162,8 +162,7 @@ class Output:
         """Return a display of progress, which begins with the plan."""
         from fedkd.display import Steps
 
-        announced = not self.json and not self.quiet
-        return Steps(shown=not self.quiet, plan=plan if announced else None)
+        return Steps(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
 
     def result(
         self,
@@ -208,9 +207,11 @@ def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
                 experiment,
                 lambda row: steps.show(display.round_line(row, rounds), row["round"] / rounds),
             )
-    result = {"path": str(done.path), **done.result}
-    full = [display.rounds_table(done), display.run_facts(done)]
-    output.result(result, [display.run_line(done)], full)
+    output.result(
+        {"path": str(done.path), **done.result},
+        [display.run_line(done)],
+        [display.rounds_table(done), display.run_facts(done)],
+    )
 
 
 @app.command
@@ -222,9 +223,11 @@ def central(*, seeds: Seeds = None, start: AnyStart = _DEFAULTS, output: AnyOutp
         chosen = _seeds(seeds, experiment)
         with output.progress(lambda: display.central_plan(experiment, chosen)) as steps:
             done = baseline.central(experiment, chosen, progress=steps.show)
-    result = {"path": str(done.path), **done.as_json()}
-    full = [display.central_table(done), display.central_facts(done)]
-    output.result(result, [display.central_line(done)], full)
+    output.result(
+        {"path": str(done.path), **done.as_json()},
+        [display.central_line(done)],
+        [display.central_table(done), display.central_facts(done)],
+    )
 
 
 @app.command
@@ -287,8 +290,7 @@ def data(
     folder = data_folder(data_dir)
     if name is None:
         rows = [display.dataset_row(known, folder) for known in DATASETS]
-        full = [display.datasets_table(rows), {"folder": str(folder)}]
-        output.result(rows, list(DATASETS), full)
+        output.result(rows, DATASETS, [display.datasets_table(rows), {"folder": str(folder)}])
     else:
         facts = display.dataset_facts(load(name, folder))
         brief = f"{name}: {facts['train']} training and {facts['test']} test images"
@@ -324,8 +326,7 @@ def _exit(text: str, code: int) -> NoReturn:
 # --- Errors ---------------------------------------------------------------------------------------
 
 _MENTION = re.compile(
-    r"""\b(?P<key>[a-z]+(?:-[a-z]+)*)(?:\ =)?\ (?P<value>'[^']*'|(?<==\ )[^\s:;,()']++)(?!\ \(from\ )""",
-    re.VERBOSE,
+    r"\b(?P<key>[a-z]+(?:-[a-z]+)*)(?: =)? (?P<value>'[^']*'|(?<== )[^\s:;,()']++)(?! \(from )"
 )
 """A key with its value in the text of an error, the source of which is not named."""
 

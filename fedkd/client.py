@@ -303,7 +303,8 @@ class _Stack:
         """Execute every phase for all clients."""
         for position, phase in enumerate(self.first.phases):
             started = monotonic()
-            self._run_phase(position, phase)
+            before = sum(p.name == phase.name for p in self.first.phases[:position])
+            self._run_phase(phase, before)
             spent = (monotonic() - started) / len(self.orders)
             self.seconds[phase.name] = self.seconds.get(phase.name, 0.0) + spent
         if self.first.evaluate == "end":
@@ -321,9 +322,9 @@ class _Stack:
         models = {role: cohort.state(k) for role, cohort in self.cohorts.items()}
         return report, ClientState(models, self.digested[k])
 
-    def _run_phase(self, position: int, phase: Phase) -> None:
+    def _run_phase(self, phase: Phase, occurrence: int) -> None:
         if isinstance(phase, Fit):
-            self._fit(position, phase)
+            self._fit(phase, occurrence)
         elif isinstance(phase, Load):
             self._load()
         elif isinstance(phase, Predict):
@@ -341,7 +342,7 @@ class _Stack:
             received = order.knowledge.by_model[name].tensors
             self.cohorts["student"].load(k, {n: t[0] for n, t in received.items()})
 
-    def _fit(self, position: int, phase: Fit) -> None:
+    def _fit(self, phase: Fit, occurrence: int) -> None:
         sides = self._sides(phase)
         if not sides:
             return
@@ -354,7 +355,7 @@ class _Stack:
             optimizer=OptimizerSettings.of(experiment),
             numbers={"tau": experiment.tau, **phase.numbers},
             streams=[
-                (experiment.seed, client, self.first.round, f"{position} {phase.name}")
+                (experiment.seed, client, self.first.round, f"{phase.name} {occurrence}")
                 for client in self.clients
             ],
         )

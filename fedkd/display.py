@@ -41,7 +41,7 @@ STRATEGIES_LEGEND = {
     "up, down": "payload bytes of a client in a round",
     "P": "public images asked for",
     "C": "classes",
-    "W": "numbers in the student's weights and buffers",
+    "S": "bytes of the student's parameters and buffers",
 }
 
 

@@ -52,7 +52,7 @@ class Facts:
     Attributes:
         paper: arXiv number or venue.
         up: payload bytes a client sends a round, a formula over P (samples asked), C (classes) and
-            W (parameters and buffers of the student, in numbers).
+            S (bytes of the student's parameters and buffers).
         down: payload bytes a client receives a round, likewise.
         public_labels: whether the algorithm needs the labels of the public set.
         server_model: whether it keeps a model at the server.

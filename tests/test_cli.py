@@ -494,7 +494,7 @@ def test_strategies_lists_the_declarations(cli: Cli, monkeypatch: pytest.MonkeyP
     assert rows["DSFL"]["server_model"] == "optional"
     assert cli("strategies", "--quiet").split() == list(rows)
     table = cli("strategies")
-    assert re.search(r"^FedAvg +1602.05629 +W\*4 +W\*4 .* no +server +none", table, re.MULTILINE)
+    assert re.search(r"^FedAvg +1602.05629 +S +S .* no +server +none", table, re.MULTILINE)
     assert "era-temperature=0.1" in table
 
 

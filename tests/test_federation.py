@@ -43,7 +43,7 @@ from fedkd.client import INITIAL, Order
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.messages import experiment_record, failed
-from fedkd.phases import Digest, Phase, Predict, Revisit
+from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
 from fedkd.records import Row, RunFolder
 from fedkd.registry import find
 from fedkd.server import Replies, Server
@@ -824,6 +824,20 @@ def test_accuracies_are_measured_when_due_and_in_the_last_round() -> None:
         assert row["loss_revisit"] == other["loss_revisit"]
         if row["round"] in tested:
             assert row["accuracy_after_revisit"] == other["accuracy_after_revisit"]
+
+
+def test_a_phase_may_have_any_name_and_is_recorded_under_it() -> None:
+    class Named(DistillationStrategy):
+        facts = Facts("none", "0", "0")
+
+        def phases(self, round: int) -> list[Phase]:
+            return [Fit("warm-up 1", "student", private={"ce": 1.0})]
+
+    row = federate(tiny(), strategy=Named()).rows[0]
+    assert row["dropped"] == {}
+    assert 0 <= row["accuracy_after_warm-up 1"] <= 1
+    assert len(row["client_accuracy_after_warm-up 1"]) == K
+    assert row["loss_warm-up 1"] > 0
 
 
 # --- Records -------------------------------------------------------------------------------------

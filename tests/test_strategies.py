@@ -346,7 +346,7 @@ def test_strategies_are_frozen_keyword_only_and_can_be_hashed_and_pickled(
     with pytest.raises(TypeError):
         cls("positional")  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        cls(no_such_setting=1)  # type: ignore[call-arg]
+        cls(no_such_setting=1)
     for setting in fields(cls):  # type: ignore[arg-type]
         assert isinstance(getattr(strategy, setting.name), bool | int | float | str)
         with pytest.raises(FrozenInstanceError):
@@ -425,7 +425,11 @@ def test_a_strategy_moves_the_bytes_that_it_declares(name: str, student: str) ->
     """From the second round on: in the first there is no knowledge to send down yet."""
     cls = strategies()[name]
     model = build(student, (1, 8, 8), CLASSES)
-    sizes = {"P": P, "C": CLASSES, "W": sum(t.numel() for t in model.state_dict().values())}
+    sizes = {
+        "P": P,
+        "C": CLASSES,
+        "S": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+    }
     up, down = (eval(formula, {}, sizes) for formula in (cls.facts.up, cls.facts.down))
     rows = federate(tiny(strategy=name, student=student, num_server_rounds=3)).rows
     assert [row["dropped"] for row in rows] == [{}] * 3
