@@ -8,6 +8,7 @@ in-process engine all of a round.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,10 @@ from fedkd.phases import (
     resolve_term,
     to_text,
 )
+from fedkd.references import in_one_line
 from fedkd.world import World
+
+_logger = logging.getLogger(__name__)
 
 INITIAL = 0
 """The round of the state that every client starts from; it is never stored."""
@@ -251,12 +255,21 @@ def _run_or_split(
     try:
         return list(_Stack(experiment, world, group).run())
     except Exception as error:
+        if experiment.plan != "loop" and _is_refused_by_vmap(error):
+            _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
+            return _run_or_split(experiment.replace(plan="loop"), world, group)
         # Whatever a client's model or data raises is that client's failure, never the round's.
         if len(group) == 1:
             known = isinstance(error, FedkdError)
-            reason = str(error) if known else f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = str(error) if known else in_one_line(error)
             return [(Failure(group[0][0].client, reason), None)]
         return [result for one in group for result in _run_or_split(experiment, world, [one])]
+
+
+def _is_refused_by_vmap(error: Exception) -> bool:
+    """Whether a model or a term does something that cannot be mapped over clients."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("vmap" in text or "batching rule" in text)
 
 
 @dataclass

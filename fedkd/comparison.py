@@ -109,7 +109,8 @@ class Comparison:
     def table(self) -> Table:
         """Return the comparison as a table of at most 80 columns, accuracies in percent.
 
-        ``worst`` and ``best`` are clients, ``gap`` is the gap closed, bytes are those of all clients.
+        ``clients`` spans the worst and the best client, ``gap`` is the gap closed, bytes are those of
+        all clients over a run. The server has a column where its model differs from the clients'.
         """
         seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
         table = Table(
@@ -118,11 +119,14 @@ class Comparison:
             pad_edge=False,
             padding=(0, 1, 0, 0),
         )
-        table.add_column("method", no_wrap=True)
-        for name in ("accuracy", "worst", "best", "server", "gap", "up", "down", "seconds"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for entry in self.entries:
-            table.add_row(entry.method, *_cells(entry))
+        rows = [_cells(entry) for entry in self.entries]
+        if all(e.server_accuracies in (None, e.accuracies) for e in self.entries):
+            rows = [{**row, "server": None} for row in rows]
+        columns = [name for name in rows[0] if any(row[name] for row in rows)]
+        for name in columns:
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[name] or "–" for name in columns))
         return table
 
 
@@ -259,29 +263,27 @@ def _with_gaps(entries: Sequence[Entry]) -> list[Entry]:
     ]
 
 
-def _cells(entry: Entry) -> list[str]:
+def _cells(entry: Entry) -> dict[str, str | None]:
     spread = "" if entry.spread is None else f" ± {100 * entry.spread:.1f}"
     servers = entry.server_accuracies
-    return [
-        f"{100 * entry.accuracy:.1f}{spread}",
-        _percent(entry.worst),
-        _percent(entry.best),
-        _percent(mean(servers) if servers else None),
-        "–" if entry.gap_closed is None else f"{100 * entry.gap_closed:.0f} %",
-        _size(entry.bytes_up),
-        _size(entry.bytes_down),
-        f"{entry.seconds:.1f}",
-    ]
+    return {
+        "method": entry.method,
+        "accuracy": f"{100 * entry.accuracy:.1f}{spread}",
+        "clients": None
+        if entry.worst is None or entry.best is None
+        else f"{100 * entry.worst:.1f}–{100 * entry.best:.1f}",
+        "server": f"{100 * mean(servers):.1f}" if servers else None,
+        "gap": None if entry.gap_closed is None else f"{100 * entry.gap_closed:.0f} %",
+        "up": _size(entry.bytes_up),
+        "down": _size(entry.bytes_down),
+        "seconds": f"{entry.seconds:.1f}",
+    }
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _size(count: float | None) -> str:
+def _size(count: float | None) -> str | None:
     """Write a number of bytes with a unit (powers of 1000)."""
     if count is None:
-        return "–"
+        return None
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -200,8 +200,10 @@ class Federation:
                 f"a node holds partition {said.client}; num-clients = "
                 f"{self._experiment.num_clients} allows 0 to {self._experiment.num_clients - 1}"
             )
-        if not 1 <= said.num_examples <= len(self._server.world.train):
-            self._hello_failures.append(f"introduces num-examples = {said.num_examples}")
+        if said.num_examples != (held := len(self._server.world.shards[said.client])):
+            self._hello_failures.append(
+                f"introduces num-examples = {said.num_examples} of a partition of {held}"
+            )
         elif said.student != self._experiment.student_of(said.client):
             self._hello_failures.append(f"introduces another student, {said.student}")
         else:

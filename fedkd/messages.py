@@ -27,7 +27,7 @@ TRAIN, HELLO = "train.fedkd", "query.hello"
 """Message types: execute an order; say who you are."""
 
 _SECONDS = "seconds "
-_METRIC = re.compile(r"accuracy|own_accuracy|agreement|(accuracy_after|loss)_\w+")
+_METRIC = re.compile(r"accuracy|own_accuracy|agreement|(accuracy_after|loss)_.+")
 """Metrics that a server records; a client may send more."""
 _RAISED = 2
 """Flower's error code of a client app that raised."""
@@ -253,11 +253,15 @@ def decode_report(records: RecordDict, asked: Tensor) -> Report:
     num_examples = _integer(numbers, "num-examples")
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers.values()):
         raise FedkdError("sends metrics that are not finite numbers")
+    metrics = {n: v for n, v in numbers.items() if _METRIC.fullmatch(n)}
+    for name, value in metrics.items():
+        if not name.startswith("loss_") and not 0 <= value <= 1:
+            raise FedkdError(f"sends {name} = {value:g}, which must be 0 to 1")
     return Report(
         client,
         num_examples,
         decode_knowledge(records, client=client, num_examples=num_examples, samples=asked),
-        {n: v for n, v in numbers.items() if _METRIC.fullmatch(n)},
+        metrics,
         {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)},
     )
 

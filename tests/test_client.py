@@ -607,7 +607,7 @@ def test_a_client_whose_term_raises_fails_alone() -> None:
     first, third = private[~nines].chunk(2)
     world = replace(world, shards=(first, private[nines], third))
     phases: list[Phase] = [Digest(), Revisit({refuses_nines: 1.0}), Predict()]
-    assert_only_the_second_fails(experiment, world, phases, "ArithmeticError: a nine")
+    assert_only_the_second_fails(experiment, world, phases, "ArithmeticError: a nine of all things")
 
 
 def test_a_client_whose_model_raises_fails_alone() -> None:
@@ -815,3 +815,26 @@ def test_reference_agrees_with_torchs_own_losses() -> None:
     torch.testing.assert_close(ce_loss(student, labels), F.cross_entropy(student, labels))
     soft = F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean")
     torch.testing.assert_close(kl_loss(teacher, student, 2.0), 4 * soft)
+
+
+def test_a_term_that_vmap_refuses_is_run_client_by_client() -> None:
+    """``.item()`` cannot be mapped; one by one the numbers are those of the mean absolute error."""
+    experiment = tiny(plan="auto", client_code="federation_tools")
+    world = world_of(experiment)
+    values = torch.randn(1, len(world.public), 10, generator=torch.Generator().manual_seed(3))
+    orders = {
+        name: [
+            Order(
+                k, 2, INITIAL, (Fit("digest", public={name: 1.0}),), torch.empty(0).long(),
+                SoftLabels(values, "logits"), 1,
+            )
+            for k in range(3)
+        ]
+        for name in ("mae_logits", "federation_tools:mae_by_item")
+    }  # fmt: skip
+    easy = execute(experiment, world, orders["mae_logits"], MemoryStore())
+    hard = execute(experiment, world, orders["federation_tools:mae_by_item"], MemoryStore())
+    for once, again in zip(easy, hard, strict=True):
+        assert isinstance(once, Report)
+        assert isinstance(again, Report), again
+        assert again.metrics["loss_digest"] == pytest.approx(once.metrics["loss_digest"], rel=1e-5)
