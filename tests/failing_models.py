@@ -24,8 +24,7 @@ class _Counting(nn.Module):
         self, name: str, fatal: int, input_shape: tuple[int, int, int], classes: int
     ) -> None:
         super().__init__()
-        inner = build("mlp-7", input_shape, classes)
-        self.body, self.head = inner.body, inner.head
+        self.inner = build("mlp-7", input_shape, classes)
         self._name, self._fatal = name, fatal
         self._fresh = True  # every phase list gets a model of its own
 
@@ -33,7 +32,7 @@ class _Counting(nn.Module):
         if self.training and self._fresh:
             self._fresh = False
             self._count()
-        logits: Tensor = self.head(self.body(images))
+        logits: Tensor = self.inner(images)
         return logits
 
     def _count(self) -> None:

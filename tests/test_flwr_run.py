@@ -49,7 +49,7 @@ def superlink(tmp_path: Path, environment: dict[str, str]) -> Iterator[None]:
     folder = tmp_path / "empty"
     folder.mkdir()
     port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
-    command = [
+    command: list[str | Path] = [
         BIN / "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
         "--control-api-address", f"127.0.0.1:{environment['FLWR_LOCAL_CONTROL_API_PORT']}",
         "--host", "127.0.0.1", "--port", port, "--database", tmp_path / "state.db",

@@ -304,7 +304,7 @@ def test_mapped_over_clients_equals_one_by_one(kl_reduction: KlReduction) -> Non
 
 def _step(zs: Tensor, zt: Tensor | None, y: Tensor | None = None, tau: float = 5.0) -> Step:
     y = labels(len(zs)) if y is None else y
-    return Step(zs, y, zt, {}, None, {"tau": torch.tensor(tau, dtype=torch.float64)})
+    return Step(zs, y, zt, {}, {}, {"tau": torch.tensor(tau, dtype=torch.float64)})
 
 
 def test_terms_are_what_their_names_say() -> None:
