@@ -11,16 +11,13 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from shutil import rmtree
 from time import monotonic
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side, State, choose_plan
+from fedkd.cohort import Cohort, Side, choose_plan
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
@@ -38,25 +35,10 @@ from fedkd.phases import (
     to_text,
 )
 from fedkd.references import in_one_line
+from fedkd.states import INITIAL, ClientState, Store
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)
-
-INITIAL = 0
-"""The round of the state that every client starts from; it is never stored."""
-
-
-@dataclass(frozen=True)
-class ClientState:
-    """What a client keeps between rounds.
-
-    Attributes:
-        models: parameters and buffers by role; a client without a local teacher has only a student.
-        digested: round of the newest knowledge that it has digested.
-    """
-
-    models: Mapping[Role, State]
-    digested: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,75 +92,6 @@ class Failure:
 
     client: int
     reason: str
-
-
-class Store(Protocol):
-    """Where client states are kept, by client and round."""
-
-    def load(self, client: int, round: int) -> ClientState | None:
-        """Return a state, or ``None`` where there is none."""
-
-    def save(self, client: int, round: int, state: ClientState, keep: int) -> None:
-        """Store the state of `round` and drop all others but that of round `keep`."""
-
-
-class MemoryStore:
-    """States in this process."""
-
-    def __init__(self) -> None:
-        self._states: dict[int, dict[int, ClientState]] = {}
-
-    def load(self, client: int, round: int) -> ClientState | None:
-        """See `Store`."""
-        return self._states.get(client, {}).get(round)
-
-    def save(self, client: int, round: int, state: ClientState, keep: int) -> None:
-        """See `Store`."""
-        old = self._states.get(client, {})
-        self._states[client] = {r: s for r, s in old.items() if r == keep} | {round: state}
-
-
-@dataclass(frozen=True)
-class DiskStore:
-    """States as ``<folder>/<client>/<round>.safetensors``, for clients in several processes."""
-
-    folder: Path
-
-    def load(self, client: int, round: int) -> ClientState | None:
-        """See `Store`."""
-        path = self._path(client, round)
-        if not path.exists():
-            return None
-        models: dict[Role, State] = {}
-        tensors = load_file(path)
-        digested = int(tensors.pop("digested"))
-        for name, tensor in tensors.items():
-            role, _, parameter = name.partition("/")
-            models.setdefault("teacher" if role == "teacher" else "student", {})[parameter] = tensor
-        return ClientState(models, digested)
-
-    def save(self, client: int, round: int, state: ClientState, keep: int) -> None:
-        """See `Store`."""
-        path = self._path(client, round)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{role}/{name}": tensor.cpu().contiguous()
-            for role, model in state.models.items()
-            for name, tensor in model.items()
-        }
-        temporary = path.with_suffix(".part")
-        save_file({**tensors, "digested": torch.tensor(state.digested)}, temporary)
-        temporary.replace(path)
-        for old in path.parent.glob("*.safetensors"):
-            if old.stem not in (str(round), str(keep)):
-                old.unlink()
-
-    def clear(self) -> None:
-        """Remove every state."""
-        rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, client: int, round: int) -> Path:
-        return self.folder / str(client) / f"{round}.safetensors"
 
 
 def execute(

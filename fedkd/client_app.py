@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedkd.client import DiskStore, Failure, execute
+from fedkd.client import Failure, execute
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import (
@@ -19,6 +19,7 @@ from fedkd.messages import (
     failed,
 )
 from fedkd.sources import digest
+from fedkd.states import DiskStore
 from fedkd.transport.adapter import always_reply
 from fedkd.world import world_of
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
-from torch import Tensor
 
-from fedkd.client import INITIAL, Order, Report
+from fedkd.checks import check_report
+from fedkd.client import Order, Report
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, SoftLabels, Weights, check_answer
@@ -37,11 +37,12 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
-from fedkd.phases import ANSWERS, Phase, Predict, SendWeights, closing
+from fedkd.phases import Predict, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
+from fedkd.states import INITIAL
 from fedkd.transport.adapter import failure_reason
 from fedkd.world import World
 
@@ -51,17 +52,10 @@ if TYPE_CHECKING:
 HELLO_TIMEOUT = 60.0
 """Seconds until all clients must have introduced themselves."""
 
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
 LOST_ROUNDS = 3
 """Rounds running without a quorum that end a run: clients that all died look like this."""
-
-
-@dataclass(frozen=True)
-class _Node:
-    """Where a client is, and what it said of itself."""
-
-    node_id: int
-    num_examples: int
-    student: str
 
 
 @dataclass
@@ -84,10 +78,8 @@ class _Bytes:
 class _Exchange:
     """One exchange in progress: what was sent to whom, and what came back."""
 
-    phases: list[Phase]
-    asked: Tensor
     sampled: list[int]
-    evaluate: Literal["phases", "end", "none"]
+    orders: dict[int, Order] = field(default_factory=dict)
     started: float = field(default_factory=monotonic)
     up: _Bytes = field(default_factory=_Bytes)
     down: _Bytes = field(default_factory=_Bytes)
@@ -124,7 +116,7 @@ class Federation:
         self._knowledge: Knowledge | None = None
         self._knowledge_round = 0
         self._base: dict[int, int] = {}
-        self._roster: dict[int, _Node] = {}
+        self._roster: dict[int, int] = {}  # node ids by partition
         self._hello_failures: list[str] = []
         self._lost = 0
         self._exchange: _Exchange | None = None
@@ -167,8 +159,7 @@ class Federation:
                 f"num-clients = {wanted}: only {len(nodes)} Flower nodes are there; start as many, "
                 f'with --federation-config "num-supernodes={wanted}" under `flwr run`'
             )
-        known = {node.node_id for node in self._roster.values()}
-        new = [node for node in nodes if node not in known]
+        new = set(nodes) - set(self._roster.values())
         content = RecordDict({"experiment": self._record})
         timeout = min(HELLO_TIMEOUT, self._experiment.round_timeout)
         hellos = [Message(content, node, HELLO, ttl=timeout) for node in new]
@@ -190,11 +181,9 @@ class Federation:
                 f"client {said.client} runs other code than the server (fedkd, strategies or "
                 "client-code differ); start both from the same installation"
             )
-        known = self._roster.get(said.client)
-        if known is not None and known.node_id != node_id:
-            raise FedkdError(
-                f"nodes {known.node_id} and {node_id} both hold partition {said.client}"
-            )
+        known = self._roster.get(said.client, node_id)
+        if known != node_id:
+            raise FedkdError(f"nodes {known} and {node_id} both hold partition {said.client}")
         if not 0 <= said.client < self._experiment.num_clients:
             raise FedkdError(
                 f"a node holds partition {said.client}; num-clients = "
@@ -207,7 +196,7 @@ class Federation:
         elif said.student != self._experiment.student_of(said.client):
             self._hello_failures.append(f"introduces another student, {said.student}")
         else:
-            self._roster[said.client] = _Node(node_id, said.num_examples, said.student)
+            self._roster[said.client] = node_id
 
     # --- a round --------------------------------------------------------------------------------
 
@@ -220,71 +209,76 @@ class Federation:
         last = number == self._experiment.num_server_rounds
         phases = self._strategy.phases(number)
         predicts = any(isinstance(phase, Predict) for phase in phases)
-        asked = self._strategy.request(self._server) if predicts else torch.empty(0).long()
-        chosen = permutation(
-            self._experiment.num_clients, self._experiment.seed, "clients", number
-        )[: self._experiment.clients_per_round]
-        evaluate: Literal["phases", "none"] = "phases" if due or last else "none"
-        self._exchange = _Exchange(phases, asked, sorted(chosen.tolist()), evaluate)
-        return self._messages(self._exchange, number)
+        order = Order(
+            client=-1,
+            round=number,
+            base=INITIAL,
+            phases=tuple(phases),
+            asked=self._strategy.request(self._server) if predicts else _NOTHING,
+            knowledge_round=self._knowledge_round,
+            evaluate="phases" if due or last else "none",
+        )
+        everybody, seed = self._experiment.num_clients, self._experiment.seed
+        chosen = permutation(everybody, seed, "clients", number)[
+            : self._experiment.clients_per_round
+        ]
+        return self._open(order, sorted(chosen.tolist()))
 
     def open_closing(self) -> list[Message]:
         """Return the messages of the closing exchange, to all clients."""
         number = self._server.round + 1
-        phases = closing(self._strategy.phases(number), self._strategy.closes)
-        everybody = list(range(self._experiment.num_clients))
-        nothing = torch.empty(0, dtype=torch.int64)
-        self._exchange = _Exchange(phases, nothing, everybody, "end")
-        return self._messages(self._exchange, number)
+        order = Order(
+            client=-1,
+            round=number,
+            base=INITIAL,
+            phases=tuple(closing(self._strategy.phases(number), self._strategy.closes)),
+            asked=_NOTHING,
+            knowledge_round=self._knowledge_round,
+            evaluate="end",
+        )
+        return self._open(order, list(range(self._experiment.num_clients)))
 
-    def _messages(self, exchange: _Exchange, number: int) -> list[Message]:
-        packed: dict[int, dict[str, Any]] = {}
+    def _open(self, order: Order, sampled: list[int]) -> list[Message]:
+        """Begin an exchange: address the order to every sampled client."""
+        exchange = self._exchange = _Exchange(sampled)
+        packed: dict[int, tuple[object, dict[str, Any]]] = {}
         messages = []
-        for client in exchange.sampled:
-            node = self._roster.get(client)
-            if node is None:
-                said = "; ".join(sorted(set(self._hello_failures)))
-                exchange.dropped[client] = "never introduced itself" + (
-                    f" ({said})" if said else ""
-                )
+        for client in sampled:
+            if client not in self._roster:
+                exchange.dropped[client] = self._unknown()
                 continue
-            order = Order(
-                client=client,
-                round=number,
-                base=self._base.get(client, INITIAL),
-                phases=tuple(exchange.phases),
-                asked=exchange.asked,
-                knowledge_round=self._knowledge_round,
-                evaluate=exchange.evaluate,
-            )
-            content = encode_order(order, self._record, self._packed(client, node, packed))
+            mine = replace(order, client=client, base=self._base.get(client, INITIAL))
+            content = encode_order(mine, self._record, self._packed(client, packed))
+            exchange.orders[client] = mine
             exchange.down.count(content)
-            messages.append(
-                Message(
-                    content,
-                    node.node_id,
-                    TRAIN,
-                    ttl=self._experiment.round_timeout,
-                    group_id=str(number),
-                )
-            )
+            timeout, group = self._experiment.round_timeout, str(order.round)
+            node = self._roster[client]
+            messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
         return messages
 
+    def _unknown(self) -> str:
+        said = "; ".join(sorted(set(self._hello_failures)))
+        return f"never introduced itself ({said})" if said else "never introduced itself"
+
     def _packed(
-        self, client: int, node: _Node, packed: dict[int, dict[str, Any]]
+        self, client: int, packed: dict[int, tuple[object, dict[str, Any]]]
     ) -> dict[str, Any]:
-        """Encode what a client receives, once for all who receive the same."""
+        """Encode what a client receives, once for all who receive the same object.
+
+        The object is kept beside its encoding: another one could take over the id of a freed one.
+        """
         if self._knowledge is None:
             return {}
-        received = self._strategy.personalise(self._knowledge, client, self._server)
-        part, key = received, id(received)
-        if isinstance(received, Weights):
-            if node.student not in received.by_model:
+        part: Knowledge = self._strategy.personalise(self._knowledge, client, self._server)
+        kept: object = part
+        if isinstance(part, Weights):
+            student = self._experiment.student_of(client)
+            if student not in part.by_model:
                 return {}
-            part, key = received.only(node.student), id(received.by_model[node.student])
-        if key not in packed:
-            packed[key] = encode_knowledge(part, with_samples=True)
-        return packed[key]
+            kept, part = part.by_model[student], part.only(student)
+        if id(kept) not in packed:
+            packed[id(kept)] = kept, encode_knowledge(part, with_samples=True)
+        return packed[id(kept)][1]
 
     def finish_round(self, replies: Iterable[Message]) -> Row:
         """Check the replies, update the knowledge, and write the round's record.
@@ -343,7 +337,7 @@ class Federation:
         """Sort the replies into good reports, in order of partition, and drops with a reason."""
         exchange = self._exchange
         assert exchange is not None
-        client_of = {node.node_id: client for client, node in self._roster.items()}
+        client_of = {node: client for client, node in self._roster.items()}
         silent = set(exchange.sampled) - set(exchange.dropped)
         for reply in replies:
             client = client_of[reply.metadata.src_node_id]
@@ -357,7 +351,10 @@ class Federation:
                 continue
             exchange.up.count(reply.content)
             try:
-                exchange.reports.append(self._checked(reply.content, client, exchange))
+                report = decode_report(reply.content, exchange.orders[client].asked)
+                student = self._experiment.student_of(client)
+                check_report(report, exchange.orders[client], self._server.world, student)
+                exchange.reports.append(report)
             except FedkdError as error:
                 exchange.dropped[client] = str(error)
         for client in silent:
@@ -370,64 +367,6 @@ class Federation:
         for direction, part in (("up", exchange.up), ("down", exchange.down)):
             self._totals[direction].payload += part.payload
             self._totals[direction].wire += part.wire
-
-    def _checked(self, records: RecordDict, client: int, exchange: _Exchange) -> Report:
-        """Decode a reply and refuse what would poison the round.
-
-        Raises:
-            FedkdError: with the reason.
-        """
-        report = decode_report(records, exchange.asked)
-        node = self._roster[client]
-        if report.client != client:
-            raise FedkdError(f"replies for partition {report.client}")
-        if report.num_examples != node.num_examples:
-            raise FedkdError(
-                f"sends num-examples = {report.num_examples} after introducing {node.num_examples}"
-            )
-        if exchange.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
-            raise FedkdError("sends no final accuracy")
-        self._check_kind(report.answer, exchange, node)
-        if report.answer is not None:
-            check_answer(report.answer)
-        return report
-
-    def _check_kind(self, answer: Knowledge | None, exchange: _Exchange, node: _Node) -> None:
-        if answer is not None and not any(isinstance(p, ANSWERS) for p in exchange.phases):
-            raise FedkdError("sends knowledge that nobody asked for")
-        for phase in exchange.phases:
-            if isinstance(phase, Predict):
-                self._check_labels(answer, phase, exchange)
-            elif isinstance(phase, SendWeights):
-                self._check_weights(answer, node)
-
-    def _check_labels(self, answer: Knowledge | None, phase: Predict, exchange: _Exchange) -> None:
-        if not isinstance(answer, SoftLabels) or answer.space != phase.space:
-            raise FedkdError(f"does not send the {phase.space} that were asked for")
-        classes = self._server.world.num_classes
-        if answer.values.dtype != torch.float32 or answer.values.shape[-1] != classes:
-            raise FedkdError(
-                f"sends {answer.values.dtype} of shape {tuple(answer.values.shape[1:])}: must be "
-                f"float32 of shape [N, {classes}]"
-            )
-        if len(answer.samples.unique()) != len(answer.samples):
-            raise FedkdError("answers a sample twice")
-        if not bool(torch.isin(answer.samples, exchange.asked).all()):
-            raise FedkdError("answers samples that were not asked for")
-
-    def _check_weights(self, answer: Knowledge | None, node: _Node) -> None:
-        if not isinstance(answer, Weights) or list(answer.by_model) != [node.student]:
-            raise FedkdError(f"does not send the weights of {node.student} that were asked for")
-        reference = self._server.world.model(node.student).state_dict()
-        sent = answer.by_model[node.student].tensors
-        if set(sent) != set(reference):
-            raise FedkdError(f"sends other parameters than {node.student} has")
-        for name, tensor in reference.items():
-            if sent[name].shape[1:] != tensor.shape or sent[name].dtype != tensor.dtype:
-                raise FedkdError(
-                    f"sends {name} as {sent[name].dtype} of shape {tuple(sent[name].shape[1:])}: "
-                    f"must be {tensor.dtype} of shape {tuple(tensor.shape)}"
-                )
 
     # --- records --------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedkd.client import INITIAL, Order
+from fedkd.client import Order
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.messages import experiment_record, failed
@@ -47,6 +47,7 @@ from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
 from fedkd.records import Row, RunFolder
 from fedkd.registry import find
 from fedkd.server import Replies, Server
+from fedkd.states import INITIAL
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.transport.adapter import LocalGrid, task_identity
 from fedkd.world import world_of
@@ -1087,3 +1088,32 @@ def test_the_draw_is_a_pure_function_of_seed_and_round() -> None:
     assert all(d == sorted(set(d)) and len(d) == 11 for d in drawn)
     counts = np.bincount([s for d in drawn for s in d], minlength=P)
     assert counts.min() > 199 * 11 / P / 2  # every sample gets its turn
+
+
+class Personal(DistillationStrategy):
+    """Everybody receives soft labels of its own, made anew for each."""
+
+    facts = Facts("none", "P*C*4", "P*C*4 + P*8")
+
+    def aggregate(self, knowledge: SoftLabels) -> Tensor:
+        return knowledge.mean_logits()
+
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        assert isinstance(knowledge, SoftLabels)
+        mine = knowledge.values[0] + 100.0 * torch.arange(10) * client
+        return SoftLabels.shared(mine, knowledge.samples, "logits")
+
+
+def test_what_is_personal_reaches_its_own_client() -> None:
+    """Objects that live for one message only: a freed one's place in memory is soon taken."""
+    done = federate(tiny(num_clients=7, num_server_rounds=3), strategy=Personal())
+    for exchange in done.exchanges[1:]:
+        values = []
+        for client, order in exchange.orders.items():
+            assert isinstance(order.knowledge, SoftLabels)
+            values.append(order.knowledge.values[0] - 100.0 * torch.arange(10) * client)
+        for other in values[1:]:
+            torch.testing.assert_close(other, values[0], rtol=0, atol=1e-3)
+        assert (
+            exchange.report(1).metrics["loss_digest"] != exchange.report(2).metrics["loss_digest"]
+        )

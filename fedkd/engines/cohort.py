@@ -12,7 +12,7 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedkd.client import Failure, MemoryStore, Order, Report, execute
+from fedkd.client import Failure, Order, Report, execute
 from fedkd.client_app import introduce
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge
@@ -24,6 +24,7 @@ from fedkd.messages import (
     failed,
 )
 from fedkd.records import Row
+from fedkd.states import MemoryStore
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
 from fedkd.world import world_of

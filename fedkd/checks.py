@@ -1,0 +1,71 @@
+"""What a server believes of a client's report: everything else is refused with its reason."""
+
+from __future__ import annotations
+
+import torch
+
+from fedkd.client import Order, Report
+from fedkd.errors import FedkdError
+from fedkd.knowledge import Knowledge, SoftLabels, Weights, check_answer
+from fedkd.phases import ANSWERS, Predict, SendWeights
+from fedkd.world import World
+
+
+def check_report(report: Report, order: Order, world: World, student: str) -> None:
+    """Refuse a report that would poison the round.
+
+    Args:
+        report: as it came.
+        order: what the client was asked for.
+        world: its private images are counted there.
+        student: architecture of its student.
+
+    Raises:
+        FedkdError: says what the client did, as in "answers a sample twice".
+    """
+    if report.client != order.client:
+        raise FedkdError(f"replies for partition {report.client}")
+    if report.num_examples != (held := len(world.shards[order.client])):
+        raise FedkdError(f"sends num-examples = {report.num_examples} of a partition of {held}")
+    if order.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
+        raise FedkdError("sends no final accuracy")
+    answers = [phase for phase in order.phases if isinstance(phase, ANSWERS)]
+    if report.answer is not None and not answers:
+        raise FedkdError("sends knowledge that nobody asked for")
+    for phase in answers:
+        if isinstance(phase, Predict):
+            _check_labels(report.answer, phase, order, world)
+        elif isinstance(phase, SendWeights):
+            _check_weights(report.answer, world, student)
+    if report.answer is not None:
+        check_answer(report.answer)
+
+
+def _check_labels(answer: Knowledge | None, phase: Predict, order: Order, world: World) -> None:
+    if not isinstance(answer, SoftLabels) or answer.space != phase.space:
+        raise FedkdError(f"does not send the {phase.space} that were asked for")
+    if answer.values.dtype != torch.float32 or answer.values.shape[-1] != world.num_classes:
+        raise FedkdError(
+            f"sends {answer.values.dtype} of shape {tuple(answer.values.shape[1:])}: must be "
+            f"float32 of shape [N, {world.num_classes}]"
+        )
+    if len(answer.samples.unique()) != len(answer.samples):
+        raise FedkdError("answers a sample twice")
+    if not bool(torch.isin(answer.samples, order.asked).all()):
+        raise FedkdError("answers samples that were not asked for")
+
+
+def _check_weights(answer: Knowledge | None, world: World, student: str) -> None:
+    if not isinstance(answer, Weights) or list(answer.by_model) != [student]:
+        raise FedkdError(f"does not send the weights of {student} that were asked for")
+    model = world.model(student)
+    reference = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sent = answer.by_model[student].tensors
+    if set(sent) != set(reference):
+        raise FedkdError(f"sends other parameters than {student} has")
+    for name, tensor in reference.items():
+        if sent[name].shape[1:] != tensor.shape or sent[name].dtype != tensor.dtype:
+            raise FedkdError(
+                f"sends {name} as {sent[name].dtype} of shape {tuple(sent[name].shape[1:])}: "
+                f"must be {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
