@@ -12,7 +12,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side, choose_plan
+from fedkd.cohort import Cohort, Side
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Augment, Images
@@ -49,10 +49,7 @@ def central(
         FedkdError: a key, the data or a model is not right; nothing has been trained then.
     """
     seeds = list(seeds) if seeds else [experiment.seed]
-    if experiment.teacher == "none":
-        raise FedkdError(
-            "teacher = 'none': the central baseline needs a teacher, such as 'mlp-800'"
-        )
+    check_central(experiment)
     if save:
         RunFolder.check(experiment)
     worlds = [world_of(experiment.replace(seed=seed)) for seed in seeds]
@@ -60,6 +57,21 @@ def central(
     work = _Central(experiment, seeds, worlds, progress)
     run = work.run()
     return _saved(run, experiment, str(worlds[0].train.device)) if save else run
+
+
+def check_central(experiment: Experiment) -> None:
+    """Refuse an experiment that has no central baseline.
+
+    Raises:
+        FedkdError: there is no teacher, or several students or teachers.
+    """
+    if experiment.teacher == "none":
+        raise FedkdError(
+            "teacher = 'none': the central baseline needs a teacher, such as 'mlp-800'"
+        )
+    for key, names in (("student", experiment.student), ("teacher", experiment.teacher)):
+        if "," in names:
+            raise FedkdError(f"{key} = '{names}': the central baseline trains one {key}; name one")
 
 
 class _Central:
@@ -90,7 +102,7 @@ class _Central:
         learnt = self.students.classify(test)
         count = len(self.seeds)
         accuracies = _accuracy(learnt, test)
-        agreement = (learnt[count:] == taught).double().mean(1)
+        agreement = (learnt[count:] == taught).cpu().double().mean(1)
         return CentralRun(
             path=None,
             seeds=self.seeds,
@@ -109,8 +121,7 @@ class _Central:
     def _cohort(self, name: str, seeds: Sequence[int]) -> Cohort:
         skeleton = self.world.model(name)
         states = [self.world.initial_state(name, seed) for seed in seeds]
-        plan = choose_plan(skeleton, self.world.train.device, self.experiment.plan)
-        return Cohort.of(skeleton, states, plan)
+        return Cohort.of(skeleton, states, self.world.plan(name, self.experiment.plan))
 
     def _train_teachers(self) -> None:
         self._fit("teacher", self.teachers, {ce: 1.0}, None, self.experiment.augment)
@@ -157,7 +168,7 @@ class _Central:
 
 def _accuracy(predicted: Tensor, images: Images) -> list[float]:
     assert images.labels is not None
-    return [float(a) for a in (predicted == images.labels).double().mean(1)]
+    return [float(a) for a in (predicted.cpu() == images.labels.cpu()).double().mean(1)]
 
 
 def _saved(run: CentralRun, experiment: Experiment, device: str) -> CentralRun:

@@ -197,9 +197,9 @@ _TEXT = Output()
 def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
     """Run a federation and write its run folder."""
     with start.experiment() as experiment:
-        from fedkd import display, runner
+        from fedkd import display, preflight, runner
 
-        strategy = runner.check(experiment)
+        strategy = preflight.check(experiment)
         rounds = experiment.num_server_rounds
         with output.progress(lambda: display.run_plan(experiment, strategy)) as steps:
             steps.show("starting", 0)
@@ -250,11 +250,11 @@ def compare(
     with start.experiment() as experiment:
         from fedkd import comparison, display
 
-        names = comparison.METHODS if methods is None else methods.split(",")
+        names = None if methods is None else methods.split(",")
         chosen = _seeds(seeds, experiment)
         with output.progress(lambda: display.compare_plan(experiment)) as steps:
             done = comparison.compare(experiment, names, chosen, progress=steps.show)
-    brief = [f"{entry.method}: {display.spread(entry.accuracies)}" for entry in done.entries]
+    brief = [f"{entry.label}: {display.spread(entry.accuracies)}" for entry in done.entries]
     output.result(done.as_json(), brief, [done.table()])
 
 

@@ -11,13 +11,14 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from time import monotonic
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side, choose_plan
+from fedkd.cohort import Cohort, Side
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
@@ -136,10 +137,7 @@ def _starting_state(
 
 def _group_key(experiment: Experiment, order: Order, state: ClientState) -> str:
     """Name what the clients of one stack have in common."""
-    samples = ""
-    if isinstance(order.knowledge, SoftLabels):
-        samples = order.knowledge.samples.cpu().numpy().tobytes().hex()
-    asked = order.asked.cpu().numpy().tobytes().hex()
+    labels = order.knowledge if isinstance(order.knowledge, SoftLabels) else None
     parts = (
         experiment.student_of(order.client),
         experiment.teacher_of(order.client),
@@ -147,10 +145,14 @@ def _group_key(experiment: Experiment, order: Order, state: ClientState) -> str:
         order.round,
         order.evaluate,
         _is_fresh(order, state),
-        samples,
-        asked,
+        "" if labels is None else _digest(labels.samples),
+        _digest(order.asked),
     )
     return json.dumps(parts)
+
+
+def _digest(samples: Tensor) -> str:
+    return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _is_fresh(order: Order, state: ClientState) -> bool:
@@ -209,12 +211,13 @@ class _Stack:
         self.cohorts = {role: self._cohort(role) for role in self.group[0][1].models}
 
     def _cohort(self, role: Role) -> Cohort:
-        skeleton = self.world.model(self._architecture(role))
+        name = self._architecture(role)
         device = self.world.train.device
         states = [
             {n: t.to(device) for n, t in state.models[role].items()} for _, state in self.group
         ]
-        return Cohort.of(skeleton, states, choose_plan(skeleton, device, self.experiment.plan))
+        plan = self.world.plan(name, self.experiment.plan)
+        return Cohort.of(self.world.model(name), states, plan)
 
     def _architecture(self, role: Role) -> str:
         client = self.first.client
@@ -304,12 +307,14 @@ class _Stack:
             public = public if teaches else {}
         if self.world.public.labels is None and public:
             # Cross entropy needs labels: a private batch in the same step has them.
-            private = {**{t: c for t, c in public.items() if t.needs is None}, **private}
+            hard = {t: c for t, c in public.items() if t.needs is None and c != 0}
+            private = {t: private.get(t, 0) + hard.get(t, 0) for t in {**hard, **private}}
             public = {t: c for t, c in public.items() if t.needs is not None}
         sides = []
         if public:
             sides.append(self._public_side(public))
         if private:
+            _refuse_soft_labels(private)
             sides.append(
                 Side(
                     "private",
@@ -355,8 +360,7 @@ class _Stack:
     def _term(self, name: str) -> Term:
         if name == "kl":
             return kl_term(self.experiment.kl_reduction)
-        code = [m.strip() for m in self.experiment.client_code.split(",") if m != "none"]
-        return resolve_term(name, code)
+        return resolve_term(name, self.experiment.client_modules)
 
     def _wants_knowledge(self, named: Mapping[str, Coefficient]) -> bool:
         return any(self._term(name).needs is not None for name in named)
@@ -391,8 +395,8 @@ class _Stack:
         predicted = self.role(role).classify(self.world.public, self.first.knowledge.samples)
         for metrics, order, mine in zip(self.metrics, self.orders, predicted, strict=True):
             assert isinstance(order.knowledge, SoftLabels)
-            taught = order.knowledge.values[0].argmax(-1).to(mine.device)
-            metrics["agreement"] = float((mine == taught).double().mean())
+            taught = order.knowledge.values[0].argmax(-1).cpu()
+            metrics["agreement"] = float((mine.cpu() == taught).double().mean())
 
     def _evaluate(self, phase_name: str, role: Role) -> None:
         if self.first.evaluate == "phases":
@@ -402,13 +406,23 @@ class _Stack:
         """Record accuracy on the test set, and weighted by the client's own label distribution."""
         test, classes = self.world.test, self.world.num_classes
         right = correct_by_class(self.role(role).classify(test), test, classes)
-        counts = self.world.private_label_counts[self.clients].double()
+        # Over the classes that the test set has; a shard without any of them counts evenly.
+        counts = self.world.private_label_counts[self.clients].double() * (right.total > 0)
+        counts += (counts.sum(1, keepdim=True) == 0) * (right.total > 0)
         share = counts / counts.sum(1, keepdim=True)
         own = (share * right.correct / right.total.clamp_min(1)).sum(1)
         accuracy = right.correct.sum(1) / right.total.sum()
         for metrics, a, o in zip(self.metrics, accuracy.tolist(), own.tolist(), strict=True):
             metrics[name] = a
             metrics["own_accuracy"] = o
+
+
+def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
+    for term in private:
+        if term.needs in ("soft-labels", "logits"):
+            raise FedkdError(
+                f"{term.reference} needs soft labels, which private images have not; put it in public"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -422,6 +436,7 @@ class ByClass:
 def correct_by_class(predicted: Tensor, test: Images, num_classes: int) -> ByClass:
     """Count correct predictions (int ``[K, N]``) by true class."""
     assert test.labels is not None
-    member = torch.nn.functional.one_hot(test.labels, num_classes).double()
-    right = (predicted == test.labels).double()
-    return ByClass((right @ member).cpu(), member.sum(0).cpu())
+    labels = test.labels.cpu()  # some devices know no float64
+    member = torch.nn.functional.one_hot(labels, num_classes).double()
+    right = (predicted.cpu() == labels).double()
+    return ByClass(right @ member, member.sum(0))

@@ -8,6 +8,7 @@ and changes results only within floating-point tolerance.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -23,9 +24,13 @@ from fedkd.keyed import KeyedMode, at_step, mix
 from fedkd.losses import Step, Term
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.randomness import key
+from fedkd.references import in_one_line
 from fedkd.schedule import Schedule, Stream, schedule, steps_per_epoch
 
 T = TypeVar("T")
+PlanName = Literal["auto", "stacked", "loop"]
+
+_logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 """One model's parameters and buffers by name, without a client axis."""
@@ -52,30 +57,43 @@ class Plan:
             raise ValueError(f"block = {self.block}: models that run one by one make blocks of 1")
 
 
-def choose_plan(
-    model: nn.Module, device: torch.device, wanted: Literal["auto", "stacked", "loop"] = "auto"
-) -> Plan:
-    """Choose how to run models like `model` on `device`.
+def choose_plan(model: nn.Module, example: Tensor, wanted: PlanName = "auto") -> Plan:
+    """Choose how to run models like `model`.
 
     Stacking turns convolutions into grouped ones, which lose on a CPU; small dense nets gain
     everywhere. Blocks are bounded because temporaries that outgrow the heap page-fault.
+
+    Args:
+        model: on the device.
+        example: two images, to try whether ``vmap`` takes the model.
+        wanted: ``"auto"``, or the plan to take.
     """
+    on_cpu = example.device.type == "cpu"
     stacked = wanted == "stacked"
     if wanted == "auto":
         convolves = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in model.modules())
-        stacked = not (convolves and device.type == "cpu") and _survives_vmap(model)
+        stacked = not (convolves and on_cpu) and _maps(model, example)
     if not stacked:
         return Plan(stacked=False)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    most, budget = (100, 8 << 20) if device.type == "cpu" else (1000, 4 << 30)
+    most, budget = (100, 8 << 20) if on_cpu else (1000, 4 << 30)
     return Plan(stacked=True, block=max(1, min(most, budget // max(size, 1))))
 
 
-def _survives_vmap(model: nn.Module) -> bool:
-    """Whether the model has no layer that ``vmap`` is known to refuse."""
-    refused = (nn.RNNBase, nn.RNNCellBase)
-    no_momentum = any(getattr(m, "momentum", 0.1) is None for m in model.modules())
-    return not no_momentum and not any(isinstance(m, refused) for m in model.modules())
+def _maps(model: nn.Module, example: Tensor) -> bool:
+    """Try whether two copies of the model run side by side; say which operation refuses."""
+    states: list[State] = [dict(model.named_parameters()), dict(model.named_buffers())]
+    stacked = [{n: t.detach().expand(2, *t.shape) for n, t in state.items()} for state in states]
+    training = model.training
+    model.eval()
+    try:
+        vmap(lambda p, b: functional_call(model, (p, b), (example,), strict=True))(*stacked)
+    except RuntimeError as error:
+        _logger.warning("run one by one, as vmap refuses the model: %s", in_one_line(error))
+        return False
+    finally:
+        model.train(training)
+    return True
 
 
 @dataclass(frozen=True)

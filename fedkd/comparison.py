@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fedkd.baseline import central
+from fedkd.baseline import central, check_central
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
-from fedkd.records import CentralRun, Run, gap_closed
+from fedkd.knowledge import SoftLabels
+from fedkd.preflight import check
+from fedkd.records import CentralRun, Run, RunFolder, gap_closed
 from fedkd.registry import find, strategies
-from fedkd.runner import check, run
+from fedkd.runner import run
 
-CENTRAL = {
-    "teacher": "teacher",
-    "student-alone": "student alone",
-    "student-distilled": "student distilled",
-}
-"""Methods of the central baseline, and their labels."""
+CENTRAL = ("teacher", "student-alone", "student-distilled")
+"""Methods of the central baseline; all others are strategies."""
 
 LOCAL = "LocalOnly"
-METHODS = (*CENTRAL, LOCAL, "FedAvg", "FedMD", "DSFL")
-"""What is compared unless asked otherwise."""
+_LABELS = {
+    "student-alone": "student alone",
+    "student-distilled": "student distilled",
+    LOCAL: "local only",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Entry:
     """One method of a comparison.
 
     Attributes:
-        method: its label.
+        method: its name, as in `CENTRAL` or of a strategy.
         accuracies: test accuracy per seed, 0..1: the mean over clients after the closing exchange, or
             of the central model.
         worst: accuracy of the worst client, mean over seeds, or `None` for a central model.
@@ -55,6 +56,11 @@ class Entry:
     bytes_down: float | None
     seconds: float
     gap_closed: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        return _LABELS.get(self.method, self.method.split(":")[-1])
 
     @property
     def accuracy(self) -> float:
@@ -88,13 +94,14 @@ class Comparison:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict a method."""
-        return [{**vars(e), "accuracy": e.accuracy, "spread": e.spread} for e in self.entries]
+        return [
+            {**vars(e), "label": e.label, "accuracy": e.accuracy, "spread": e.spread}
+            for e in self.entries
+        ]
 
     def __getitem__(self, method: str) -> Entry:
-        for entry in self.entries:
-            if entry.method == method:
-                return entry
-        raise KeyError(method)
+        name = _canonical(method)
+        return next(entry for entry in self.entries if entry.method == name)
 
     def as_json(self) -> dict[str, Any]:
         """Return everything that ``--json`` prints."""
@@ -132,7 +139,7 @@ class Comparison:
 
 def compare(
     experiment: Experiment,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     *,
     progress: Callable[[str, float], None] = lambda _, __: None,
@@ -142,7 +149,8 @@ def compare(
     Args:
         experiment: what all methods share. Its strategy is not used, its ``strategy-config`` only by
             the method that it names.
-        methods: names of strategies, and ``teacher``, ``student-alone``, ``student-distilled``.
+        methods: names of strategies, and ``teacher``, ``student-alone``, ``student-distilled``; see
+            `default_methods`.
         seeds: of all methods; default the experiment's.
         progress: told what is going on and how far it is, 0..1.
 
@@ -150,11 +158,10 @@ def compare(
         FedkdError: a method or key is not right; nothing has been run then.
     """
     seeds = list(seeds) if seeds else [experiment.seed]
-    names = [_canonical(method) for method in methods]
-    for name in names:
-        if name not in CENTRAL:
-            check(_variant(experiment, name, seeds[0]))
-    baseline = _baseline(experiment, seeds, progress) if CENTRAL.keys() & set(names) else None
+    names = [_canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
+    _check_all(experiment, names, seeds)
+    is_central = any(name in CENTRAL for name in names)
+    baseline = central(_pooled(experiment), seeds, progress=progress) if is_central else None
     runs = {
         name: [_run(experiment, name, seed, progress) for seed in seeds]
         for name in names
@@ -165,6 +172,27 @@ def compare(
         for name in names
     ]
     return Comparison(_with_gaps(entries), seeds, _test_size(baseline, runs), runs, baseline)
+
+
+def default_methods(experiment: Experiment) -> list[str]:
+    """Return what is compared unless asked otherwise: the central baseline only where there is one."""
+    federated = [LOCAL, "FedAvg", "FedMD", "DSFL"]
+    single = experiment.teacher != "none" and "," not in experiment.teacher + experiment.student
+    return [*CENTRAL, *federated] if single else federated
+
+
+def _check_all(experiment: Experiment, names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Check every run of a comparison before the first."""
+    for what, values in (("methods", list(names)), ("seeds", [str(seed) for seed in seeds])):
+        if not values or len(set(values)) < len(values):
+            raise FedkdError(f"{what} = '{','.join(values)}': at least one, and none of them twice")
+    if any(name in CENTRAL for name in names):
+        check_central(_pooled(experiment))
+        RunFolder.check(_pooled(experiment))
+    for name in names:
+        for seed in seeds:
+            if name not in CENTRAL:
+                check(_variant(experiment, name, seed))
 
 
 def _test_size(baseline: CentralRun | None, runs: Mapping[str, Sequence[Run]]) -> int:
@@ -191,11 +219,15 @@ def _canonical(method: str) -> str:
 
 def _variant(experiment: Experiment, method: str, seed: int) -> Experiment:
     """Return the experiment as one method runs it."""
-    named = experiment.strategy.split(":")[-1].lower() == method.split(":")[-1].lower()
     label = method.split(":")[-1].lower()
+    strategy = find(method)
     return experiment.replace(
         strategy=method,
-        strategy_config=experiment.strategy_config if named else "none",
+        # Settings and the server's model belong to the methods that know them.
+        strategy_config=experiment.strategy_config
+        if _canonical(experiment.strategy) == method
+        else "none",
+        server_model=experiment.server_model if strategy.uploads() is SoftLabels else "none",
         seed=seed,
         name=f"{experiment.name}-{label}-seed{seed}" if experiment.name else None,
     )
@@ -204,24 +236,21 @@ def _variant(experiment: Experiment, method: str, seed: int) -> Experiment:
 def _run(
     experiment: Experiment, method: str, seed: int, progress: Callable[[str, float], None]
 ) -> Run:
-    what = f"{method}, seed {seed}"
+    what = f"{_LABELS.get(method, method)}, seed {seed}"
     rounds = experiment.num_server_rounds
     return run(
         _variant(experiment, method, seed), lambda row: progress(what, row["round"] / rounds)
     )
 
 
-def _baseline(
-    experiment: Experiment, seeds: Sequence[int], progress: Callable[[str, float], None]
-) -> CentralRun:
-    """Run the central baseline for as many epochs as the federation's clients train in all."""
+def _pooled(experiment: Experiment) -> Experiment:
+    """Return the central baseline's experiment: as many epochs as the clients train in all."""
     rounds = experiment.num_server_rounds
-    pooled = experiment.replace(
+    return experiment.replace(
         local_epochs=rounds * experiment.local_epochs,
         distill_epochs=rounds * experiment.distill_epochs,
         name=f"{experiment.name}-central" if experiment.name else None,
     )
-    return central(pooled, seeds, progress=progress)
 
 
 def _central_entry(name: str, baseline: CentralRun) -> Entry:
@@ -231,14 +260,14 @@ def _central_entry(name: str, baseline: CentralRun) -> Entry:
         "student-distilled": baseline.student_accuracies,
     }[name]
     seconds = sum(baseline.seconds.values()) / len(accuracies)
-    return Entry(CENTRAL[name], accuracies, None, None, None, None, None, seconds)
+    return Entry(name, accuracies, None, None, None, None, None, seconds)
 
 
 def _entry(name: str, runs: Sequence[Run]) -> Entry:
     servers = [r.server_accuracy for r in runs if r.server_accuracy is not None]
     clients = [[a for a in r.client_accuracy if a is not None] for r in runs]
     return Entry(
-        "local only" if name == LOCAL else name.split(":")[-1],
+        name,
         [r.accuracy for r in runs],
         mean(min(each) for each in clients),
         mean(max(each) for each in clients),
@@ -250,16 +279,15 @@ def _entry(name: str, runs: Sequence[Run]) -> Entry:
 
 
 def _with_gaps(entries: Sequence[Entry]) -> list[Entry]:
-    by_label = {entry.method: entry.accuracy for entry in entries}
-    low, high = by_label.get("local only"), by_label.get(CENTRAL["student-distilled"])
+    by_name = {entry.method: entry.accuracy for entry in entries}
+    low, high = by_name.get(LOCAL), by_name.get("student-distilled")
     if low is None or high is None:
         return list(entries)
-    central_labels = set(CENTRAL.values()) | {"local only"}
     return [
-        e
-        if e.method in central_labels
-        else Entry(**{**vars(e), "gap_closed": gap_closed(e.accuracy, low, high)})
-        for e in entries
+        entry
+        if entry.method in (*CENTRAL, LOCAL)
+        else replace(entry, gap_closed=gap_closed(entry.accuracy, low, high))
+        for entry in entries
     ]
 
 
@@ -267,7 +295,7 @@ def _cells(entry: Entry) -> dict[str, str | None]:
     spread = "" if entry.spread is None else f" ± {100 * entry.spread:.1f}"
     servers = entry.server_accuracies
     return {
-        "method": entry.method,
+        "method": entry.label,
         "accuracy": f"{100 * entry.accuracy:.1f}{spread}",
         "clients": None
         if entry.worst is None or entry.best is None

@@ -124,7 +124,9 @@ class Experiment(BaseModel):
     )
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
     quorum: int = Field(1, ge=1, description="fewest good replies for a round to count")
-    round_timeout: float = Field(600.0, gt=0, description="seconds until a round stops waiting")
+    round_timeout: float = Field(
+        600.0, gt=0, description="seconds until a round stops waiting for Flower clients"
+    )
     client_code: str = Field(
         "none", description="comma list of modules whose functions a server may ask a client to run"
     )
@@ -214,6 +216,12 @@ class Experiment(BaseModel):
     def split_seed(self) -> int:
         """Seed of the public set and the shards."""
         return self.seed if self.partition_seed is None else self.partition_seed
+
+    @property
+    def client_modules(self) -> list[str]:
+        """The modules that ``client_code`` names."""
+        names = [name.strip() for name in self.client_code.split(",")]
+        return [] if names == ["none"] else names
 
     def student_of(self, client: int) -> str:
         """Return the student architecture of `client` (the comma list cycles)."""

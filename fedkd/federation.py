@@ -9,9 +9,8 @@ record of a round is on disk before the next one begins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
+from torch import Tensor
 
 from fedkd.checks import check_report
 from fedkd.client import Order, Report
@@ -93,8 +93,9 @@ class Federation:
     Args:
         strategy: the algorithm.
         grid: reaches the clients.
-        experiment: the run; if its folder exists, records are written there.
+        experiment: the run.
         world: the data as the server sees it.
+        folder: where records are written, if anywhere.
         on_round: called with each round's record, once that is on disk.
     """
 
@@ -104,6 +105,7 @@ class Federation:
         grid: Grid,
         experiment: Experiment,
         world: World,
+        folder: RunFolder | None = None,
         on_round: Callable[[Row], None] = lambda _: None,
     ) -> None:
         strategy.check(experiment)
@@ -122,8 +124,7 @@ class Federation:
         self._exchange: _Exchange | None = None
         self._totals = {"up": _Bytes(), "down": _Bytes()}
         self.rows: list[Row] = []
-        path = Path(experiment.run_dir) / (experiment.name or "")
-        self._folder = RunFolder(path) if experiment.name and path.is_dir() else None
+        self._folder = folder
 
     # --- the whole run --------------------------------------------------------------------------
 
@@ -248,6 +249,8 @@ class Federation:
                 exchange.dropped[client] = self._unknown()
                 continue
             mine = replace(order, client=client, base=self._base.get(client, INITIAL))
+            if mine.base == INITIAL and order.evaluate != "end":
+                mine = replace(mine, phases=tuple(self._strategy.phases(1)))
             content = encode_order(mine, self._record, self._packed(client, packed))
             exchange.orders[client] = mine
             exchange.down.count(content)
@@ -309,15 +312,16 @@ class Federation:
 
     def _accept(self, reports: Sequence[Report]) -> None:
         """Let the strategy update the knowledge; its memory is kept only if it succeeds."""
-        draft = Server.__new__(Server)
-        draft.__dict__.update(self._server.__dict__)
+        draft = copy(self._server)
         draft.state = deepcopy(self._server.state)
         try:
-            new = self._strategy.update(_replies(reports), draft)
+            new = self._strategy.update(_replies(reports, self._server.targets), draft)
             if new is not None:
                 check_answer(new)
+        except FedkdError as error:
+            raise FedkdError(f"{self._where()}: {error}") from error
         except Exception as error:
-            error.add_note(f"in the update of {self._strategy.name()}, round {self._server.round}")
+            error.add_note(self._where())
             raise
         self._server.state = draft.state
         for report in reports:
@@ -328,8 +332,12 @@ class Federation:
             # An architecture of which no client was drawn keeps its last average.
             new = self._knowledge.updated(new)
         self._knowledge, self._knowledge_round = new, self._server.round
-        if self._server.model is not None and isinstance(new, SoftLabels) and len(new.samples):
+        observes = self._strategy.facts.server_model != "required"
+        if observes and self._server.model is not None and isinstance(new, SoftLabels):
             self._server.fit(new)
+
+    def _where(self) -> str:
+        return f"update of {self._strategy.name()}, round {self._server.round}"
 
     # --- replies --------------------------------------------------------------------------------
 
@@ -382,7 +390,7 @@ class Federation:
             "accepted": accepted,
             "knowledge_round": digested_round or None,
             **_metrics(exchange.reports),
-            "server_accuracy": self._server_accuracy(exchange.reports),
+            "server_accuracy": self._server_accuracy(exchange),
             "bytes_up": exchange.up.payload,
             "bytes_down": exchange.down.payload,
             "bytes_up_by_tensor": exchange.up.by_tensor,
@@ -392,9 +400,9 @@ class Federation:
             "seconds": {**seconds, **spent},
         }
 
-    def _server_accuracy(self, reports: Sequence[Report]) -> float | None:
-        """Test the server's model in rounds in which the clients tested theirs."""
-        if reports and not any("own_accuracy" in report.metrics for report in reports):
+    def _server_accuracy(self, exchange: _Exchange) -> float | None:
+        """Test the server's model when the clients test theirs."""
+        if not any(order.evaluate != "none" for order in exchange.orders.values()):
             return None
         weights = self._knowledge if isinstance(self._knowledge, Weights) else None
         return self._server.accuracy(weights)
@@ -417,7 +425,7 @@ class Federation:
             "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
             "own_accuracy": _mean(m["own_accuracy"] for m in final.values()),
             "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
-            "server_accuracy": self._server_accuracy(exchange.reports),
+            "server_accuracy": self._server_accuracy(exchange),
             "reports": self._strategy.facts.reports,
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
             "rounds": len(self.rows),
@@ -447,13 +455,13 @@ def plain_numbers(row: Mapping[str, Any]) -> MetricRecord:
     return MetricRecord({name: value for name, value in row.items() if type(value) in (int, float)})
 
 
-def _replies(reports: Sequence[Report]) -> Replies:
+def _replies(reports: Sequence[Report], targets: Tensor | None) -> Replies:
     answers = [report.answer for report in reports]
     labels = [answer for answer in answers if isinstance(answer, SoftLabels)]
     weights = [answer for answer in answers if isinstance(answer, Weights)]
     return Replies(
         [report.client for report in reports],
-        SoftLabels.stack(labels) if labels else None,
+        SoftLabels.stack(labels, targets) if labels else None,
         Weights.stack(weights) if weights else None,
     )
 

@@ -91,10 +91,11 @@ class SoftLabels:
         return cls(values.unsqueeze(0), space, samples)
 
     @classmethod
-    def stack(cls, answers: Sequence[SoftLabels]) -> SoftLabels:
+    def stack(cls, answers: Sequence[SoftLabels], targets: Tensor | None = None) -> SoftLabels:
         """Join answers of one client each: the union of their samples, masked.
 
-        Samples nobody answered do not appear. At least one answer is needed; all share space and C.
+        `targets` are the labels of the whole public set, where it has any. Samples nobody answered do
+        not appear. At least one answer is needed; all share space and C.
         """
         samples = torch.cat([a.samples[a.mask[0]] for a in answers]).unique()
         first = answers[0].values
@@ -112,6 +113,7 @@ class SoftLabels:
             torch.cat([a.clients for a in answers]),
             torch.cat([a.num_examples for a in answers]),
             mask,
+            None if targets is None else targets[samples],
         )
 
     @property
@@ -217,11 +219,6 @@ class Weights:
         """Return the part that a client with architecture `model` can load."""
         return Weights({model: self.by_model[model]})
 
-    @property
-    def clients(self) -> list[int]:
-        """Partition ids of all contributors, sorted."""
-        return sorted(int(k) for w in self.by_model.values() for k in w.clients)
-
 
 def _joined(weights: Sequence[ModelWeights]) -> ModelWeights:
     return ModelWeights(
@@ -232,6 +229,24 @@ def _joined(weights: Sequence[ModelWeights]) -> ModelWeights:
 
 
 Knowledge: TypeAlias = SoftLabels | Weights
+
+
+def require_one(knowledge: Knowledge) -> None:
+    """Refuse knowledge of several clients where one peer's copy is wanted.
+
+    Raises:
+        FedkdError: K is not 1.
+    """
+    parts = (
+        [knowledge.values]
+        if isinstance(knowledge, SoftLabels)
+        else [t for weights in knowledge.by_model.values() for t in weights.tensors.values()]
+    )
+    if any(len(part) != 1 for part in parts):
+        raise FedkdError(
+            f"knowledge of {len(parts[0])} clients cannot be sent to one: aggregate it, or override "
+            "personalise"
+        )
 
 
 def check_answer(answer: Knowledge) -> None:

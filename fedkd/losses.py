@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as _cross_entropy
 from torch.nn.functional import log_softmax
 
-Needs = Literal["soft-labels", "logits", "class-means", "weights"] | None
+Needs = Literal["soft-labels", "logits"] | None
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, tau: float | Tensor) -> Tensor:

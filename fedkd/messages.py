@@ -19,7 +19,7 @@ from torch import Tensor
 from fedkd.client import Order, Report
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights, require_one
 from fedkd.phases import from_text, to_text
 from fedkd.references import in_one_line
 
@@ -92,6 +92,7 @@ def encode_knowledge(knowledge: Knowledge, *, with_samples: bool) -> dict[str, A
         knowledge: soft labels, or weights of one architecture.
         with_samples: whether sample indices go along (int32); without, the receiver knows them.
     """
+    require_one(knowledge)
     if isinstance(knowledge, SoftLabels):
         tensors = knowledge.tensors()
         if not with_samples:

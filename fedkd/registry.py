@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
@@ -124,8 +124,7 @@ def _import(module: str, what: str) -> ModuleType:
 def _load_file(path: Path) -> ModuleType:
     if not path.exists():
         raise FedkdError(f"strategy = '{path}': there is no such file")
-    # Under a name of its own: a file may be called like a module that others need.
-    name = f"strategy_file_{key(str(path.resolve())):x}"
+    name = _module_name(path)
     spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -141,6 +140,20 @@ def _load_file(path: Path) -> ModuleType:
             f"strategy = '{path}': the file does not import: {type(error).__name__}: {error}{at}"
         ) from error
     return module
+
+
+def _module_name(path: Path) -> str:
+    """Return the file's own name, or a made-up one where that is another module's.
+
+    Under its own name clients can import what the file defines, such as loss terms.
+    """
+    try:
+        spec = find_spec(path.stem)
+    except (ValueError, ImportError):
+        spec = None
+    if spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve()):
+        return path.stem
+    return f"strategy_file_{key(str(path.resolve())):x}"
 
 
 def _refuse_foreign(package: ModuleType) -> None:

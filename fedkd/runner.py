@@ -7,12 +7,11 @@ from importlib import import_module
 
 import torch
 
-from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
-from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
-from fedkd.world import check_models, resolve_device, world_of
+from fedkd.world import resolve_device
 
 _ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
 
@@ -34,35 +33,25 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
     """
     strategy = check(experiment)
     folder = RunFolder.create(experiment, default_name(experiment, strategy))
-    named = experiment.replace(name=folder.path.name, strategy=_recorded(experiment, strategy))
-    device = str(resolve_device(experiment.device))
-    folder.write_experiment(named, environment(device, torch.get_num_threads()))
-    import_module(_ENGINES[experiment.engine]).run(strategy, named, on_round)
+    named = experiment.replace(
+        name=folder.path.name,
+        strategy=_recorded(experiment, strategy),
+        device=_device(experiment),
+    )
+    folder.write_experiment(named, environment(named.device, torch.get_num_threads()))
+    import_module(_ENGINES[experiment.engine]).run(strategy, named, folder, on_round)
     return Run.load(folder.path)
 
 
-def check(experiment: Experiment) -> DistillationStrategy:
-    """Check everything that can be checked before any work, and return the strategy.
+def _device(experiment: Experiment) -> str:
+    """Return the device that all processes of the run use.
 
-    Raises:
-        FedkdError: a key names something that is not there, or keys contradict each other.
+    A Flower client without a share of a GPU sees none, and the server should not differ from it.
     """
-    strategy = strategy_of(experiment)
-    RunFolder.check(experiment)
-    world = world_of(experiment)
-    check_models(experiment, world, ("student", "teacher", "server_model"))
-    per_round = experiment.public_per_round
-    if per_round is not None and per_round > len(world.public):
-        raise FedkdError(
-            f"public-per-round = {per_round}: the public set has {len(world.public)} images"
-        )
-    return strategy
-
-
-def default_name(experiment: Experiment, strategy: DistillationStrategy) -> str:
-    """Make up a run's name."""
-    dataset = experiment.dataset.replace(":", ".")
-    return f"{strategy.name().lower()}-{dataset}-seed{experiment.seed}"
+    blind = (
+        experiment.engine == "flower" and experiment.device == "auto" and not experiment.client_gpus
+    )
+    return "cpu" if blind else str(resolve_device(experiment.device))
 
 
 def _recorded(experiment: Experiment, strategy: DistillationStrategy) -> str:

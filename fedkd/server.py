@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fedkd.client import correct_by_class
-from fedkd.cohort import Cohort, Side, State, choose_plan
+from fedkd.cohort import Cohort, Side, State
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.knowledge import Knowledge, SoftLabels, Weights, require_one
 from fedkd.losses import Term, ce, kl_term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator, permutation
@@ -47,6 +47,7 @@ class Server:
         round: the running round, from 1.
         state: a strategy's memory, tensors and scalars by name; kept only if the round is accepted.
         model: the server's own model (``server-model``), a cohort of one, or ``None``.
+        trained: whether that model has been trained.
     """
 
     experiment: Experiment
@@ -54,6 +55,7 @@ class Server:
     round: int = 0
     state: dict[str, Tensor | float | int | str] = field(default_factory=dict)
     model: Cohort | None = field(init=False, repr=False)
+    trained: bool = False
 
     def __post_init__(self) -> None:
         name = self.experiment.server_model
@@ -94,6 +96,10 @@ class Server:
     def fit(self, labels: SoftLabels) -> None:
         """Distil soft labels (K = 1) into the server's model, with hard labels where it has any."""
         assert self.model is not None
+        require_one(labels)
+        if not len(labels.samples):
+            return
+        self.trained = True
         experiment, public = self.experiment, self.world.public
         soft = kl_term(experiment.kl_reduction)
         terms: dict[Term, float | Tensor] = {soft: 1.0}
@@ -117,7 +123,7 @@ class Server:
                 for name, part in weights.by_model.items()
             ]
             return sum(parts) / len(parts)
-        return None if self.model is None else self._tested(self.model)
+        return self._tested(self.model) if self.model is not None and self.trained else None
 
     def _tested(self, cohort: Cohort) -> float:
         test = self.world.test
@@ -130,4 +136,4 @@ class Server:
         if state is None:
             state = self.world.initial_state(name, self.experiment.seed)
         state = {n: t.to(device) for n, t in state.items()}
-        return Cohort.of(skeleton, [state], choose_plan(skeleton, device, self.experiment.plan))
+        return Cohort.of(skeleton, [state], self.world.plan(name, self.experiment.plan))

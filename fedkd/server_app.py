@@ -7,8 +7,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.experiment import Experiment
+from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
-from fedkd.registry import strategy_of
 from fedkd.transport.simulation import guarded
 from fedkd.world import resolve_device
 
@@ -19,8 +19,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, on the nodes that Flower has."""
     experiment = Experiment.load(("Flower's run config", context.run_config))
-    strategy = strategy_of(experiment)
-    folder = RunFolder.create(experiment, f"{strategy.name().lower()}-flwr-run")
+    strategy = check(experiment)
+    folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(
         name=folder.path.name, run_dir=str(folder.path.parent.absolute()), engine="flower"
@@ -28,4 +28,4 @@ def main(grid: Grid, context: Context) -> None:
     device = str(resolve_device(named.device))
     folder.write_experiment(named, environment(device, torch.get_num_threads()))
     with guarded(grid) as guarded_grid:
-        strategy.open(guarded_grid, named).run()
+        strategy.open(guarded_grid, named, folder).run()

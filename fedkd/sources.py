@@ -16,14 +16,13 @@ from fedkd.experiment import Experiment
 
 def digest(experiment: Experiment) -> str:
     """Return a digest of the Python sources of fedkd, strategies and the ``client-code`` modules."""
-    return _digest(experiment.client_code)
+    return _digest(tuple(experiment.client_modules))
 
 
 @lru_cache(maxsize=8)
-def _digest(client_code: str) -> str:
+def _digest(client_modules: tuple[str, ...]) -> str:
     found = blake2b(digest_size=8)
-    modules = [m.strip() for m in client_code.split(",") if m != "none"]
-    for module in ("fedkd", "strategies", *modules):
+    for module in ("fedkd", "strategies", *client_modules):
         for path in _files(module):
             found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()

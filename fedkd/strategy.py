@@ -34,7 +34,7 @@ from fedkd.experiment import Experiment, accepted, kebab
 from fedkd.federation import Federation, plain_numbers
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.phases import Digest, Phase, Predict, Revisit, SendWeights
-from fedkd.records import Row
+from fedkd.records import Row, RunFolder
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
 
@@ -118,7 +118,10 @@ class DistillationStrategy(Strategy):
     # --- what an algorithm says ---------------------------------------------------------------
 
     def phases(self, round: int) -> list[Phase]:
-        """Return what clients do in `round` (from 1)."""
+        """Return what clients do in `round`.
+
+        1 is a client's first: one that comes in later begins with the phases of round 1.
+        """
         return [Digest(), Revisit(), Predict()]
 
     def request(self, server: Server) -> Tensor:
@@ -205,33 +208,41 @@ class DistillationStrategy(Strategy):
         Args:
             grid: Flower's, or an engine's.
             initial_arrays: not used; initial weights follow from the seed.
-            num_rounds: number of rounds.
+            num_rounds: number of rounds, whatever the experiment says.
             timeout: seconds to wait for the replies of a round.
-            train_config: the experiment's keys, see `Experiment.flat`.
+            train_config: the experiment's keys, see `Experiment.flat`. With a ``name`` records go to
+                its run folder (Flower clients need one for their states), else nowhere.
             evaluate_config: not used; clients evaluate in the same exchange.
             evaluate_fn: not used; the server evaluates its model itself.
 
         Returns:
-            Flower's record of metrics by round; the run folder holds everything.
+            Flower's record of metrics by round.
 
         Raises:
             FedkdError: too few clients, or no quorum in three rounds running.
         """
         keys: dict[str, Any] = dict(train_config or {})
         keys |= {"num-server-rounds": num_rounds, "round-timeout": timeout}
-        return self.open(grid, Experiment.load(("train_config", keys))).run()
+        experiment = Experiment.load(("train_config", keys))
+        folder = RunFolder.create(experiment, "") if experiment.name else None
+        return self.open(grid, experiment, folder).run()
 
     def open(
-        self, grid: Grid, experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        folder: RunFolder | None = None,
+        on_round: Callable[[Row], None] = lambda _: None,
     ) -> Federation:
         """Open a session: run it whole, or its rounds one by one under Flower's own loop.
 
         Args:
             grid: Flower's, or an engine's.
-            experiment: what to run; records go to its folder if that exists.
+            experiment: what to run.
+            folder: where records go, if anywhere.
             on_round: called with each round's record, once that is on disk.
         """
-        federation = Federation(self, grid, experiment, world_of(experiment), on_round)
+        federation = Federation(self, grid, experiment, world_of(experiment), folder, on_round)
         self._set_session(federation)
         return federation
 

@@ -7,7 +7,7 @@ baseline all hold the same images in the same order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd import data, models
-from fedkd.cohort import State, initial_state
+from fedkd.cohort import Plan, PlanName, State, choose_plan, initial_state
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.images import Images
@@ -25,7 +25,7 @@ from fedkd.randomness import permutation
 _SUBSET = "subset"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """Images on the device, and who holds which.
 
@@ -48,6 +48,14 @@ class World:
     shards: tuple[Tensor, ...]
     pooled: Tensor
     private_label_counts: Tensor
+    _plans: dict[tuple[str, PlanName], Plan] = field(default_factory=dict, repr=False)
+
+    def plan(self, name: str, wanted: PlanName) -> Plan:
+        """Return how models of an architecture are run, found out once."""
+        if (name, wanted) not in self._plans:
+            example = self.train.batch(torch.arange(2))
+            self._plans[name, wanted] = choose_plan(self.model(name), example, wanted)
+        return self._plans[name, wanted]
 
     def model(self, name: str) -> nn.Module:
         """Build an architecture for these images, on their device."""
@@ -195,6 +203,17 @@ def _subset(source: data.Dataset, split: str, size: int | None, device: str) -> 
     return Images(pixels.to(device), labels.to(device), source.mean, source.std)
 
 
+def _refuse_overlap(name: str, public: Tensor, private: data.Dataset) -> None:
+    """Refuse a public set that shares images with the private or the test images."""
+    mine = {image.numpy().tobytes() for image in public}
+    for split, images in (("training", private.train_images), ("test", private.test_images)):
+        if any(image.numpy().tobytes() in mine for image in images):
+            raise FedkdError(
+                f"public = '{name}': it shares images with the {split} images of dataset = "
+                f"'{private.name}'; set public = 'train' or name a data set without them"
+            )
+
+
 def _foreign(
     name: str, data_dir: str | None, size: int, private: data.Dataset, seed: int, device: str
 ) -> Images:
@@ -210,5 +229,6 @@ def _foreign(
             f"public-size = {size}: {name} has {len(other.train_images)} training images"
         )
     rows = permutation(len(other.train_images), seed, "public")[:size].sort().values
+    _refuse_overlap(name, other.train_images[rows], private)
     # Normalised as the private images are: one client has one input pipeline.
     return Images(other.train_images[rows].to(device), None, private.mean, private.std)

@@ -22,7 +22,7 @@ from fedkd.federation import Federation
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.messages import HELLO, decode_order, decode_report
-from fedkd.records import Row
+from fedkd.records import Row, RunFolder
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
@@ -155,7 +155,9 @@ def open_federation(
 ) -> Federation:
     """Open a session; its messages have to be built within `task_identity`."""
     reaching = grid(clients.handle, num_clients=experiment.num_clients)
-    return (strategy or strategy_of(experiment)).open(reaching, experiment)
+    path = Path(experiment.run_dir) / (experiment.name or "")
+    folder = RunFolder(path) if experiment.name and path.is_dir() else None
+    return (strategy or strategy_of(experiment)).open(reaching, experiment, folder)
 
 
 def federate(

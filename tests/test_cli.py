@@ -468,7 +468,7 @@ def test_compare_gives_what_run_gives(cli: Cli) -> None:
     both = cli.json("compare", *SMALL, "--methods", "local,FedAvg", "--seeds", "0,1")
     alone = cli.json("run", *SMALL, "--strategy", "fedavg", "--seed", "1")
     by_method = {row["method"]: row for row in both["methods"]}
-    assert list(by_method) == ["local only", "FedAvg"]
+    assert list(by_method) == ["LocalOnly", "FedAvg"]
     assert by_method["FedAvg"]["accuracies"][1] == alone["accuracy"]
     assert both["seeds"] == [0, 1]
 

@@ -93,8 +93,8 @@ def test_a_comparison_is_json_and_lies_in_run_folders(
     parsed = json.loads(json.dumps(comparison.as_json(), allow_nan=False))
     assert [m["method"] for m in parsed["methods"]][:3] == [
         "teacher",
-        "student alone",
-        "student distilled",
+        "student-alone",
+        "student-distilled",
     ]
     assert parsed["test_size"] == 359
     assert {path.name for path in folder.iterdir()} == {

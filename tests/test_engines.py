@@ -20,8 +20,9 @@ import fedkd
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels, Weights
+from fedkd.preflight import check
 from fedkd.records import Row, Run
-from fedkd.runner import check, run
+from fedkd.runner import run
 from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 

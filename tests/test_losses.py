@@ -333,12 +333,12 @@ def test_terms_say_what_they_need_and_where_they_are_found() -> None:
         "fedkd.losses:mae_logits": ("logits", False),
     }
 
-    @term(needs="class-means", needs_start=True)
+    @term(needs="logits", needs_start=True)
     def own(step: Step) -> Tensor:
         return step.logits.sum(-1)
 
     assert isinstance(own, Term)
-    assert (own.needs, own.needs_start) == ("class-means", True)
+    assert (own.needs, own.needs_start) == ("logits", True)
     zs = logits(B, C)
     assert torch.equal(own(_step(zs, None)), zs.sum(-1))
 

@@ -23,7 +23,7 @@ from fedkd.messages import (
     encode_report,
     failed,
 )
-from fedkd.records import Row
+from fedkd.records import Row, RunFolder
 from fedkd.states import MemoryStore
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
@@ -31,13 +31,16 @@ from fedkd.world import world_of
 
 
 def run(
-    strategy: DistillationStrategy, experiment: Experiment, on_round: Callable[[Row], None]
+    strategy: DistillationStrategy,
+    experiment: Experiment,
+    folder: RunFolder,
+    on_round: Callable[[Row], None],
 ) -> None:
-    """Run a federation in this process; its records are in the experiment's run folder."""
+    """Run a federation in this process and write its records to `folder`."""
     clients = _Clients(experiment)
     grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
     with task_identity():
-        strategy.open(grid, experiment, on_round).run()
+        strategy.open(grid, experiment, folder, on_round).run()
 
 
 class _Clients:

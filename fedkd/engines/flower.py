@@ -9,15 +9,18 @@ from flwr.serverapp import Grid
 
 from fedkd.client_app import app
 from fedkd.experiment import Experiment
-from fedkd.records import Row
+from fedkd.records import Row, RunFolder
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.simulation import simulate
 
 
 def run(
-    strategy: DistillationStrategy, experiment: Experiment, on_round: Callable[[Row], None]
+    strategy: DistillationStrategy,
+    experiment: Experiment,
+    folder: RunFolder,
+    on_round: Callable[[Row], None],
 ) -> None:
-    """Run a federation on Ray; its records are in the experiment's run folder."""
+    """Run a federation on Ray and write its records to `folder`."""
     # Workers have a working directory of their own.
     located = experiment.replace(
         run_dir=str(Path(experiment.run_dir).absolute()),
@@ -25,7 +28,7 @@ def run(
     )
 
     def server(grid: Grid) -> None:
-        strategy.open(grid, located, on_round).run()
+        strategy.open(grid, located, folder, on_round).run()
 
     simulate(
         server,

@@ -66,7 +66,7 @@ def simulate(
             runs in this process.
         BaseException: Whatever `server` raised, as it is.
     """
-    resources = _resources(num_clients, client_cpus, client_gpus, num_cpus)
+    resources = check_resources(num_clients, client_cpus, client_gpus, num_cpus)
     import flwr.simulation  # noqa: F401 - both set variables that belong to them
     import ray
 
@@ -194,7 +194,7 @@ class _Workers:
 
     def result(self, actor: Any, call: Any, deadline: float) -> tuple[str, Any, Context]:
         import ray
-        from ray.exceptions import RayActorError, WorkerCrashedError
+        from ray.exceptions import RayError, RayTaskError
 
         done: list[Any] = []
         while not done and time.time() < deadline and not self._stopped.is_set():
@@ -205,7 +205,9 @@ class _Workers:
             raise ClientProcessLost("no reply in time")
         try:
             answer: tuple[str, Any, Context] = ray.get(call)
-        except (RayActorError, WorkerCrashedError) as exception:
+        except RayTaskError:
+            raise  # the client app itself raised
+        except RayError as exception:  # died, out of memory, its node gone
             raise ClientProcessLost("client process died") from exception
         return answer
 
@@ -216,8 +218,8 @@ class _Workers:
 # --- Resources and environment -------------------------------------------------------------------
 
 
-def _resources(
-    num_clients: int, client_cpus: float, client_gpus: float, num_cpus: int | None
+def check_resources(
+    num_clients: int, client_cpus: float, client_gpus: float, num_cpus: int | None = None
 ) -> dict[str, int]:
     """Return the CPUs and GPUs that Ray is told of: at most what the clients can use at once.
 

@@ -1,0 +1,84 @@
+"""What can be checked before any work, and before anything is written."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.knowledge import SoftLabels
+from fedkd.phases import Fit, resolve_term
+from fedkd.records import RunFolder
+from fedkd.registry import strategy_of
+from fedkd.strategy import DistillationStrategy
+from fedkd.transport.simulation import check_resources
+from fedkd.world import check_models, resolve_device, world_of
+
+
+def check(experiment: Experiment) -> DistillationStrategy:
+    """Check everything that can be checked before any work, and return the strategy.
+
+    Raises:
+        FedkdError: a key names something that is not there, or keys contradict each other.
+    """
+    strategy = strategy_of(experiment)
+    RunFolder.check(experiment)
+    _check_terms(experiment, strategy)
+    _check_server_model(experiment, strategy)
+    _check_engine(experiment)
+    world = world_of(experiment)
+    check_models(experiment, world, ("student", "teacher", "server_model"))
+    per_round = experiment.public_per_round
+    if per_round is not None and per_round > len(world.public):
+        raise FedkdError(
+            f"public-per-round = {per_round}: the public set has {len(world.public)} images"
+        )
+    return strategy
+
+
+def default_name(experiment: Experiment, strategy: DistillationStrategy) -> str:
+    """Make up a run's name."""
+    words = (
+        strategy.name().lower(),
+        experiment.dataset.replace(":", "."),
+        f"seed{experiment.seed}",
+    )
+    return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]", "", "-".join(words))
+
+
+def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None:
+    """Refuse client code that is not there, and terms that no client would run."""
+    modules = experiment.client_modules
+    for module in modules:
+        try:
+            found = find_spec(module) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise FedkdError(f"client-code = '{experiment.client_code}': no module '{module}'")
+    for phase in [*strategy.phases(1), *strategy.phases(2)]:
+        if isinstance(phase, Fit):
+            for name in (*phase.private, *phase.public):
+                resolve_term(name, modules)
+
+
+def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) -> None:
+    if experiment.server_model != "none" and strategy.uploads() is not SoftLabels:
+        raise FedkdError(
+            f"server-model = '{experiment.server_model}': {strategy.name()} sends no soft labels to "
+            "train it on; set server-model = 'none'"
+        )
+
+
+def _check_engine(experiment: Experiment) -> None:
+    """Refuse devices and shares of this machine that no Flower client could have."""
+    resolve_device(experiment.device)
+    if experiment.engine != "flower":
+        return
+    check_resources(experiment.num_clients, experiment.client_cpus, experiment.client_gpus)
+    if experiment.device.startswith("cuda") and not experiment.client_gpus:
+        raise FedkdError(
+            f"device = '{experiment.device}' contradicts client-gpus = 0: a Flower client sees no GPU "
+            "unless it has a share of one"
+        )
