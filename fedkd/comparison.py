@@ -127,7 +127,9 @@ class Comparison:
             padding=(0, 1, 0, 0),
         )
         rows = [_cells(entry) for entry in self.entries]
-        if all(e.server_accuracies in (None, e.accuracies) for e in self.entries):
+        if all(
+            abs(mean(e.server_accuracies or e.accuracies) - e.accuracy) < 1e-9 for e in self.entries
+        ):
             rows = [{**row, "server": None} for row in rows]
         columns = [name for name in rows[0] if any(row[name] for row in rows)]
         for name in columns:

@@ -61,7 +61,7 @@ def build(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
     - ``cnn`` (33,834): three 3x3 convolutions of 16, 32 and 64 channels, each ReLU and max pooling.
     - ``cnn-large`` (805,290): convolutions of 32 | 64, 64 | 128, 128 channels with BatchNorm, max
       pooling after each ``|`` and at the end, then 256 hidden units; half of the units are dropped
-      before and after these.
+      after these.
     - ``resnet-8`` (75,290), ``resnet-20`` (269,722): He et al. 2015 (1512.03385), section 4.2, with
       its parameter-free shortcuts (option A) and BatchNorm; ``-gn`` has GroupNorm of 8 groups.
 

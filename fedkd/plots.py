@@ -30,13 +30,10 @@ def accuracy_by_round(
         rounds, accuracies = zip(*points, strict=True)
         axes.plot(rounds, [100 * a for a in accuracies], "o-", ms=3, color=colour, label=label)
     for (label, accuracy), style in zip(lines.items(), ("--", "-.", ":"), strict=False):
-        axes.axhline(100 * accuracy, ls=style, lw=1, color="0.35")
-        axes.annotate(
-            label, (1, 100 * accuracy), xycoords=("axes fraction", "data"), fontsize=8, ha="right",
-            va="bottom",
-        )  # fmt: skip
+        named = f"{label} {100 * accuracy:.1f}"
+        axes.axhline(100 * accuracy, ls=style, lw=1, color="0.35", label=named)
     axes.set(xlabel="round", ylabel="test accuracy in %", ylim=(0, 100))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, metadata={"Date": None})
     return path

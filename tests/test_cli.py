@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -263,11 +264,16 @@ def test_an_exception_that_is_no_users_mistake_is_not_swallowed(
 
 
 @pytest.mark.parametrize("command", ["run", "central", "compare"])
-def test_help_states_description_range_and_default_of_every_key(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    lines = cli(command, "--help").splitlines()
+def test_help_states_description_range_and_default_of_every_key(command: str) -> None:
+    # In a process of its own: the width of the terminal is read once a process.
+    done = subprocess.run(
+        [sys.executable, "-c", "from fedkd.cli import main; main()", command, "--help"],
+        env={**os.environ, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
     for name, field in Experiment.model_fields.items():
         (line,) = [line for line in lines if f"--{kebab(name)} VALUE" in line]
         assert str(field.description) in line
