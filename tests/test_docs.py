@@ -1,0 +1,78 @@
+"""What README and docs tell a reader to type works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedkd
+from fedkd.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_strategy_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source,) = blocks("docs/strategies.md")
+    (tmp_path / "my_strategy.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    experiment = fedkd.Experiment(
+        dataset="digits",
+        strategy="my_strategy.py:Vote",
+        num_clients=3,
+        num_server_rounds=2,
+        public_size=97,
+    )
+    run = fedkd.run(experiment)
+    assert [row["dropped"] for row in run.rounds] == [{}, {}]
+    assert run.experiment.strategy == "my_strategy.py:Vote"
+    assert run.bytes_up == 2 * 3 * 97 * 10 * 4
+
+
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With sizes of a smoke test."""
+    (source,) = blocks("README.md")
+    whole = fedkd.Experiment
+
+    def small(**keys: Any) -> fedkd.Experiment:
+        return whole(**keys).smoke()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(fedkd.__dict__, "Experiment", small)
+    exec(compile(source, "README.md", "exec"), {})
+    first, second = capsys.readouterr().out.strip().splitlines()
+    accuracy, bytes_up = first.split()
+    assert 0 < float(accuracy) < 1
+    assert int(bytes_up) == 2 * 3 * 120 * 10 * 4
+    assert second
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/central.md", "docs/flower.md"])
+def test_the_commands_in_the_docs_are_spelt_right(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    commands = re.findall(
+        r"(?:^    |`)fedkd (\w+)((?: --[\w-]+(?: [^\s`-][^\s`]*)?)*)", text, re.MULTILINE
+    )
+    assert commands
+    for command, flags in commands:
+        main([command, "--help"])
+        shown = capsys.readouterr().out
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert flag == "--help" or flag in shown, (command, flag)
+
+
+def test_every_link_in_the_docs_leads_somewhere() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), (path.name, target)
