@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -111,62 +110,36 @@ def world_of(experiment: Experiment) -> World:
     Raises:
         FedkdError: the data set cannot be had, or cannot be split as asked.
     """
-    return _world(
-        experiment.dataset,
-        experiment.data_dir,
-        experiment.train_size,
-        experiment.test_size,
-        experiment.public,
-        experiment.public_size,
-        experiment.public_labels,
-        experiment.partition,
-        experiment.partition_alpha,
-        experiment.classes_per_client,
-        experiment.min_partition_size,
-        experiment.split_seed,
-        experiment.num_clients,
-        str(resolve_device(experiment.device)),
-    )
+    shared = {key: getattr(experiment, key) for key in _DATA_KEYS}
+    seed, device = experiment.split_seed, str(resolve_device(experiment.device))
+    return _world(Experiment(**shared, partition_seed=seed, device=device))
+
+
+_DATA_KEYS = (
+    "dataset", "data_dir", "train_size", "test_size", "public", "public_size", "public_labels",
+    "partition", "partition_alpha", "classes_per_client", "min_partition_size", "num_clients",
+)  # fmt: skip
+"""What the data depend on, besides the split's seed and the device."""
 
 
 @lru_cache(maxsize=8)
-def _world(
-    dataset: str,
-    data_dir: str | None,
-    train_size: int | None,
-    test_size: int | None,
-    public: str,
-    public_size: int | None,
-    public_labels: bool,
-    kind: str,
-    alpha: float,
-    classes_per_client: int,
-    min_size: int,
-    seed: int,
-    num_clients: int,
-    device: str,
-) -> World:
-    source = data.load(dataset, data_dir)
-    train = _subset(source, "train", train_size, device)
-    test = _subset(source, "test", test_size, device)
-    size = len(train) // 5 if public_size is None else public_size
+def _world(experiment: Experiment) -> World:
+    """Build the data of an experiment of which all other keys are at their defaults."""
+    source = data.load(experiment.dataset, experiment.data_dir)
+    train = _subset(source, "train", experiment.train_size, experiment.device)
+    test = _subset(source, "test", experiment.test_size, experiment.device)
     assert train.labels is not None
     labels = train.labels.cpu()
-    if public == "train":
-        public_rows, private_rows = split_public(labels, size, seed)
-        public_images = train.keep(public_rows.to(device), labelled=public_labels)
-    else:
-        public_rows, private_rows = torch.empty(0, dtype=torch.int64), torch.arange(len(train))
-        public_images = _foreign(public, data_dir, size, source, seed, device)
+    public, private_rows = _public(experiment, source, train, labels)
     dealt = partition(
         labels[private_rows],
-        kind=kind,
-        num_clients=num_clients,
-        seed=seed,
-        alpha=alpha,
-        classes_per_client=classes_per_client,
-        min_size=min_size,
-        cache_dir=_split_cache(data_dir),
+        kind=experiment.partition,
+        num_clients=experiment.num_clients,
+        seed=experiment.split_seed,
+        alpha=experiment.partition_alpha,
+        classes_per_client=experiment.classes_per_client,
+        min_size=experiment.min_partition_size,
+        cache_dir=data.data_folder(experiment.data_dir) / "partitions",
     )
     shards = tuple(private_rows[rows] for rows in dealt)
     return World(
@@ -174,15 +147,23 @@ def _world(
         input_shape=source.input_shape,
         train=train,
         test=test,
-        public=public_images,
+        public=public,
         shards=shards,
-        pooled=torch.arange(len(train)) if public_labels else private_rows,
+        pooled=torch.arange(len(train)) if experiment.public_labels else private_rows,
         private_label_counts=label_counts(labels, list(shards), source.num_classes),
     )
 
 
-def _split_cache(data_dir: str | None) -> Path:
-    return data.data_folder(data_dir) / "partitions"
+def _public(
+    experiment: Experiment, source: data.Dataset, train: Images, labels: Tensor
+) -> tuple[Images, Tensor]:
+    """Return the public images, and which training images stay private."""
+    size = len(train) // 5 if experiment.public_size is None else experiment.public_size
+    if experiment.public != "train":
+        return _foreign(experiment, size, source), torch.arange(len(train))
+    public_rows, private_rows = split_public(labels, size, experiment.split_seed)
+    rows = public_rows.to(train.device)
+    return train.keep(rows, labelled=experiment.public_labels), private_rows
 
 
 def _subset(source: data.Dataset, split: str, size: int | None, device: str) -> Images:
@@ -214,11 +195,10 @@ def _refuse_overlap(name: str, public: Tensor, private: data.Dataset) -> None:
             )
 
 
-def _foreign(
-    name: str, data_dir: str | None, size: int, private: data.Dataset, seed: int, device: str
-) -> Images:
+def _foreign(experiment: Experiment, size: int, private: data.Dataset) -> Images:
     """Take an unlabelled public set from another data set's training split."""
-    other = data.load(name, data_dir)
+    name = experiment.public
+    other = data.load(name, experiment.data_dir)
     if other.input_shape != private.input_shape:
         raise FedkdError(
             f"public = '{name}': its images are {other.input_shape}, those of dataset = "
@@ -228,7 +208,9 @@ def _foreign(
         raise FedkdError(
             f"public-size = {size}: {name} has {len(other.train_images)} training images"
         )
-    rows = permutation(len(other.train_images), seed, "public")[:size].sort().values
+    drawn = permutation(len(other.train_images), experiment.split_seed, "public")
+    rows = drawn[:size].sort().values
     _refuse_overlap(name, other.train_images[rows], private)
     # Normalised as the private images are: one client has one input pipeline.
-    return Images(other.train_images[rows].to(device), None, private.mean, private.std)
+    pixels = other.train_images[rows].to(experiment.device)
+    return Images(pixels, None, private.mean, private.std)
