@@ -2,7 +2,7 @@
 
 All of MNIST, ten clients (Dirichlet 0.3), 10,000 unlabelled public images. Central teacher and student,
 the students alone, FedAvg, FedMD and DS-FL on the same images, over three seeds. Needs MNIST (downloaded
-once, or in $FEDKD_DATA_DIR); about half an hour on two cores.
+once, or in $FEDKD_DATA_DIR); seven minutes on one core.
 """
 
 from __future__ import annotations
