@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_models import FOLDER
 
 from fedkd.records import Run
 
@@ -40,6 +41,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FEDKD_DATA_DIR": str(tmp_path / "data"),
+        FOLDER: str(tmp_path),
+        "PYTHONPATH": str(ROOT / "tests"),  # for the student that dies
     }
 
 
@@ -96,7 +99,7 @@ def _flwr(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("superlink")
-def test_flwr_run_completes_and_leaves_its_records(
+def test_flwr_run_completes_though_a_client_process_dies(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     app = tmp_path / "app"
@@ -105,7 +108,8 @@ def test_flwr_run_completes_and_leaves_its_records(
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, app / file)
     run_config = (
-        f"dataset='digits' num-clients=3 num-server-rounds=2 strategy='DSFL' public-size=97 "
+        "dataset='digits' num-clients=3 num-server-rounds=4 strategy='DSFL' public-size=97 "
+        "student='mlp-20,failing_models:dying,mlp-20' "
         f"run-dir='{tmp_path / 'runs'}' name='from-flwr'"
     )
     started = _flwr(
@@ -120,8 +124,10 @@ def test_flwr_run_completes_and_leaves_its_records(
     assert started["success"], started
     assert _final_status(str(started["run-id"]), environment) == "finished:completed"
     run = Run.load(tmp_path / "runs" / "from-flwr")
-    assert [row["answered"] for row in run.rounds] == [[0, 1, 2]] * 2
-    assert run.bytes_up == 2 * 3 * 97 * 10 * 4
+    died = {"1": "client process died"}
+    assert [row["dropped"] for row in run.rounds] == [{}, died, {}, {}]
+    assert [len(row["answered"]) for row in run.rounds] == [3, 2, 3, 3]
+    assert run.bytes_up == (4 * 3 - 1) * 97 * 10 * 4
 
 
 def _final_status(run_id: str, environment: dict[str, str]) -> str:
