@@ -16,11 +16,10 @@ from fedkd.messages import (
     decode_order,
     encode_introduction,
     encode_report,
-    failed,
 )
 from fedkd.sources import digest
 from fedkd.states import DiskStore
-from fedkd.transport.adapter import always_reply
+from fedkd.transport.adapter import always_reply, error_reply
 from fedkd.world import world_of
 
 app = ClientApp(mods=[always_reply])
@@ -45,7 +44,7 @@ def train(message: Message, context: Context) -> Message:
         raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
     (result,) = execute(experiment, world, [order], store_of(experiment))
     if isinstance(result, Failure):
-        return failed(message, result.reason)
+        return error_reply(message, result.reason)
     return Message(encode_report(result, order.asked), reply_to=message)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedkd.client import Order, Report
@@ -29,8 +29,6 @@ TRAIN, HELLO = "train.fedkd", "query.hello"
 _SECONDS = "seconds "
 _METRIC = re.compile(r"accuracy|own_accuracy|agreement|(accuracy_after|loss)_.+")
 """Metrics that a server records; a client may send more."""
-_RAISED = 2
-"""Flower's error code of a client app that raised."""
 
 
 @dataclass(frozen=True)
@@ -272,11 +270,6 @@ def _integer(numbers: dict[str, Any], name: str) -> int:
     if not isinstance(value, int):
         raise FedkdError(f"sends {name} = {value!r}, which must be a whole number")
     return value
-
-
-def failed(message: Message, reason: str) -> Message:
-    """Return the reply of a client that could not do what it was asked."""
-    return Message(Error(_RAISED, reason), reply_to=message)
 
 
 def payload_bytes(records: RecordDict) -> dict[str, int]:

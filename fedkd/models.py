@@ -76,11 +76,6 @@ def build(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
     return builder(input_shape, num_classes)
 
 
-def check(name: str) -> None:
-    """Raise FedkdError unless `name` is a known model or an importable ``module:function``."""
-    _find(name)
-
-
 def num_parameters(model: nn.Module) -> int:
     """Count the entries of all parameters; shared ones once, buffers not at all."""
     return sum(parameter.numel() for parameter in model.parameters())

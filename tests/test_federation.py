@@ -42,14 +42,14 @@ from torch import Tensor
 from fedkd.client import Order
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
-from fedkd.messages import experiment_record, failed
+from fedkd.messages import experiment_record
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
 from fedkd.records import Row, RunFolder
 from fedkd.registry import find
 from fedkd.server import Replies, Server
 from fedkd.states import INITIAL
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.adapter import LocalGrid, error_reply, task_identity
 from fedkd.world import world_of
 
 K, BAD = 3, 1
@@ -297,7 +297,7 @@ def test_a_silent_client_is_dropped(name: str) -> None:
 def test_a_client_that_fails_is_dropped_with_its_own_words(name: str) -> None:
     def fail(order: Order, message: Message, reply: Message) -> Message:
         bad = (order.round, order.client) == (1, BAD)
-        return failed(message, "ArithmeticError: out of luck") if bad else reply
+        return error_reply(message, "ArithmeticError: out of luck") if bad else reply
 
     assert_dropped(badly(name, fail), name, "^ArithmeticError: out of luck$")
 
@@ -514,7 +514,7 @@ def test_a_client_that_does_not_introduce_itself_can_do_so_later(kind: str) -> N
         said.append(client)
         if client != BAD or said.count(BAD) > 1:
             return reply
-        return None if kind == "silent" else failed(message, "FedkdError: no data here")
+        return None if kind == "silent" else error_reply(message, "FedkdError: no data here")
 
     done = federate(tiny(strategy="DSFL", num_server_rounds=2), meddle_hello=shy)
     first, second = done.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -35,7 +35,6 @@ from fedkd.transport.adapter import (
     LocalGrid,
     SimulationStopped,
     always_reply,
-    client_context,
     error_reply,
     failure_reason,
     quiet,
@@ -44,6 +43,21 @@ from fedkd.transport.adapter import (
 from fedkd.transport.simulation import guarded, simulate
 
 K = 5
+
+
+def client_context(
+    partition_id: int, num_partitions: int, run_config: Mapping[str, bool | int | float | str]
+) -> Context:
+    """Return the `Context` that a simulation would give to the client of `partition_id`."""
+    return Context(
+        run_id=1,
+        node_id=FIRST_NODE_ID + partition_id,
+        node_config={"partition-id": partition_id, "num-partitions": num_partitions},
+        state=RecordDict(),
+        run_config=dict(run_config),
+    )
+
+
 ROUNDS = 3
 
 

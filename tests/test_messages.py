@@ -29,12 +29,11 @@ from fedkd.messages import (
     encode_order,
     encode_report,
     experiment_record,
-    failed,
     payload_bytes,
     wire_bytes,
 )
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.transport.adapter import failure_reason, task_identity
+from fedkd.transport.adapter import error_reply, failure_reason, task_identity
 
 N, C = 5, 7
 SAMPLES = torch.tensor([31, 2, 17, 5, 3])
@@ -166,7 +165,7 @@ def test_an_introduction_arrives_as_it_was_given() -> None:
 def test_a_failure_is_an_error_reply_with_its_reason() -> None:
     with task_identity():
         message = Message(RecordDict(), 7, HELLO)
-        reply = failed(message, "ArithmeticError: blinded")
+        reply = error_reply(message, "ArithmeticError: blinded")
     assert reply.has_error()
     assert failure_reason(reply) == "ArithmeticError: blinded"
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fedkd import models
 from fedkd.errors import FedkdError
-from fedkd.models import NAMES, Classifier, build, check, num_parameters
+from fedkd.models import NAMES, Classifier, build, num_parameters
 
 K, B, C = 3, 5, 7
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
@@ -352,7 +352,7 @@ OWN = """
 def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_models_of_a_user.py").write_text(dedent(OWN))
     (tmp_path / "broken_module_of_a_user.py").write_text("def linear(:\n")
-    monkeypatch.setattr(sys, "path", [*sys.path])  # `check` adds the working directory
+    monkeypatch.setattr(sys, "path", [*sys.path])  # `build` adds the working directory
     monkeypatch.chdir(tmp_path)
     for name in ("own_models_of_a_user", "broken_module_of_a_user"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -362,7 +362,6 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("function", ["linear", "Zoo.linear"])
 def test_own_model(function: str) -> None:
     name = f"own_models_of_a_user:{function}"
-    check(name)
     model = build(name, DIGITS, C)
     assert num_parameters(model) == dense(64, C)
     assert all(module.training for module in model.modules())
@@ -400,10 +399,9 @@ def one_line(excinfo: pytest.ExceptionInfo[FedkdError]) -> str:
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
-    for attempt in (lambda: check(name), lambda: build(name, DIGITS, C)):
-        with pytest.raises(FedkdError, match=message) as excinfo:
-            attempt()
-        one_line(excinfo)
+    with pytest.raises(FedkdError, match=message) as excinfo:
+        build(name, DIGITS, C)
+    one_line(excinfo)
 
 
 @pytest.mark.usefixtures("own_models")
@@ -419,7 +417,6 @@ def test_unknown_names(name: str, message: str) -> None:
 )
 def test_own_models_that_cannot_be_used(function: str, message: str) -> None:
     name = f"own_models_of_a_user:{function}"
-    check(name)
     with pytest.raises(FedkdError, match=message) as excinfo:
         build(name, DIGITS, C)
     assert name in one_line(excinfo)

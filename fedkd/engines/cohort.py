@@ -21,12 +21,11 @@ from fedkd.messages import (
     decode_order,
     encode_introduction,
     encode_report,
-    failed,
 )
 from fedkd.records import Row, RunFolder
 from fedkd.states import MemoryStore
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.adapter import LocalGrid, error_reply, task_identity
 from fedkd.world import world_of
 
 
@@ -72,5 +71,5 @@ class _Clients:
 
     def _reply(self, message: Message, order: Order, result: Report | Failure) -> Message:
         if isinstance(result, Failure):
-            return failed(message, result.reason)
+            return error_reply(message, result.reason)
         return Message(encode_report(result, order.asked), reply_to=message)

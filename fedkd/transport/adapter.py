@@ -13,7 +13,7 @@ import importlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partialmethod
 from threading import Event
@@ -69,19 +69,6 @@ def task_identity() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)
-
-
-def client_context(
-    partition_id: int, num_partitions: int, run_config: Mapping[str, bool | int | float | str]
-) -> Context:
-    """Return the `Context` that a simulation would give to the client of `partition_id`."""
-    return Context(
-        run_id=_RUN_ID,
-        node_id=FIRST_NODE_ID + partition_id,
-        node_config={"partition-id": partition_id, "num-partitions": num_partitions},
-        state=RecordDict(),
-        run_config=dict(run_config),
-    )
 
 
 # --- The in-process grid -------------------------------------------------------------------------
@@ -211,10 +198,11 @@ def _isolated_record(
 # --- Failures of one client ----------------------------------------------------------------------
 
 
-def error_reply(message: Message, exception: Exception) -> Message:
-    """Return the reply of a client that raised: code 2, "ValueError: text"."""
-    reason = f"{type(exception).__name__}: {exception}".removesuffix(": ")
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+def error_reply(message: Message, failure: Exception | str) -> Message:
+    """Return the reply of a client that failed: code 2, with "ValueError: text" or the given text."""
+    if isinstance(failure, Exception):
+        failure = f"{type(failure).__name__}: {failure}".removesuffix(": ")
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, failure), reply_to=message)
 
 
 def always_reply(
