@@ -423,7 +423,6 @@ def test_own_models_that_cannot_be_used(function: str, message: str) -> None:
 
 
 def test_a_family_member_that_is_not_listed() -> None:
-    check("mlp-8192")
     assert num_parameters(build("mlp-31", DIGITS, C)) == mlp(31)(1, 8, C)
 
 
