@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedkd import data, losses
     from fedkd.baseline import central
     from fedkd.comparison import Comparison, compare
     from fedkd.errors import FedkdError
@@ -46,11 +47,15 @@ __all__ = [
     "Weights",
     "central",
     "compare",
+    "data",
+    "losses",
     "run",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("data", "losses"):
+        return import_module(f"fedkd.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fedkd' has no attribute '{name}'")
     return getattr(import_module(f"fedkd.{_HOME[name]}"), name)

@@ -48,7 +48,9 @@ def central(
     Raises:
         FedkdError: a key, the data or a model is not right; nothing has been trained then.
     """
-    seeds = list(seeds) if seeds else [experiment.seed]
+    seeds = [experiment.seed] if seeds is None else list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise FedkdError(f"seeds = {seeds}: at least one, and none of them twice")
     check_central(experiment)
     if save:
         RunFolder.check(experiment)

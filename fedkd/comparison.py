@@ -159,7 +159,7 @@ def compare(
     Raises:
         FedkdError: a method or key is not right; nothing has been run then.
     """
-    seeds = list(seeds) if seeds else [experiment.seed]
+    seeds = [experiment.seed] if seeds is None else list(seeds)
     names = [_canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
     _check_all(experiment, names, seeds)
     is_central = any(name in CENTRAL for name in names)
@@ -185,9 +185,15 @@ def default_methods(experiment: Experiment) -> list[str]:
 
 def _check_all(experiment: Experiment, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Check every run of a comparison before the first."""
-    for what, values in (("methods", list(names)), ("seeds", [str(seed) for seed in seeds])):
+    labels = [name.split(":")[-1].lower() for name in names]  # what run folders are called by
+    for what, values in (("methods", labels), ("seeds", [str(seed) for seed in seeds])):
         if not values or len(set(values)) < len(values):
             raise FedkdError(f"{what} = '{','.join(values)}': at least one, and none of them twice")
+    if experiment.strategy_config != "none" and _canonical(experiment.strategy) not in names:
+        raise FedkdError(
+            f"strategy-config = '{experiment.strategy_config}' belongs to strategy = "
+            f"'{experiment.strategy}', which is not compared; set strategy to the method it is for"
+        )
     if any(name in CENTRAL for name in names):
         check_central(_pooled(experiment))
         RunFolder.check(_pooled(experiment))

@@ -108,10 +108,21 @@ def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
     settings = ", ".join(f"{kebab(key)}={value}" for key, value in strategy.settings().items())
     return {
         **compare_plan(experiment),
+        **_whose_accuracy(experiment, strategy),
         "strategy": f"{strategy.name()}{f' ({settings})' if settings else ''}, "
         f"{experiment.num_server_rounds} rounds",
         "loss": _losses(experiment, strategy, world_of(experiment)),
     }
+
+
+def _whose_accuracy(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+    """Say what a local teacher does, as accuracies after revisit are then its own."""
+    if experiment.teacher == "none":
+        return {}
+    fits = [phase for phase in strategy.phases(2) if isinstance(phase, Fit)]
+    if not any(phase.model == "teacher" for phase in fits):
+        return {"teacher": f"not used by {strategy.name()}"}
+    return {"teacher": "revisits the private data: accuracies after revisit are its own"}
 
 
 def compare_plan(experiment: Experiment) -> dict[str, str]:
@@ -207,7 +218,8 @@ def round_line(row: Row, rounds: int) -> str:
     """Say in a line what a round gave."""
     parts = [f"{_percent(row[name])} {label}" for name, label in _accuracies([row]).items()]
     if row["dropped"]:
-        parts.append(f"{len(row['dropped'])} dropped")
+        reasons = "; ".join(sorted(set(row["dropped"].values())))
+        parts.append(f"{len(row['dropped'])} dropped ({reasons})")
     return f"round {row['round']} of {rounds}: {', '.join(parts) or 'not evaluated'}"
 
 

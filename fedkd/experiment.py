@@ -319,6 +319,8 @@ def accepted(field: FieldInfo) -> str:
     low, high, kind = _bounds(field)
     if not low and not high:
         return kind
+    if low[2:] == high[2:]:
+        return low[2:]
     return f"{kind} " + " and ".join(part for part in (low, high) if part)
 
 
@@ -344,10 +346,11 @@ def _cycle(names: str, client: int) -> str:
 
 
 def _unknown(name: str, source: str) -> str:
-    keys = [kebab(field) for field in Experiment.model_fields]
+    spell = snake if source == "Python" else kebab
+    keys = [spell(field) for field in Experiment.model_fields]
     ours = _ALIASES.get(kebab(name))
-    hint = f": the key is '{ours}'" if ours else nearest(kebab(name), keys)
-    return f"unknown key '{kebab(name)}' (from {source}){hint or '; `fedkd run --help` lists the keys'}"
+    hint = f": the key is '{spell(ours)}'" if ours else nearest(spell(name), keys)
+    return f"unknown key '{name}' (from {source}){hint or '; `fedkd run --help` lists the keys'}"
 
 
 def _one_line(error: ValidationError, origin: Mapping[str, str]) -> str:

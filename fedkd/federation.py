@@ -8,7 +8,8 @@ record of a round is on disk before the next one begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
@@ -37,7 +38,7 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
-from fedkd.phases import Predict, closing
+from fedkd.phases import Phase, Predict, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
 from fedkd.server import Replies, Server
@@ -208,14 +209,14 @@ class Federation:
         self._server.round = number
         due = number % self._experiment.evaluate_every == 0
         last = number == self._experiment.num_server_rounds
-        phases = self._strategy.phases(number)
+        phases = self._phases(number)
         predicts = any(isinstance(phase, Predict) for phase in phases)
         order = Order(
             client=-1,
             round=number,
             base=INITIAL,
             phases=tuple(phases),
-            asked=self._strategy.request(self._server) if predicts else _NOTHING,
+            asked=self._request() if predicts else _NOTHING,
             knowledge_round=self._knowledge_round,
             evaluate="phases" if due or last else "none",
         )
@@ -232,7 +233,7 @@ class Federation:
             client=-1,
             round=number,
             base=INITIAL,
-            phases=tuple(closing(self._strategy.phases(number), self._strategy.closes)),
+            phases=tuple(closing(self._phases(number), self._strategy.closes)),
             asked=_NOTHING,
             knowledge_round=self._knowledge_round,
             evaluate="end",
@@ -250,7 +251,7 @@ class Federation:
                 continue
             mine = replace(order, client=client, base=self._base.get(client, INITIAL))
             if mine.base == INITIAL and order.evaluate != "end":
-                mine = replace(mine, phases=tuple(self._strategy.phases(1)))
+                mine = replace(mine, phases=tuple(self._phases(1)))
             content = encode_order(mine, self._record, self._packed(client, packed))
             exchange.orders[client] = mine
             exchange.down.count(content)
@@ -258,6 +259,47 @@ class Federation:
             node = self._roster[client]
             messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
         return messages
+
+    def _phases(self, number: int) -> list[Phase]:
+        """Ask the strategy for a round's phases, and check what it says."""
+        with self._named("phases"):
+            phases = self._strategy.phases(number)
+            if not all(isinstance(phase, Phase) for phase in phases):
+                raise FedkdError(f"{phases!r} is not a list of phases")
+        return list(phases)
+
+    def _request(self) -> Tensor:
+        """Ask the strategy which samples it wants, and check what it says."""
+        with self._named("request"):
+            asked: object = self._strategy.request(self._server)
+            if not isinstance(asked, Tensor) or asked.dtype != torch.int64 or asked.ndim != 1:
+                raise FedkdError(f"{asked!r} is not an int64 tensor [M] of public samples")
+            in_range = bool(((asked >= 0) & (asked < self._server.num_public)).all())
+            if not in_range or len(asked.unique()) < len(asked):
+                raise FedkdError(
+                    f"public samples must be distinct and 0 to {self._server.num_public - 1}"
+                )
+        return asked
+
+    def _personal(self, knowledge: Knowledge, client: int) -> Knowledge:
+        """Ask the strategy what a client receives, and check what it says."""
+        with self._named("personalise"):
+            received: object = self._strategy.personalise(knowledge, client, self._server)
+            if not isinstance(received, SoftLabels | Weights):
+                raise FedkdError(f"returns a {type(received).__name__} instead of knowledge")
+        return received
+
+    @contextmanager
+    def _named(self, method: str) -> Iterator[None]:
+        """Name the strategy, its method and the round in whatever is raised."""
+        where = f"{method} of {self._strategy.name()}, round {self._server.round}"
+        try:
+            yield
+        except FedkdError as error:
+            raise FedkdError(f"{where}: {error}") from error
+        except Exception as error:
+            error.add_note(where)
+            raise
 
     def _unknown(self) -> str:
         said = "; ".join(sorted(set(self._hello_failures)))
@@ -272,7 +314,7 @@ class Federation:
         """
         if self._knowledge is None:
             return {}
-        part: Knowledge = self._strategy.personalise(self._knowledge, client, self._server)
+        part = self._personal(self._knowledge, client)
         kept: object = part
         if isinstance(part, Weights):
             student = self._experiment.student_of(client)
@@ -314,15 +356,10 @@ class Federation:
         """Let the strategy update the knowledge; its memory is kept only if it succeeds."""
         draft = copy(self._server)
         draft.state = deepcopy(self._server.state)
-        try:
+        with self._named("update"):
             new = self._strategy.update(_replies(reports, self._server.targets), draft)
             if new is not None:
                 check_answer(new)
-        except FedkdError as error:
-            raise FedkdError(f"{self._where()}: {error}") from error
-        except Exception as error:
-            error.add_note(self._where())
-            raise
         self._server.state = draft.state
         for report in reports:
             self._base[report.client] = self._server.round
@@ -335,9 +372,6 @@ class Federation:
         observes = self._strategy.facts.server_model != "required"
         if observes and self._server.model is not None and isinstance(new, SoftLabels):
             self._server.fit(new)
-
-    def _where(self) -> str:
-        return f"update of {self._strategy.name()}, round {self._server.round}"
 
     # --- replies --------------------------------------------------------------------------------
 
@@ -411,9 +445,15 @@ class Federation:
         """Take the final accuracies and write ``result.json``.
 
         Raises:
-            FedkdError: no client answered the closing exchange.
+            FedkdError: no round had a quorum, or no client answered the closing exchange.
         """
         exchange = self._received(replies)
+        if not any(row["accepted"] for row in self.rows):
+            said = {reason for row in self.rows for reason in row["dropped"].values()}
+            raise FedkdError(
+                f"no round had a quorum of {self._experiment.quorum}; the clients' reasons: "
+                f"{'; '.join(sorted(said))}"
+            )
         if not exchange.reports:
             reasons = "; ".join(sorted(set(exchange.dropped.values())))
             raise FedkdError(f"no client answered the closing exchange: {reasons}")

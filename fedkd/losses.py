@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as _cross_entropy
 from torch.nn.functional import log_softmax
 
+from fedkd.errors import FedkdError
+
 Needs = Literal["soft-labels", "logits"] | None
 
 
@@ -77,7 +79,15 @@ def distillation_loss(
 
     Returns:
         A scalar, or ``[...]``. At α = 0 exactly the cross entropy, at α = 1 exactly the soft term.
+
+    Raises:
+        FedkdError: another reduction.
     """
+    if reduction not in ("mean", "none") or kl_reduction not in ("batchmean", "mean"):
+        raise FedkdError(
+            f"reduction = {reduction!r}, kl_reduction = {kl_reduction!r}: must be 'mean' or 'none', and "
+            "'batchmean' or 'mean'"
+        )
     if isinstance(alpha, int | float) and alpha == 0:
         loss = cross_entropy(student_logits, labels)
     else:

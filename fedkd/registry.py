@@ -58,6 +58,8 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     settings = _settings(cls, config)
     try:
         return cls(**settings)
+    except TypeError as error:  # it declares no facts
+        raise FedkdError(f"strategy = '{name}': {error}") from None
     except FedkdError as error:
         raise FedkdError(f"strategy-config = '{config}': {error}") from None
 

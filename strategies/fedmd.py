@@ -29,7 +29,7 @@ class FedMD(DistillationStrategy):
         transfer_epochs: passes over the labelled public set in round 1 (the authors': up to 20).
     """
 
-    facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + P*8")
+    facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + P*8", server_model="optional")
     closes = "revisit"
 
     digest: Literal["kl", "mae"] = "kl"

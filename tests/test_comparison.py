@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fedkd
+from fedkd.comparison import default_methods
 from fedkd.plots import accuracy_by_round
 
 EXPERIMENT = fedkd.Experiment(
@@ -125,3 +126,29 @@ def test_the_plot_holds_every_label(tmp_path: Path) -> None:
     ET.fromstring(text)
     for label in ("DSFL", "FedAvg", "teacher 94.0", "test accuracy in %"):
         assert f"<!-- {label} -->" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "methods", "seeds", "reason"),
+    [
+        ({"strategy_config": "sharpening=mean"}, ["DSFL"], [0], "strategy-config.*not compared"),
+        ({}, ["DSFL", "ds-fl"], [0], "methods = 'dsfl,dsfl'.*none of them twice"),
+        ({}, [], [0], "methods = ''"),
+        ({}, ["DSFL"], [3, 3], "seeds = '3,3'"),
+        ({"teacher": "none"}, ["teacher"], [0], "teacher = 'none'"),
+        ({"student": "mlp-8,mlp-9"}, ["student-alone"], [0], "student = 'mlp-8,mlp-9'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_work(
+    tmp_path: Path, keys: dict[str, str], methods: list[str], seeds: list[int], reason: str
+) -> None:
+    with pytest.raises(fedkd.FedkdError, match=reason):
+        fedkd.compare(EXPERIMENT.replace(run_dir=str(tmp_path), **keys), methods, seeds)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_single_teacher_only_the_federated_methods_are_compared() -> None:
+    federated = ["LocalOnly", "FedAvg", "FedMD", "DSFL"]
+    assert default_methods(EXPERIMENT.replace(teacher="none")) == federated
+    assert default_methods(EXPERIMENT.replace(student="mlp-8,mlp-9")) == federated
+    assert default_methods(EXPERIMENT)[3:] == federated

@@ -1120,3 +1120,61 @@ def test_what_is_personal_reaches_its_own_client() -> None:
         assert (
             exchange.report(1).metrics["loss_digest"] != exchange.report(2).metrics["loss_digest"]
         )
+
+
+class Asking(DistillationStrategy):
+    """Asks for samples that are not there, or says other things that a loop cannot use."""
+
+    facts = Facts("none", "0", "0")
+    slip: str = "none"
+
+    def phases(self, round: int) -> list[Phase]:
+        wrong: Any = [Digest(), "revisit"]
+        return wrong if self.slip == "phases" else super().phases(round)
+
+    def request(self, server: Server) -> Tensor:
+        answers: dict[str, Any] = {
+            "far": torch.tensor([0, 1, P]),
+            "twice": torch.tensor([3, 3]),
+            "list": [0, 1],
+            "floats": torch.tensor([0.0, 1.0]),
+        }
+        asked: Tensor = answers.get(self.slip, server.draw())
+        return asked
+
+    def aggregate(self, knowledge: SoftLabels) -> Tensor:
+        return knowledge.mean_logits()
+
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        wrong: Any = knowledge if self.slip != "personalise" else torch.zeros(3)
+        given: Knowledge = wrong
+        return given
+
+
+@pytest.mark.parametrize(
+    ("slip", "reason"),
+    [
+        ("phases", "phases of Asking, round .: .*not a list of phases"),
+        ("far", f"request of Asking, round 1: .*distinct and 0 to {P - 1}"),
+        ("twice", "request of Asking, round 1: .*distinct"),
+        ("list", "request of Asking, round 1: .*int64 tensor"),
+        ("floats", "request of Asking, round 1: .*int64 tensor"),
+        ("personalise", "personalise of Asking, round 2: returns a Tensor"),
+    ],
+)
+def test_what_a_strategy_says_wrongly_is_named_and_blamed_on_no_client(
+    slip: str, reason: str
+) -> None:
+    assert federate(tiny(num_server_rounds=2), strategy=Asking()).rows[1]["dropped"] == {}
+    with pytest.raises(FedkdError, match=reason):
+        federate(tiny(num_server_rounds=2), strategy=Asking(slip=slip))
+
+
+def test_a_run_in_which_nobody_ever_answered_has_no_result(tmp_path: Path) -> None:
+    named = tiny(strategy="DSFL", num_server_rounds=2, run_dir=str(tmp_path), name="run")
+    RunFolder.create(named, "")
+    lost = lambda order, message, reply: reply if order.evaluate == "end" else None  # noqa: E731
+    with pytest.raises(FedkdError, match=r"no round had a quorum of 1.*no reply in time"):
+        federate(named, lost)
+    assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "run" / "result.json").exists()

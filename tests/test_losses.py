@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
+import fedkd
+from fedkd.errors import FedkdError
 from fedkd.losses import (
     Step,
     Term,
@@ -356,3 +358,11 @@ def test_effective_weights_are_spelled_out(
     alpha: float, tau: float, kl_reduction: str, expected: str
 ) -> None:
     assert effective_weights(alpha, tau, kl_reduction, 10) == expected
+
+
+def test_other_reductions_are_refused() -> None:
+    zs, zt, y = torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64)
+    wrong: list[dict[str, Any]] = [{"reduction": "sum"}, {"kl_reduction": "batch"}]
+    for keys in wrong:
+        with pytest.raises(FedkdError, match="must be 'mean' or 'none'"):
+            fedkd.losses.distillation_loss(zs, zt, y, 0.5, 3.0, **keys)

@@ -1,0 +1,5 @@
+"""``python -m fedkd``: the same as the command ``fedkd``."""
+
+from fedkd.cli import main
+
+main()
