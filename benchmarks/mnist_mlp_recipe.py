@@ -17,7 +17,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side, choose_plan
+from fedkd.cohort import Cohort, Side
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings
 from fedkd.presets import mnist_mlp
@@ -40,7 +40,7 @@ def cohort(world: World, name: str, seeds: Sequence[int]) -> Cohort:
     """Stack one model a seed, from the weights that the preset starts from."""
     skeleton = world.model(name)
     states = [world.initial_state(name, seed) for seed in seeds]
-    return Cohort.of(skeleton, states, choose_plan(skeleton, world.train.device))
+    return Cohort.of(skeleton, states, world.plan(name, "auto"))
 
 
 def train(
@@ -62,6 +62,7 @@ def train(
 
 def accuracies(models: Cohort, world: World) -> list[float]:
     """Return test accuracy in percent, one a model."""
+    assert world.test.labels is not None
     right = models.classify(world.test) == world.test.labels
     return [100 * float(a) for a in right.double().mean(1)]
 
