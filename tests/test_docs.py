@@ -76,3 +76,20 @@ def test_every_link_in_the_docs_leads_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), (path.name, target)
+
+
+def test_the_glossary_holds_every_field_of_a_record(tmp_path: Path) -> None:
+    experiment = fedkd.Experiment(
+        dataset="digits",
+        public_size=97,
+        num_clients=3,
+        num_server_rounds=2,
+        teacher="mlp-37",
+        run_dir=str(tmp_path),
+    )
+    run = fedkd.run(experiment)
+    central = fedkd.central(experiment, save=False)
+    fields = {*run.rounds[0], *run.rounds[1], *run.result, *central.as_json()}
+    named = {re.sub(r"_(transfer|digest|revisit)$", "_<phase>", field) for field in fields}
+    text = (ROOT / "docs/records.md").read_text(encoding="utf-8")
+    assert sorted(field for field in named if f"`{field}`" not in text) == []
