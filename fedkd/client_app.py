@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.client import Failure, execute
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.knowledge import Knowledge
 from fedkd.messages import (
     Introduction,
     decode_experiment,
@@ -18,7 +21,7 @@ from fedkd.messages import (
     encode_report,
 )
 from fedkd.sources import digest
-from fedkd.states import DiskStore
+from fedkd.states import DiskStore, Store
 from fedkd.transport.adapter import always_reply, error_reply
 from fedkd.world import world_of
 
@@ -38,14 +41,44 @@ def train(message: Message, context: Context) -> Message:
     """Execute an order and report."""
     experiment = decode_experiment(message.content)
     client = _partition(context, experiment)
+    (answer,) = answers(experiment, store_of(experiment), [(client, message.content)])
+    return reply(message, answer)
+
+
+def answers(
+    experiment: Experiment, store: Store, contents: Sequence[tuple[int, RecordDict]]
+) -> list[RecordDict | Failure]:
+    """Answer the messages of any number of clients, those that can share a stack side by side.
+
+    Args:
+        experiment: the run.
+        store: where these clients keep their states.
+        contents: each client's partition id and what it was sent.
+
+    Raises:
+        FedkdError: an order cannot be read, or is another client's.
+    """
     world = world_of(experiment)
-    order = decode_order(message.content, num_examples=len(world.shards[client]))
-    if order.client != client:
-        raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
-    (result,) = execute(experiment, world, [order], store_of(experiment))
-    if isinstance(result, Failure):
-        return error_reply(message, result.reason)
-    return Message(encode_report(result, order.asked), reply_to=message)
+    seen: dict[Any, Knowledge | None] = {}
+    orders = [
+        decode_order(content, num_examples=len(world.shards[client]), seen=seen)
+        for client, content in contents
+    ]
+    for (client, _), order in zip(contents, orders, strict=True):
+        if order.client != client:
+            raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
+    results = execute(experiment, world, orders, store)
+    return [
+        result if isinstance(result, Failure) else encode_report(result, order.asked)
+        for order, result in zip(orders, results, strict=True)
+    ]
+
+
+def reply(message: Message, answer: RecordDict | Failure) -> Message:
+    """Wrap a client's answer as the reply to a message."""
+    if isinstance(answer, Failure):
+        return error_reply(message, answer.reason)
+    return Message(answer, reply_to=message)
 
 
 def introduce(experiment: Experiment, client: int) -> Introduction:

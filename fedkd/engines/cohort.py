@@ -8,25 +8,16 @@ rounding are those of the wire. It imports no Ray.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from flwr.app import Message
 
-from fedkd.client import Failure, Order, Report, execute
-from fedkd.client_app import introduce
+from fedkd.client_app import answers, introduce, reply
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge
-from fedkd.messages import (
-    HELLO,
-    decode_order,
-    encode_introduction,
-    encode_report,
-)
+from fedkd.messages import HELLO, encode_introduction
 from fedkd.records import Row, RunFolder
 from fedkd.states import MemoryStore
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import LocalGrid, error_reply, task_identity
-from fedkd.world import world_of
+from fedkd.transport.adapter import LocalGrid, task_identity
 
 
 def run(
@@ -47,29 +38,18 @@ class _Clients:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
-        self._world = world_of(experiment)
         self._store = MemoryStore()
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
         """Answer all messages of an exchange."""
         if messages[0][1].metadata.message_type == HELLO:
             return [self._hello(client, message) for client, message in messages]
-        seen: dict[Any, Knowledge | None] = {}
-        orders = [
-            decode_order(message.content, num_examples=len(self._world.shards[k]), seen=seen)
-            for k, message in messages
-        ]
-        results = execute(self._experiment, self._world, orders, self._store)
+        contents = [(client, message.content) for client, message in messages]
+        found = answers(self._experiment, self._store, contents)
         return [
-            self._reply(message, order, result)
-            for (_, message), order, result in zip(messages, orders, results, strict=True)
+            reply(message, answer) for (_, message), answer in zip(messages, found, strict=True)
         ]
 
     def _hello(self, client: int, message: Message) -> Message:
         introduction = introduce(self._experiment, client)
         return Message(encode_introduction(introduction), reply_to=message)
-
-    def _reply(self, message: Message, order: Order, result: Report | Failure) -> Message:
-        if isinstance(result, Failure):
-            return error_reply(message, result.reason)
-        return Message(encode_report(result, order.asked), reply_to=message)
