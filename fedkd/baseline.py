@@ -12,7 +12,8 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side
+from fedkd.allocator import keep_freed_memory
+from fedkd.cohort import Cohort, Side, stacked
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Augment, Images
@@ -20,6 +21,7 @@ from fedkd.losses import Term, ce, kl_term
 from fedkd.models import num_parameters
 from fedkd.optimizers import OptimizerSettings
 from fedkd.records import CentralRun, RunFolder, environment
+from fedkd.tuning import planned
 from fedkd.world import World, check_models, world_of
 
 Progress = Callable[[str, float], None]
@@ -56,6 +58,9 @@ def central(
         RunFolder.check(experiment)
     worlds = [world_of(experiment.replace(seed=seed)) for seed in seeds]
     check_models(experiment, worlds[0], ("student", "teacher"))
+    keep_freed_memory()
+    counts = ((experiment.teacher, len(seeds)), (experiment.student, 2 * len(seeds)))
+    experiment = planned(experiment, counts)
     work = _Central(experiment, seeds, worlds, progress)
     run = work.run()
     return _saved(run, experiment, str(worlds[0].train.device)) if save else run
@@ -121,9 +126,8 @@ class _Central:
         )
 
     def _cohort(self, name: str, seeds: Sequence[int]) -> Cohort:
-        skeleton = self.world.model(name)
         states = [self.world.initial_state(name, seed) for seed in seeds]
-        return Cohort.of(skeleton, states, self.world.plan(name, self.experiment.plan))
+        return self.world.cohort(self.experiment, name, stacked(states))
 
     def _train_teachers(self) -> None:
         self._fit("teacher", self.teachers, {ce: 1.0}, None, self.experiment.augment)

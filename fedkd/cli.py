@@ -210,7 +210,11 @@ def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
     output.result(
         {"path": str(done.path), **done.result},
         [display.run_line(done)],
-        [display.rounds_table(done), display.run_facts(done)],
+        [
+            display.rounds_table(done),
+            *([display.run_profile(done)] if experiment.profile else []),
+            display.run_facts(done),
+        ],
     )
 
 

@@ -7,9 +7,8 @@ in-process engine all of a round.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from time import monotonic
@@ -18,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side
+from fedkd.cohort import Cohort, Side, State
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
@@ -35,8 +34,9 @@ from fedkd.phases import (
     resolve_term,
     to_text,
 )
+from fedkd.profiling import PART, part, profiled
 from fedkd.references import in_one_line
-from fedkd.states import INITIAL, ClientState, Store
+from fedkd.states import INITIAL, ResidentStates, States
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class Order:
         asked: public samples to answer, int64 ``[M]``.
         knowledge: what to digest or load, K = 1; ``None`` where there is none yet.
         knowledge_round: the round that it came out of.
-        evaluate: test after each phase that trains (``"phases"``), the student once at the end
-            (``"end"``: the closing exchange), or not at all.
+        evaluate: test after each phase that trains (``"phases"``) or after the last of them only
+            (``"last"``), the student once at the end (``"end"``: the closing exchange), or not at all.
     """
 
     client: int
@@ -65,7 +65,7 @@ class Order:
     asked: Tensor
     knowledge: Knowledge | None = None
     knowledge_round: int = 0
-    evaluate: Literal["phases", "end", "none"] = "phases"
+    evaluate: Literal["phases", "last", "end", "none"] = "phases"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,89 +96,69 @@ class Failure:
 
 
 def execute(
-    experiment: Experiment, world: World, orders: Sequence[Order], store: Store
+    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
 ) -> list[Report | Failure]:
     """Execute orders, stacking the clients that share architectures and phases.
 
-    A stack in which something fails is run again client by client from the stored states (with the
-    same numbers, since every draw is keyed), so that only the culprit fails.
+    No more clients than a round draws are in memory at once. A stack in which something fails is run
+    again client by client from the stored states (with the same numbers, since every draw is keyed),
+    so that only the culprit fails.
 
     Returns:
         One result an order, in the same sequence. States are stored only for reports.
     """
     results: dict[int, Report | Failure] = {}
-    groups: dict[str, list[tuple[Order, ClientState]]] = {}
+    groups: dict[Hashable, list[Order]] = {}
+    texts: dict[int, str] = {}  # orders of one round share their phases
     for order in orders:
-        start = _starting_state(experiment, world, order, store)
-        if isinstance(start, Failure):
-            results[order.client] = start
-        else:
-            groups.setdefault(_group_key(experiment, order, start), []).append((order, start))
+        if id(order.phases) not in texts:
+            texts[id(order.phases)] = to_text(order.phases)
+        groups.setdefault(_group_key(experiment, order, texts[id(order.phases)]), []).append(order)
+    size = experiment.clients_per_round
     for group in groups.values():
-        outcomes = _run_or_split(experiment, world, group)
-        for (order, _), (result, state) in zip(group, outcomes, strict=True):
-            results[order.client] = result
-            if state is not None:
-                store.save(order.client, order.round, state, keep=order.base)
+        for first in range(0, len(group), size):
+            for result in _run_or_split(experiment, world, group[first : first + size], store):
+                results[result.client] = result
     return [results[order.client] for order in orders]
 
 
-def _starting_state(
-    experiment: Experiment, world: World, order: Order, store: Store
-) -> ClientState | Failure:
-    if order.base != INITIAL:
-        state = store.load(order.client, order.base)
-        return state or Failure(order.client, f"has no state of round {order.base} to start from")
-    names: dict[Role, str] = {"student": experiment.student_of(order.client)}
-    if experiment.teacher_of(order.client) != "none":
-        names["teacher"] = experiment.teacher_of(order.client)
-    return ClientState({r: world.initial_state(n, experiment.seed) for r, n in names.items()})
-
-
-def _group_key(experiment: Experiment, order: Order, state: ClientState) -> str:
+def _group_key(experiment: Experiment, order: Order, phases: str) -> Hashable:
     """Name what the clients of one stack have in common."""
     labels = order.knowledge if isinstance(order.knowledge, SoftLabels) else None
-    parts = (
+    return (
         experiment.student_of(order.client),
         experiment.teacher_of(order.client),
-        to_text(order.phases),
+        phases,
         order.round,
+        order.base == INITIAL,
         order.evaluate,
-        _is_fresh(order, state),
+        order.knowledge is None,
+        order.knowledge_round,
         "" if labels is None else _digest(labels.samples),
         _digest(order.asked),
     )
-    return json.dumps(parts)
 
 
 def _digest(samples: Tensor) -> str:
     return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _is_fresh(order: Order, state: ClientState) -> bool:
-    """Whether there is knowledge that this client has not digested."""
-    empty = isinstance(order.knowledge, SoftLabels) and not len(order.knowledge.samples)
-    return order.knowledge is not None and not empty and order.knowledge_round > state.digested
-
-
-_Outcome = tuple[Report, ClientState] | tuple[Failure, None]
-
-
 def _run_or_split(
-    experiment: Experiment, world: World, group: Sequence[tuple[Order, ClientState]]
-) -> list[_Outcome]:
+    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
+) -> list[Report | Failure]:
     try:
-        return list(_Stack(experiment, world, group).run())
+        return _run(experiment, world, orders, store)
     except Exception as error:
         if experiment.plan != "loop" and _is_refused_by_vmap(error):
             _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
-            return _run_or_split(experiment.replace(plan="loop"), world, group)
+            return _run_or_split(experiment.replace(plan="loop"), world, orders, store)
         # Whatever a client's model or data raises is that client's failure, never the round's.
-        if len(group) == 1:
+        if len(orders) == 1:
             known = isinstance(error, FedkdError)
-            reason = str(error) if known else in_one_line(error)
-            return [(Failure(group[0][0].client, reason), None)]
-        return [result for one in group for result in _run_or_split(experiment, world, [one])]
+            return [Failure(orders[0].client, str(error) if known else in_one_line(error))]
+        return [
+            result for one in orders for result in _run_or_split(experiment, world, [one], store)
+        ]
 
 
 def _is_refused_by_vmap(error: Exception) -> bool:
@@ -187,37 +167,79 @@ def _is_refused_by_vmap(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("vmap" in text or "batching rule" in text)
 
 
+def _run(
+    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
+) -> list[Report | Failure]:
+    """Execute the orders of a group as one stack, or two where only some have news to digest."""
+    states = _starting_states(experiment, world, orders, store)
+    by_client = {order.client: order for order in orders}
+    results: list[Report | Failure] = [
+        Failure(client, f"has no state of round {order.base} to start from")
+        for client, order in by_client.items()
+        if client not in states.clients
+    ]
+    found = [by_client[client] for client in states.clients]
+    fresh = [_is_fresh(o, digested) for o, digested in zip(found, states.digested, strict=True)]
+    for is_fresh in sorted(set(fresh)):
+        rows = [row for row, flag in enumerate(fresh) if flag == is_fresh]
+        some = states if len(rows) == len(fresh) else states.rows(rows)
+        stack = _Stack(experiment, world, [found[row] for row in rows], some, is_fresh)
+        results += stack.run()
+        store.put(some, orders[0].round, {order.client: order.base for order in stack.orders})
+    return results
+
+
+def _starting_states(
+    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
+) -> States:
+    """Return the states that the orders name, those there are; all of them, or none, are initial."""
+    bases = {order.client: order.base for order in orders}
+    first = orders[0]
+    if first.base != INITIAL:
+        return store.take(bases, world.train.device)
+    names: dict[Role, str] = {"student": experiment.student_of(first.client)}
+    if experiment.teacher_of(first.client) != "none":
+        names["teacher"] = experiment.teacher_of(first.client)
+    models: dict[Role, State] = {
+        role: world.initial_states(name, experiment.seed, len(bases))
+        for role, name in names.items()
+    }
+    return States(list(bases), models, [0] * len(bases))
+
+
+def _is_fresh(order: Order, digested: int) -> bool:
+    """Whether there is knowledge that a client has not digested."""
+    empty = isinstance(order.knowledge, SoftLabels) and not len(order.knowledge.samples)
+    return order.knowledge is not None and not empty and order.knowledge_round > digested
+
+
 @dataclass
 class _Stack:
-    """Clients with the same architectures and phases, executing one order each as one cohort."""
+    """Clients with the same architectures and phases, executing one order each as one cohort.
+
+    Their states are trained in place.
+    """
 
     experiment: Experiment
     world: World
-    group: Sequence[tuple[Order, ClientState]]
+    orders: list[Order]
+    states: States
+    is_fresh: bool
     cohorts: dict[Role, Cohort] = field(init=False)
     answers: list[Knowledge | None] = field(init=False)
     metrics: list[dict[str, float]] = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.orders = [order for order, _ in self.group]
         self.first = self.orders[0]
-        self.clients = [order.client for order in self.orders]
+        self.clients = self.states.clients
         self.shards = [self.world.shards[k] for k in self.clients]
-        self.digested = [state.digested for _, state in self.group]
-        self.is_fresh = _is_fresh(self.first, self.group[0][1])
         self.answers = [None] * len(self.orders)
         self.metrics = [{} for _ in self.orders]
-        self.cohorts = {role: self._cohort(role) for role in self.group[0][1].models}
-
-    def _cohort(self, role: Role) -> Cohort:
-        name = self._architecture(role)
-        device = self.world.train.device
-        states = [
-            {n: t.to(device) for n, t in state.models[role].items()} for _, state in self.group
-        ]
-        plan = self.world.plan(name, self.experiment.plan)
-        return Cohort.of(self.world.model(name), states, plan)
+        self.cohorts = {
+            role: self.world.cohort(self.experiment, self._architecture(role), stack)
+            for role, stack in self.states.models.items()
+        }
 
     def _architecture(self, role: Role) -> str:
         client = self.first.client
@@ -228,32 +250,30 @@ class _Stack:
         """Return the models in a role; without a local teacher the student is its own."""
         return self.cohorts.get(role, self.cohorts["student"])
 
-    def run(self) -> list[tuple[Report, ClientState]]:
+    def run(self) -> list[Report]:
         """Execute every phase for all clients."""
-        for position, phase in enumerate(self.first.phases):
-            started = monotonic()
-            before = sum(p.name == phase.name for p in self.first.phases[:position])
-            self._run_phase(phase, before)
-            spent = (monotonic() - started) / len(self.orders)
-            self.seconds[phase.name] = self.seconds.get(phase.name, 0.0) + spent
-        if self.first.evaluate == "end":
-            self._record_accuracy("accuracy", "student")
-        return [self._finished(k) for k in range(len(self.orders))]
+        with profiled(self.experiment.profile) as parts:
+            for position, phase in enumerate(self.first.phases):
+                started = monotonic()
+                self._run_phase(phase, position)
+                self._spend(phase.name, monotonic() - started)
+            if self.first.evaluate == "end":
+                self._record_accuracy("accuracy", "student")
+        for name, spent in parts.items():
+            self._spend(f"{PART} {name}", spent)
+        return [
+            Report(k, len(shard), answer, metrics, dict(self.seconds))
+            for k, shard, answer, metrics in zip(
+                self.clients, self.shards, self.answers, self.metrics, strict=True
+            )
+        ]
 
-    def _finished(self, k: int) -> tuple[Report, ClientState]:
-        report = Report(
-            self.clients[k],
-            len(self.shards[k]),
-            self.answers[k],
-            self.metrics[k],
-            dict(self.seconds),
-        )
-        models = {role: cohort.state(k) for role, cohort in self.cohorts.items()}
-        return report, ClientState(models, self.digested[k])
+    def _spend(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds / len(self.orders)
 
-    def _run_phase(self, phase: Phase, occurrence: int) -> None:
+    def _run_phase(self, phase: Phase, position: int) -> None:
         if isinstance(phase, Fit):
-            self._fit(phase, occurrence)
+            self._fit(phase, position)
         elif isinstance(phase, Load):
             self._load()
         elif isinstance(phase, Predict):
@@ -271,11 +291,12 @@ class _Stack:
             received = order.knowledge.by_model[name].tensors
             self.cohorts["student"].load(k, {n: t[0] for n, t in received.items()})
 
-    def _fit(self, phase: Fit, occurrence: int) -> None:
+    def _fit(self, phase: Fit, position: int) -> None:
         sides = self._sides(phase)
         if not sides:
             return
         experiment = self.experiment
+        occurrence = sum(p.name == phase.name for p in self.first.phases[:position])
         default = experiment.distill_epochs if phase.public else experiment.local_epochs
         losses = self.role(phase.model).fit(
             sides,
@@ -291,9 +312,24 @@ class _Stack:
         for metrics, loss in zip(self.metrics, losses.tolist(), strict=True):
             metrics[f"loss_{phase.name}"] = loss
         if any(side.teacher_logits is not None for side in sides):
-            self.digested = [self.first.knowledge_round] * len(self.orders)
-            self._measure_agreement(phase.model)
-        self._evaluate(phase.name, phase.model)
+            self.states.digested = [self.first.knowledge_round] * len(self.orders)
+        if not self._is_evaluated(position):
+            return
+        with part("evaluate"):
+            if any(side.teacher_logits is not None for side in sides):
+                self._measure_agreement(phase.model)
+            if self.first.evaluate != "end":
+                self._record_accuracy(f"accuracy_after_{phase.name}", phase.model)
+
+    def _is_evaluated(self, position: int) -> bool:
+        """Whether models are tested after the fit at a position."""
+        later = any(
+            isinstance(phase, Fit) and self._sides(phase)
+            for phase in self.first.phases[position + 1 :]
+        )
+        return self.first.evaluate in ("phases", "end") or (
+            self.first.evaluate == "last" and not later
+        )
 
     def _sides(self, phase: Fit) -> list[Side]:
         """Turn a fit's terms into streams of batches, without terms whose knowledge is missing."""
@@ -367,8 +403,9 @@ class _Stack:
 
     def _predict(self, phase: Predict) -> None:
         asked = self.first.asked
-        logits = self.role(phase.model).predict(self.world.public, asked)
-        values = logits if phase.space == "logits" else logits.softmax(-1)
+        with part("predict"):
+            logits = self.role(phase.model).predict(self.world.public, asked)
+            values = (logits if phase.space == "logits" else logits.softmax(-1)).cpu()
         for k, client in enumerate(self.clients):
             self.answers[k] = SoftLabels(
                 values[k : k + 1],
@@ -379,9 +416,10 @@ class _Stack:
             )
 
     def _send(self) -> None:
-        cohort, name = self.cohorts["student"], self._architecture("student")
+        name = self._architecture("student")
+        sent = {n: t.cpu() for n, t in self.states.models["student"].items()}
         for k, client in enumerate(self.clients):
-            tensors = {n: t.unsqueeze(0) for n, t in cohort.state(k).items()}
+            tensors = {n: t[k : k + 1].clone() for n, t in sent.items()}
             weights = ModelWeights(
                 tensors, torch.tensor([client]), torch.tensor([len(self.shards[k])])
             )
@@ -389,18 +427,15 @@ class _Stack:
 
     def _measure_agreement(self, role: Role) -> None:
         """Record on how much of the digested knowledge the student now agrees with it."""
-        if self.first.evaluate == "none":
-            return
         assert isinstance(self.first.knowledge, SoftLabels)
         predicted = self.role(role).classify(self.world.public, self.first.knowledge.samples)
-        for metrics, order, mine in zip(self.metrics, self.orders, predicted, strict=True):
-            assert isinstance(order.knowledge, SoftLabels)
-            taught = order.knowledge.values[0].argmax(-1).cpu()
-            metrics["agreement"] = float((mine.cpu() == taught).double().mean())
-
-    def _evaluate(self, phase_name: str, role: Role) -> None:
-        if self.first.evaluate == "phases":
-            self._record_accuracy(f"accuracy_after_{phase_name}", role)
+        taught: dict[int, Tensor] = {}
+        for metrics, order, mine in zip(self.metrics, self.orders, predicted.cpu(), strict=True):
+            knowledge = order.knowledge
+            assert isinstance(knowledge, SoftLabels)
+            if id(knowledge) not in taught:  # most share one
+                taught[id(knowledge)] = knowledge.values[0].max(-1).indices.cpu()
+            metrics["agreement"] = float((mine == taught[id(knowledge)]).double().mean())
 
     def _record_accuracy(self, name: str, role: Role) -> None:
         """Record accuracy on the test set, and weighted by the client's own label distribution."""
@@ -437,6 +472,6 @@ def correct_by_class(predicted: Tensor, test: Images, num_classes: int) -> ByCla
     """Count correct predictions (int ``[K, N]``) by true class."""
     assert test.labels is not None
     labels = test.labels.cpu()  # some devices know no float64
-    member = torch.nn.functional.one_hot(labels, num_classes).double()
-    right = (predicted.cpu() == labels).double()
-    return ByClass(right @ member, member.sum(0))
+    member = torch.nn.functional.one_hot(labels, num_classes).float()  # counts are exact in it
+    right = (predicted.cpu() == labels).float()
+    return ByClass((right @ member).double(), member.sum(0).double())

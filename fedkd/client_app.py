@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -21,7 +22,7 @@ from fedkd.messages import (
     encode_report,
 )
 from fedkd.sources import digest
-from fedkd.states import DiskStore, Store
+from fedkd.states import ResidentStates, StateFiles
 from fedkd.transport.adapter import always_reply, error_reply
 from fedkd.world import world_of
 
@@ -46,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def answers(
-    experiment: Experiment, store: Store, contents: Sequence[tuple[int, RecordDict]]
+    experiment: Experiment, store: ResidentStates, contents: Sequence[tuple[int, RecordDict]]
 ) -> list[RecordDict | Failure]:
     """Answer the messages of any number of clients, those that can share a stack side by side.
 
@@ -59,6 +60,7 @@ def answers(
         FedkdError: an order cannot be read, or is another client's.
     """
     world = world_of(experiment)
+    started = perf_counter()
     seen: dict[Any, Knowledge | None] = {}
     orders = [
         decode_order(content, num_examples=len(world.shards[client]), seen=seen)
@@ -67,9 +69,10 @@ def answers(
     for (client, _), order in zip(contents, orders, strict=True):
         if order.client != client:
             raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
+    decoding = (perf_counter() - started) / len(orders)
     results = execute(experiment, world, orders, store)
     return [
-        result if isinstance(result, Failure) else encode_report(result, order.asked)
+        result if isinstance(result, Failure) else encode_report(result, order.asked, decoding)
         for order, result in zip(orders, results, strict=True)
     ]
 
@@ -87,16 +90,22 @@ def introduce(experiment: Experiment, client: int) -> Introduction:
     return Introduction(client, num_examples, experiment.student_of(client), digest(experiment))
 
 
-def store_of(experiment: Experiment) -> DiskStore:
+def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:
     """Return where this run's clients keep their states: on disk, by partition id.
 
     Flower would ship a context's state to the worker and back with every call.
+
+    Args:
+        experiment: the run, named.
+        resident: the most clients whose states stay in memory as well; none where any process may
+            get any client.
     """
     if experiment.name is None:
         raise FedkdError(
             "the experiment has no name, so its clients have no folder for their states"
         )
-    return DiskStore(Path(experiment.run_dir) / experiment.name / "clients")
+    folder = Path(experiment.run_dir) / experiment.name / "clients"
+    return ResidentStates(StateFiles(folder, experiment.architecture_period), resident)
 
 
 def _partition(context: Context, experiment: Experiment) -> int:

@@ -8,92 +8,38 @@ and changes results only within floating-point tolerance.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.func import vmap
 
 from fedkd.errors import FedkdError
+from fedkd.graphs import Graphs
 from fedkd.images import Augment, Images
-from fedkd.keyed import KeyedMode, at_step, mix
+from fedkd.keyed import FeaturesFirst, KeyedMode, at_steps
+from fedkd.lanes import in_lanes
 from fedkd.losses import Step, Term
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
+from fedkd.plans import Plan
+from fedkd.precision import Precision, forward_pass, matrix_products
+from fedkd.profiling import is_measured, part
 from fedkd.randomness import key
-from fedkd.references import in_one_line
-from fedkd.schedule import Schedule, Stream, schedule, steps_per_epoch
-
-T = TypeVar("T")
-PlanName = Literal["auto", "stacked", "loop"]
-
-_logger = logging.getLogger(__name__)
+from fedkd.schedule import Stream, schedule, steps_per_epoch
+from fedkd.stateless import Stateless
 
 State = dict[str, Tensor]
 """One model's parameters and buffers by name, without a client axis."""
 
-IMAGES_AT_ONCE = 1000
-"""Images a forward pass without training takes: measured best for small dense nets on a CPU."""
+VECTOR = 4
+"""Widths of stacked batches are multiples of it: else a client's logits begin at odd addresses, and
+matrix products round differently by where that is."""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How the models of a cohort are run.
-
-    Attributes:
-        stacked: through ``vmap``, K = 1 included (so that a client's bits do not depend on K), or
-            one by one.
-        block: models stepped at once; 1 unless stacked.
-    """
-
-    stacked: bool
-    block: int = 1
-
-    def __post_init__(self) -> None:
-        if self.block != 1 and not self.stacked:
-            raise ValueError(f"block = {self.block}: models that run one by one make blocks of 1")
-
-
-def choose_plan(model: nn.Module, example: Tensor, wanted: PlanName = "auto") -> Plan:
-    """Choose how to run models like `model`.
-
-    Stacking turns convolutions into grouped ones, which lose on a CPU; small dense nets gain
-    everywhere. Blocks are bounded because temporaries that outgrow the heap page-fault.
-
-    Args:
-        model: on the device.
-        example: two images, to try whether ``vmap`` takes the model.
-        wanted: ``"auto"``, or the plan to take.
-    """
-    on_cpu = example.device.type == "cpu"
-    stacked = wanted == "stacked"
-    if wanted == "auto":
-        convolves = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in model.modules())
-        stacked = not (convolves and on_cpu) and _maps(model, example)
-    if not stacked:
-        return Plan(stacked=False)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    most, budget = (100, 8 << 20) if on_cpu else (1000, 4 << 30)
-    return Plan(stacked=True, block=max(1, min(most, budget // max(size, 1))))
-
-
-def _maps(model: nn.Module, example: Tensor) -> bool:
-    """Try whether two copies of the model run side by side; say which operation refuses."""
-    states: list[State] = [dict(model.named_parameters()), dict(model.named_buffers())]
-    stacked = [{n: t.detach().expand(2, *t.shape) for n, t in state.items()} for state in states]
-    training = model.training
-    model.eval()
-    try:
-        vmap(lambda p, b: functional_call(model, (p, b), (example,), strict=True))(*stacked)
-    except RuntimeError as error:
-        _logger.warning("run one by one, as vmap refuses the model: %s", in_one_line(error))
-        return False
-    finally:
-        model.train(training)
-    return True
+IMAGES_AT_ONCE = {True: 1000, False: 250}
+"""Images a forward pass without training takes, stacked or not: measured best on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -126,19 +72,35 @@ class Cohort:
         params: ``[K, ...]`` by name.
         buffers: ``[K, ...]`` by name.
         plan: how they are run.
+        precision: number format of the forward and backward passes.
+        graphs: where the recorded steps of this architecture are kept, if anywhere.
     """
 
     skeleton: nn.Module
     params: State
     buffers: State
     plan: Plan = field(default_factory=lambda: Plan(stacked=False))
+    precision: Precision = "float32"
+    graphs: Graphs | None = None
 
     @classmethod
     def of(cls, skeleton: nn.Module, states: Sequence[State], plan: Plan) -> Cohort:
         """Stack models from their states."""
-        params = {n: torch.stack([s[n] for s in states]) for n, _ in skeleton.named_parameters()}
-        buffers = {n: torch.stack([s[n] for s in states]) for n, _ in skeleton.named_buffers()}
-        return cls(skeleton, params, buffers, plan)
+        return cls.over(skeleton, stacked(states), plan)
+
+    @classmethod
+    def over(
+        cls,
+        skeleton: nn.Module,
+        stack: State,
+        plan: Plan,
+        precision: Precision = "float32",
+        graphs: Graphs | None = None,
+    ) -> Cohort:
+        """Make a cohort that trains the tensors of a stack, ``[K, ...]`` by name, in place."""
+        params = {n: stack[n] for n, _ in skeleton.named_parameters()}
+        buffers = {n: stack[n] for n, _ in skeleton.named_buffers()}
+        return cls(skeleton, params, buffers, plan, precision, graphs)
 
     def __len__(self) -> int:
         return len(next(iter(self.params.values())))
@@ -187,33 +149,33 @@ class Cohort:
             if empty:
                 raise FedkdError(f"model {empty[0]} of the cohort has no {side.name} samples")
         order = sorted(range(len(self)), key=lambda k: -steps[k])
-        losses = torch.zeros(len(self), dtype=self._dtype, device=self._device)
-        done = 0
+        ticked = _Progress(sum(steps), progress)
+        blocks = self._blocks(order)
+        first: list[_Block] = []
 
-        def tick(active: int) -> None:
-            nonlocal done
-            done += active
-            progress(done / sum(steps))
-
-        for first in range(0, len(order), self.plan.block):
-            clients = order[first : first + self.plan.block]
-            block = _Block(self, clients, sides, batch_size, streams, [steps[k] for k in clients])
-            losses[block.index] = block.train(optimizer, numbers or {}, tick)
+        def train(model: Stateless, clients: Sequence[int]) -> Tensor:
+            taken = [steps[k] for k in clients]
+            block = _Block(self, model, clients, sides, batch_size, streams, taken)
+            if clients is blocks[0]:
+                first.append(block)
+            losses = block.train(optimizer, numbers or {}, ticked)
             block.write_back()
+            return losses
+
+        losses = torch.zeros(len(self), dtype=self._dtype, device=self._device)
+        with matrix_products(self.precision, self._device):
+            losses[order] = torch.cat(in_lanes(train, blocks, self.skeleton, self.plan.lanes))
+            first[0].record_what_is_due()  # here, as recording and lanes do not go together
         return losses
 
     def predict(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
-        chunks = [torch.cat(list(chunk)) for chunk in self._logits(images, rows)]
-        return torch.cat(chunks, dim=1)
+        return self._evaluated(images, rows, lambda logits: logits)
 
     def classify(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return predicted classes, int16 ``[K, N]``, without holding all logits at once."""
-        chunks = [
-            torch.cat([logits.argmax(-1).to(torch.int16) for logits in chunk])
-            for chunk in self._logits(images, rows)
-        ]
-        return torch.cat(chunks, dim=1)
+        # `argmax` itself is five times slower over few classes.
+        return self._evaluated(images, rows, lambda z: z.max(-1).indices.to(torch.int16))
 
     @property
     def _device(self) -> torch.device:
@@ -223,28 +185,57 @@ class Cohort:
     def _dtype(self) -> torch.dtype:
         return next(iter(self.params.values())).dtype
 
-    def _logits(self, images: Images, rows: Tensor | None) -> Iterator[Iterator[Tensor]]:
-        """Yield, chunk of images by chunk, the logits ``[block, n, C]`` of block after block."""
-        self.skeleton.eval()
-        wanted = torch.arange(len(images)) if rows is None else rows
-        for chunk in wanted.to(images.device).split(IMAGES_AT_ONCE):
-            yield self._blocks_of_logits(images.batch(chunk))
+    def _blocks(self, clients: Sequence[int]) -> list[Sequence[int]]:
+        """Deal clients into blocks, at least one a lane where there are enough of them."""
+        size = min(self.plan.block, -(-len(clients) // self.plan.lanes))
+        return [clients[first : first + size] for first in range(0, len(clients), size)]
 
     @torch.no_grad()
-    def _blocks_of_logits(self, batch: Tensor) -> Iterator[Tensor]:
-        for first in range(0, len(self), self.plan.block):
-            block = slice(first, first + self.plan.block)
-            params = {n: p[block] for n, p in self.params.items()}
-            buffers = {n: b[block] for n, b in self.buffers.items()}
-            if self.plan.stacked:
-                yield vmap(self._eval_forward, in_dims=(0, 0, None))(params, buffers, batch)
-            else:
-                one = self._eval_forward(_squeezed(params), _squeezed(buffers), batch)
-                yield one.unsqueeze(0)
+    def _evaluated(
+        self, images: Images, rows: Tensor | None, read: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return what `read` makes of the logits ``[block, n, C]``, joined over models and images."""
+        self.skeleton.eval()
+        size, stacked = IMAGES_AT_ONCE[self.plan.stacked], self.plan.stacked
 
-    def _eval_forward(self, params: State, buffers: State, images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.skeleton, (params, buffers), (images,), strict=True)
-        return logits
+        @torch.no_grad()
+        def run(model: Stateless, clients: Sequence[int]) -> Tensor:
+            block = slice(clients[0], clients[-1] + 1)
+            state = {n: t[block] for n, t in {**self.params, **self.buffers}.items()}
+            chunks = images.chunks(rows, size, channels_last=not stacked)
+            return torch.cat([read(self._logits(model, state, chunk)) for chunk in chunks], 1)
+
+        blocks = self._blocks(range(len(self)))
+        with matrix_products(self.precision, self._device):
+            return torch.cat(in_lanes(run, blocks, self.skeleton, self.plan.lanes))
+
+    def _logits(self, model: Stateless, state: State, images: Tensor) -> Tensor:
+        """Return the logits ``[block, n, C]`` of a block of models for the same images."""
+
+        def one(state: State) -> Tensor:
+            with forward_pass(self.precision, self._device):
+                logits = model(state, images)
+            return logits.to(self._dtype)
+
+        if not self.plan.stacked:
+            # A view, unlike indexing.
+            return one({name: tensor.squeeze(0) for name, tensor in state.items()}).unsqueeze(0)
+        count = len(images)
+        images = _whole_vectors(images)
+        with FeaturesFirst():
+            logits: Tensor = vmap(one)(state)
+        return logits[:, :count]
+
+
+def _whole_vectors(batch: Tensor) -> Tensor:
+    """Repeat the first image until the batch's width is a multiple of `VECTOR`."""
+    missing = -len(batch) % VECTOR
+    return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch
+
+
+def stacked(states: Sequence[State]) -> State:
+    """Stack the states of K models, ``[K, ...]`` by name."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
 def initial_state(build: Callable[[], nn.Module], *parts: int | str) -> State:
@@ -259,26 +250,63 @@ def initial_state(build: Callable[[], nn.Module], *parts: int | str) -> State:
     return {n: t.detach().clone() for n, t in named}
 
 
+_Inputs = tuple[State, ...]
+"""Of a step: parameters, buffers, parameters at the start, numbers, and a batch for each side."""
+
+
+def _flat(inputs: _Inputs) -> list[Tensor]:
+    return [tensor for tree in inputs for tensor in tree.values()]
+
+
+def _trees(names: Sequence[Sequence[str]], tensors: Sequence[Tensor]) -> list[State]:
+    left = iter(tensors)
+    return [{name: next(left) for name in tree} for tree in names]
+
+
+def _copied(inputs: _Inputs) -> list[Tensor]:
+    """Return the inputs, those that a model may write to as copies: buffers and images."""
+    params, buffers, start, numbers, *batches = inputs
+    own = [{**batch, "images": batch["images"].clone()} for batch in batches]
+    return _flat((params, {n: b.clone() for n, b in buffers.items()}, start, numbers, *own))
+
+
+class _Progress:
+    """Tells the share of all steps that is done, whichever lane does them."""
+
+    def __init__(self, total: int, told: Callable[[float], None]) -> None:
+        self._done, self._total, self._told = 0, total, told
+        self._lock = Lock()
+
+    def __call__(self, steps: int) -> None:
+        with self._lock:
+            self._done += steps
+            self._told(self._done / self._total)
+
+
 class _Block:
     """Some clients of a cohort through one fit: a copy of their rows, sorted by steps to take."""
 
     def __init__(
         self,
         cohort: Cohort,
+        model: Stateless,
         clients: Sequence[int],
         sides: Sequence[Side],
         batch_size: int,
         streams: Sequence[Stream],
         steps: Sequence[int],
     ) -> None:
+        self._model = model
         self.index = torch.tensor(clients, device=cohort._device)
         self._cohort = cohort
         self._steps = list(steps)
         self._params = {n: p[self.index] for n, p in cohort.params.items()}
         self._buffers = {n: b[self.index] for n, b in cohort.buffers.items()}
         self._start = self._starting_point(sides)
+        self._trained = [n for n, p in model.module.named_parameters() if p.requires_grad]
+        self._values: State = {}
         self._sides = [
-            _BlockSide(side, clients, self.index, steps, batch_size, streams, cohort._dtype)
+            _BlockSide(side, clients, self.index, steps, batch_size, streams, cohort)
             for side in sides
         ]
 
@@ -294,53 +322,113 @@ class _Block:
         ticked: Callable[[int], None],
     ) -> Tensor:
         """Run every step and return the mean loss ``[block]``."""
-        skeleton = self._cohort.skeleton
-        trained = [n for n, p in skeleton.named_parameters() if p.requires_grad]
-        stepper = StackedOptimizer([self._params[n] for n in trained], optimizer.rows(self.index))
-        dtype = self._cohort._dtype
-        values = {n: _spread(v, self.index, dtype) for n, v in numbers.items()}
-        total = torch.zeros(len(self._steps), dtype=dtype, device=self.index.device)
+        dtype, device = self._cohort._dtype, self.index.device
+        self._values = {n: _spread(v, self.index, dtype) for n, v in numbers.items()}
+        stepper = StackedOptimizer(
+            [self._params[n] for n in self._trained],
+            optimizer.rows(self.index),
+            alone=not self._cohort.plan.stacked,
+        )
+        total = torch.zeros(len(self._steps), dtype=dtype, device=device)
         for tick in range(self._steps[0]):
             active = sum(steps > tick for steps in self._steps)
-            params = {n: p[:active].detach() for n, p in self._params.items()}
-            leaves = [params[n].requires_grad_() for n in trained]
-            losses = self._losses(tick, active, params, values)
-            grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-            total[:active] += losses.detach()
-            del losses
-            stepper.step(grads, active)
+            inputs = self._inputs(tick, active)
+            losses, grads = self._replayed(inputs) or self._computed(inputs, watch=tick == 0)
+            total[:active] += losses
+            with part("optimizer"):
+                stepper.step(grads, active)
             ticked(active)
-        return total / torch.tensor(self._steps, dtype=dtype, device=total.device)
+        return total / torch.tensor(self._steps, dtype=dtype, device=device)
 
-    def _losses(self, tick: int, active: int, leaves: State, values: State) -> Tensor:
-        stacked = self._cohort.plan.stacked
-        inputs = (
-            leaves,
+    def _inputs(self, tick: int, active: int) -> _Inputs:
+        """Return all that the losses of a step depend on."""
+        with part("data"):
+            batches = [side.batch(tick, active) for side in self._sides]
+        return (
+            {n: p[:active] for n, p in self._params.items()},
             {n: b[:active] for n, b in self._buffers.items()},
             {n: p[:active] for n, p in self._start.items()},
-            [side.batch(tick, active, trim=not stacked) for side in self._sides],
-            {n: v[:active] for n, v in values.items()},
+            {n: v[:active] for n, v in self._values.items()},
+            *batches,
         )
-        if stacked:
-            losses: Tensor = vmap(self._client_loss)(*inputs)
+
+    def _computed(self, inputs: _Inputs, watch: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the losses ``[active]`` and the gradients of what is trained."""
+        with part("forward"):
+            params = {n: p.detach() for n, p in inputs[0].items()}
+            leaves = [params[n].requires_grad_() for n in self._trained]
+            losses = self._losses((params, *inputs[1:]), watch)
+        with part("backward"):
+            return losses.detach(), torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+
+    def _losses(self, inputs: _Inputs, watch: bool) -> Tensor:
+        # As one flat list: `vmap` would take the dictionaries apart and join them at every step.
+        names = [list(tree) for tree in inputs]
+
+        def one_client(*tensors: Tensor) -> Tensor:
+            return self._client_loss(watch, *_trees(names, tensors))
+
+        if self._cohort.plan.stacked:
+            losses: Tensor = vmap(one_client)(*_flat(inputs))
             return losses
-        return self._client_loss(*_squeezed(inputs)).unsqueeze(0)
+        return one_client(*(tensor.squeeze(0) for tensor in _flat(inputs))).unsqueeze(0)
+
+    # --- Recorded steps ---
+
+    def _replayed(self, inputs: _Inputs) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """Return the same as `_computed` by a recorded step, if there is one."""
+        graphs = self._cohort.graphs
+        if graphs is None or not self._cohort.plan.stacked or is_measured():
+            return None
+        recorded = graphs.find(self._kind(inputs))
+        if recorded is None:
+            return None
+        losses, *grads = recorded(*_flat(inputs))
+        return losses, tuple(grads)
+
+    def record_what_is_due(self) -> None:
+        """Record the steps of this block that have run often, for the fits to come."""
+        graphs = self._cohort.graphs
+        if graphs is None or not self._cohort.plan.stacked:
+            return
+        for active in sorted(
+            {sum(s > t for s in self._steps) for t in set(self._steps) | {0}} - {0}
+        ):
+            inputs = self._inputs(0, active)
+            if graphs.is_due(kind := self._kind(inputs)):
+                graphs.record(
+                    kind, partial(self._step, [list(tree) for tree in inputs]), _copied(inputs)
+                )
+
+    def _kind(self, inputs: _Inputs) -> Hashable:
+        """Return what a step depends on besides the values of its inputs."""
+        terms = tuple(term.reference for side in self._sides for term in side.terms)
+        form = tuple((n, t.dtype, t.shape) for tree in inputs for n, t in tree.items())
+        return terms, tuple(len(side.terms) for side in self._sides), form, self._cohort.precision
+
+    def _step(self, names: Sequence[Sequence[str]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        losses, grads = self._computed(tuple(_trees(names, tensors)), watch=False)
+        if any(grad is None for grad in grads):
+            raise FedkdError("a parameter has no part in the loss")
+        return losses, *(grad for grad in grads if grad is not None)
 
     def _client_loss(
         self,
+        watch: bool,
         params: State,
         buffers: State,
         start: State,
-        batches: Sequence[Mapping[str, Tensor]],
-        numbers: Mapping[str, Tensor],
+        numbers: State,
+        *batches: State,
     ) -> Tensor:
         total = next(iter(params.values())).new_zeros(())
         for side, batch in zip(self._sides, batches, strict=True):
-            real = batch["weights"] > 0 if self._cohort.plan.stacked else None
-            with KeyedMode(batch["dropout_key"], real):
-                logits = functional_call(
-                    self._cohort.skeleton, (params, buffers), (batch["images"],), strict=True
-                )
+            with (
+                KeyedMode(batch["key"], batch.get("real"), watch=watch),
+                forward_pass(self._cohort.precision, self.index.device),
+            ):
+                logits = self._model({**params, **buffers}, batch["images"])
+            logits = logits.to(self._cohort._dtype)
             teacher_logits = batch.get("teacher_logits")
             step = Step(logits, batch["labels"], teacher_logits, params, start, numbers)
             for i, term in enumerate(side.terms):
@@ -360,7 +448,10 @@ class _Block:
 
 
 class _BlockSide:
-    """One side of a fit for the clients of a block: what they see at each step."""
+    """One side of a fit for the clients of a block: what they see at each step.
+
+    All that does not depend on the model is made for all steps at once, so that a step costs a gather.
+    """
 
     def __init__(
         self,
@@ -370,62 +461,68 @@ class _BlockSide:
         steps: Sequence[int],
         batch_size: int,
         streams: Sequence[Stream],
-        dtype: torch.dtype,
+        cohort: Cohort,
     ) -> None:
-        device = index.device
+        device, dtype = index.device, cohort._dtype
         self._images = side.images
         self._augment: Augment = side.augment
+        self._stacked = cohort.plan.stacked
         rows = [side.rows[k].to(device) for k in clients]
         drawn = schedule(
             [len(r) for r in rows], steps, batch_size, [(*streams[k], side.name) for k in clients]
-        )
-        self._schedule: Schedule = drawn.to(device, dtype)
-        self._rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        ).padded(-(-batch_size // VECTOR) * VECTOR if self._stacked else batch_size)
+        drawn = drawn.to(device, dtype)
+        self._positions, self._weights, self._sizes = drawn.positions, drawn.weights, drawn.sizes
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self._rows = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
+        self._real = drawn.weights > 0
+        labels = side.images.labels
+        self._labels = torch.zeros_like(self._rows) if labels is None else labels[self._rows]
         self._teacher_logits = side.teacher_logits
         self._owner = (
             index if side.teacher_logits is not None and len(side.teacher_logits) > 1 else None
         )
         keys = [key(*streams[k], side.name, "step") for k in clients]
-        self._keys = torch.tensor(keys, device=device)
+        self._keys = at_steps(torch.tensor(keys, device=device), max(steps))
         self.terms = list(side.terms)
         self._coefficients = {
             f"coefficient {i}": _spread(value, index, dtype)
             for i, value in enumerate(side.terms.values())
         }
 
-    def batch(self, tick: int, active: int, trim: bool) -> dict[str, Tensor]:
+    def batch(self, tick: int, active: int) -> dict[str, Tensor]:
         """Return the batch of step `tick` for the first `active` clients.
 
-        With `trim` (one client at a time) padding is cut off instead of masked.
+        One client at a time sees no padding: it is cut off instead of masked.
         """
-        positions = self._schedule.positions[:active, tick]
-        weights = self._schedule.weights[:active, tick]
-        if trim:
-            real = int(self._schedule.sizes[0, tick])
-            positions, weights = positions[:, :real], weights[:, :real]
-        rows = self._rows[:active].gather(1, positions)
-        step_keys = at_step(self._keys[:active], tick)
-        labels = self._images.labels
+        width = None if self._stacked else int(self._sizes[0, tick])
+        now = (slice(active), tick, slice(width))
+        keys = self._keys[:active, tick]
         batch = {
-            "images": self._images.augmented(rows, self._augment, mix(step_keys)),
-            "labels": torch.zeros_like(rows) if labels is None else labels[rows],
-            "weights": weights,
-            "dropout_key": step_keys,
+            "images": self._images.batches(
+                self._rows[now], self._augment, keys, channels_last=not self._stacked
+            ),
+            "labels": self._labels[now],
+            "weights": self._weights[now],
+            "key": keys,
             **{name: value[:active] for name, value in self._coefficients.items()},
         }
+        if self._stacked:
+            batch["real"] = self._real[now]
         if self._teacher_logits is not None:
-            owner = 0 if self._owner is None else self._owner[:active, None]
-            batch["teacher_logits"] = self._teacher_logits[owner, positions]
+            batch["teacher_logits"] = self._taught(self._positions[now])
         return batch
+
+    def _taught(self, positions: Tensor) -> Tensor:
+        """Return the received logits ``[active, B, C]`` of these samples."""
+        assert self._teacher_logits is not None
+        if self._owner is None:
+            shared = self._teacher_logits[0].index_select(0, positions.flatten())
+            return shared.view(*positions.shape, -1)
+        return self._teacher_logits[self._owner[: len(positions), None], positions]
 
 
 def _spread(value: float | Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Give each client of a block its own value of a number or of a tensor ``[K]``."""
     tensor = torch.as_tensor(value, dtype=dtype, device=index.device)
     return tensor[index] if tensor.ndim else tensor.expand(len(index))
-
-
-def _squeezed(tree: T) -> T:
-    """Take the client axis of length 1 off every tensor (a view, unlike indexing)."""
-    squeezed: T = tree_map(lambda t: t.squeeze(0), tree)
-    return squeezed

@@ -18,6 +18,7 @@ from fedkd.preflight import check
 from fedkd.records import CentralRun, Run, RunFolder, gap_closed
 from fedkd.registry import find, strategies
 from fedkd.runner import run
+from fedkd.tuning import planned
 
 CENTRAL = ("teacher", "student-alone", "student-distilled")
 """Methods of the central baseline; all others are strategies."""
@@ -162,6 +163,7 @@ def compare(
     seeds = [experiment.seed] if seeds is None else list(seeds)
     names = [_canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
     _check_all(experiment, names, seeds)
+    experiment = planned(experiment)  # one plan for all: what it decides is not the method's
     is_central = any(name in CENTRAL for name in names)
     baseline = central(_pooled(experiment), seeds, progress=progress) if is_central else None
     runs = {

@@ -30,8 +30,10 @@ from fedkd.knowledge import Weights
 from fedkd.losses import effective_weights
 from fedkd.models import num_parameters
 from fedkd.phases import Fit
+from fedkd.profiling import PART
 from fedkd.records import CentralRun, Row, Run
 from fedkd.strategy import DistillationStrategy
+from fedkd.tuning import choices
 from fedkd.world import World, world_of
 
 SHOWN_ROUNDS = 5
@@ -112,6 +114,7 @@ def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
         "strategy": f"{strategy.name()}{f' ({settings})' if settings else ''}, "
         f"{experiment.num_server_rounds} rounds",
         "loss": _losses(experiment, strategy, world_of(experiment)),
+        "plan": "; ".join(map(str, choices(experiment))),
     }
 
 
@@ -264,6 +267,21 @@ def run_facts(done: Run) -> dict[str, str]:
         "seconds": f"{done.result['seconds']:.1f}",
         "folder": str(done.path),
     }
+
+
+def run_profile(done: Run) -> Table:
+    """Return where the time of all rounds went, part by part."""
+    spent: dict[str, float] = {}
+    for row in done.rounds:
+        for name, seconds in row["seconds"].items():
+            part = name.removeprefix(f"{PART} ")
+            if part != name or name in ("encode", "aggregate"):
+                spent[part] = spent.get(part, 0.0) + seconds
+    total = sum(spent.values())
+    table = _table("part", "seconds", "share")
+    for part, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{seconds:.2f}", f"{100 * seconds / total:.0f} %")
+    return table
 
 
 def run_line(done: Run) -> str:

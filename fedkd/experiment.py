@@ -7,8 +7,10 @@ nothing else; lists are comma-separated strings.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -60,6 +62,11 @@ def kebab(name: str) -> str:
 def snake(name: str) -> str:
     """Spell a key as in Python."""
     return name.replace("-", "_")
+
+
+_PLAN = r"(loop|stacked(-[1-9]\d*)?)(x[1-9]\d*)?"
+_PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
+"""Values of ``plan``; `fedkd.plans` reads them."""
 
 
 class Experiment(BaseModel):
@@ -122,6 +129,9 @@ class Experiment(BaseModel):
     public_per_round: OptionalInt = Field(
         None, ge=1, description="public images drawn each round (auto: all)"
     )
+    evaluate_phases: Literal["all", "last"] = Field(
+        "all", description="after which phases of a round clients test: all that train, or the last"
+    )
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
     quorum: int = Field(1, ge=1, description="fewest good replies for a round to count")
     round_timeout: float = Field(
@@ -155,12 +165,24 @@ class Experiment(BaseModel):
         "cohort", description="cohort: all clients in this process; flower: Flower clients on Ray"
     )
     num_workers: int = Field(
-        0, ge=0, le=0, description="Ray workers of the cohort engine (so far only 0: in process)"
+        0, ge=0, description="Ray workers of the cohort engine (0: the clients run in this process)"
+    )
+    ray_address: OptionalStr = Field(
+        None, description="Ray cluster that the workers join (auto: Ray is started on this machine)"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    plan: Literal["auto", "stacked", "loop"] = Field(
-        "auto", description="how the clients of one architecture are run (auto: by architecture)"
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="arithmetic of the models: exact, or faster on a GPU's tensor cores"
     )
+    plan: str = Field(
+        "auto",
+        description="how models are run: one by one or stacked, and how many at once (auto: measured)",
+        json_schema_extra={
+            "accepted": "auto, loop, stacked or stacked-BLOCK, with xLANES for so many at once; or "
+            "architecture=plan pairs with commas"
+        },
+    )
+    profile: bool = Field(False, description="whether to measure where the time goes, part by part")
     client_cpus: float = Field(1.0, gt=0, description="CPUs a Flower client gets from Ray")
     client_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction) a Flower client gets")
     run_dir: str = Field("runs", description="folder of the run folders")
@@ -183,6 +205,13 @@ class Experiment(BaseModel):
             raise ValueError("refused")
         return value
 
+    @field_validator("plan")
+    @classmethod
+    def _refuse_other_plans(cls, value: str) -> str:
+        if not _PLANS.fullmatch(value):
+            raise ValueError("refused")
+        return value
+
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
         if self.public != "train" and self.public_labels:
@@ -194,6 +223,21 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"momentum = {self.momentum} contradicts optimizer = '{self.optimizer}': "
                 "set optimizer = 'sgd' or momentum = 0"
+            )
+        if self.num_workers and self.engine == "flower":
+            raise ValueError(
+                f"num-workers = {self.num_workers} contradicts engine = 'flower', whose Flower "
+                "clients share out the machine by client-cpus; set engine = 'cohort'"
+            )
+        if self.num_workers > self.num_clients:
+            raise ValueError(
+                f"num-workers = {self.num_workers} contradicts num-clients = {self.num_clients}: "
+                "a worker needs a client"
+            )
+        if self.ray_address is not None and not self.num_workers:
+            raise ValueError(
+                f"ray-address = '{self.ray_address}' contradicts num-workers = 0, which uses no Ray; "
+                "set num-workers"
             )
         if self.quorum > self.clients_per_round:
             raise ValueError(
@@ -211,6 +255,11 @@ class Experiment(BaseModel):
     def clients_per_round(self) -> int:
         """Clients sampled in a round: ``fraction_train`` of all, rounded, at least 1."""
         return max(1, round(self.fraction_train * self.num_clients))
+
+    @property
+    def architecture_period(self) -> int:
+        """Clients whose numbers differ by a multiple of it have the same architectures."""
+        return lcm(len(self.student.split(",")), len(self.teacher.split(",")))
 
     @property
     def split_seed(self) -> int:
@@ -248,6 +297,7 @@ class Experiment(BaseModel):
             # Three clients have to hold ten classes between them.
             classes_per_client=max(self.classes_per_client, 4 if few_clients else 1),
             num_clients=min(self.num_clients, 3),
+            num_workers=min(self.num_workers, 3),
             quorum=1,
             num_server_rounds=min(self.num_server_rounds, 2),
             local_epochs=1,
@@ -311,6 +361,8 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, object]]:
 
 def accepted(field: FieldInfo) -> str:
     """Say in words which values a key accepts (``0 to 1``, ``iid, dirichlet, ...``)."""
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["accepted"])
     annotation = field.annotation
     if get_origin(annotation) is Literal:
         return ", ".join(str(choice) for choice in get_args(annotation))

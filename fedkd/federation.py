@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
@@ -34,6 +34,7 @@ from fedkd.messages import (
     decode_report,
     encode_knowledge,
     encode_order,
+    encode_request,
     experiment_record,
     payload_bytes,
     wire_bytes,
@@ -82,6 +83,7 @@ class _Exchange:
     sampled: list[int]
     orders: dict[int, Order] = field(default_factory=dict)
     started: float = field(default_factory=monotonic)
+    encoding: float = 0.0
     up: _Bytes = field(default_factory=_Bytes)
     down: _Bytes = field(default_factory=_Bytes)
     reports: list[Report] = field(default_factory=list)
@@ -218,13 +220,17 @@ class Federation:
             phases=tuple(phases),
             asked=self._request() if predicts else _NOTHING,
             knowledge_round=self._knowledge_round,
-            evaluate="phases" if due or last else "none",
+            evaluate=self._evaluates if due or last else "none",
         )
         everybody, seed = self._experiment.num_clients, self._experiment.seed
         chosen = permutation(everybody, seed, "clients", number)[
             : self._experiment.clients_per_round
         ]
         return self._open(order, sorted(chosen.tolist()))
+
+    @property
+    def _evaluates(self) -> Literal["phases", "last"]:
+        return "phases" if self._experiment.evaluate_phases == "all" else "last"
 
     def open_closing(self) -> list[Message]:
         """Return the messages of the closing exchange, to all clients."""
@@ -244,6 +250,8 @@ class Federation:
         """Begin an exchange: address the order to every sampled client."""
         exchange = self._exchange = _Exchange(sampled)
         packed: dict[int, tuple[object, dict[str, Any]]] = {}
+        request = encode_request(order.asked)
+        first = tuple(self._phases(1))
         messages = []
         for client in sampled:
             if client not in self._roster:
@@ -251,13 +259,14 @@ class Federation:
                 continue
             mine = replace(order, client=client, base=self._base.get(client, INITIAL))
             if mine.base == INITIAL and order.evaluate != "end":
-                mine = replace(mine, phases=tuple(self._phases(1)))
-            content = encode_order(mine, self._record, self._packed(client, packed))
+                mine = replace(mine, phases=first)
+            content = encode_order(mine, self._record, self._packed(client, packed), request)
             exchange.orders[client] = mine
             exchange.down.count(content)
             timeout, group = self._experiment.round_timeout, str(order.round)
             node = self._roster[client]
             messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
+        exchange.encoding = monotonic() - exchange.started
         return messages
 
     def _phases(self, number: int) -> list[Phase]:
@@ -379,6 +388,7 @@ class Federation:
         """Sort the replies into good reports, in order of partition, and drops with a reason."""
         exchange = self._exchange
         assert exchange is not None
+        received = monotonic()
         client_of = {node: client for client, node in self._roster.items()}
         silent = set(exchange.sampled) - set(exchange.dropped)
         for reply in replies:
@@ -403,6 +413,7 @@ class Federation:
             exchange.dropped[client] = "no reply in time"
         exchange.reports.sort(key=lambda report: report.client)
         self._sum_bytes(exchange)
+        exchange.encoding += monotonic() - received
         return exchange
 
     def _sum_bytes(self, exchange: _Exchange) -> None:
@@ -415,7 +426,8 @@ class Federation:
     def _row(
         self, exchange: _Exchange, digested_round: int, accepted: bool, spent: Mapping[str, float]
     ) -> Row:
-        seconds = _summed(report.seconds for report in exchange.reports)
+        encoding = {"encode": exchange.encoding}
+        seconds = _summed([*(report.seconds for report in exchange.reports), encoding])
         return {
             "round": self._server.round,
             "sampled": exchange.sampled,

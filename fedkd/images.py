@@ -5,19 +5,23 @@ No ``DataLoader``: per-image Python work is what starves a device when a thousan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedkd.keyed import draws
+from fedkd.keyed import draws, mix
 
 Augment = Literal["none", "crop-flip", "jitter-2"]
 _SHIFT = {"crop-flip": 4, "jitter-2": 2}
 """Largest shift in pixels: a random crop after padding by 4 (He et al. 2015), or Hinton's jitter by 2."""
+
+KEPT_BYTES = 256 << 20
+"""The largest set that stays in memory normalised: all test sets here, not the training images."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Images:
     mean: Sequence[float]
     std: Sequence[float]
     dtype: torch.dtype = torch.float32
+    _kept: dict[bool, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -51,29 +56,85 @@ class Images:
         labels = self.labels[rows] if labelled and self.labels is not None else None
         return replace(self, pixels=self.pixels[rows], labels=labels)
 
-    def batch(self, rows: Tensor) -> Tensor:
-        """Return normalised images ``[..., c, h, w]`` for `rows` (int64 ``[...]``)."""
-        return self.normalise(self.pixels[rows])
+    def batch(self, rows: Tensor, channels_last: bool = False) -> Tensor:
+        """Return normalised images ``[n, c, h, w]`` for `rows` (int64 ``[n]``).
 
-    def augmented(self, rows: Tensor, augment: Augment, keys: Tensor) -> Tensor:
-        """Return augmented normalised images ``[A, B, c, h, w]``.
+        With `channels_last` the channels of a pixel lie side by side in memory, which alone makes
+        unstacked convolutions and pooling twice as fast on a CPU.
+        """
+        return self.batches(rows.unsqueeze(0), "none", rows, channels_last).squeeze(0)
+
+    def chunks(
+        self, rows: Tensor | None, size: int, channels_last: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield normalised images ``[n, c, h, w]``, `size` at a time: those of `rows`, or all.
+
+        A set that is read whole, as a test set is, again and again, is normalised once and kept. What is
+        yielded is a copy, as a model may work in place.
+        """
+        whole = rows is None or (
+            len(rows) == len(self) and torch.equal(rows.cpu(), torch.arange(len(self)))
+        )
+        bytes_whole = self.pixels.numel() * self.dtype.itemsize
+        if whole and bytes_whole <= KEPT_BYTES:
+            if channels_last not in self._kept:
+                everything = torch.arange(len(self), device=self.device)
+                self._kept[channels_last] = self.batch(everything, channels_last)
+            for chunk in self._kept[channels_last].split(size):
+                yield chunk.clone()
+            return
+        wanted = torch.arange(len(self)) if rows is None else rows
+        for chunk in wanted.to(self.device).split(size):
+            yield self.batch(chunk, channels_last)
+
+    def batches(
+        self, rows: Tensor, augment: Augment, keys: Tensor, channels_last: bool = False
+    ) -> Tensor:
+        """Return normalised images ``[A, B, c, h, w]``, augmented if asked.
 
         Args:
             rows: int64 ``[A, B]``.
             augment: what to do.
             keys: int64 ``[A]``, each client's stream for this step.
+            channels_last: see `batch`.
         """
-        if augment == "none":
-            return self.batch(rows)
-        draw = torch.func.vmap(lambda key: draws(key, 3 * rows.shape[1]).reshape(-1, 3))(keys)
-        moved = _shifted(self.pixels[rows.flatten()], draw.reshape(-1, 3), augment)
-        return self.normalise(moved.reshape(*rows.shape, *moved.shape[1:]))
+        pixels = self._gathered(rows.flatten())
+        if augment != "none":
+            own = mix(keys)  # dropout draws from the keys themselves
+            draw = torch.func.vmap(lambda key: draws(key, 3 * rows.shape[1]).reshape(-1, 3))(own)
+            pixels = _shifted(pixels, draw.reshape(-1, 3), augment)
+        if channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        normalised = self.normalise(pixels)
+        batches = normalised.view(*rows.shape, *normalised.shape[1:])
+        return _said_to_be_channels_last(batches) if channels_last else batches
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """Return the pixels of `rows`, copied image by image (indexing copies pixel by pixel)."""
+        picked = self.pixels.flatten(1).index_select(0, rows)
+        return picked.view(-1, *self.pixels.shape[1:])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Scale uint8 ``[..., c, h, w]`` to zero mean and unit deviation."""
-        mean = torch.tensor(self.mean, dtype=self.dtype, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.std, dtype=self.dtype, device=pixels.device)[:, None, None]
-        return pixels.to(self.dtype).mul_(1 / (255 * std)).sub_(mean / std)
+        """Scale uint8 ``[n, c, h, w]`` to zero mean and unit deviation."""
+        scale, shift = self._scale_and_shift
+        return pixels.to(self.dtype).mul_(scale).sub_(shift)
+
+    @cached_property
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean, dtype=self.dtype, device=self.device)[:, None, None]
+        std = torch.tensor(self.std, dtype=self.dtype, device=self.device)[:, None, None]
+        return 1 / (255 * std), mean / std
+
+
+def _said_to_be_channels_last(batches: Tensor) -> Tensor:
+    """Give ``[A, B, 1, h, w]`` the strides by which convolutions know the layout.
+
+    With one channel the memory is the same either way, and PyTorch assumes the slower.
+    """
+    _, size, channels, height, width = batches.shape
+    if channels > 1:
+        return batches
+    return batches.as_strided(batches.shape, (size * height * width, height * width, 1, width, 1))
 
 
 def _shifted(pixels: Tensor, draw: Tensor, augment: Literal["crop-flip", "jitter-2"]) -> Tensor:

@@ -97,15 +97,7 @@ class SoftLabels:
         `targets` are the labels of the whole public set, where it has any. Samples nobody answered do
         not appear. At least one answer is needed; all share space and C.
         """
-        samples = torch.cat([a.samples[a.mask[0]] for a in answers]).unique()
-        first = answers[0].values
-        values = first.new_zeros(len(answers), len(samples), first.shape[-1])
-        mask = torch.zeros(values.shape[:2], dtype=torch.bool, device=first.device)
-        for k, answer in enumerate(answers):
-            given = answer.mask[0]
-            rows = torch.searchsorted(samples, answer.samples[given])
-            values[k, rows] = answer.values[0, given]
-            mask[k, rows] = True
+        samples, values, mask = _same_samples(answers) or _united(answers)
         return cls(
             values,
             answers[0].space,
@@ -157,6 +149,30 @@ class SoftLabels:
     def tensors(self) -> dict[str, Tensor]:
         """Return what one peer's copy (K = 1) consists of on the wire: ``values [N, C]``, samples."""
         return {"values": self.values[0], "samples": self.samples.to(torch.int32)}
+
+
+def _same_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Join answers that are all complete and for the same sorted samples, as most are: one copy."""
+    samples = answers[0].samples
+    alike = all(a.samples is samples or torch.equal(a.samples, samples) for a in answers)
+    if not alike or not bool((samples.diff() > 0).all()):
+        return None
+    mask = torch.cat([a.mask for a in answers])
+    return (samples, torch.cat([a.values for a in answers]), mask) if bool(mask.all()) else None
+
+
+def _united(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor]:
+    """Join answers for the union of their samples."""
+    samples = torch.cat([a.samples[a.mask[0]] for a in answers]).unique()
+    first = answers[0].values
+    values = first.new_zeros(len(answers), len(samples), first.shape[-1])
+    mask = torch.zeros(values.shape[:2], dtype=torch.bool, device=first.device)
+    for k, answer in enumerate(answers):
+        given = answer.mask[0]
+        rows = torch.searchsorted(samples, answer.samples[given])
+        values[k].index_copy_(0, rows, answer.values[0, given])
+        mask[k].index_fill_(0, rows, True)
+    return samples, values, mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -48,6 +49,15 @@ class Introduction:
     sources: str
 
 
+_R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
+
+
+def _record(records: RecordDict, name: str, kind: type[_R]) -> _R | None:
+    """Return a record if it is there and of its kind; Flower's views by kind copy all of them."""
+    found = records.get(name)
+    return found if isinstance(found, kind) else None
+
+
 def encode_introduction(introduction: Introduction) -> RecordDict:
     """Pack an introduction."""
     return RecordDict({"introduction": ConfigRecord({**vars(introduction)})})
@@ -59,7 +69,7 @@ def decode_introduction(records: RecordDict) -> Introduction:
     Raises:
         FedkdError: it is not one.
     """
-    fields = dict(records.config_records.get("introduction", {}))
+    fields = dict(_record(records, "introduction", ConfigRecord) or {})
     wanted = {"client": int, "num_examples": int, "student": str, "sources": str}
     if {name: type(value) for name, value in fields.items()} != wanted:
         raise FedkdError(f"sends no introduction (it has {', '.join(fields) or 'nothing'})")
@@ -78,9 +88,10 @@ def decode_experiment(records: RecordDict) -> Experiment:
     Raises:
         FedkdError: they are missing or do not validate.
     """
-    if "experiment" not in records.config_records:
+    keys = _record(records, "experiment", ConfigRecord)
+    if keys is None:
         raise FedkdError("the message carries no experiment")
-    return Experiment.load(("the message", dict(records.config_records["experiment"])))
+    return Experiment.load(("the message", dict(keys)))
 
 
 def encode_knowledge(knowledge: Knowledge, *, with_samples: bool) -> dict[str, Any]:
@@ -118,11 +129,12 @@ def decode_knowledge(
     Raises:
         FedkdError: the records do not make up knowledge.
     """
-    if "knowledge" not in records.array_records:
+    arrays = _record(records, "knowledge", ArrayRecord)
+    if arrays is None:
         return None
     try:
-        kind = records.config_records["knowledge-kind"]
-        tensors = {n: _tensor(a) for n, a in records.array_records["knowledge"].items()}
+        kind: Any = _record(records, "knowledge-kind", ConfigRecord)
+        tensors = {n: _tensor(a) for n, a in arrays.items()}
         owner = torch.tensor([client]), torch.tensor([num_examples])
         if kind["kind"] == "soft-labels":
             named = tensors["samples"].to(torch.int64) if "samples" in tensors else samples
@@ -141,13 +153,26 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.numpy())
 
 
-def encode_order(order: Order, experiment: ConfigRecord, knowledge: dict[str, Any]) -> RecordDict:
+def encode_request(asked: Tensor) -> dict[str, Any]:
+    """Pack the public samples asked for (int64 ``[M]``) as a record ``request``, if there are any."""
+    if not len(asked):
+        return {}
+    return {"request": ArrayRecord({"samples": Array(asked.to(torch.int32).cpu().numpy())})}
+
+
+def encode_order(
+    order: Order,
+    experiment: ConfigRecord,
+    knowledge: dict[str, Any],
+    request: dict[str, Any] | None = None,
+) -> RecordDict:
     """Pack an order.
 
     Args:
         order: what the client is to do.
         experiment: see `experiment_record`; shared by all messages.
         knowledge: see `encode_knowledge`; shared by all who receive the same.
+        request: see `encode_request`; shared by all who are asked the same, else made here.
     """
     instruction: dict[str, Any] = {
         "client": order.client,
@@ -161,10 +186,8 @@ def encode_order(order: Order, experiment: ConfigRecord, knowledge: dict[str, An
         "experiment": experiment,
         "instruction": ConfigRecord(instruction),
         **knowledge,
+        **(encode_request(order.asked) if request is None else request),
     }
-    if len(order.asked):
-        asked = order.asked.to(torch.int32).cpu().numpy()
-        records["request"] = ArrayRecord({"samples": Array(asked)})
     return RecordDict(records)
 
 
@@ -183,7 +206,8 @@ def decode_order(
         FedkdError: the records do not make up an order.
     """
     seen = {} if seen is None else seen
-    key = tuple(id(a.data) for a in records.array_records.get("knowledge", {}).values())
+    arrays = _record(records, "knowledge", ArrayRecord)
+    key = tuple(id(array.data) for array in arrays.values()) if arrays else ()
     try:
         instruction = _instruction(records)
         if key not in seen:
@@ -191,13 +215,14 @@ def decode_order(
                 records, client=instruction["client"], num_examples=num_examples
             )
         asked = torch.empty(0, dtype=torch.int64)
-        if "request" in records.array_records:
-            asked = _tensor(records.array_records["request"]["samples"]).to(torch.int64)
+        request = _record(records, "request", ArrayRecord)
+        if request is not None:
+            asked = _tensor(request["samples"]).to(torch.int64)
         return Order(
             client=instruction["client"],
             round=instruction["round"],
             base=instruction["base"],
-            phases=tuple(from_text(instruction["phases"])),
+            phases=from_text(instruction["phases"]),
             asked=asked,
             knowledge=seen[key],
             knowledge_round=instruction["knowledge-round"],
@@ -212,7 +237,8 @@ def decode_order(
 
 def _instruction(records: RecordDict) -> dict[str, Any]:
     """Return an order's instruction, its numbers and texts checked."""
-    instruction: dict[str, Any] = dict(records.config_records["instruction"])
+    given: Any = _record(records, "instruction", ConfigRecord)
+    instruction: dict[str, Any] = dict(given)
     for name in ("client", "round", "base", "knowledge-round"):
         if type(instruction[name]) is not int:
             raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a whole number")
@@ -222,21 +248,29 @@ def _instruction(records: RecordDict) -> dict[str, Any]:
     return instruction
 
 
-def encode_report(report: Report, asked: Tensor) -> RecordDict:
-    """Pack a report; sample indices go along only for an answer other than what was asked."""
-    numbers: dict[str, Any] = {
-        "partition-id": report.client,
-        "num-examples": report.num_examples,
-        **report.metrics,
-        **{_SECONDS + name: spent for name, spent in report.seconds.items()},
-    }
-    records: dict[str, Any] = {"report": MetricRecord(numbers)}
+def encode_report(report: Report, asked: Tensor, decoding: float = 0.0) -> RecordDict:
+    """Pack a report; sample indices go along only for an answer other than what was asked.
+
+    Args:
+        report: what the client answers.
+        asked: samples that it was asked for.
+        decoding: seconds that reading its order took, reported together with those of this.
+    """
+    started = perf_counter()
+    knowledge: dict[str, Any] = {}
     if report.answer is not None:
         partial = isinstance(report.answer, SoftLabels) and not torch.equal(
             report.answer.samples, asked
         )
-        records |= encode_knowledge(report.answer, with_samples=partial)
-    return RecordDict(records)
+        knowledge = encode_knowledge(report.answer, with_samples=partial)
+    seconds = {**report.seconds, "encode": decoding + perf_counter() - started}
+    numbers: dict[str, Any] = {
+        "partition-id": report.client,
+        "num-examples": report.num_examples,
+        **report.metrics,
+        **{_SECONDS + name: spent for name, spent in seconds.items()},
+    }
+    return RecordDict({"report": MetricRecord(numbers), **knowledge})
 
 
 def decode_report(records: RecordDict, asked: Tensor) -> Report:
@@ -245,9 +279,10 @@ def decode_report(records: RecordDict, asked: Tensor) -> Report:
     Raises:
         FedkdError: the records do not make up a report.
     """
-    if "report" not in records.metric_records:
+    reported = _record(records, "report", MetricRecord)
+    if reported is None:
         raise FedkdError("sends no report")
-    numbers: dict[str, Any] = dict(records.metric_records["report"])
+    numbers: dict[str, Any] = dict(reported)
     client = _integer(numbers, "partition-id")
     num_examples = _integer(numbers, "num-examples")
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers.values()):
@@ -280,8 +315,8 @@ def payload_bytes(records: RecordDict) -> dict[str, int]:
     """
     counted: dict[str, int] = {}
     for record, prefix in (("knowledge", ""), ("request", "requested ")):
-        if record in records.array_records:
-            for name, array in records.array_records[record].items():
+        if arrays := _record(records, record, ArrayRecord):
+            for name, array in arrays.items():
                 counted[prefix + name] = _buffer_size(array.data)
     return counted
 

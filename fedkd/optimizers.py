@@ -1,19 +1,23 @@
 """Optimisers over stacked parameters: K clients step at once, each with its own hyper-parameters.
 
 ``torch.optim`` is the oracle: the same updates, written elementwise over a leading client axis. The
-fused kernels of PyTorch are not used, as they read gradients in memory order (wrong for the
-transposed strides that ``vmap`` leaves) and round the tail of a tensor differently, which would make
-a client's numbers depend on its neighbours.
+fused kernel of Adam needs a third of the memory traffic, and is used where it is safe. It reads
+gradients in memory order (wrong for the transposed strides that ``vmap`` may leave), so they are made
+contiguous; and it rounds the last elements of a tensor, those that do not fill a vector, differently,
+so it is used for a stack only if each client's part fills whole vectors: else the numbers of the last
+client would depend on there being no other one after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 from fedkd.experiment import Experiment
 
@@ -60,29 +64,30 @@ class StackedOptimizer:
     Args:
         params: ``[K, ...]`` tensors, updated in place.
         settings: hyper-parameters; tensors are ``[K]``.
+        alone: whether K is 1 because clients run one by one, each the only one in its tensors.
     """
 
-    def __init__(self, params: Sequence[Tensor], settings: OptimizerSettings) -> None:
-        self._params = params
-        self._learning_rate = [_per_client(settings.learning_rate, p) for p in params]
-        self._decay = [_per_client(settings.weight_decay, p) for p in params]
-        self._momentum = [_per_client(settings.momentum, p) for p in params]
+    def __init__(
+        self, params: Sequence[Tensor], settings: OptimizerSettings, alone: bool = False
+    ) -> None:
+        self._settings = settings
+        self._params = list(params)
+        self._steps = 0
+        own = isinstance(settings.learning_rate, Tensor) or isinstance(
+            settings.weight_decay, Tensor
+        )
+        self._fused = {
+            i for i, p in enumerate(params) if not own and (alone or _fills_vectors(p[0]))
+        }
         self._has_decay = _any(settings.weight_decay)
         self._has_momentum = _any(settings.momentum)
-        self._steps = 0
-        self._first = [torch.zeros_like(p) for p in params] if self._keeps_first(settings) else []
         adaptive = settings.name != "sgd"
+        keeps_first = adaptive or self._has_momentum
+        self._first = [torch.zeros_like(p) for p in params] if keeps_first else []
         self._second = [torch.zeros_like(p) for p in params] if adaptive else []
         self._scratch = [torch.empty_like(p) for p in params] if adaptive else []
-        updates: dict[str, Callable[[int, Tensor, Tensor], None]] = {
-            "adam": self._adam,
-            "adamw": self._adamw,
-            "sgd": self._sgd,
-        }
-        self._update = updates[settings.name]
-
-    def _keeps_first(self, settings: OptimizerSettings) -> bool:
-        return settings.name != "sgd" or self._has_momentum
+        self._fused &= set(range(len(params))) if adaptive else set()
+        self._counts = {i: torch.zeros((), device=params[i].device) for i in self._fused}
 
     def step(self, grads: Sequence[Tensor | None], active: int) -> None:
         """Apply one step to the first `active` clients.
@@ -93,56 +98,107 @@ class StackedOptimizer:
             active: how many clients, counted from the first row, take this step.
         """
         self._steps += 1
-        for i, (param, grad) in enumerate(zip(self._params, grads, strict=True)):
-            if grad is not None:
-                self._update(i, param[:active], grad)
+        taking = [i for i, grad in enumerate(grads) if grad is not None]
+        params = _rows(self._params, taking, active)
+        # Contiguous, as they are read several times and vmap may leave them transposed.
+        found = [grad.contiguous() for grad in grads if grad is not None]
+        if self._settings.name == "sgd":
+            self._sgd(taking, params, found)
+            return
+        for update, chosen in (
+            (self._fused_adam, [n for n, i in enumerate(taking) if i in self._fused]),
+            (self._adam, [n for n, i in enumerate(taking) if i not in self._fused]),
+        ):
+            if chosen:
+                update(
+                    [taking[n] for n in chosen],
+                    [params[n] for n in chosen],
+                    [found[n] for n in chosen],
+                )
 
-    def _sgd(self, i: int, param: Tensor, grad: Tensor) -> None:
-        active = len(param)
+    def _fused_adam(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+        settings, active = self._settings, len(params[0])
+        assert not isinstance(settings.learning_rate, Tensor)
+        assert not isinstance(settings.weight_decay, Tensor)
+        update = adamw if settings.name == "adamw" else adam
+        update(
+            params,
+            grads,
+            _rows(self._first, taking, active),
+            _rows(self._second, taking, active),
+            [],
+            [self._counts[i] for i in taking],
+            fused=True,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            eps=EPS,
+            maximize=False,
+        )
+
+    def _sgd(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
         if self._has_decay:
-            grad = grad + self._decay[i][:active] * param
+            grads = _decayed(grads, params, self._settings.weight_decay)
         if self._has_momentum:
-            buffer = self._first[i][:active]
+            buffers = _rows(self._first, taking, len(params[0]))
             if self._steps == 1:
-                buffer.copy_(grad)
+                torch._foreach_copy_(buffers, grads)
             else:
-                buffer.mul_(self._momentum[i][:active]).add_(grad)
-            grad = buffer
-        param.sub_(self._learning_rate[i][:active] * grad)
+                torch._foreach_mul_(buffers, _factors(self._settings.momentum, params))
+                torch._foreach_add_(buffers, grads)
+            grads = buffers
+        rates = _factors(self._settings.learning_rate, params)
+        torch._foreach_sub_(params, torch._foreach_mul(grads, rates))
 
-    def _adam(self, i: int, param: Tensor, grad: Tensor) -> None:
-        if self._has_decay:
-            grad = grad + self._decay[i][: len(param)] * param
-        self._adam_update(i, param, grad)
+    def _adam(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+        settings, active = self._settings, len(params[0])
+        if self._has_decay and settings.name == "adamw":
+            shrink = 1 - settings.learning_rate * settings.weight_decay
+            torch._foreach_mul_(params, _factors(shrink, params))
+        elif self._has_decay:
+            grads = _decayed(grads, params, settings.weight_decay)
+        first, second = _rows(self._first, taking, active), _rows(self._second, taking, active)
+        root = _rows(self._scratch, taking, active)
+        torch._foreach_lerp_(first, grads, 1 - BETA1)
+        torch._foreach_mul_(second, BETA2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - BETA2)
+        for source, target in zip(second, root, strict=True):
+            torch.sqrt(source, out=target)
+        # m̂ / (√v̂ + ε), with the corrections of both moments moved out of the passes over the tensors.
+        correction = (1 - BETA2**self._steps) ** 0.5
+        torch._foreach_add_(root, EPS * correction)
+        rate = settings.learning_rate * (correction / (1 - BETA1**self._steps))
+        if isinstance(rate, Tensor):
+            update = torch._foreach_div(first, root)
+            torch._foreach_mul_(update, _factors(rate, params))
+            torch._foreach_sub_(params, update)
+        else:
+            torch._foreach_addcdiv_(params, first, root, -rate)
 
-    def _adamw(self, i: int, param: Tensor, grad: Tensor) -> None:
-        if self._has_decay:
-            active = len(param)
-            param.mul_(1 - self._learning_rate[i][:active] * self._decay[i][:active])
-        self._adam_update(i, param, grad)
 
-    def _adam_update(self, i: int, param: Tensor, grad: Tensor) -> None:
-        active = len(param)
-        grad = (
-            grad.contiguous()
-        )  # read twice below; vmap leaves the gradients of weights transposed
-        first, second = self._first[i][:active], self._second[i][:active]
-        scratch = self._scratch[i][:active]
-        first.lerp_(grad, 1 - BETA1)
-        second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        torch.sqrt(second, out=scratch)
-        scratch.div_((1 - BETA2**self._steps) ** 0.5).add_(EPS)
-        torch.div(first, scratch, out=scratch)
-        scratch.mul_(self._learning_rate[i][:active] / (1 - BETA1**self._steps))
-        param.sub_(scratch)
+def _fills_vectors(param: Tensor) -> bool:
+    """Whether a client's part of a stacked tensor is made of whole vectors (64 bytes, AVX-512)."""
+    return param.numel() * param.element_size() % 64 == 0
 
 
-def _per_client(value: float | Tensor, param: Tensor) -> Tensor:
-    """Shape a hyper-parameter ``[K]`` (or a number) as ``[K, 1, ...]`` to broadcast over `param`."""
-    tensor = torch.as_tensor(value, dtype=param.dtype, device=param.device)
-    if tensor.ndim == 0:
-        tensor = tensor.expand(len(param))
-    return tensor.reshape(len(param), *[1] * (param.ndim - 1))
+def _rows(tensors: Sequence[Tensor], taking: Sequence[int], active: int) -> list[Tensor]:
+    return [tensors[i][:active] for i in taking]
+
+
+def _factors(value: float | Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Shape a hyper-parameter, a number or ``[K]``, to broadcast over each of `params`."""
+    first = params[0]
+    tensor = torch.as_tensor(value, dtype=first.dtype, device=first.device)
+    rows = tensor[: len(first)] if tensor.ndim else tensor.expand(len(first))
+    return [rows.reshape(-1, *[1] * (p.ndim - 1)) for p in params]
+
+
+def _decayed(grads: list[Tensor], params: list[Tensor], decay: float | Tensor) -> list[Tensor]:
+    added = torch._foreach_mul(params, _factors(decay, params))
+    torch._foreach_add_(added, grads)
+    return list(added)
 
 
 def _any(value: float | Tensor) -> bool:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal, TypeAlias
 
@@ -137,11 +138,12 @@ def resolve_term(name: str, client_code: Sequence[str] = ()) -> Term:
 
 def to_text(phases: Sequence[Phase]) -> str:
     """Encode phases as JSON."""
-    return json.dumps([{"phase": type(phase).__name__, **asdict(phase)} for phase in phases])
+    return json.dumps([{"phase": type(phase).__name__, **vars(phase)} for phase in phases])
 
 
-def from_text(text: str) -> list[Phase]:
-    """Decode `to_text`.
+@lru_cache(maxsize=64)
+def from_text(text: str) -> tuple[Phase, ...]:
+    """Decode `to_text`; the same text gives the same phases, as every client of a round has them.
 
     Raises:
         FedkdError: the text is not a list of phases.
@@ -150,7 +152,7 @@ def from_text(text: str) -> list[Phase]:
         entries: list[dict[str, Any]] = json.loads(text)
         if not isinstance(entries, list):
             raise TypeError("not a list")
-        return [_PHASES[entry.pop("phase")](**entry) for entry in entries]
+        return tuple(_PHASES[entry.pop("phase")](**entry) for entry in entries)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedkdError(f"the instruction's phases cannot be read: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from importlib.util import find_spec
 
 from fedkd.errors import FedkdError
@@ -10,10 +11,13 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Fit, resolve_term
 from fedkd.records import RunFolder
+from fedkd.references import in_one_line
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.simulation import check_resources
 from fedkd.world import check_models, resolve_device, world_of
+
+_PATIENCE_S = 5.0
 
 
 def check(experiment: Experiment) -> DistillationStrategy:
@@ -71,9 +75,33 @@ def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) 
         )
 
 
+def _check_cluster(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise FedkdError(
+            f"ray-address = '{address}': nothing answers there ({in_one_line(error)}); accepted: "
+            "host:port of a Ray cluster that runs, or auto"
+        ) from error
+
+
 def _check_engine(experiment: Experiment) -> None:
-    """Refuse devices and shares of this machine that no Flower client could have."""
-    resolve_device(experiment.device)
+    """Refuse devices and shares of this machine that no Flower client or worker could have."""
+    device = resolve_device(experiment.device)
+    if experiment.precision == "tf32" and device.type != "cuda":
+        raise FedkdError(
+            f"precision = 'tf32': device = '{device}' has no such arithmetic; accepted there: float32, "
+            "bfloat16"
+        )
+    if experiment.num_workers and experiment.device.startswith("cuda:"):
+        raise FedkdError(
+            f"device = '{experiment.device}' contradicts num-workers = {experiment.num_workers}: Ray "
+            "deals the GPUs to the workers; set device = 'cuda'"
+        )
+    if experiment.ray_address is not None:
+        _check_cluster(experiment.ray_address)
     if experiment.engine != "flower":
         return
     check_resources(experiment.num_clients, experiment.client_cpus, experiment.client_gpus)

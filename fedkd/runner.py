@@ -7,10 +7,12 @@ from importlib import import_module
 
 import torch
 
+from fedkd.allocator import keep_freed_memory
 from fedkd.experiment import Experiment
 from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.strategy import DistillationStrategy
+from fedkd.tuning import choices, planned
 from fedkd.world import resolve_device
 
 _ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
@@ -31,14 +33,19 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
         FedkdError: something in the experiment is not right; nothing has been written then. Or the
             federation lost its clients on the way; finished rounds are in the run folder.
     """
+    keep_freed_memory()
     strategy = check(experiment)
+    chosen = choices(experiment)
     folder = RunFolder.create(experiment, default_name(experiment, strategy))
     named = experiment.replace(
         name=folder.path.name,
         strategy=_recorded(experiment, strategy),
         device=_device(experiment),
+        plan=planned(experiment).plan,
     )
-    folder.write_experiment(named, environment(named.device, torch.get_num_threads()))
+    surroundings = environment(named.device, torch.get_num_threads())
+    surroundings["plans"] = "; ".join(map(str, chosen))
+    folder.write_experiment(named, surroundings)
     import_module(_ENGINES[experiment.engine]).run(strategy, named, folder, on_round)
     return Run.load(folder.path)
 

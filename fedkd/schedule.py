@@ -8,10 +8,11 @@ width with weight 0, since the width of a matrix product decides its rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedkd.randomness import permutation
 
@@ -36,6 +37,11 @@ class Schedule:
     weights: Tensor
     sizes: Tensor
     steps: list[int]
+
+    def padded(self, width: int) -> Schedule:
+        """Widen the batches by padding, to `width` rows."""
+        wider = (0, width - self.positions.shape[-1])
+        return replace(self, positions=pad(self.positions, wider), weights=pad(self.weights, wider))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Schedule:
         """Move positions and weights to `device`, weights in `dtype`."""

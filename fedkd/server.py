@@ -131,9 +131,8 @@ class Server:
         return float(right.correct.sum() / right.total.sum())
 
     def _cohort(self, name: str, state: State | None = None) -> Cohort:
-        device = self.world.train.device
-        skeleton = self.world.model(name)
         if state is None:
             state = self.world.initial_state(name, self.experiment.seed)
-        state = {n: t.to(device) for n, t in state.items()}
-        return Cohort.of(skeleton, [state], self.world.plan(name, self.experiment.plan))
+        device = self.world.train.device
+        stack = {n: t.to(device).unsqueeze(0).clone() for n, t in state.items()}
+        return self.world.cohort(self.experiment, name, stack)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkd import data, models
-from fedkd.cohort import Plan, PlanName, State, choose_plan, initial_state
+from fedkd.cohort import Cohort, State, initial_state
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
+from fedkd.graphs import Graphs
 from fedkd.images import Images
 from fedkd.partition import label_counts, partition, split_public
+from fedkd.plans import Plan, wanted_plan
 from fedkd.randomness import permutation
 
 _SUBSET = "subset"
@@ -47,25 +49,53 @@ class World:
     shards: tuple[Tensor, ...]
     pooled: Tensor
     private_label_counts: Tensor
-    _plans: dict[tuple[str, PlanName], Plan] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[str, str], Plan] = field(default_factory=dict, repr=False)
+    _graphs: dict[str, Graphs] = field(default_factory=dict, repr=False)
+    _skeletons: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    _initial: dict[tuple[str, int], State] = field(default_factory=dict, repr=False)
 
-    def plan(self, name: str, wanted: PlanName) -> Plan:
-        """Return how models of an architecture are run, found out once."""
+    def plan(self, name: str, wanted: str) -> Plan:
+        """Return how models of an architecture are run under a ``plan`` key, found out once."""
         if (name, wanted) not in self._plans:
-            example = self.train.batch(torch.arange(2))
-            self._plans[name, wanted] = choose_plan(self.model(name), example, wanted)
+            example = self.train.batch(torch.arange(2, device=self.train.device))
+            self._plans[name, wanted] = wanted_plan(wanted, name, self.model(name), example)
         return self._plans[name, wanted]
 
     def model(self, name: str) -> nn.Module:
         """Build an architecture for these images, on their device."""
         return models.build(name, self.input_shape, self.num_classes).to(self.train.device)
 
+    def skeleton(self, name: str) -> nn.Module:
+        """Return a model of an architecture for its structure alone, built once."""
+        if name not in self._skeletons:
+            self._skeletons[name] = self.model(name)
+        return self._skeletons[name]
+
+    def cohort(self, experiment: Experiment, name: str, stack: State) -> Cohort:
+        """Make a cohort of an architecture that trains the tensors of `stack`, ``[K, ...]``, in place."""
+        plan = self.plan(name, experiment.plan)
+        graphs = self._graphs.setdefault(name, Graphs())
+        return Cohort.over(self.skeleton(name), stack, plan, experiment.precision, graphs)
+
     def initial_state(self, name: str, seed: int) -> State:
-        """Return an architecture's initial weights, the same for every client, method and engine."""
-        state = initial_state(
-            lambda: models.build(name, self.input_shape, self.num_classes), seed, "initial", name
-        )
-        return {n: t.to(self.train.device) for n, t in state.items()}
+        """Return an architecture's initial weights, the same for every client, method and engine.
+
+        Made once; not to be written to.
+        """
+        if (name, seed) not in self._initial:
+            state = initial_state(
+                lambda: models.build(name, self.input_shape, self.num_classes),
+                seed,
+                "initial",
+                name,
+            )
+            self._initial[name, seed] = {n: t.to(self.train.device) for n, t in state.items()}
+        return self._initial[name, seed]
+
+    def initial_states(self, name: str, seed: int, count: int) -> State:
+        """Return the initial weights of `count` clients, ``[count, ...]`` by name, to be trained."""
+        state = self.initial_state(name, seed)
+        return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
 
 
 def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> None:

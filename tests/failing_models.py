@@ -1,6 +1,6 @@
 """Students that fail at a known time: test clients use them by ``failing_models:dying`` and the like.
 
-How often a client has started to train is counted in a file, as a client's calls are spread over
+How often a client has started a fit is counted in a file, as a client's calls are spread over
 processes.
 """
 
@@ -26,7 +26,13 @@ class _Counting(nn.Module):
         super().__init__()
         self.inner = build("mlp-7", input_shape, classes)
         self._name, self._fatal = name, fatal
-        self._fresh = True  # every phase list gets a model of its own
+        self._fresh = True
+
+    def train(self, mode: bool = True) -> _Counting:
+        """Enter or leave training mode, as every fit does before its first step."""
+        self._fresh = mode
+        super().train(mode)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and self._fresh:

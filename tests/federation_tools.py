@@ -5,7 +5,9 @@ In a module of its own that clients can import: its terms and models travel as `
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +89,8 @@ class Exchange:
 class Clients:
     """The clients of the in-process engine, with one who may change their replies.
 
-    With `replay` they do not work, and say exchange by exchange what they said then.
+    Their states are in a folder of their own, which goes with them. With `replay` they do not work, and
+    say exchange by exchange what they said then.
     """
 
     def __init__(
@@ -97,7 +100,9 @@ class Clients:
         meddle_hello: MeddleHello | None = None,
         replay: Sequence[Exchange] | None = None,
     ) -> None:
-        self._honest = cohort._Clients(experiment)
+        folder = tempfile.mkdtemp(prefix="fedkd-tests-clients-")
+        weakref.finalize(self, shutil.rmtree, folder)
+        self._honest = cohort._Clients(experiment.replace(name="clients", run_dir=folder))
         self._meddle = meddle or (lambda order, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
         self._shards = world_of(experiment).shards
@@ -248,6 +253,41 @@ def fragile(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
     """Build `Fragile`."""
     channels, height, width = input_shape
     return Fragile(channels * height * width, num_classes)
+
+
+class Choosy(nn.Module):
+    """A linear model that decides by a value, which vmap refuses."""
+
+    def __init__(self, inputs: int, num_classes: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inputs, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.dense(images.flatten(1))
+        return logits if logits.sum() > 0 else -logits
+
+
+def choosy(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Build `Choosy`."""
+    channels, height, width = input_shape
+    return Choosy(channels * height * width, num_classes)
+
+
+class Lazy(Choosy):
+    """The same until it shall train."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        if self.training:
+            raise ArithmeticError("not today")
+        return super().forward(images)
+
+
+def lazy(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Build `Lazy`."""
+    channels, height, width = input_shape
+    return Lazy(channels * height * width, num_classes)
 
 
 CALLED: list[object] = []

@@ -6,8 +6,11 @@ knows nothing of the client but the formula in the paper.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.client import Failure, Order, Report, execute
+from fedkd.cohort import State
 from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
 from fedkd.losses import mae_logits
 from fedkd.models import build
-from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.states import INITIAL, ClientState, DiskStore, MemoryStore, Store
+from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, Role, SendWeights
+from fedkd.states import INITIAL, ResidentStates, StateFiles
 from fedkd.world import World, world_of
 
 K, C = 3, 10
@@ -60,17 +64,25 @@ def received(
     return SoftLabels.shared(values, samples, space)
 
 
+def new_store(experiment: Experiment, limit: int = K) -> ResidentStates:
+    """Return an empty store whose folder goes with it; up to `limit` clients stay in memory."""
+    folder = tempfile.mkdtemp(prefix="fedkd-tests-states-")
+    store = ResidentStates(StateFiles(Path(folder), experiment.architecture_period), limit)
+    weakref.finalize(store, shutil.rmtree, folder)
+    return store
+
+
 def run(
     experiment: Experiment,
     phases: Sequence[Phase],
     clients: Sequence[int] = range(K),
     *,
     world: World | None = None,
-    store: Store | None = None,
+    store: ResidentStates | None = None,
     **order: Any,
-) -> tuple[list[Report | Failure], Store]:
+) -> tuple[list[Report | Failure], ResidentStates]:
     """Execute the same phases for some clients; the states are those of round 1 by default."""
-    store = store or MemoryStore()
+    store = store or new_store(experiment)
     fields = {"round": 1, "base": INITIAL, "asked": NOTHING, **order}
     orders = [Order(client=k, phases=tuple(phases), **fields) for k in clients]
     return execute(experiment, world or world_of(experiment), orders, store), store
@@ -82,13 +94,26 @@ def reports(results: Sequence[Report | Failure]) -> list[Report]:
     return good
 
 
-def state(store: Store, client: int, number: int = 1) -> ClientState:
-    found = store.load(client, number)
-    assert found is not None
-    return found
+@dataclass(frozen=True)
+class Kept:
+    """What one client has on disk, without the axis of the stack."""
+
+    models: dict[Role, State]
+    digested: int
 
 
-def assert_same_state(one: ClientState, other: ClientState) -> None:
+def has(store: ResidentStates, client: int, number: int) -> bool:
+    return store.files.load({client: number}).clients == [client]
+
+
+def state(store: ResidentStates, client: int, number: int = 1) -> Kept:
+    found = store.files.load({client: number})
+    assert found.clients == [client]
+    models = {role: {n: t[0] for n, t in model.items()} for role, model in found.models.items()}
+    return Kept(models, found.digested[0])
+
+
+def assert_same_state(one: Kept, other: Kept) -> None:
     """Compare bit for bit."""
     assert one.digested == other.digested
     assert one.models.keys() == other.models.keys()
@@ -395,12 +420,17 @@ def test_a_lost_state_is_a_failure_that_names_the_round() -> None:
     ] * K
 
 
-def test_one_clients_lost_state_does_not_touch_the_others(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
-    run(tiny(), [Revisit()], store=store)
-    (tmp_path / "1" / "1.safetensors").unlink()
+@pytest.mark.parametrize("limit", [0, K])
+def test_one_clients_lost_state_does_not_touch_the_others(limit: int) -> None:
+    store = new_store(tiny(), limit)
+    run(tiny(), [Revisit()], [0, 2], store=store)
     results, _ = run(tiny(), [Revisit()], base=1, round=2, store=store)
     assert [type(r) for r in results] == [Report, Failure, Report]
+    whole, other = run(tiny(), [Revisit()])
+    reports(whole)
+    run(tiny(), [Revisit()], base=1, round=2, store=other)
+    for k in (0, 2):
+        assert_same_state(state(store, k, 2), state(other, k, 2))
 
 
 # --- Knowledge is digested once ------------------------------------------------------------------
@@ -477,11 +507,18 @@ def test_a_term_that_needs_soft_labels_refuses_weights() -> None:
         {"student": "mlp-8,lenet", "partition": "dirichlet"},
         {"student": "resnet-8", "teacher": "mlp-8"},
         {"student": "lenet", "augment": "jitter-2"},
+        {"batch_size": 7, "optimizer": "sgd"},
+        {"plan": "stacked-2x2"},
+        {"student": "lenet", "plan": "loopx2"},
     ],
-    ids=["mlp", "teacher", "mixed", "resnet", "augmented"],
+    ids=["mlp", "teacher", "mixed", "resnet", "augmented", "odd", "lanes", "loops"],
 )
-def test_a_clients_numbers_do_not_depend_on_who_else_takes_part(keys: dict[str, Any]) -> None:
-    """Bit for bit, through two rounds."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_clients_numbers_do_not_depend_on_who_else_takes_part(
+    keys: dict[str, Any], threads: int
+) -> None:
+    """Bit for bit, through two rounds; seven samples are asked for, and not all take equal steps."""
+    torch.set_num_threads(threads)
     experiment = tiny(local_epochs=2, **keys)
     first: dict[str, Any] = {"asked": ROWS}
     second: dict[str, Any] = {
@@ -547,7 +584,7 @@ def test_personal_knowledge_is_digested_by_its_recipient_alone() -> None:
     orders = [
         Order(k, 1, INITIAL, (Digest(),), NOTHING, own[k], knowledge_round=1) for k in range(K)
     ]
-    store = MemoryStore()
+    store = new_store(experiment)
     results = execute(experiment, world_of(experiment), orders, store)
     for k, result in enumerate(results):
         alone, other = run(experiment, [Digest()], [k], knowledge=own[k], knowledge_round=1)
@@ -571,7 +608,7 @@ def assert_only_the_second_fails(
     results, store = run(experiment, phases, round=2, **common)
     assert [type(r) for r in results] == [Report, Failure, Report]
     assert results[1] == Failure(1, reason)
-    assert store.load(1, 2) is None
+    assert not has(store, 1, 2)
     others, their_store = run(experiment, phases, [0, 2], round=2, **common)
     for k, other in zip((0, 2), others, strict=True):
         assert_same_report(results[k], other)
@@ -682,9 +719,41 @@ def test_testing_is_done_when_it_is_asked_for() -> None:
     assert not any(name.startswith("accuracy_after") for name in names("end"))
 
 
+def test_after_the_last_training_phase_alone() -> None:
+    """The digest is tested, and compared with what it digested, only where it comes last."""
+
+    def names(*phases: Phase, base: int = INITIAL, **order: Any) -> set[str]:
+        results, _ = run(tiny(), phases, asked=ROWS, base=base, evaluate="last", **order)
+        (metrics,) = {frozenset(r.metrics) for r in reports(results)}
+        return {name for name in metrics if not name.startswith("loss_")}
+
+    news: dict[str, Any] = {"knowledge": received(), "knowledge_round": 1}
+    assert names(*USUAL, **news) == {"accuracy_after_revisit", "own_accuracy"}
+    assert names(Revisit(), Digest(), Predict(), **news) == {
+        "accuracy_after_digest", "own_accuracy", "agreement"
+    }  # fmt: skip
+    assert names(Predict(), Revisit(), SendWeights()) == {"accuracy_after_revisit", "own_accuracy"}
+    assert names(Predict()) == set()
+
+
+def test_a_digest_without_news_is_not_the_last_to_train() -> None:
+    results, _ = run(tiny(), [Revisit(), Digest(), Predict()], asked=ROWS, evaluate="last")
+    for report in reports(results):
+        assert "accuracy_after_revisit" in report.metrics
+
+
+def test_accuracy_after_the_last_phase_is_what_it_is_after_all_of_them() -> None:
+    orders: dict[str, Any] = {"asked": ROWS, "knowledge": received(), "knowledge_round": 1}
+    every, _ = run(tiny(), USUAL, evaluate="phases", **orders)
+    last, _ = run(tiny(), USUAL, evaluate="last", **orders)
+    for one, other in zip(reports(every), reports(last), strict=True):
+        skipped = {"accuracy_after_digest", "agreement"}
+        assert other.metrics == {n: v for n, v in one.metrics.items() if n not in skipped}
+
+
 def test_testing_does_not_change_what_is_learnt() -> None:
     stores = []
-    for evaluate in ("none", "phases", "end"):
+    for evaluate in ("none", "phases", "last", "end"):
         _, store = run(
             tiny(student="resnet-8"),
             USUAL,
@@ -697,6 +766,7 @@ def test_testing_does_not_change_what_is_learnt() -> None:
     for k in range(K):
         assert_same_state(state(stores[0], k), state(stores[1], k))
         assert_same_state(state(stores[0], k), state(stores[2], k))
+        assert_same_state(state(stores[0], k), state(stores[3], k))
 
 
 def test_seconds_are_those_of_the_phases() -> None:
@@ -706,44 +776,26 @@ def test_seconds_are_those_of_the_phases() -> None:
         assert all(spent >= 0 for spent in report.seconds.values())
 
 
+@pytest.mark.parametrize("plan", ["stacked", "stacked-1x2", "loop"])
+def test_a_profile_names_the_parts_of_the_phases_and_changes_nothing(plan: str) -> None:
+    experiment = tiny(plan=plan)
+    plain, _ = run(experiment, USUAL, asked=ROWS)
+    results, _ = run(experiment.replace(profile=True), USUAL, asked=ROWS)
+    parts = ("data", "forward", "backward", "optimizer", "evaluate", "predict")
+    for one, report in zip(reports(plain), reports(results), strict=True):
+        assert list(report.seconds)[:3] == list(one.seconds)
+        assert set(list(report.seconds)[3:]) == {f"part {name}" for name in parts}
+        assert report.metrics == one.metrics
+
+
 # --- States --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["memory", "disk"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return MemoryStore() if request.param == "memory" else DiskStore(tmp_path / "clients")
-
-
-def full_state() -> ClientState:
-    world = world_of(tiny())
-    student = world.initial_state("resnet-8", 3)
-    student["body.1.num_batches_tracked"] = torch.tensor(2**40 + 1)
-    return ClientState({"student": student, "teacher": world.initial_state("mlp-9", 4)}, 7)
-
-
-def test_a_state_comes_back_bit_for_bit(store: Store) -> None:
-    store.save(5, 2, full_state(), keep=1)
-    assert_same_state(state(store, 5, 2), full_state())
-    assert store.load(5, 1) is None
-    assert store.load(4, 2) is None
-
-
-def test_only_the_newest_state_and_its_base_are_kept(store: Store) -> None:
-    """A reply that is lost sends its client back to the base."""
-    for number, base in ((1, INITIAL), (2, 1), (3, 1), (11, 3)):
-        marked = ClientState({"student": {"w": torch.tensor([float(number)])}}, number)
-        store.save(0, number, marked, keep=base)
-        store.save(1, number, marked, keep=base)
-    for client in (0, 1):
-        kept = [number for number in range(12) if store.load(client, number) is not None]
-        assert kept == [3, 11]
-        assert state(store, client, 3).digested == 3
-        assert state(store, client, 11).models["student"]["w"].tolist() == [11.0]
-
-
-def test_an_order_can_be_repeated_from_its_base(store: Store) -> None:
+@pytest.mark.parametrize("limit", [0, 1, K])
+def test_an_order_can_be_repeated_from_its_base(limit: int) -> None:
     """After a lost round the next one starts from the same state."""
     experiment = tiny()
+    store = new_store(experiment, limit)
     run(experiment, [Revisit()], store=store)
     lost, _ = run(experiment, [Revisit()], base=1, round=2, store=store)
     next_one, _ = run(experiment, [Revisit()], base=1, round=3, store=store)
@@ -755,9 +807,11 @@ def test_an_order_can_be_repeated_from_its_base(store: Store) -> None:
         assert_same_report(one, two)
 
 
-def test_memory_and_disk_give_the_same_run(tmp_path: Path) -> None:
-    experiment = tiny(student="resnet-8,mlp-8", teacher="mlp-9,none")
-    disk, memory = DiskStore(tmp_path), MemoryStore()
+@pytest.mark.parametrize("limit", [1, 2, K])
+def test_states_in_memory_and_states_on_disk_give_the_same_run(limit: int) -> None:
+    """Two clients share a stack, and the third has models of its own."""
+    experiment = tiny(student="resnet-8,mlp-8,resnet-8", teacher="mlp-9,none,mlp-9")
+    disk, memory = new_store(experiment, 0), new_store(experiment, limit)
     for number in (1, 2, 3):
         order: dict[str, Any] = {"asked": ROWS, "round": number, "base": number - 1}
         if number > 1:
@@ -768,23 +822,32 @@ def test_memory_and_disk_give_the_same_run(tmp_path: Path) -> None:
             assert_same_report(a, b)
     for k in range(K):
         assert_same_state(state(disk, k, 3), state(memory, k, 3))
+        assert_same_state(state(disk, k, 2), state(memory, k, 2))
+        assert not has(memory, k, 1)
 
 
 def test_states_on_disk_hold_no_pickle_and_leave_no_scraps(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path / "clients")
-    run(tiny(), USUAL, asked=ROWS, store=store)
-    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
-    assert files == [f"clients/{k}/1.safetensors" for k in range(K)]
+    experiment = tiny(student="mlp-8,mlp-7")
+    files = StateFiles(tmp_path / "clients", experiment.architecture_period)
+    run(experiment, USUAL, asked=ROWS, store=ResidentStates(files, K))
+    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert found == ["clients/0-0.safetensors", "clients/1-0.safetensors"]
 
 
-def test_what_is_stored_is_not_what_is_trained_on() -> None:
+@pytest.mark.parametrize("limit", [0, K])
+def test_what_is_stored_is_not_what_is_trained_on(limit: int) -> None:
     """A stack may not write into a state that another round may start from."""
     experiment = tiny(student="resnet-8")
-    _, store = run(experiment, [Revisit()])
+    store = new_store(experiment, limit)
+    run(experiment, [Revisit()], store=store)
     before = {n: t.clone() for n, t in state(store, 0).models["student"].items()}
     run(experiment, [Revisit(epochs=2), SendWeights()], base=1, round=2, store=store)
+    taken = store.take(dict.fromkeys(range(K), 1), torch.device("cpu")).models["student"]
+    moved = state(store, 0, 2).models["student"]
+    assert not torch.equal(moved["head.bias"], before["head.bias"])
     for name, tensor in state(store, 0, 1).models["student"].items():
         assert torch.equal(tensor, before[name])
+        assert torch.equal(taken[name][0], before[name])
 
 
 def test_temperature_is_the_experiments_unless_a_phase_has_its_own() -> None:
@@ -820,8 +883,8 @@ def test_a_term_that_vmap_refuses_is_run_client_by_client() -> None:
         ]
         for name in ("mae_logits", "federation_tools:mae_by_item")
     }  # fmt: skip
-    easy = execute(experiment, world, orders["mae_logits"], MemoryStore())
-    hard = execute(experiment, world, orders["federation_tools:mae_by_item"], MemoryStore())
+    easy = execute(experiment, world, orders["mae_logits"], new_store(experiment))
+    hard = execute(experiment, world, orders["federation_tools:mae_by_item"], new_store(experiment))
     for once, again in zip(easy, hard, strict=True):
         assert isinstance(once, Report)
         assert isinstance(again, Report), again

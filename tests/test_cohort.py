@@ -7,7 +7,7 @@ The oracle below shares nothing with the trainer but the order of the samples, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Literal
 
@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedkd import models
-from fedkd.cohort import Cohort, Plan, Side, State, choose_plan, initial_state
+from fedkd.cohort import Cohort, Side, State, initial_state
 from fedkd.errors import FedkdError
 from fedkd.images import Images
 from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
 from fedkd.optimizers import OptimizerSettings
+from fedkd.plans import Plan
 from fedkd.randomness import key, permutation
 from fedkd.schedule import Stream
 
@@ -50,13 +51,12 @@ OPTIMIZERS: dict[Name, dict[str, float]] = {
 }
 STACKED_1, STACKED_2, STACKED_ALL = Plan(True, 1), Plan(True, 2), Plan(True, 7)
 LOOP = Plan(False)
-PLANS = [STACKED_1, STACKED_2, STACKED_ALL, LOOP]
+LANES_2, LOOP_LANES = Plan(True, 3, lanes=2), Plan(False, lanes=3)
+PLANS = [STACKED_1, STACKED_2, STACKED_ALL, LOOP, LANES_2, LOOP_LANES]
 
 
 def plan_name(value: object) -> str | None:
-    if isinstance(value, Plan):
-        return f"stacked-{value.block}" if value.stacked else "loop"
-    return None
+    return str(value) if isinstance(value, Plan) else None
 
 
 # --- Data and the streams of the clients ---------------------------------------------------------
@@ -271,11 +271,12 @@ def fit(
     name: Name = "adam",
     epochs: int = EPOCHS,
     numbers: Mapping[str, float | Tensor] | None = None,
+    batch_size: int = B,
 ) -> Tensor:
     return cohort.fit(
         sides,
         epochs=epochs,
-        batch_size=B,
+        batch_size=batch_size,
         optimizer=optimizer_of(name, clients),
         streams=[stream(k) for k in clients],
         numbers=numbers,
@@ -339,7 +340,8 @@ def test_a_dense_net_in_float32_equals_a_plain_loop(plan: Plan) -> None:
         module = fresh(MODELS["mlp"], k, torch.float32)
         side = PlainSide("private", shard(k), hard_loss)
         expected, _ = train_plainly(module, k, [side], dtype=torch.float32)
-        assert_equal_states(cohort.state(k), expected, 1e-5)
+        # Adam makes a step of the learning rate of a gradient that is nothing but rounding.
+        assert_equal_states(cohort.state(k), expected, 5e-5)
 
 
 @pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
@@ -360,13 +362,25 @@ def test_every_fit_starts_with_a_fresh_optimiser_and_in_training_mode(plan: Plan
 # --- Neighbours ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
-def test_a_dense_client_s_bits_do_not_depend_on_the_others(name: Name) -> None:
-    """Float32 under vmap: alone, reordered, and in blocks of other sizes."""
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [("adam", B), ("adamw", B), ("sgd", B), ("adam", 7), ("sgd", 1)]
+)
+def test_a_dense_client_s_bits_do_not_depend_on_the_others(
+    name: Name, batch_size: int, threads: int
+) -> None:
+    """Float32 under vmap: alone, reordered, in blocks of other sizes, and in lanes.
 
-    def trained(clients: list[int], block: int) -> dict[int, State]:
-        cohort = cohort_of(MODELS["mlp"], clients, Plan(True, block), torch.float32)
-        fit(cohort, clients, [private_side(clients, torch.float32)], name)
+    Matrix products differ by where a client's rows begin (batches of odd sizes) and, for a stack of
+    one, by the number of threads: a lane has one.
+    """
+    torch.set_num_threads(threads)
+
+    def trained(clients: list[int], block: int, lanes: int = threads) -> dict[int, State]:
+        plan = Plan(True, block, lanes)
+        cohort = cohort_of(MODELS["mlp"], clients, plan, torch.float32)
+        side = private_side(clients, torch.float32)
+        fit(cohort, clients, [side], name, batch_size=batch_size)
         return {k: cohort.state(i) for i, k in enumerate(clients)}
 
     together = trained(SEVEN, 7)
@@ -374,15 +388,24 @@ def test_a_dense_client_s_bits_do_not_depend_on_the_others(name: Name) -> None:
         *(trained([k], 1) for k in SEVEN),
         trained([4, 0, 6], 7),
         trained([6, 5, 4, 3, 2, 1, 0], 3),
+        trained([6, 5, 4, 3, 2, 1, 0], 3, lanes=2),
         trained([2, 1], 2),
+        trained([2], 2, lanes=2),
     ):
         for k, state in others.items():
             assert all(torch.equal(state[n], t) for n, t in together[k].items())
 
 
-def test_a_convolutional_client_s_bits_do_not_depend_on_the_others_one_by_one() -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_convolutional_client_s_bits_do_not_depend_on_the_others_one_by_one(
+    threads: int, lanes: int
+) -> None:
+    torch.set_num_threads(threads)
+
     def trained(clients: list[int]) -> dict[int, State]:
-        cohort = cohort_of(MODELS["small-cnn"], clients, LOOP, torch.float32)
+        plan = Plan(False, lanes=lanes)
+        cohort = cohort_of(MODELS["small-cnn"], clients, plan, torch.float32)
         fit(cohort, clients, [private_side(clients, torch.float32)])
         return {k: cohort.state(i) for i, k in enumerate(clients)}
 
@@ -648,7 +671,9 @@ def test_models_that_draw_otherwise_are_refused(build: Builder, plan: Plan) -> N
 def test_predictions_are_those_of_the_module_in_evaluation(
     model: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedkd.cohort.IMAGES_AT_ONCE", 13)  # 101 images in eight chunks
+    monkeypatch.setattr(
+        "fedkd.cohort.IMAGES_AT_ONCE", {True: 13, False: 13}
+    )  # 101 images in eight chunks
     build = MODELS.get(model, lambda: Dropping(nn.Dropout(0.5)))
     clients = [0, 1, 2]
     cohort = cohort_of(build, clients, plan)
@@ -673,12 +698,45 @@ def test_predictions_are_those_of_the_module_in_evaluation(
         assert_equal_states(cohort.state(k), states[k], 0.0)  # predicting changes nothing
 
 
-def test_float32_dense_predictions_do_not_depend_on_the_others() -> None:
-    full = cohort_of(MODELS["mlp"], SEVEN, STACKED_ALL, torch.float32)
-    together = full.predict(images(torch.float32))
-    for k in SEVEN:
-        alone = cohort_of(MODELS["mlp"], [k], STACKED_ALL, torch.float32)
-        assert torch.equal(alone.predict(images(torch.float32))[0], together[k])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [N, 29, 7, 1])
+def test_float32_dense_predictions_do_not_depend_on_the_others(count: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    rows = torch.arange(N).flip(0)[:count]
+    full = cohort_of(MODELS["mlp"], SEVEN, Plan(True, 7, threads), torch.float32)
+    together = full.predict(images(torch.float32), rows)
+    assert together.shape == (7, count, C)
+    for plan in (Plan(True, 7, threads), LANES_2):
+        for k in SEVEN:
+            alone = cohort_of(MODELS["mlp"], [k], plan, torch.float32)
+            assert torch.equal(alone.predict(images(torch.float32), rows)[0], together[k])
+
+
+class Greedy(nn.Module):
+    """Works on its input in place, as a first layer with ``inplace=True`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.mul_(-2.0).flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, LOOP, LANES_2], ids=plan_name)
+@pytest.mark.parametrize("rows", [None, torch.arange(29)], ids=["all", "some"])
+def test_a_model_that_works_in_place_spoils_no_images(plan: Plan, rows: Tensor | None) -> None:
+    """Not for the next block, not for the next look at the same set, not for another model."""
+    clients = [0, 1, 2, 4, 5]
+    greedy, other = cohort_of(Greedy, clients, plan), cohort_of(MODELS["linear"], clients, plan)
+    seen = replace(images())
+    first, before = greedy.predict(seen, rows), other.predict(replace(images()), rows)
+    assert torch.equal(greedy.predict(seen, rows), first)
+    assert torch.equal(other.predict(seen, rows), before)
+    for i, k in enumerate(clients):
+        module = fresh(Greedy, k).eval()
+        expected = module(inputs() if rows is None else inputs()[rows]).detach()
+        torch.testing.assert_close(first[i], expected, rtol=0, atol=1e-12)
 
 
 # --- States --------------------------------------------------------------------------------------
@@ -795,7 +853,7 @@ def test_a_last_batch_of_one_sample_under_batch_norm_is_the_same_in_both_plans()
     assert_equal_states(states[0], states[1], 1e-9)
 
 
-# --- Errors, progress, plans ---------------------------------------------------------------------
+# --- Errors, progress ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
@@ -829,32 +887,3 @@ def test_progress_rises_to_one(plan: Plan) -> None:
     assert told == sorted(told)
     assert 0 < told[0] < 1
     assert told[-1] == 1
-
-
-def test_plans_choose_by_model_and_device() -> None:
-    two = torch.zeros(2, *SHAPE)
-    dense, convolutional = MODELS["mlp"](), MODELS["cnn"]()
-    assert choose_plan(dense, two).stacked
-    assert choose_plan(convolutional, two) == LOOP
-    assert choose_plan(convolutional, two, "stacked").stacked
-    assert choose_plan(dense, two, "loop") == LOOP
-    large = choose_plan(models.build("mlp-800", SHAPE, C), two).block
-    assert 1 <= large < choose_plan(dense, two).block <= 100
-
-
-class Choosy(nn.Module):
-    """Decides by a value, which vmap refuses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense = nn.Linear(64, C)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.dense(images.flatten(1))
-        return logits if logits.sum() > 0 else -logits
-
-
-def test_models_that_vmap_refuses_are_run_one_by_one() -> None:
-    model = Choosy().train()
-    assert choose_plan(model, torch.zeros(2, *SHAPE)) == LOOP
-    assert model.training

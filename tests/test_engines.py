@@ -29,11 +29,31 @@ from fedkd.strategy import DistillationStrategy
 Engine = Literal["cohort", "flower"]
 K, ROUNDS = 3, 3
 
+# Without a plan each engine would measure its own, and plans differ by more than engines do.
 CASES: dict[str, dict[str, Any]] = {
-    "DSFL": {"strategy": "DSFL", "public_per_round": 11, "server_model": "mlp-12"},
-    "FedMD-teacher": {"strategy": "FedMD", "teacher": "mlp-64", "public_labels": False},
-    "FedMD-mixed": {"strategy": "FedMD", "student": "mlp-20,lenet,resnet-8"},
-    "FedAvg": {"strategy": "FedAvg", "student": "mlp-20,mlp-20,lenet", "fraction_train": 0.6},
+    "DSFL": {
+        "strategy": "DSFL",
+        "public_per_round": 11,
+        "server_model": "mlp-12",
+        "plan": "stacked",
+    },
+    "FedMD-teacher": {
+        "strategy": "FedMD",
+        "teacher": "mlp-64",
+        "public_labels": False,
+        "plan": "stacked-2",
+    },
+    "FedMD-mixed": {
+        "strategy": "FedMD",
+        "student": "mlp-20,lenet,resnet-8",
+        "plan": "mlp-20=stacked, lenet=loop, resnet-8=loop",
+    },
+    "FedAvg": {
+        "strategy": "FedAvg",
+        "student": "mlp-20,mlp-20,lenet",
+        "fraction_train": 0.6,
+        "plan": "mlp-20=stacked, lenet=loop",
+    },
 }
 
 
@@ -130,9 +150,10 @@ def test_both_engines_give_the_same_run(
             torch.testing.assert_close(tensor, other_answer[name], rtol=0, atol=1e-5)
     assert_same_result(got.run, expected.run)
     assert got.run.experiment.engine == engine
-    if engine == "flower":
-        states = sorted(p.name for p in (got.run.path / "clients").iterdir())
-        assert states == [str(k) for k in range(K)]
+    assert got.run.experiment.plan == CASES[case]["plan"]
+    architectures = len(CASES[case].get("student", "mlp-8").split(","))
+    states = sorted(p.name for p in (got.run.path / "clients").iterdir())
+    assert states == [f"{residue}-0.safetensors" for residue in range(architectures)]
 
 
 def assert_same_result(got: Run, expected: Run) -> None:
@@ -171,7 +192,9 @@ def test_the_engine_in_this_process_knows_nothing_of_ray() -> None:
 
 def test_a_run_is_in_its_folder_when_it_comes_back(tmp_path: Path) -> None:
     seen: list[Row] = []
-    experiment = tiny(strategy="ds-fl", num_server_rounds=2, run_dir=str(tmp_path), name="mine")
+    experiment = tiny(
+        strategy="ds-fl", num_server_rounds=2, plan="stacked", run_dir=str(tmp_path), name="mine"
+    )
     found = run(experiment, seen.append)
     assert found.path == tmp_path / "mine"
     assert found.rounds == seen

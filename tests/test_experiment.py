@@ -36,7 +36,8 @@ def is_whole(name: str) -> bool:
 
 
 def is_number(name: str) -> bool:
-    return is_whole(name) or "float" in str(FIELDS[name].annotation)
+    kind = FIELDS[name].annotation
+    return get_origin(kind) is not Literal and (is_whole(name) or "float" in str(kind))
 
 
 def outside() -> list[tuple[str, float]]:

@@ -830,6 +830,26 @@ def test_accuracies_are_measured_when_due_and_in_the_last_round() -> None:
             assert row["accuracy_after_revisit"] == other["accuracy_after_revisit"]
 
 
+def test_clients_test_after_the_last_phase_only_if_that_is_wanted() -> None:
+    experiment = tiny(strategy="FedMD", num_server_rounds=4, evaluate_every=3)
+    every, last = (
+        federate(experiment.replace(evaluate_phases=phases)).rows for phases in ("all", "last")
+    )
+    skipped = {
+        name
+        for name in every[2]
+        if name.startswith(("accuracy_after_digest", "client_accuracy_after_digest", "agreement"))
+    }
+    assert len(skipped) >= 2
+    for row, other in zip(last, every, strict=True):
+        kept = {name: value for name, value in other.items() if name not in skipped}
+        for name in ("seconds", "wire_bytes_up", "wire_bytes_down"):
+            del row[name], kept[name]
+        assert row == kept
+    tested = [row["round"] for row in last if "accuracy_after_revisit" in row]
+    assert tested == [3, 4]
+
+
 def test_a_phase_may_have_any_name_and_is_recorded_under_it() -> None:
     class Named(DistillationStrategy):
         facts = Facts("none", "0", "0")

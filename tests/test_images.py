@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -60,16 +61,31 @@ def bytes_of(images: Images, batch: Tensor) -> Bytes:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_batches_are_normalised(dtype: torch.dtype, tolerance: float) -> None:
     images = some_images(dtype)
-    rows = torch.tensor([[3, 0, 10], [3, 7, 1]])
+    rows = torch.tensor([3, 0, 10, 3, 7])
     before = images.pixels.clone()
 
     batch = images.batch(rows)
 
     assert batch.dtype == dtype
-    assert batch.shape == (2, 3, CHANNELS, HEIGHT, WIDTH)
+    assert batch.shape == (5, CHANNELS, HEIGHT, WIDTH)
     expected = normalised(images.pixels.numpy()[rows.numpy()])
     np.testing.assert_allclose(batch.numpy(), expected, rtol=0, atol=10 * tolerance)
     assert torch.equal(images.pixels, before)
+
+
+@pytest.mark.parametrize("channels", [1, CHANNELS])
+@pytest.mark.parametrize("augment", ["none", "crop-flip"])
+def test_the_layout_in_memory_changes_no_value(channels: int, augment: Augment) -> None:
+    images = some_images()
+    images = replace(
+        images, pixels=images.pixels[:, :channels].contiguous(), mean=(0.4,), std=(0.2,)
+    )
+    rows = torch.tensor([[3, 0, 10], [3, 7, 1]])
+    plain = images.batches(rows, augment, keys(2))
+    last = images.batches(rows, augment, keys(2), channels_last=True)
+    assert torch.equal(last, plain)
+    assert torch.equal(images.batch(rows[0], channels_last=True), images.batch(rows[0]))
+    assert last[0].stride()[1:] == (1, WIDTH * channels, channels)
 
 
 def test_one_channel_of_mnist_ends_where_everyone_s_does() -> None:
@@ -96,7 +112,8 @@ def test_keep_takes_rows_and_may_drop_labels() -> None:
 
 def test_no_augmentation_is_the_plain_batch() -> None:
     images, rows = some_images(), torch.tensor([[3, 0], [5, 5]])
-    assert torch.equal(images.augmented(rows, "none", keys(2)), images.batch(rows))
+    plain = images.batches(rows, "none", keys(2))
+    assert torch.equal(plain.flatten(0, 1), images.batch(rows.flatten()))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +125,7 @@ def test_every_image_is_one_of_the_shifts_and_all_of_them_occur(
     images = some_images()
     clients, width = 13, 499
     rows = torch.arange(clients * width).reshape(clients, width) % 2  # two images, many draws
-    drawn = bytes_of(images, images.augmented(rows, augment, keys(clients)))
+    drawn = bytes_of(images, images.batches(rows, augment, keys(clients)))
     drawn = drawn.reshape(-1, CHANNELS, HEIGHT, WIDTH)
 
     offsets = range(-reach, reach + 1)
@@ -130,22 +147,22 @@ def test_a_client_s_images_do_not_depend_on_neighbours_or_padding(augment: Augme
     images = some_images()
     rows = torch.tensor([[3, 0, 10, 2, 2], [3, 0, 10, 2, 2], [1, 1, 1, 5, 6]])
     all_keys = keys(3)
-    together = images.augmented(rows, augment, all_keys)
+    together = images.batches(rows, augment, all_keys)
 
     assert not torch.equal(together[0], together[1])  # same images, other streams
     for k in range(3):
-        alone = images.augmented(rows[k : k + 1], augment, all_keys[k : k + 1])
+        alone = images.batches(rows[k : k + 1], augment, all_keys[k : k + 1])
         assert torch.equal(alone[0], together[k])
-        short = images.augmented(rows[k : k + 1, :2], augment, all_keys[k : k + 1])
+        short = images.batches(rows[k : k + 1, :2], augment, all_keys[k : k + 1])
         assert torch.equal(short[0], together[k, :2])
-    reordered = images.augmented(rows.flip(0), augment, all_keys.flip(0))
+    reordered = images.batches(rows.flip(0), augment, all_keys.flip(0))
     assert torch.equal(reordered.flip(0), together)
-    again = images.augmented(rows, augment, all_keys)
+    again = images.batches(rows, augment, all_keys)
     assert torch.equal(again, together)
 
 
 def test_outside_of_the_image_is_black_before_normalisation() -> None:
     pixels = torch.full((1, CHANNELS, HEIGHT, WIDTH), 200, dtype=torch.uint8)
     images = Images(pixels, None, MEAN, STD, torch.float64)
-    batch = images.augmented(torch.zeros(1, 97, dtype=torch.int64), "jitter-2", keys(1))
+    batch = images.batches(torch.zeros(1, 97, dtype=torch.int64), "jitter-2", keys(1))
     assert set(np.unique(bytes_of(images, batch)).tolist()) == {0, 200}

@@ -2,20 +2,23 @@
 
 It receives the very messages that a strategy sends, decodes them, executes them together (clients of
 one architecture and instruction as one stacked cohort), and encodes the replies, so that bytes and
-rounding are those of the wire. It imports no Ray.
+rounding are those of the wire. With ``num-workers`` the clients are dealt to worker processes that do
+the same; without, no Ray is imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from flwr.app import Message
 
-from fedkd.client_app import answers, introduce, reply
+from fedkd.client_app import answers, introduce, reply, store_of
+from fedkd.engines.workers import Workers
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, encode_introduction
 from fedkd.records import Row, RunFolder
-from fedkd.states import MemoryStore
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
 
@@ -26,26 +29,29 @@ def run(
     folder: RunFolder,
     on_round: Callable[[Row], None],
 ) -> None:
-    """Run a federation in this process and write its records to `folder`."""
-    clients = _Clients(experiment)
-    grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
-    with task_identity():
+    """Run a federation in this process, or from it, and write its records to `folder`."""
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers(experiment)) if experiment.num_workers else None
+        clients = _Clients(experiment, workers)
+        grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
+        stack.enter_context(task_identity())
         strategy.open(grid, experiment, folder, on_round).run()
 
 
 class _Clients:
-    """All clients of a federation."""
+    """All clients of a federation, here or in workers."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, workers: Workers | None = None) -> None:
         self._experiment = experiment
-        self._store = MemoryStore()
+        here = partial(answers, experiment, store_of(experiment, experiment.clients_per_round))
+        self._answers = workers.answers if workers else here
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
         """Answer all messages of an exchange."""
         if messages[0][1].metadata.message_type == HELLO:
             return [self._hello(client, message) for client, message in messages]
         contents = [(client, message.content) for client, message in messages]
-        found = answers(self._experiment, self._store, contents)
+        found = self._answers(contents)
         return [
             reply(message, answer) for (_, message), answer in zip(messages, found, strict=True)
         ]

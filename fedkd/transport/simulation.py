@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Event, Thread, current_thread
+from types import ModuleType
 from typing import Any
 
 from flwr.app import Context
@@ -67,18 +68,11 @@ def simulate(
         BaseException: Whatever `server` raised, as it is.
     """
     resources = check_resources(num_clients, client_cpus, client_gpus, num_cpus)
-    import flwr.simulation  # noqa: F401 - both set variables that belong to them
-    import ray
+    import flwr.simulation  # noqa: F401 - it sets variables that belong to it
 
-    if ray.is_initialized():
-        raise FedkdError("Ray already runs in this process: call ray.shutdown() before")
     stopped, ready = Event(), Event()
     run = _Server(server, num_clients, start_timeout, stopped, ready)
-    with ExitStack() as stack:
-        stack.enter_context(task_identity())
-        stack.enter_context(_environment(_worker_environment(client_cpus)))
-        if not verbose:
-            stack.enter_context(_silence())
+    with task_identity(), ray_session(threads=max(1, int(client_cpus)), verbose=verbose):
         try:
             run_simulation(
                 run,
@@ -91,7 +85,6 @@ def simulate(
             run.failure = run.failure or _without_wrapping(exception)
         finally:
             run.end()
-            ray.shutdown()
     if run.failure is not None:
         raise run.failure
 
@@ -225,7 +218,7 @@ def check_resources(
 
     Flower starts a worker for every share of a CPU, and hangs when there is not a single one.
     """
-    cpus = num_cpus if num_cpus is not None else _available_cpus()
+    cpus = num_cpus if num_cpus is not None else available_cpus()
     gpus = 0
     if client_gpus > 0:
         import torch
@@ -249,7 +242,8 @@ def check_resources(
     }
 
 
-def _available_cpus() -> int:
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -259,27 +253,59 @@ def _backend_config(
     resources: Mapping[str, int], client_cpus: float, client_gpus: float, verbose: bool
 ) -> dict[str, dict[str, Any]]:
     return {
-        "init_args": {
-            **resources,
-            "address": "local",  # whatever RAY_ADDRESS says
-            "include_dashboard": False,
-            "log_to_driver": verbose,
-            "logging_level": "INFO" if verbose else "ERROR",
-        },
+        "init_args": {**local_ray(verbose), **resources},
         "client_resources": {"num_cpus": client_cpus, "num_gpus": client_gpus},
     }
 
 
-def _worker_environment(client_cpus: float) -> dict[str, str]:
+def local_ray(verbose: bool = False) -> dict[str, Any]:
+    """Return what `ray.init` is told to start Ray on this machine, for this process only."""
+    return {
+        "address": "local",  # whatever RAY_ADDRESS says
+        "include_dashboard": False,
+        **ray_log(verbose),
+    }
+
+
+def ray_log(verbose: bool = False) -> dict[str, Any]:
+    """Return what `ray.init` is told about its log and that of its workers."""
+    return {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+
+
+@contextmanager
+def ray_session(threads: int, verbose: bool = False) -> Iterator[ModuleType]:
+    """Yield Ray, to be started or joined; it is left, and the environment as before, afterwards.
+
+    Args:
+        threads: What the libraries of the worker processes may use.
+        verbose: Let Flower and Ray log.
+
+    Raises:
+        FedkdError: Ray already runs in this process.
+    """
+    # As Flower does: under `uv run` Ray would ship the working folder to every worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray  # before the environment is noted: it sets variables that belong to it
+
+    if ray.is_initialized():
+        raise FedkdError("Ray already runs in this process: call ray.shutdown() before")
+    with ExitStack() as stack:
+        stack.enter_context(_environment(_worker_environment(threads)))
+        if not verbose:
+            stack.enter_context(_silence())
+        stack.callback(ray.shutdown)
+        yield ray
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
     """Return the variables that the workers inherit.
 
     Ray would choose the number of threads by itself; the server's process keeps its own.
     """
-    threads = str(max(1, int(client_cpus)))
     return {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }

@@ -1,0 +1,444 @@
+"""Workers: Ray actors that each hold a fixed part of a cohort's clients, for ``num-workers``.
+
+A worker decodes, executes and encodes its clients' messages with the code of the engine in this process
+and keeps their states. Where an actor runs, and which GPU is its own, is Ray's to say. A worker that
+dies is built anew and its messages are sent again: every order names the round to start from, and
+states are on disk by round, so that nothing is lost and no number changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+from socket import gethostname
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from flwr.app import RecordDict
+
+from fedkd import data
+from fedkd.allocator import keep_freed_memory
+from fedkd.client import Failure
+from fedkd.client_app import answers, store_of
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, Scalar
+from fedkd.references import in_one_line
+from fedkd.sources import digest
+from fedkd.transport.simulation import available_cpus, local_ray, ray_log, ray_session
+from fedkd.world import resolve_device, world_of
+
+REBUILDS = 2
+"""How often a worker is built anew within one exchange before its clients are given up."""
+
+START_TIMEOUT = 120.0
+"""Seconds until all workers must be up and have their data."""
+
+_logger = logging.getLogger(__name__)
+
+_Contents = list[tuple[int, RecordDict]]
+_Answers = list[RecordDict | Failure]
+
+
+# --- Who is where ---------------------------------------------------------------------------------
+
+
+def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> list[int]:
+    """Return the worker of each client: of every group each worker gets its share, give or take one.
+
+    A group's clients, the largest shard first, go one by one to the worker that has the fewest of the
+    group, and among these the fewest images.
+
+    Args:
+        groups: by client, what is run together (its architectures).
+        sizes: by client, its private images.
+        num_workers: how many there are.
+    """
+    worker_of = [0] * len(groups)
+    images = [0] * num_workers
+    for group in sorted(set(groups)):
+        has = [0] * num_workers
+        members = [client for client, name in enumerate(groups) if name == group]
+        for client in sorted(members, key=lambda k: -sizes[k]):
+            worker = min(range(num_workers), key=lambda w: (has[w], images[w], w))
+            worker_of[client] = worker
+            has[worker] += 1
+            images[worker] += sizes[client]
+    return worker_of
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a machine a worker takes: whole CPUs, as many threads or fewer, part of a GPU."""
+
+    cpus: int
+    gpus: float
+    threads: int
+
+
+def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: bool) -> Share:
+    """Return the largest share that the workers can have, all the same.
+
+    Args:
+        nodes: the ``CPU`` and ``GPU`` of each machine.
+        num_workers: how many shares are wanted.
+        on_gpu: whether each needs a GPU, or a fraction if there are fewer than workers.
+
+    Raises:
+        FedkdError: there are fewer CPUs than workers, or no GPU.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if on_gpu and not gpus:
+        raise FedkdError(f"num-workers = {num_workers} on device = 'cuda': Ray knows of no GPU")
+    workers_per_gpu = ceil(num_workers / gpus) if on_gpu else 0
+
+    def places(cpus: int) -> int:
+        found = 0
+        for node in nodes:
+            by_cpu = int(node.get("CPU", 0)) // cpus
+            by_gpu = int(node.get("GPU", 0)) * workers_per_gpu
+            found += min(by_cpu, by_gpu) if on_gpu else by_cpu
+        return found
+
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    cpus = next((cpus for cpus in range(most, 0, -1) if places(cpus) >= num_workers), 0)
+    if not cpus:
+        total = sum(int(node.get("CPU", 0)) for node in nodes)
+        raise FedkdError(
+            f"num-workers = {num_workers}: each takes a CPU, and the cluster has {total} where "
+            f"{'a GPU is' if on_gpu else 'they are'}; lower num-workers"
+        )
+    return Share(cpus, 1 / workers_per_gpu if on_gpu else 0.0, cpus)
+
+
+def located(experiment: Experiment) -> Experiment:
+    """Return the experiment with absolute paths: workers have a working directory of their own."""
+    return experiment.replace(
+        run_dir=str(Path(experiment.run_dir).absolute()),
+        data_dir=experiment.data_dir and str(Path(experiment.data_dir).absolute()),
+    )
+
+
+# --- In this process ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """A worker that gave no answers, why, and what Ray says."""
+
+    reason: str
+    details: str = ""
+
+
+class Workers:
+    """The workers of a run; a context manager that starts Ray, or joins a cluster, and leaves it.
+
+    Attributes:
+        events: one line for each worker that was built anew.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.events: list[str] = []
+        self._experiment = located(experiment)
+        self._timeout = experiment.round_timeout
+        self._count = experiment.num_workers
+        shards = world_of(experiment).shards
+        clients = range(experiment.num_clients)
+        architectures = [f"{experiment.student_of(k)} {experiment.teacher_of(k)}" for k in clients]
+        self._worker_of = placement(architectures, [len(s) for s in shards], self._count)
+        self._actors: dict[int, Any] = {}
+        self._sent: dict[str, list[Any]] = {}  # in lists, or Ray would resolve the references
+
+    def __enter__(self) -> Self:
+        """Start all workers.
+
+        Raises:
+            FedkdError: they do not start, or run other code; Ray runs in this process already; there
+                is no such cluster, or it is too small.
+        """
+        with ExitStack() as stack:
+            self._share = stack.enter_context(_ray(self._experiment))
+            stack.callback(self._end_all)
+            self._start()
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave.close()
+
+    def answers(self, contents: Sequence[tuple[int, RecordDict]]) -> list[RecordDict | Failure]:
+        """Answer messages, each by the worker that holds its client: `fedkd.client_app.answers`.
+
+        The clients of a worker fail if it has not answered by the round's timeout, when it is ended,
+        or if it dies, is built anew and dies again.
+
+        Raises:
+            BaseException: whatever a worker raised that is not one client's failure.
+        """
+        parts: dict[int, _Contents] = {}
+        for client, content in contents:
+            lean = {name: record for name, record in content.items() if name != "experiment"}
+            parts.setdefault(self._worker_of[client], []).append((client, RecordDict(lean)))
+        found = self._exchange(parts, self._timeout)
+        by_client: dict[int, RecordDict | Failure] = {}
+        for worker, part in parts.items():
+            outcome = found[worker]
+            clients = [client for client, _ in part]
+            if isinstance(outcome, _Lost):
+                outcome = [Failure(client, outcome.reason) for client in clients]
+            by_client |= zip(clients, outcome, strict=True)
+        return [by_client[client] for client, _ in contents]
+
+    def _start(self) -> None:
+        """Build all workers and have each load its data."""
+        found = self._exchange({worker: [] for worker in range(self._count)}, START_TIMEOUT)
+        lost = [outcome for outcome in found.values() if isinstance(outcome, _Lost)]
+        if lost:
+            late = f"not up in {START_TIMEOUT:g} s; perhaps other jobs hold the cluster's CPUs"
+            raise FedkdError(
+                f"num-workers = {self._count}: {len(lost)} did not start ({lost[0].details or late})"
+            )
+
+    def _exchange(
+        self, parts: Mapping[int, _Contents], timeout: float
+    ) -> dict[int, _Answers | _Lost]:
+        """Have workers answer their parts of an exchange, all at once."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        end = monotonic() + timeout
+        deaths = Counter[int]()
+        found: dict[int, _Answers | _Lost] = {}
+        calls = {self._call(worker, part): worker for worker, part in parts.items()}
+        while calls:
+            done, _ = ray.wait(list(calls), timeout=max(0.0, end - monotonic()))
+            if not done:
+                return found | {worker: self._late(worker, timeout) for worker in calls.values()}
+            worker = calls.pop(done[0])
+            try:
+                answered: _Answers | None = ray.get(done[0])
+            except RayTaskError as error:
+                raise error.cause from error  # a mistake of the experiment, or of this code
+            except RayError as error:  # died, out of memory, its node gone
+                deaths[worker] += 1
+                lost = self._dead(worker, deaths[worker], error)
+                if lost:
+                    found[worker] = lost
+                    continue
+            else:
+                if answered is not None:
+                    found[worker] = answered
+                    continue
+                self._send_data()
+            calls[self._call(worker, parts[worker])] = worker
+        return found
+
+    def _call(self, worker: int, part: _Contents) -> Any:
+        """Hand a worker its part of an exchange; what many messages share is shipped once."""
+        if worker not in self._actors:
+            self._actors[worker] = self._built()
+        return self._actors[worker].answers.remote(part, self._sent)
+
+    def _built(self) -> Any:
+        import ray
+
+        actor: Any = ray.remote(Worker)
+        options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus, "max_restarts": 0}
+        paths = [str(Path(path).absolute()) for path in sys.path]
+        return actor.options(**options).remote(
+            self._experiment.flat(), digest(self._experiment), paths, self._share.threads
+        )
+
+    def _dead(self, worker: int, deaths: int, error: Exception) -> _Lost | None:
+        """Note a death; return what to say of the worker if that was one too many."""
+        self._end(worker)
+        details = in_one_line(error)
+        if deaths > REBUILDS:
+            self._note(f"worker {worker} died {deaths} times in one exchange: given up", details)
+            return _Lost("worker process died", details)
+        self._note(f"worker {worker} died: built anew, its clients start over", details)
+        return None
+
+    def _late(self, worker: int, timeout: float) -> _Lost:
+        self._end(worker)
+        self._note(f"worker {worker} gave no answer in {timeout:g} s: ended, to be built anew")
+        return _Lost("no reply in time")
+
+    def _note(self, event: str, details: str = "") -> None:
+        self.events.append(event)
+        _logger.warning("%s%s", event, f" ({details})" if details else "")
+
+    def _send_data(self) -> None:
+        """Put the data sets where a worker whose machine lacks them finds them, once."""
+        import ray
+
+        if not self._sent:
+            for key, name in _data_sets(self._experiment).items():
+                dataset = data.load(name, self._experiment.data_dir)
+                self._sent[key] = [ray.put(_packed(dataset))]
+
+    def _end(self, worker: int) -> None:
+        import ray
+
+        ray.kill(self._actors.pop(worker))
+
+    def _end_all(self) -> None:
+        for worker in list(self._actors):
+            self._end(worker)
+
+
+@contextmanager
+def _ray(experiment: Experiment) -> Iterator[Share]:
+    """Start Ray on this machine, or join the cluster of ``ray-address``; yield a worker's share."""
+    workers = experiment.num_workers
+    on_gpu = resolve_device(experiment.device).type == "cuda"
+    if experiment.ray_address is None:
+        # More workers than CPUs take turns; together they use the threads of this process.
+        cpus = max(workers, available_cpus())
+        gpus = torch.cuda.device_count() if on_gpu else 0
+        share = share_of([{"CPU": cpus, "GPU": gpus}], workers, on_gpu)
+        threads = min(share.cpus, max(1, torch.get_num_threads() // workers))
+        share = replace(share, threads=threads)
+        with ray_session(share.threads) as ray:
+            ray.init(**local_ray(), num_cpus=cpus, num_gpus=gpus)
+            yield share
+        return
+    with ray_session(threads=1) as ray:
+        try:
+            ray.init(address=experiment.ray_address, **ray_log())
+        except Exception as error:  # Ray has many
+            raise FedkdError(
+                f"ray-address = '{experiment.ray_address}': no cluster can be joined there "
+                f"({in_one_line(error)})"
+            ) from error
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield share_of(nodes, workers, on_gpu)
+
+
+# --- In a worker ----------------------------------------------------------------------------------
+
+
+class Worker:
+    """What runs in a worker process; Ray makes an actor of it.
+
+    Args:
+        keys: the experiment's.
+        sources: digest of the code that the driver runs.
+        paths: where the driver finds modules.
+        threads: that torch may use.
+    """
+
+    def __init__(
+        self, keys: Mapping[str, Scalar], sources: str, paths: Sequence[str], threads: int
+    ) -> None:
+        sys.path += [path for path in paths if path not in sys.path]
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self._keys = keys
+        self._sources = sources
+        self._answers: Callable[[_Contents], _Answers] | None = None
+
+    def answers(self, contents: _Contents, sent: Mapping[str, list[Any]]) -> _Answers | None:
+        """Answer messages, of which there may be none; get the data before, if need be.
+
+        Returns:
+            One answer a message, or ``None`` if this machine lacks data that are not in `sent` yet.
+
+        Raises:
+            FedkdError: this process runs other code than the driver; see `client_app.answers`.
+        """
+        if self._answers is None:
+            self._refuse_other_code()
+            experiment = Experiment.load(("the driver", self._keys))
+            if sent:
+                experiment = _receive(experiment, sent)
+            elif not _has_data(experiment):
+                return None
+            world_of(experiment)
+            self._answers = partial(
+                answers, experiment, store_of(experiment, experiment.clients_per_round)
+            )
+        return self._answers(contents) if contents else []
+
+    def _refuse_other_code(self) -> None:
+        # Of the keys only this one matters here; other code may know other keys.
+        code = Experiment.load(("the driver", {"client-code": self._keys["client-code"]}))
+        if digest(code) != self._sources:
+            raise FedkdError(
+                f"a worker on {gethostname()} runs other code than this process "
+                "(fedkd, strategies or client-code differ); start both from the same installation"
+            )
+
+
+def _data_sets(experiment: Experiment) -> dict[str, str]:
+    """Return the data sets that an experiment uses, by key."""
+    names = {"dataset": experiment.dataset, "public": experiment.public}
+    return {key: name for key, name in names.items() if (key, name) != ("public", "train")}
+
+
+def _has_data(experiment: Experiment) -> bool:
+    """Whether the data can be had on this machine without downloading any."""
+    folder = data.data_folder(experiment.data_dir)
+    for name in _data_sets(experiment).values():
+        info = data.DATASETS.get(name)
+        if info and info.needs_download and not (folder / f"{name}.safetensors").exists():
+            return False
+    try:
+        world_of(experiment)
+    except FedkdError:  # if it is not about the data, it is raised again with those that are sent
+        return False
+    return True
+
+
+class _Sent:
+    """Data sets that the driver sent: `data.load` finds them by ``module:function``."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, data.Dataset] = {}
+
+    def dataset(self, folder: Path) -> data.Dataset:
+        """Return what ``dataset`` names in the driver."""
+        return self.sets["dataset"]
+
+    def public(self, folder: Path) -> data.Dataset:
+        """Return what ``public`` names in the driver."""
+        return self.sets["public"]
+
+
+SENT = _Sent()
+"""The data sets of this worker process, if they had to be sent."""
+
+
+def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experiment:
+    """Take data sets out of Ray's object store and have the experiment name them."""
+    import ray
+
+    SENT.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
+    return experiment.replace(**{key: f"{__name__}:SENT.{key}" for key in sent})
+
+
+def _packed(dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a data set's tensors as arrays, which the workers of a machine share, and the rest."""
+    fields = {**vars(dataset)}
+    return {name: fields.pop(name).numpy() for name in data.TENSORS}, fields
+
+
+def _unpacked(arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> data.Dataset:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensors: dict[str, Any] = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    return data.Dataset(**tensors, **fields)

@@ -1,0 +1,110 @@
+"""Plans: how the models of a cohort are run, which changes results only within tolerance."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from fedkd.references import in_one_line
+
+_logger = logging.getLogger(__name__)
+
+_TEXT = re.compile(r"(?:loop|stacked(?:-(?P<block>[1-9]\d*))?)(?:x(?P<lanes>[1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the models of a cohort are run, written ``loop``, ``stacked-50`` or ``stacked-50x2``.
+
+    Attributes:
+        stacked: through ``vmap``, K = 1 included (so that a client's bits do not depend on K), or
+            one by one.
+        block: models stepped at once; 1 unless stacked.
+        lanes: blocks run at the same time, each with its share of the CPU's threads.
+    """
+
+    stacked: bool
+    block: int = 1
+    lanes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block != 1 and not self.stacked:
+            raise ValueError(f"block = {self.block}: models that run one by one make blocks of 1")
+
+    def __str__(self) -> str:
+        name = f"stacked-{self.block}" if self.stacked else "loop"
+        return name if self.lanes == 1 else f"{name}x{self.lanes}"
+
+
+def default_plan(model: nn.Module, example: Tensor) -> Plan:
+    """Return the plan that needs no measurement.
+
+    Stacking turns convolutions into grouped ones, which lose on a CPU; small dense nets gain
+    everywhere. Blocks are bounded because temporaries that outgrow the heap page-fault.
+
+    Args:
+        model: on the device.
+        example: two images, to try whether ``vmap`` takes the model.
+    """
+    on_cpu = example.device.type == "cpu"
+    if (convolves(model) and on_cpu) or not _maps(model, example):
+        return Plan(stacked=False)
+    return Plan(stacked=True, block=largest_block(model))
+
+
+def convolves(model: nn.Module) -> bool:
+    """Whether a model has convolutions."""
+    return any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in model.modules())
+
+
+def largest_block(model: nn.Module) -> int:
+    """Return how many models of this size are stepped at once at most."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    most, budget = (100, 8 << 20) if on_cpu else (1000, 4 << 30)
+    return max(1, min(most, budget // max(size, 1)))
+
+
+def wanted_plan(key: str, architecture: str, model: nn.Module, example: Tensor) -> Plan:
+    """Return the plan that an experiment's ``plan`` key names for an architecture.
+
+    Args:
+        key: ``"auto"``, one plan for all, or ``architecture=plan`` pairs, separated by commas; what it
+            does not name runs by its `default_plan`.
+        architecture: a model's name.
+        model: see `default_plan`.
+        example: likewise.
+    """
+    for entry in key.split(","):
+        name, _, text = entry.strip().rpartition("=")
+        found = _TEXT.fullmatch(text)
+        if name in ("", architecture) and found:
+            plan = Plan(text.startswith("stacked"), lanes=int(found["lanes"] or 1))
+            block = int(found["block"] or largest_block(model))
+            return replace(plan, block=block) if plan.stacked else plan
+    return default_plan(model, example)
+
+
+def _maps(model: nn.Module, example: Tensor) -> bool:
+    """Try whether two copies of the model run side by side; say which operation refuses."""
+    states: list[dict[str, Tensor]] = [
+        dict(model.named_parameters()),
+        dict(model.named_buffers()),
+    ]
+    stacked = [{n: t.detach().expand(2, *t.shape) for n, t in state.items()} for state in states]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            vmap(lambda p, b: functional_call(model, (p, b), (example,), strict=True))(*stacked)
+    except RuntimeError as error:
+        _logger.warning("run one by one, as vmap refuses the model: %s", in_one_line(error))
+        return False
+    finally:
+        model.train(training)
+    return True

@@ -1,0 +1,75 @@
+"""Where the time goes: a stopwatch that costs nothing unless somebody asked for it.
+
+Parts are those of the hot path: ``data`` (gather, augment, normalise), ``forward``, ``backward``,
+``optimizer``, ``predict``, ``evaluate``. A part inside another one counts for the outer one only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
+from types import TracebackType
+
+import torch
+
+Seconds = dict[str, float]
+
+PART = "part"
+"""Begins the name of a part among the seconds of a report."""
+
+_running: ContextVar[Seconds | None] = ContextVar("seconds by part", default=None)
+
+
+@contextmanager
+def profiled(wanted: bool = True) -> Iterator[Seconds]:
+    """Measure the parts that run inside the block; yields seconds by part, filled on the way.
+
+    On a GPU every part then waits for the device, so that its time is its own: a profiled run is
+    slower than another.
+    """
+    seconds: Seconds = {}
+    token = _running.set(seconds if wanted else None)
+    try:
+        yield seconds
+    finally:
+        _running.reset(token)
+
+
+def is_measured() -> bool:
+    """Whether somebody measures."""
+    return _running.get() is not None
+
+
+class part:
+    """Count the block as a part, if somebody measures."""
+
+    __slots__ = ("_name", "_seconds", "_started", "_token")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._seconds = _running.get()
+        if self._seconds is not None:
+            self._token = _running.set(None)
+            _wait_for_the_device()
+            self._started = perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._seconds is not None:
+            _wait_for_the_device()
+            spent = perf_counter() - self._started
+            self._seconds[self._name] = self._seconds.get(self._name, 0.0) + spent
+            _running.reset(self._token)
+
+
+def _wait_for_the_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
