@@ -163,9 +163,9 @@ def compare(
     seeds = [experiment.seed] if seeds is None else list(seeds)
     names = [_canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
     _check_all(experiment, names, seeds)
-    experiment = planned(experiment)  # one plan for all: what it decides is not the method's
     is_central = any(name in CENTRAL for name in names)
     baseline = central(_pooled(experiment), seeds, progress=progress) if is_central else None
+    experiment = planned(experiment)  # one plan for all federations: its bits are not the method's
     runs = {
         name: [_run(experiment, name, seed, progress) for seed in seeds]
         for name in names

@@ -55,6 +55,10 @@ def in_lanes(
     try:
         with ThreadPoolExecutor(lanes) as pool:
             calls = [pool.submit(copy_context().run, one, job) for job in jobs]
-            return [call.result() for call in calls]
+            try:
+                return [call.result() for call in calls]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(threads)

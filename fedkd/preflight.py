@@ -33,6 +33,7 @@ def check(experiment: Experiment) -> DistillationStrategy:
     _check_engine(experiment)
     world = world_of(experiment)
     check_models(experiment, world, ("student", "teacher", "server_model"))
+    _check_plan(experiment)
     per_round = experiment.public_per_round
     if per_round is not None and per_round > len(world.public):
         raise FedkdError(
@@ -73,6 +74,18 @@ def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) 
             f"server-model = '{experiment.server_model}': {strategy.name()} sends no soft labels to "
             "train it on; set server-model = 'none'"
         )
+
+
+def _check_plan(experiment: Experiment) -> None:
+    """Refuse a plan for an architecture that the run does not have."""
+    models = f"{experiment.student},{experiment.teacher},{experiment.server_model}"
+    known = sorted({name.strip() for name in models.split(",")} - {"none"})
+    for entry in experiment.plan.split(","):
+        name = entry.strip().rpartition("=")[0]
+        if name and name not in known:
+            raise FedkdError(
+                f"plan = '{experiment.plan}': no model is {name}; this run has {', '.join(known)}"
+            )
 
 
 def _check_cluster(address: str) -> None:
