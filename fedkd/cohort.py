@@ -389,7 +389,7 @@ class _Block:
     def record_what_is_due(self) -> None:
         """Record the steps of this block that have run often, for the fits to come."""
         graphs = self._cohort.graphs
-        if graphs is None or not self._cohort.plan.stacked:
+        if graphs is None or not graphs.has_due():
             return
         for active in sorted(
             {sum(s > t for s in self._steps) for t in set(self._steps) | {0}} - {0}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RECORD_AFTER = 300
-"""Steps of one kind before it is recorded: about what recording costs."""
+RECORD_AFTER = 1000
+"""Steps of one kind before it is recorded: what recording saves in so many is about what it costs."""
 
 MOST = 16
 """Recorded steps of an architecture: one for each number of clients that still train."""
@@ -35,6 +35,10 @@ class Graphs:
         """Return the recorded step of a kind, if there is one; counts how often it is asked for."""
         self._seen[kind] += 1
         return self._recorded.get(kind)
+
+    def has_due(self) -> bool:
+        """Whether a step of any kind has run often enough to be recorded now."""
+        return any(self.is_due(kind) for kind in self._seen)
 
     def is_due(self, kind: Hashable) -> bool:
         """Whether a step of a kind has run often enough to be recorded now."""

@@ -8,11 +8,13 @@ what another process takes from one core then no longer stops the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from copy import deepcopy
+from functools import cache
 from queue import SimpleQueue
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ def in_lanes(
     Args:
         run: what to do with a model without parameters of its own, and of its lane's own.
         jobs: taken from the front by whichever lane is free.
-        skeleton: copied for every lane but the first.
+        skeleton: copied for every lane.
         lanes: how many run at once. A job has its share of the threads also if it is the only one, as
             the number of threads decides the last bits of a product.
     """
@@ -41,8 +43,8 @@ def in_lanes(
     threads = torch.get_num_threads()
     share = max(1, threads // lanes)
     models: SimpleQueue[Stateless] = SimpleQueue()
-    for lane in range(lanes):
-        models.put(Stateless(deepcopy(skeleton) if lane else skeleton))
+    for model in _copies(skeleton, lanes):
+        models.put(model)
 
     def one(job: J) -> R:
         torch.set_num_threads(share)  # of the calling thread
@@ -52,13 +54,29 @@ def in_lanes(
         finally:
             models.put(mine)
 
+    calls = [_pool(lanes).submit(copy_context().run, one, job) for job in jobs]
     try:
-        with ThreadPoolExecutor(lanes) as pool:
-            calls = [pool.submit(copy_context().run, one, job) for job in jobs]
-            try:
-                return [call.result() for call in calls]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return [call.result() for call in calls]
     finally:
+        for call in calls:
+            call.cancel()
+        wait(calls)
         torch.set_num_threads(threads)
+
+
+@cache
+def _pool(lanes: int) -> ThreadPoolExecutor:
+    """Return the threads of the lanes, which stay: starting one takes as long as a step."""
+    return ThreadPoolExecutor(lanes, thread_name_prefix="lane")
+
+
+_KEPT: WeakKeyDictionary[nn.Module, list[Stateless]] = WeakKeyDictionary()
+
+
+def _copies(skeleton: nn.Module, lanes: int) -> list[Stateless]:
+    """Return a copy of a model for every lane, in the same mode."""
+    kept = _KEPT.setdefault(skeleton, [])
+    kept += [Stateless(deepcopy(skeleton)) for _ in range(len(kept), lanes)]
+    for copy in kept[:lanes]:
+        copy.module.train(skeleton.training)
+    return kept[:lanes]
