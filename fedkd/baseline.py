@@ -6,7 +6,7 @@ the same images in the same order from the same initial weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 
 import torch
@@ -20,8 +20,9 @@ from fedkd.images import Augment, Images
 from fedkd.losses import Term, ce, kl_term
 from fedkd.models import num_parameters
 from fedkd.optimizers import OptimizerSettings
+from fedkd.preflight import check_plan
 from fedkd.records import CentralRun, RunFolder, environment
-from fedkd.tuning import planned
+from fedkd.tuning import described, planned
 from fedkd.world import World, check_models, world_of
 
 Progress = Callable[[str, float], None]
@@ -60,10 +61,11 @@ def central(
     check_models(experiment, worlds[0], ("student", "teacher"))
     keep_freed_memory()
     counts = ((experiment.teacher, len(seeds)), (experiment.student, 2 * len(seeds)))
+    reasons = described(experiment, counts)
     experiment = planned(experiment, counts)
     work = _Central(experiment, seeds, worlds, progress)
     run = work.run()
-    return _saved(run, experiment, str(worlds[0].train.device)) if save else run
+    return _saved(run, experiment, str(worlds[0].train.device), reasons) if save else run
 
 
 def check_central(experiment: Experiment) -> None:
@@ -76,6 +78,7 @@ def check_central(experiment: Experiment) -> None:
         raise FedkdError(
             "teacher = 'none': the central baseline needs a teacher, such as 'mlp-800'"
         )
+    check_plan(experiment)
     for key, names in (("student", experiment.student), ("teacher", experiment.teacher)):
         if "," in names:
             raise FedkdError(f"{key} = '{names}': the central baseline trains one {key}; name one")
@@ -177,8 +180,11 @@ def _accuracy(predicted: Tensor, images: Images) -> list[float]:
     return [float(a) for a in (predicted.cpu() == images.labels.cpu()).double().mean(1)]
 
 
-def _saved(run: CentralRun, experiment: Experiment, device: str) -> CentralRun:
+def _saved(
+    run: CentralRun, experiment: Experiment, device: str, reasons: Mapping[str, str]
+) -> CentralRun:
     folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
-    folder.write_experiment(experiment, environment(device, torch.get_num_threads()))
+    surroundings = environment(device, torch.get_num_threads())
+    folder.write_experiment(experiment, {**surroundings, **reasons})
     folder.write_result(run.as_json())
     return CentralRun(**{**run.__dict__, "path": folder.path})

@@ -147,7 +147,7 @@ def _run_or_split(
     experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
 ) -> list[Report | Failure]:
     try:
-        return _run(experiment, world, orders, store)
+        results, trained = _run(experiment, world, orders, store)
     except Exception as error:
         if experiment.plan != "loop" and _is_refused_by_vmap(error):
             _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
@@ -159,6 +159,9 @@ def _run_or_split(
         return [
             result for one in orders for result in _run_or_split(experiment, world, [one], store)
         ]
+    for states in trained:  # a full disk is no client's failure
+        store.put(states, orders[0].round, {order.client: order.base for order in orders})
+    return results
 
 
 def _is_refused_by_vmap(error: Exception) -> bool:
@@ -169,8 +172,12 @@ def _is_refused_by_vmap(error: Exception) -> bool:
 
 def _run(
     experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
-) -> list[Report | Failure]:
-    """Execute the orders of a group as one stack, or two where only some have news to digest."""
+) -> tuple[list[Report | Failure], list[States]]:
+    """Execute the orders of a group as one stack, or two where only some have news to digest.
+
+    Returns:
+        A result for each order, and the new states.
+    """
     states = _starting_states(experiment, world, orders, store)
     by_client = {order.client: order for order in orders}
     results: list[Report | Failure] = [
@@ -179,14 +186,15 @@ def _run(
         if client not in states.clients
     ]
     found = [by_client[client] for client in states.clients]
+    trained: list[States] = []
     fresh = [_is_fresh(o, digested) for o, digested in zip(found, states.digested, strict=True)]
     for is_fresh in sorted(set(fresh)):
         rows = [row for row, flag in enumerate(fresh) if flag == is_fresh]
         some = states if len(rows) == len(fresh) else states.rows(rows)
         stack = _Stack(experiment, world, [found[row] for row in rows], some, is_fresh)
         results += stack.run()
-        store.put(some, orders[0].round, {order.client: order.base for order in stack.orders})
-    return results
+        trained.append(some)
+    return results, trained
 
 
 def _starting_states(
@@ -323,13 +331,10 @@ class _Stack:
 
     def _is_evaluated(self, position: int) -> bool:
         """Whether models are tested after the fit at a position."""
-        later = any(
-            isinstance(phase, Fit) and self._sides(phase)
-            for phase in self.first.phases[position + 1 :]
-        )
-        return self.first.evaluate in ("phases", "end") or (
-            self.first.evaluate == "last" and not later
-        )
+        if self.first.evaluate != "last":
+            return self.first.evaluate in ("phases", "end")
+        later = self.first.phases[position + 1 :]
+        return not any(isinstance(phase, Fit) and self._sides(phase) for phase in later)
 
     def _sides(self, phase: Fit) -> list[Side]:
         """Turn a fit's terms into streams of batches, without terms whose knowledge is missing."""

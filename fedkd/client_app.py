@@ -10,6 +10,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedkd.allocator import keep_freed_memory
 from fedkd.client import Failure, execute
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -40,6 +41,7 @@ def hello(message: Message, context: Context) -> Message:
 @app.train("fedkd")
 def train(message: Message, context: Context) -> Message:
     """Execute an order and report."""
+    keep_freed_memory()
     experiment = decode_experiment(message.content)
     client = _partition(context, experiment)
     (answer,) = answers(experiment, store_of(experiment), [(client, message.content)])

@@ -8,7 +8,7 @@ and changes results only within floating-point tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -151,13 +151,12 @@ class Cohort:
         order = sorted(range(len(self)), key=lambda k: -steps[k])
         ticked = _Progress(sum(steps), progress)
         blocks = self._blocks(order)
-        first: list[_Block] = []
+        kept: dict[int, _Block] = {}  # one of each size
 
         def train(model: Stateless, clients: Sequence[int]) -> Tensor:
             taken = [steps[k] for k in clients]
             block = _Block(self, model, clients, sides, batch_size, streams, taken)
-            if clients is blocks[0]:
-                first.append(block)
+            kept.setdefault(len(clients), block)
             losses = block.train(optimizer, numbers or {}, ticked)
             block.write_back()
             return losses
@@ -165,8 +164,15 @@ class Cohort:
         losses = torch.zeros(len(self), dtype=self._dtype, device=self._device)
         with matrix_products(self.precision, self._device):
             losses[order] = torch.cat(in_lanes(train, blocks, self.skeleton, self.plan.lanes))
-            first[0].record_what_is_due()  # here, as recording and lanes do not go together
+            self._record(kept.values())
         return losses
+
+    def _record(self, blocks: Iterable[_Block]) -> None:
+        """Record the steps that have run often; here, as recording and lanes do not go together."""
+        if self.graphs is not None and self.graphs.has_due():
+            for block in blocks:
+                block.record_what_is_due(self.graphs)
+            self.graphs.give_up_what_is_due()
 
     def predict(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
@@ -386,11 +392,8 @@ class _Block:
         losses, *grads = recorded(*_flat(inputs))
         return losses, tuple(grads)
 
-    def record_what_is_due(self) -> None:
+    def record_what_is_due(self, graphs: Graphs) -> None:
         """Record the steps of this block that have run often, for the fits to come."""
-        graphs = self._cohort.graphs
-        if graphs is None or not graphs.has_due():
-            return
         for active in sorted(
             {sum(s > t for s in self._steps) for t in set(self._steps) | {0}} - {0}
         ):
@@ -402,9 +405,9 @@ class _Block:
 
     def _kind(self, inputs: _Inputs) -> Hashable:
         """Return what a step depends on besides the values of its inputs."""
-        terms = tuple(term.reference for side in self._sides for term in side.terms)
-        form = tuple((n, t.dtype, t.shape) for tree in inputs for n, t in tree.items())
-        return terms, tuple(len(side.terms) for side in self._sides), form, self._cohort.precision
+        terms = tuple(tuple(side.terms) for side in self._sides)
+        form = tuple((n, t.dtype, t.shape, t.stride()) for tree in inputs for n, t in tree.items())
+        return terms, form, self._cohort.precision
 
     def _step(self, names: Sequence[Sequence[str]], *tensors: Tensor) -> tuple[Tensor, ...]:
         losses, grads = self._computed(tuple(_trees(names, tensors)), watch=False)

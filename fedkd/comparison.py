@@ -14,6 +14,7 @@ from fedkd.baseline import central, check_central
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
+from fedkd.plans import without
 from fedkd.preflight import check
 from fedkd.records import CentralRun, Run, RunFolder, gap_closed
 from fedkd.registry import find, strategies
@@ -231,13 +232,19 @@ def _variant(experiment: Experiment, method: str, seed: int) -> Experiment:
     """Return the experiment as one method runs it."""
     label = method.split(":")[-1].lower()
     strategy = find(method)
+    observes = strategy.uploads() is SoftLabels
+    serves_alone = (
+        experiment.server_model not in f"{experiment.student},{experiment.teacher}".split(",")
+    )
+    drops = serves_alone and not observes
     return experiment.replace(
         strategy=method,
+        plan=without(experiment.plan, experiment.server_model) if drops else experiment.plan,
         # Settings and the server's model belong to the methods that know them.
         strategy_config=experiment.strategy_config
         if _canonical(experiment.strategy) == method
         else "none",
-        server_model=experiment.server_model if strategy.uploads() is SoftLabels else "none",
+        server_model=experiment.server_model if observes else "none",
         seed=seed,
         name=f"{experiment.name}-{label}-seed{seed}" if experiment.name else None,
     )

@@ -45,6 +45,10 @@ class Graphs:
         fits = len(self._recorded) < MOST and kind not in self._recorded
         return fits and kind not in self._refused and self._seen[kind] >= RECORD_AFTER
 
+    def give_up_what_is_due(self) -> None:
+        """Go on as before with steps that are due and were not recorded."""
+        self._refused |= {kind for kind in self._seen if self.is_due(kind)}
+
     def record(self, kind: Hashable, step: Step, inputs: Sequence[Tensor]) -> None:
         """Record a step by running it; what cannot be recorded goes on as before.
 

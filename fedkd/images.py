@@ -148,4 +148,4 @@ def _shifted(pixels: Tensor, draw: Tensor, augment: Literal["crop-flip", "jitter
         x = torch.where(draw[:, 2, None] >= 1 << 15, x.flip(1), x)
     image = torch.arange(n, device=pixels.device)[:, None, None]
     moved = pad(pixels, (reach,) * 4)[image, :, y[:, :, None], x[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
+    return moved.permute(0, 3, 1, 2).contiguous()

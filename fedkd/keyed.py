@@ -123,8 +123,8 @@ class KeyedMode(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
-        if func is F.linear and self._real is not None:
-            return _linear(*args, **kwargs)
+        if self._real is not None and func in _STACKED:
+            return _STACKED[func](*args, **kwargs)
         return func(*args, **kwargs)
 
     def _dropout(
@@ -152,6 +152,8 @@ class KeyedMode(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        if self._real is not None:
+            input = _not_half(input)
         # PyTorch refuses a batch of one value a channel, which a shard may well end with.
         if not training or (self._real is None and input.numel() > input.shape[1]):
             return F.batch_norm(
@@ -185,7 +187,7 @@ class FeaturesFirst(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        run = _linear if func is F.linear else func
+        run: Callable[..., Any] = _STACKED.get(func, func)
         return run(*args, **(kwargs or {}))
 
 
@@ -200,3 +202,36 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     product = weight @ input.t()
     # Not `addmm`, which vmap takes apart into more operations than these two.
     return (product if bias is None else product + bias.unsqueeze(1)).t()
+
+
+def _convolution(function: Any) -> Callable[..., Tensor]:
+    """Return a convolution that computes in the type of autocast, which vmap's does not know of."""
+
+    def convolve(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        device = input.device.type
+        given, named = [input, *args], kwargs
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            given = [a.to(dtype) if isinstance(a, Tensor) else a for a in given]
+            named = {n: a.to(dtype) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
+        output: Tensor = function(*given, **named)
+        return output
+
+    return convolve
+
+
+def _not_half(input: Tensor) -> Tensor:
+    """Return float32 for bfloat16: statistics need it, and vmap's normalisation knows no mixture."""
+    return input.float() if input.dtype == torch.bfloat16 else input
+
+
+def _batch_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return F.batch_norm(_not_half(input), *args, **kwargs)
+
+
+_STACKED: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+    **{function: _convolution(function) for function in (F.conv1d, F.conv2d, F.conv3d)},
+}
+"""Layers that run differently in a stack."""

@@ -90,6 +90,12 @@ def wanted_plan(key: str, architecture: str, model: nn.Module, example: Tensor) 
     return default_plan(model, example)
 
 
+def without(key: str, architecture: str) -> str:
+    """Return a ``plan`` key without what it says of an architecture."""
+    entries = [e.strip() for e in key.split(",")]
+    return ", ".join(e for e in entries if e.rpartition("=")[0] != architecture) or "auto"
+
+
 def _maps(model: nn.Module, example: Tensor) -> bool:
     """Try whether two copies of the model run side by side; say which operation refuses."""
     states: list[dict[str, Tensor]] = [

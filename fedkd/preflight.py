@@ -33,7 +33,7 @@ def check(experiment: Experiment) -> DistillationStrategy:
     _check_engine(experiment)
     world = world_of(experiment)
     check_models(experiment, world, ("student", "teacher", "server_model"))
-    _check_plan(experiment)
+    check_plan(experiment)
     per_round = experiment.public_per_round
     if per_round is not None and per_round > len(world.public):
         raise FedkdError(
@@ -76,15 +76,19 @@ def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) 
         )
 
 
-def _check_plan(experiment: Experiment) -> None:
-    """Refuse a plan for an architecture that the run does not have."""
+def check_plan(experiment: Experiment) -> None:
+    """Refuse a plan for an architecture that the run does not have, or has twice.
+
+    Raises:
+        FedkdError: there is one; the text names it.
+    """
     models = f"{experiment.student},{experiment.teacher},{experiment.server_model}"
     known = sorted({name.strip() for name in models.split(",")} - {"none"})
-    for entry in experiment.plan.split(","):
-        name = entry.strip().rpartition("=")[0]
-        if name and name not in known:
+    named = [entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")]
+    for name in named:
+        if name and (name not in known or named.count(name) > 1):
             raise FedkdError(
-                f"plan = '{experiment.plan}': no model is {name}; this run has {', '.join(known)}"
+                f"plan = '{experiment.plan}': '{name}' must be one of {', '.join(known)}, named once"
             )
 
 

@@ -12,7 +12,7 @@ from fedkd.experiment import Experiment
 from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.strategy import DistillationStrategy
-from fedkd.tuning import choices, planned
+from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
 
 _ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
@@ -35,7 +35,6 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
     """
     keep_freed_memory()
     strategy = check(experiment)
-    chosen = choices(experiment)
     folder = RunFolder.create(experiment, default_name(experiment, strategy))
     named = experiment.replace(
         name=folder.path.name,
@@ -44,8 +43,7 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
         plan=planned(experiment).plan,
     )
     surroundings = environment(named.device, torch.get_num_threads())
-    surroundings["plans"] = "; ".join(map(str, chosen))
-    folder.write_experiment(named, surroundings)
+    folder.write_experiment(named, {**surroundings, **described(experiment)})
     import_module(_ENGINES[experiment.engine]).run(strategy, named, folder, on_round)
     return Run.load(folder.path)
 

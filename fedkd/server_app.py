@@ -10,7 +10,7 @@ from fedkd.experiment import Experiment
 from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
 from fedkd.transport.simulation import guarded
-from fedkd.tuning import planned
+from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
 
 app = ServerApp()
@@ -22,11 +22,12 @@ def main(grid: Grid, context: Context) -> None:
     given = Experiment.load(("Flower's run config", context.run_config))
     experiment = given.replace(engine="flower")
     strategy = check(experiment)
+    reasons = described(experiment)
     experiment = planned(experiment)
     folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))
     device = str(resolve_device(named.device))
-    folder.write_experiment(named, environment(device, torch.get_num_threads()))
+    folder.write_experiment(named, {**environment(device, torch.get_num_threads()), **reasons})
     with guarded(grid) as guarded_grid:
         strategy.open(guarded_grid, named, folder).run()

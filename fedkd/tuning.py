@@ -26,7 +26,7 @@ from fedkd.world import World, world_of
 
 _logger = logging.getLogger(__name__)
 
-STEPS = 3
+STEPS = 6
 """Steps of each plan, of which the first is not timed."""
 
 ROUNDS = 20
@@ -50,6 +50,11 @@ class Choice:
 
 Counts = tuple[tuple[str, int], ...]
 """How many models of each architecture are run at once."""
+
+
+def described(experiment: Experiment, counts: Counts = ()) -> dict[str, str]:
+    """Say which plans were chosen and why, for the run folder; see `choices`."""
+    return {"plans": "; ".join(map(str, choices(experiment, counts)))}
 
 
 def planned(experiment: Experiment, counts: Counts = ()) -> Experiment:
