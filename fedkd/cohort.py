@@ -406,8 +406,9 @@ class _Block:
     def _kind(self, inputs: _Inputs) -> Hashable:
         """Return what a step depends on besides the values of its inputs."""
         terms = tuple(tuple(side.terms) for side in self._sides)
-        form = tuple((n, t.dtype, t.shape, t.stride()) for tree in inputs for n, t in tree.items())
-        return terms, form, self._cohort.precision
+        form = tuple((n, t.dtype, t.shape) for tree in inputs for n, t in tree.items())
+        layout = tuple(batch["images"].stride() for batch in inputs[4:])
+        return terms, form, layout, self._cohort.precision
 
     def _step(self, names: Sequence[Sequence[str]], *tensors: Tensor) -> tuple[Tensor, ...]:
         losses, grads = self._computed(tuple(_trees(names, tensors)), watch=False)

@@ -62,7 +62,7 @@ def draws(key: Tensor, count: int, call: int = 0) -> Tensor:
     """
     counter = torch.arange(-(-count // 4), device=key.device) + (call + 1) * (1 << 40)
     words = mix(key + counter * _GOLDEN)
-    shifts = torch.tensor([0, 16, 32, 48], device=key.device)
+    shifts = torch.arange(0, 64, 16, device=key.device)
     return ((words.unsqueeze(-1) >> shifts) & 0xFFFF).flatten()[:count]
 
 

@@ -79,6 +79,11 @@ class StackedOptimizer:
         self._fused = {
             i for i, p in enumerate(params) if not own and (alone or _fills_vectors(p[0]))
         }
+        # On the device from the beginning: a number that travels there makes every step wait.
+        self._rate = _column(settings.learning_rate, params[0])
+        self._momentum = _column(settings.momentum, params[0])
+        self._decay = _column(settings.weight_decay, params[0])
+        self._shrink = _column(1 - settings.learning_rate * settings.weight_decay, params[0])
         self._has_decay = _any(settings.weight_decay)
         self._has_momentum = _any(settings.momentum)
         adaptive = settings.name != "sgd"
@@ -140,25 +145,23 @@ class StackedOptimizer:
 
     def _sgd(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
         if self._has_decay:
-            grads = _decayed(grads, params, self._settings.weight_decay)
+            grads = _decayed(grads, params, self._decay)
         if self._has_momentum:
             buffers = _rows(self._first, taking, len(params[0]))
             if self._steps == 1:
                 torch._foreach_copy_(buffers, grads)
             else:
-                torch._foreach_mul_(buffers, _factors(self._settings.momentum, params))
+                torch._foreach_mul_(buffers, _factors(self._momentum, params))
                 torch._foreach_add_(buffers, grads)
             grads = buffers
-        rates = _factors(self._settings.learning_rate, params)
-        torch._foreach_sub_(params, torch._foreach_mul(grads, rates))
+        torch._foreach_sub_(params, torch._foreach_mul(grads, _factors(self._rate, params)))
 
     def _adam(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
         settings, active = self._settings, len(params[0])
         if self._has_decay and settings.name == "adamw":
-            shrink = 1 - settings.learning_rate * settings.weight_decay
-            torch._foreach_mul_(params, _factors(shrink, params))
+            torch._foreach_mul_(params, _factors(self._shrink, params))
         elif self._has_decay:
-            grads = _decayed(grads, params, settings.weight_decay)
+            grads = _decayed(grads, params, self._decay)
         first, second = _rows(self._first, taking, active), _rows(self._second, taking, active)
         root = _rows(self._scratch, taking, active)
         torch._foreach_lerp_(first, grads, 1 - BETA1)
@@ -169,13 +172,13 @@ class StackedOptimizer:
         # m̂ / (√v̂ + ε), with the corrections of both moments moved out of the passes over the tensors.
         correction = (1 - BETA2**self._steps) ** 0.5
         torch._foreach_add_(root, EPS * correction)
-        rate = settings.learning_rate * (correction / (1 - BETA1**self._steps))
-        if isinstance(rate, Tensor):
+        scale = correction / (1 - BETA1**self._steps)
+        if isinstance(settings.learning_rate, Tensor):
             update = torch._foreach_div(first, root)
-            torch._foreach_mul_(update, _factors(rate, params))
+            torch._foreach_mul_(update, _factors(self._rate * scale, params))
             torch._foreach_sub_(params, update)
         else:
-            torch._foreach_addcdiv_(params, first, root, -rate)
+            torch._foreach_addcdiv_(params, first, root, -settings.learning_rate * scale)
 
 
 def _fills_vectors(param: Tensor) -> bool:
@@ -187,15 +190,19 @@ def _rows(tensors: Sequence[Tensor], taking: Sequence[int], active: int) -> list
     return [tensors[i][:active] for i in taking]
 
 
-def _factors(value: float | Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Shape a hyper-parameter, a number or ``[K]``, to broadcast over each of `params`."""
-    first = params[0]
-    tensor = torch.as_tensor(value, dtype=first.dtype, device=first.device)
-    rows = tensor[: len(first)] if tensor.ndim else tensor.expand(len(first))
+def _column(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a hyper-parameter ``[K]`` in the type and on the device of a stacked tensor."""
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return tensor if tensor.ndim else tensor.expand(len(like))
+
+
+def _factors(column: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Shape a hyper-parameter ``[K]`` to broadcast over each of `params`."""
+    rows = column[: len(params[0])]
     return [rows.reshape(-1, *[1] * (p.ndim - 1)) for p in params]
 
 
-def _decayed(grads: list[Tensor], params: list[Tensor], decay: float | Tensor) -> list[Tensor]:
+def _decayed(grads: list[Tensor], params: list[Tensor], decay: Tensor) -> list[Tensor]:
     added = torch._foreach_mul(params, _factors(decay, params))
     torch._foreach_add_(added, grads)
     return list(added)

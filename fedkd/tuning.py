@@ -190,6 +190,7 @@ def _steps_a_round(experiment: Experiment, world: World) -> int:
 def _fitting_block(experiment: Experiment, world: World, name: str, clients: int) -> int:
     """Return how many clients a step can take at once in the memory that the GPU has free."""
     device = world.train.device
+    _time(experiment, world, name, 1, Plan(True, 1))  # leaves behind what libraries keep
     peaks = []
     for count in (1, 3):
         torch.cuda.reset_peak_memory_stats(device)
