@@ -109,7 +109,8 @@ def test_flwr_run_completes_though_a_client_process_dies(
         shutil.copy(ROOT / file, app / file)
     run_config = (
         "dataset='digits' num-clients=3 num-server-rounds=4 strategy='DSFL' public-size=97 "
-        "student='mlp-20,failing_models:dying,mlp-20' "
+        # The plan is given: to measure one the server would run the model, which counts its fits.
+        "student='mlp-20,failing_models:dying,mlp-20' plan='loop' "
         f"run-dir='{tmp_path / 'runs'}' name='from-flwr'"
     )
     started = _flwr(
