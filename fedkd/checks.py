@@ -6,8 +6,8 @@ import torch
 
 from fedkd.client import Order, Report
 from fedkd.errors import FedkdError
-from fedkd.knowledge import Knowledge, SoftLabels, Weights, check_answer
-from fedkd.phases import ANSWERS, Predict, SendWeights
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
+from fedkd.phases import ANSWERS, MeanByClass, Predict
 from fedkd.world import World
 
 
@@ -35,7 +35,9 @@ def check_report(report: Report, order: Order, world: World, student: str) -> No
     for phase in answers:
         if isinstance(phase, Predict):
             _check_labels(report.answer, phase, order, world)
-        elif isinstance(phase, SendWeights):
+        elif isinstance(phase, MeanByClass):
+            _check_means(report, phase, world, student)
+        else:
             _check_weights(report.answer, world, student)
     if report.answer is not None:
         check_answer(report.answer)
@@ -55,6 +57,41 @@ def _check_labels(answer: Knowledge | None, phase: Predict, order: Order, world:
         raise FedkdError("answers a sample twice")
     if not bool(torch.isin(answer.samples, order.asked).all()):
         raise FedkdError("answers samples that were not asked for")
+
+
+def _check_means(report: Report, phase: MeanByClass, world: World, student: str) -> None:
+    answer = report.answer
+    if not isinstance(answer, ClassMeans) or answer.of != phase.of:
+        raise FedkdError(f"does not send the means of its {phase.of} that were asked for")
+    shape = (1, world.num_classes, means_width(phase, world, student))
+    if answer.values.dtype != torch.float32 or tuple(answer.values.shape) != shape:
+        raise FedkdError(
+            f"sends {answer.values.dtype} of shape {tuple(answer.values.shape[1:])}: must be "
+            f"float32 of shape {shape[1:]}"
+        )
+    if int(answer.counts.sum()) != report.num_examples:
+        raise FedkdError(
+            f"sends counts that add up to {int(answer.counts.sum())}, with num-examples = "
+            f"{report.num_examples}"
+        )
+
+
+def means_width(phase: MeanByClass, world: World, student: str) -> int:
+    """Return D, the width of what is averaged by class: classes, or the student's features.
+
+    Raises:
+        FedkdError: the student has no features.
+    """
+    if phase.of != "features":
+        return world.num_classes
+    head = getattr(world.skeleton(student), "head", None)
+    width = getattr(head, "in_features", None)
+    if not isinstance(width, int):
+        raise FedkdError(
+            f"student = '{student}': its features are asked for, so it must be head(body(images)) "
+            "with a torch.nn.Linear as head"
+        )
+    return width
 
 
 def _check_weights(answer: Knowledge | None, world: World, student: str) -> None:

@@ -9,34 +9,45 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from time import monotonic
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from fedkd.codecs import PLAIN, Packed, Reference, Wire
 from fedkd.cohort import Cohort, Side, State
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
-from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, SoftLabels, Weights
 from fedkd.losses import Term, kl_term
+from fedkd.memories import Memory
 from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import (
+    Apply,
     Coefficient,
     Fit,
     Load,
+    MeanByClass,
     Phase,
     Predict,
+    Reset,
     Role,
+    reference,
+    resolve_procedure,
     resolve_term,
     to_text,
 )
+from fedkd.procedures import LocalClient
 from fedkd.profiling import PART, part, profiled
-from fedkd.references import in_one_line
-from fedkd.states import INITIAL, ResidentStates, States
+from fedkd.randomness import generator
+from fedkd.references import in_one_line, place
+from fedkd.statefiles import INITIAL, States
+from fedkd.states import ResidentStates
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)
@@ -52,10 +63,12 @@ class Order:
         base: round of the state to start from.
         phases: what to do.
         asked: public samples to answer, int64 ``[M]``.
-        knowledge: what to digest or load, K = 1; ``None`` where there is none yet.
+        knowledge: what to digest or load, K = 1 (soft labels among which a procedure chooses may be
+            more); packed where the client's state is needed to decode it, ``None`` where there is none.
         knowledge_round: the round that it came out of.
         evaluate: test after each phase that trains (``"phases"``) or after the last of them only
             (``"last"``), the student once at the end (``"end"``: the closing exchange), or not at all.
+        wire: how soft labels are to be encoded that are answered.
     """
 
     client: int
@@ -63,9 +76,10 @@ class Order:
     base: int
     phases: tuple[Phase, ...]
     asked: Tensor
-    knowledge: Knowledge | None = None
+    knowledge: Knowledge | Packed | None = None
     knowledge_round: int = 0
     evaluate: Literal["phases", "last", "end", "none"] = "phases"
+    wire: Wire = PLAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +92,8 @@ class Report:
         answer: knowledge of K = 1, if the phases ask for any.
         metrics: test accuracies and the like, fractions 0..1.
         seconds: by phase; a stack's time is shared equally by its clients.
+        packed: the answer as it is sent, where that is not simply its numbers.
+        reference: what the server then has of this client's soft labels, where only changes are sent.
     """
 
     client: int
@@ -85,6 +101,8 @@ class Report:
     answer: Knowledge | None
     metrics: dict[str, float]
     seconds: dict[str, float]
+    packed: Packed | None = None
+    reference: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,7 @@ def execute(
 
 def _group_key(experiment: Experiment, order: Order, phases: str) -> Hashable:
     """Name what the clients of one stack have in common."""
-    labels = order.knowledge if isinstance(order.knowledge, SoftLabels) else None
+    labels = order.knowledge if isinstance(order.knowledge, SoftLabels | Packed) else None
     return (
         experiment.student_of(order.client),
         experiment.teacher_of(order.client),
@@ -147,7 +165,7 @@ def _run_or_split(
     experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
 ) -> list[Report | Failure]:
     try:
-        results, trained = _run(experiment, world, orders, store)
+        results, trained, memories = _run(experiment, world, orders, store)
     except Exception as error:
         if experiment.plan != "loop" and _is_refused_by_vmap(error):
             _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
@@ -155,12 +173,15 @@ def _run_or_split(
         # Whatever a client's model or data raises is that client's failure, never the round's.
         if len(orders) == 1:
             known = isinstance(error, FedkdError)
-            return [Failure(orders[0].client, str(error) if known else in_one_line(error))]
+            reason = str(error) if known else in_one_line(error) + place(error)
+            return [Failure(orders[0].client, reason)]
         return [
             result for one in orders for result in _run_or_split(experiment, world, [one], store)
         ]
-    for states in trained:  # a full disk is no client's failure
-        store.put(states, orders[0].round, {order.client: order.base for order in orders})
+    bases = {order.client: order.base for order in orders}
+    store.memories.save(memories, orders[0].round, bases)  # a full disk is no client's failure
+    for states in trained:
+        store.put(states, orders[0].round, bases)
     return results
 
 
@@ -172,13 +193,14 @@ def _is_refused_by_vmap(error: Exception) -> bool:
 
 def _run(
     experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
-) -> tuple[list[Report | Failure], list[States]]:
+) -> tuple[list[Report | Failure], list[States], dict[int, Memory]]:
     """Execute the orders of a group as one stack, or two where only some have news to digest.
 
     Returns:
-        A result for each order, and the new states.
+        A result for each order, the new states, and the new memories by client.
     """
     states = _starting_states(experiment, world, orders, store)
+    memories = _memories(orders, store)
     by_client = {order.client: order for order in orders}
     results: list[Report | Failure] = [
         Failure(client, f"has no state of round {order.base} to start from")
@@ -191,10 +213,20 @@ def _run(
     for is_fresh in sorted(set(fresh)):
         rows = [row for row, flag in enumerate(fresh) if flag == is_fresh]
         some = states if len(rows) == len(fresh) else states.rows(rows)
-        stack = _Stack(experiment, world, [found[row] for row in rows], some, is_fresh)
+        mine = [found[row] for row in rows]
+        stack = _Stack(
+            experiment, world, mine, some, is_fresh, [memories[order.client] for order in mine]
+        )
         results += stack.run()
         trained.append(some)
-    return results, trained
+    return results, trained, memories
+
+
+def _memories(orders: Sequence[Order], store: ResidentStates) -> dict[int, Memory]:
+    """Return what clients kept besides their models, by client."""
+    if orders[0].base == INITIAL:
+        return {order.client: {} for order in orders}
+    return store.memories.load({order.client: order.base for order in orders})
 
 
 def _starting_states(
@@ -208,7 +240,7 @@ def _starting_states(
     names: dict[Role, str] = {"student": experiment.student_of(first.client)}
     if experiment.teacher_of(first.client) != "none":
         names["teacher"] = experiment.teacher_of(first.client)
-    models: dict[Role, State] = {
+    models: dict[str, State] = {
         role: world.initial_states(name, experiment.seed, len(bases))
         for role, name in names.items()
     }
@@ -217,7 +249,8 @@ def _starting_states(
 
 def _is_fresh(order: Order, digested: int) -> bool:
     """Whether there is knowledge that a client has not digested."""
-    empty = isinstance(order.knowledge, SoftLabels) and not len(order.knowledge.samples)
+    labels = order.knowledge
+    empty = isinstance(labels, SoftLabels | Packed) and not len(labels.samples)
     return order.knowledge is not None and not empty and order.knowledge_round > digested
 
 
@@ -233,7 +266,9 @@ class _Stack:
     orders: list[Order]
     states: States
     is_fresh: bool
-    cohorts: dict[Role, Cohort] = field(init=False)
+    memories: list[Memory]
+    knowledge: list[Knowledge | None] = field(init=False)
+    cohorts: dict[str, Cohort] = field(init=False)
     answers: list[Knowledge | None] = field(init=False)
     metrics: list[dict[str, float]] = field(init=False)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -244,12 +279,43 @@ class _Stack:
         self.shards = [self.world.shards[k] for k in self.clients]
         self.answers = [None] * len(self.orders)
         self.metrics = [{} for _ in self.orders]
+        self.knowledge = [self._opened(row) for row in range(len(self.orders))]
         self.cohorts = {
             role: self.world.cohort(self.experiment, self._architecture(role), stack)
             for role, stack in self.states.models.items()
         }
 
-    def _architecture(self, role: Role) -> str:
+    def _opened(self, row: int) -> Knowledge | None:
+        """Decode what a client received, with what it has already if only changes were sent."""
+        received = self.orders[row].knowledge
+        if not isinstance(received, Packed):
+            return received
+        memory = self.memories[row]
+        known = _reference(memory, "down")
+        labels, newer = SoftLabels.unpack(received, self.world.sizes.num_public, known)
+        _remember(memory, "down", newer)
+        return labels
+
+    def _all_packed(self) -> list[Packed | None]:
+        if self.first.wire == PLAIN:
+            return [None] * len(self.orders)
+        started = monotonic()
+        packed = [self._packed(row) for row in range(len(self.orders))]
+        self._spend("encode", monotonic() - started)
+        return packed
+
+    def _packed(self, row: int) -> Packed | None:
+        """Encode a client's soft labels, if it answers any."""
+        answer, wire = self.answers[row], self.first.wire
+        if not isinstance(answer, SoftLabels):
+            return None
+        memory = self.memories[row]
+        heard = _reference(memory, "up")
+        packed, newer = answer.pack(wire, self.world.sizes.num_public, heard)
+        _remember(memory, "up", newer)
+        return packed
+
+    def _architecture(self, role: str) -> str:
         client = self.first.client
         of = self.experiment.student_of if role == "student" else self.experiment.teacher_of
         return of(client)
@@ -267,12 +333,13 @@ class _Stack:
                 self._spend(phase.name, monotonic() - started)
             if self.first.evaluate == "end":
                 self._record_accuracy("accuracy", "student")
+            packed = self._all_packed()
         for name, spent in parts.items():
             self._spend(f"{PART} {name}", spent)
         return [
-            Report(k, len(shard), answer, metrics, dict(self.seconds))
-            for k, shard, answer, metrics in zip(
-                self.clients, self.shards, self.answers, self.metrics, strict=True
+            Report(k, len(shard), answer, metrics, dict(self.seconds), sent)
+            for k, shard, answer, metrics, sent in zip(
+                self.clients, self.shards, self.answers, self.metrics, packed, strict=True
             )
         ]
 
@@ -282,22 +349,63 @@ class _Stack:
     def _run_phase(self, phase: Phase, position: int) -> None:
         if isinstance(phase, Fit):
             self._fit(phase, position)
+        elif isinstance(phase, Reset):
+            self._reset()
         elif isinstance(phase, Load):
             self._load()
+        elif isinstance(phase, Apply):
+            self._apply(phase)
         elif isinstance(phase, Predict):
             self._predict(phase)
+        elif isinstance(phase, MeanByClass):
+            self._average(phase)
         else:
             self._send()
 
+    def _reset(self) -> None:
+        initial = self.world.initial_state(self._architecture("student"), self.experiment.seed)
+        for row in range(len(self.orders)):
+            self.cohorts["student"].load(row, initial)
+        self.is_fresh = _is_fresh(self.first, INITIAL)
+
     def _load(self) -> None:
         name = self._architecture("student")
-        for k, order in enumerate(self.orders):
-            if order.knowledge is None:
+        for row, knowledge in enumerate(self.knowledge):
+            if knowledge is None:
                 continue
-            if not isinstance(order.knowledge, Weights) or name not in order.knowledge.by_model:
+            if not isinstance(knowledge, Weights) or name not in knowledge.by_model:
                 raise FedkdError(f"the load phase needs weights of {name}, and received none")
-            received = order.knowledge.by_model[name].tensors
-            self.cohorts["student"].load(k, {n: t[0] for n, t in received.items()})
+            received = knowledge.by_model[name].tensors
+            self.cohorts["student"].load(row, {n: t[0] for n, t in received.items()})
+
+    def _apply(self, phase: Apply) -> None:
+        found = resolve_procedure(reference(phase.procedure), self.experiment.client_modules)
+        everything = torch.arange(len(self.world.public), device=self.world.public.device)
+        public = self.world.public.batch(everything)
+        for row in range(len(self.orders)):
+            client = self._local_client(row, phase, public)
+            found(client, **phase.numbers)
+            if not isinstance(client.received, SoftLabels | None):
+                raise FedkdError(f"{phase.procedure} leaves received labels that are none")
+            if isinstance(self.knowledge[row], SoftLabels):
+                self.knowledge[row] = client.received
+            _remember(self.memories[row], "own", client.state)
+
+    def _local_client(self, row: int, phase: Apply, public: Tensor) -> LocalClient:
+        train, shard, received = self.world.train, self.shards[row], self.knowledge[row]
+        assert train.labels is not None
+        rows = shard.to(train.device)
+        where = self.experiment.seed, self.clients[row], self.first.round, phase.name
+        own = self.role("teacher").only(row)
+        return LocalClient(
+            images=train.batch(rows),
+            labels=train.labels[rows],
+            public=public,
+            received=received if isinstance(received, SoftLabels) else None,
+            state=dict(self.memories[row].get("own", {})),
+            predict=lambda samples: own.predict(self.world.public, samples)[0],
+            generator=lambda purpose: generator(*where, purpose),
+        )
 
     def _fit(self, phase: Fit, position: int) -> None:
         sides = self._sides(phase)
@@ -356,15 +464,7 @@ class _Stack:
             sides.append(self._public_side(public))
         if private:
             _refuse_soft_labels(private)
-            sides.append(
-                Side(
-                    "private",
-                    self.world.train,
-                    self.shards,
-                    private,
-                    augment=self.experiment.augment,
-                )
-            )
+            sides.append(self._private_side(private))
         return sides
 
     def _public_side(self, terms: dict[Term, float | Tensor]) -> Side:
@@ -372,20 +472,38 @@ class _Stack:
         if all(term.needs is None for term in terms):
             rows = torch.arange(len(public))
             return Side("public", public, [rows] * len(self.orders), terms)
-        received = [order.knowledge for order in self.orders]
-        if not all(isinstance(k, SoftLabels) for k in received):
+        if not all(isinstance(k, SoftLabels) for k in self.knowledge):
             raise FedkdError("a term needs soft labels, and other knowledge was received")
-        labels = [k for k in received if isinstance(k, SoftLabels)]
+        labels = [k for k in self.knowledge if isinstance(k, SoftLabels)]
+        if any(len(each.values) != 1 for each in labels):
+            raise FedkdError(
+                "several sets of soft labels were received: a procedure has to choose before they are "
+                "digested"
+            )
         if any(term.needs == "logits" for term in terms) and labels[0].space != "logits":
             raise FedkdError("a term needs logits, and probabilities were received")
         shared = all(each is labels[0] for each in labels)
-        logits = torch.cat([each.logits for each in (labels[:1] if shared else labels)])
+        logits = [each.logits[0] for each in (labels[:1] if shared else labels)]
         return Side(
             "public",
             public,
-            [labels[0].samples] * len(self.orders),
+            [each.samples for each in labels],
             terms,
-            logits.to(public.device, public.dtype),
+            pad_sequence(logits, batch_first=True).to(public.device, public.dtype),
+        )
+
+    def _private_side(self, terms: dict[Term, float | Tensor]) -> Side:
+        side = Side(
+            "private", self.world.train, self.shards, terms, augment=self.experiment.augment
+        )
+        if not any(term.needs == "class-means" for term in terms):
+            return side
+        means = [k for k in self.knowledge if isinstance(k, ClassMeans)]
+        means = means[:1] if all(each is means[0] for each in means) else means
+        return replace(
+            side,
+            class_means=torch.cat([each.values for each in means]),
+            class_counts=torch.cat([each.counts for each in means]),
         )
 
     def _terms(self, named: Mapping[str, Coefficient]) -> dict[Term, float | Tensor]:
@@ -394,14 +512,18 @@ class _Stack:
         terms: dict[Term, float | Tensor] = {}
         for name, coefficient in named.items():
             term = self._term(name)
-            if term.needs is None or self.is_fresh:
+            if self._has(term):
                 terms[term] = values[coefficient] if isinstance(coefficient, str) else coefficient
         return terms
 
+    def _has(self, term: Term) -> bool:
+        """Whether what a term needs is there: soft labels only if they are news."""
+        if term.needs == "class-means":
+            return isinstance(self.knowledge[0], ClassMeans)
+        return term.needs is None or self.is_fresh
+
     def _term(self, name: str) -> Term:
-        if name == "kl":
-            return kl_term(self.experiment.kl_reduction)
-        return resolve_term(name, self.experiment.client_modules)
+        return experiment_term(name, self.experiment)
 
     def _wants_knowledge(self, named: Mapping[str, Coefficient]) -> bool:
         return any(self._term(name).needs is not None for name in named)
@@ -411,13 +533,44 @@ class _Stack:
         with part("predict"):
             logits = self.role(phase.model).predict(self.world.public, asked)
             values = (logits if phase.space == "logits" else logits.softmax(-1)).cpu()
-        for k, client in enumerate(self.clients):
-            self.answers[k] = SoftLabels(
-                values[k : k + 1],
+        for row, client in enumerate(self.clients):
+            labels = SoftLabels(
+                values[row : row + 1],
                 phase.space,
                 asked,
                 torch.tensor([client]),
-                torch.tensor([len(self.shards[k])]),
+                torch.tensor([len(self.shards[row])]),
+            )
+            self.answers[row] = (
+                labels if phase.only is None else self._some(row, labels, phase.only)
+            )
+
+    def _some(self, row: int, labels: SoftLabels, name: str) -> SoftLabels:
+        """Keep the samples for which a tensor of the client's state is true."""
+        chosen = self.memories[row].get("own", {}).get(name)
+        shape = (len(self.world.public),)
+        if chosen is None or chosen.dtype != torch.bool or tuple(chosen.shape) != shape:
+            raise FedkdError(
+                f"only = '{name}': the client's state has no such tensor, bool of shape {shape}"
+            )
+        return labels.keep(chosen[labels.samples])
+
+    def _average(self, phase: MeanByClass) -> None:
+        train, classes = self.world.train, self.world.num_classes
+        assert train.labels is not None
+        for row, (client, shard) in enumerate(zip(self.clients, self.shards, strict=True)):
+            one, rows = self.role(phase.model).only(row), shard.to(train.device)
+            predict = one.features if phase.of == "features" else one.predict
+            outputs = predict(train, rows)[0]
+            outputs = outputs.softmax(-1) if phase.of == "probabilities" else outputs
+            member = torch.nn.functional.one_hot(train.labels[rows], classes).to(outputs.dtype)
+            counts = member.sum(0)
+            means = (member.T @ outputs) / counts.clamp_min(1).unsqueeze(-1)
+            self.answers[row] = ClassMeans(
+                means.unsqueeze(0).cpu(),
+                counts.unsqueeze(0).cpu().to(torch.int64),
+                torch.tensor([client]),
+                phase.of,
             )
 
     def _send(self) -> None:
@@ -432,15 +585,15 @@ class _Stack:
 
     def _measure_agreement(self, role: Role) -> None:
         """Record on how much of the digested knowledge the student now agrees with it."""
-        assert isinstance(self.first.knowledge, SoftLabels)
-        predicted = self.role(role).classify(self.world.public, self.first.knowledge.samples)
+        labels = [k for k in self.knowledge if isinstance(k, SoftLabels)]
+        samples = torch.cat([each.samples for each in labels]).unique()  # mostly they share them
+        predicted = self.role(role).classify(self.world.public, samples).cpu()
         taught: dict[int, Tensor] = {}
-        for metrics, order, mine in zip(self.metrics, self.orders, predicted.cpu(), strict=True):
-            knowledge = order.knowledge
-            assert isinstance(knowledge, SoftLabels)
-            if id(knowledge) not in taught:  # most share one
-                taught[id(knowledge)] = knowledge.values[0].max(-1).indices.cpu()
-            metrics["agreement"] = float((mine == taught[id(knowledge)]).double().mean())
+        for metrics, each, mine in zip(self.metrics, labels, predicted, strict=True):
+            if id(each) not in taught:
+                taught[id(each)] = each.values[0].max(-1).indices.cpu()
+            places = torch.searchsorted(samples, each.samples)
+            metrics["agreement"] = float((mine[places] == taught[id(each)]).double().mean())
 
     def _record_accuracy(self, name: str, role: Role) -> None:
         """Record accuracy on the test set, and weighted by the client's own label distribution."""
@@ -455,6 +608,30 @@ class _Stack:
         for metrics, a, o in zip(self.metrics, accuracy.tolist(), own.tolist(), strict=True):
             metrics[name] = a
             metrics["own_accuracy"] = o
+
+
+def experiment_term(name: str, experiment: Experiment) -> Term:
+    """Find a term by reference; ``kl`` is that of the experiment's ``kl-reduction``.
+
+    Raises:
+        FedkdError: see `fedkd.phases.resolve_term`.
+    """
+    if name == "kl":
+        return kl_term(experiment.kl_reduction)
+    return resolve_term(name, experiment.client_modules)
+
+
+def _reference(memory: Memory, direction: str) -> Reference | None:
+    """Return what a client's memory says of soft labels that were sent before."""
+    kept = memory.get(direction)
+    return None if kept is None else Reference(kept["codes"], kept["known"])
+
+
+def _remember(memory: Memory, name: str, kept: Reference | State | None) -> None:
+    """Put tensors into a client's memory, on the CPU; nothing where there are none."""
+    tensors = {"codes": kept.codes, "known": kept.known} if isinstance(kept, Reference) else kept
+    if tensors:
+        memory[name] = {n: tensor.detach().cpu() for n, tensor in tensors.items()}
 
 
 def _refuse_soft_labels(private: Mapping[Term, object]) -> None:

@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.client import Failure, execute
+from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge
@@ -23,7 +24,8 @@ from fedkd.messages import (
     encode_report,
 )
 from fedkd.sources import digest
-from fedkd.states import ResidentStates, StateFiles
+from fedkd.statefiles import StateFiles
+from fedkd.states import ResidentStates
 from fedkd.transport.adapter import always_reply, error_reply
 from fedkd.world import world_of
 
@@ -63,9 +65,9 @@ def answers(
     """
     world = world_of(experiment)
     started = perf_counter()
-    seen: dict[Any, Knowledge | None] = {}
+    seen: dict[Any, Knowledge | Packed | None] = {}
     orders = [
-        decode_order(content, num_examples=len(world.shards[client]), seen=seen)
+        decode_order(content, world.sizes, num_examples=len(world.shards[client]), seen=seen)
         for client, content in contents
     ]
     for (client, _), order in zip(contents, orders, strict=True):
@@ -74,7 +76,9 @@ def answers(
     decoding = (perf_counter() - started) / len(orders)
     results = execute(experiment, world, orders, store)
     return [
-        result if isinstance(result, Failure) else encode_report(result, order.asked, decoding)
+        result
+        if isinstance(result, Failure)
+        else encode_report(result, order.asked, world.sizes, decoding)
         for order, result in zip(orders, results, strict=True)
     ]
 

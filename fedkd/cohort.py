@@ -9,7 +9,7 @@ and changes results only within floating-point tolerance.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Lock
 
@@ -34,6 +34,8 @@ from fedkd.stateless import Stateless
 State = dict[str, Tensor]
 """One model's parameters and buffers by name, without a client axis."""
 
+_Forward = Callable[[Stateless, Mapping[str, Tensor], Tensor], Tensor]
+
 VECTOR = 4
 """Widths of stacked batches are multiples of it: else a client's logits begin at odd addresses, and
 matrix products round differently by where that is."""
@@ -51,8 +53,11 @@ class Side:
         images: where the samples are.
         rows: int64 indices into `images`, one tensor a client.
         terms: coefficients by term, each a number or a tensor ``[K]``.
-        teacher_logits: ``[1, N, C]`` (the same for all) or ``[K, N, C]``, in the order of `rows`.
+        teacher_logits: ``[1, N, C]`` (the same for all) or ``[K, N, C]``, in the order of `rows`; N is
+            that of the client with most samples.
         augment: how images are changed as they are drawn.
+        class_means: ``[1, C, D]`` or ``[K, C, D]``, for terms that ask for them.
+        class_counts: ``[1, C]`` or ``[K, C]``, images behind them.
     """
 
     name: str
@@ -61,6 +66,8 @@ class Side:
     terms: Mapping[Term, float | Tensor]
     teacher_logits: Tensor | None = None
     augment: Augment = "none"
+    class_means: Tensor | None = None
+    class_counts: Tensor | None = None
 
 
 @dataclass
@@ -108,6 +115,12 @@ class Cohort:
     def state(self, k: int) -> State:
         """Copy model `k` out of the stack."""
         return {n: t[k].clone() for n, t in {**self.params, **self.buffers}.items()}
+
+    def only(self, k: int) -> Cohort:
+        """Return model `k` as a cohort of its own, which shares its tensors with this one."""
+        params = {name: tensor[k : k + 1] for name, tensor in self.params.items()}
+        buffers = {name: tensor[k : k + 1] for name, tensor in self.buffers.items()}
+        return replace(self, params=params, buffers=buffers, graphs=None)
 
     def load(self, k: int, state: Mapping[str, Tensor]) -> None:
         """Overwrite model `k`."""
@@ -178,6 +191,14 @@ class Cohort:
         """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
         return self._evaluated(images, rows, lambda logits: logits)
 
+    def features(self, images: Images, rows: Tensor | None = None) -> Tensor:
+        """Return what the models' bodies give, ``[K, N, D]``, in evaluation mode.
+
+        Raises:
+            FedkdError: the model is not a body and a head.
+        """
+        return self._evaluated(images, rows, lambda features: features, Stateless.features)
+
     def classify(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return predicted classes, int16 ``[K, N]``, without holding all logits at once."""
         # `argmax` itself is five times slower over few classes.
@@ -198,9 +219,13 @@ class Cohort:
 
     @torch.no_grad()
     def _evaluated(
-        self, images: Images, rows: Tensor | None, read: Callable[[Tensor], Tensor]
+        self,
+        images: Images,
+        rows: Tensor | None,
+        read: Callable[[Tensor], Tensor],
+        forward: _Forward = Stateless.__call__,
     ) -> Tensor:
-        """Return what `read` makes of the logits ``[block, n, C]``, joined over models and images."""
+        """Return what `read` makes of the outputs ``[block, n, C]``, joined over models and images."""
         self.skeleton.eval()
         size, stacked = IMAGES_AT_ONCE[self.plan.stacked], self.plan.stacked
 
@@ -209,19 +234,22 @@ class Cohort:
             block = slice(clients[0], clients[-1] + 1)
             state = {n: t[block] for n, t in {**self.params, **self.buffers}.items()}
             chunks = images.chunks(rows, size, channels_last=not stacked)
-            return torch.cat([read(self._logits(model, state, chunk)) for chunk in chunks], 1)
+            outputs = (self._outputs(partial(forward, model), state, chunk) for chunk in chunks)
+            return torch.cat([read(output) for output in outputs], 1)
 
         blocks = self._blocks(range(len(self)))
         with matrix_products(self.precision, self._device):
             return torch.cat(in_lanes(run, blocks, self.skeleton, self.plan.lanes))
 
-    def _logits(self, model: Stateless, state: State, images: Tensor) -> Tensor:
-        """Return the logits ``[block, n, C]`` of a block of models for the same images."""
+    def _outputs(
+        self, forward: Callable[[State, Tensor], Tensor], state: State, images: Tensor
+    ) -> Tensor:
+        """Return the outputs ``[block, n, C]`` of a block of models for the same images."""
 
         def one(state: State) -> Tensor:
             with forward_pass(self.precision, self._device):
-                logits = model(state, images)
-            return logits.to(self._dtype)
+                output = forward(state, images)
+            return output.to(self._dtype)
 
         if not self.plan.stacked:
             # A view, unlike indexing.
@@ -229,8 +257,8 @@ class Cohort:
         count = len(images)
         images = _whole_vectors(images)
         with FeaturesFirst():
-            logits: Tensor = vmap(one)(state)
-        return logits[:, :count]
+            outputs: Tensor = vmap(one)(state)
+        return outputs[:, :count]
 
 
 def _whole_vectors(batch: Tensor) -> Tensor:
@@ -431,15 +459,33 @@ class _Block:
                 KeyedMode(batch["key"], batch.get("real"), watch=watch),
                 forward_pass(self._cohort.precision, self.index.device),
             ):
-                logits = self._model({**params, **buffers}, batch["images"])
-            logits = logits.to(self._cohort._dtype)
-            teacher_logits = batch.get("teacher_logits")
-            step = Step(logits, batch["labels"], teacher_logits, params, start, numbers)
+                logits, features = self._forward(side, {**params, **buffers}, batch["images"])
+            step = Step(
+                logits,
+                batch["labels"],
+                batch.get("teacher_logits"),
+                params,
+                start,
+                numbers,
+                features,
+                batch.get("class_means"),
+                batch.get("class_counts"),
+            )
             for i, term in enumerate(side.terms):
                 value = term(step)
                 mean = (value * batch["weights"]).sum() if value.ndim else value
                 total = total + batch[f"coefficient {i}"] * mean
         return total
+
+    def _forward(
+        self, side: _BlockSide, state: State, images: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the logits, and the features if a term wants them."""
+        dtype = self._cohort._dtype
+        if not any(term.needs_features for term in side.terms):
+            return self._model(state, images).to(dtype), None
+        features = self._model.features(state, images)
+        return self._model.head(state, features).to(dtype), features.to(dtype)
 
     def write_back(self) -> None:
         """Put the trained rows back into the cohort."""
@@ -488,6 +534,12 @@ class _BlockSide:
         )
         keys = [key(*streams[k], side.name, "step") for k in clients]
         self._keys = at_steps(torch.tensor(keys, device=device), max(steps))
+        means = {"class_means": side.class_means, "class_counts": side.class_counts}
+        self._constant = {
+            name: _own(tensor.to(device, dtype), index)
+            for name, tensor in means.items()
+            if tensor is not None
+        }
         self.terms = list(side.terms)
         self._coefficients = {
             f"coefficient {i}": _spread(value, index, dtype)
@@ -509,7 +561,10 @@ class _BlockSide:
             "labels": self._labels[now],
             "weights": self._weights[now],
             "key": keys,
-            **{name: value[:active] for name, value in self._coefficients.items()},
+            **{
+                name: value[:active]
+                for name, value in {**self._coefficients, **self._constant}.items()
+            },
         }
         if self._stacked:
             batch["real"] = self._real[now]
@@ -524,6 +579,11 @@ class _BlockSide:
             shared = self._teacher_logits[0].index_select(0, positions.flatten())
             return shared.view(*positions.shape, -1)
         return self._teacher_logits[self._owner[: len(positions), None], positions]
+
+
+def _own(tensor: Tensor, index: Tensor) -> Tensor:
+    """Give each client of a block its row of ``[K, ...]``, or the only one of ``[1, ...]``."""
+    return tensor[index] if len(tensor) > 1 else tensor.expand(len(index), *tensor.shape[1:])
 
 
 def _spread(value: float | Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:

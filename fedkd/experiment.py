@@ -68,6 +68,10 @@ _PLAN = r"(loop|stacked(-[1-9]\d*)?)(x[1-9]\d*)?"
 _PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
 """Values of ``plan``; `fedkd.plans` reads them."""
 
+_WIRE = r"[a-z0-9]+(:[0-9]+)?(\+[a-z]+)*"
+_CODECS = re.compile(rf"auto|{_WIRE}(/{_WIRE})?")
+"""Values of ``codec``; `fedkd.codecs` reads them."""
+
 
 class Experiment(BaseModel):
     """Everything about one run.
@@ -128,6 +132,13 @@ class Experiment(BaseModel):
     fraction_train: float = Field(1.0, gt=0, le=1, description="share of clients drawn each round")
     public_per_round: OptionalInt = Field(
         None, ge=1, description="public images drawn each round (auto: all)"
+    )
+    codec: str = Field(
+        "auto",
+        description="how soft labels cross the wire, up and down (auto: as the strategy says)",
+        json_schema_extra={
+            "accepted": "auto, or number+rows+pack such as simplex:1+changed+range; UP/DOWN for two"
+        },
     )
     evaluate_phases: Literal["all", "last"] = Field(
         "all", description="after which phases of a round clients test: all that train, or the last"
@@ -209,6 +220,13 @@ class Experiment(BaseModel):
     @classmethod
     def _refuse_other_plans(cls, value: str) -> str:
         if not _PLANS.fullmatch(value):
+            raise ValueError("refused")
+        return value
+
+    @field_validator("codec")
+    @classmethod
+    def _refuse_other_codecs(cls, value: str) -> str:
+        if not _CODECS.fullmatch(value):
             raise ValueError("refused")
         return value
 

@@ -23,9 +23,18 @@ from torch import Tensor
 
 from fedkd.checks import check_report
 from fedkd.client import Order, Report
+from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge, SoftLabels, Weights, check_answer
+from fedkd.knowledge import (
+    KINDS,
+    ClassMeans,
+    Knowledge,
+    SoftLabels,
+    Weights,
+    check_answer,
+    require_one,
+)
 from fedkd.messages import (
     HELLO,
     TRAIN,
@@ -39,12 +48,13 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
-from fedkd.phases import Phase, Predict, closing
+from fedkd.phases import Apply, Digest, Phase, Predict, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
+from fedkd.references import in_one_line, place
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
-from fedkd.states import INITIAL
+from fedkd.statefiles import INITIAL
 from fedkd.transport.adapter import failure_reason
 from fedkd.world import World
 
@@ -54,6 +64,10 @@ if TYPE_CHECKING:
 HELLO_TIMEOUT = 60.0
 """Seconds until all clients must have introduced themselves."""
 
+_Encodings = dict[tuple[int, int], tuple[object, object, dict[str, Any], Reference | None]]
+"""Encoded knowledge by the ids of what was encoded and of what its receivers had, which are kept
+beside it: another object could take over the id of a freed one."""
+
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 LOST_ROUNDS = 3
@@ -62,18 +76,29 @@ LOST_ROUNDS = 3
 
 @dataclass
 class _Bytes:
-    """Bytes of one direction, summed over clients."""
+    """Bytes of one direction: payload by client and by tensor, and everything by client."""
 
-    payload: int = 0
-    wire: int = 0
+    payload: dict[int, int] = field(default_factory=dict)
+    wire: dict[int, int] = field(default_factory=dict)
     by_tensor: dict[str, int] = field(default_factory=dict)
 
-    def count(self, records: RecordDict) -> None:
-        """Add a message."""
-        self.wire += wire_bytes(records)
-        for name, size in payload_bytes(records).items():
-            self.payload += size
+    def count(self, client: int, records: RecordDict) -> None:
+        """Add a message to or from a client."""
+        self.wire[client] = wire_bytes(records)
+        sizes = payload_bytes(records)
+        self.payload[client] = sum(sizes.values())
+        for name, size in sizes.items():
             self.by_tensor[name] = self.by_tensor.get(name, 0) + size
+
+    def record(self, direction: str, clients: Sequence[int]) -> dict[str, Any]:
+        """Return the sums, and the numbers of `clients` in their order."""
+        return {
+            f"bytes_{direction}": sum(self.payload.values()),
+            f"wire_bytes_{direction}": sum(self.wire.values()),
+            f"bytes_{direction}_by_tensor": self.by_tensor,
+            f"bytes_{direction}_by_client": [self.payload.get(k, 0) for k in clients],
+            f"wire_bytes_{direction}_by_client": [self.wire.get(k, 0) for k in clients],
+        }
 
 
 @dataclass
@@ -86,6 +111,7 @@ class _Exchange:
     encoding: float = 0.0
     up: _Bytes = field(default_factory=_Bytes)
     down: _Bytes = field(default_factory=_Bytes)
+    sent: dict[int, Reference | None] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
 
@@ -125,7 +151,13 @@ class Federation:
         self._hello_failures: list[str] = []
         self._lost = 0
         self._exchange: _Exchange | None = None
-        self._totals = {"up": _Bytes(), "down": _Bytes()}
+        self._totals = dict.fromkeys(
+            ("bytes_up", "bytes_down", "wire_bytes_up", "wire_bytes_down"), 0
+        )
+        self._wire_up, self._wire_down = strategy.wires(experiment)
+        # What each client had when it last replied to a round that counts, and what we had of it.
+        self._sent: dict[int, Reference | None] = {}
+        self._heard: dict[int, Reference | None] = {}
         self.rows: list[Row] = []
         self._folder = folder
 
@@ -221,6 +253,7 @@ class Federation:
             asked=self._request() if predicts else _NOTHING,
             knowledge_round=self._knowledge_round,
             evaluate=self._evaluates if due or last else "none",
+            wire=self._wire_up,
         )
         everybody, seed = self._experiment.num_clients, self._experiment.seed
         chosen = permutation(everybody, seed, "clients", number)[
@@ -249,8 +282,8 @@ class Federation:
     def _open(self, order: Order, sampled: list[int]) -> list[Message]:
         """Begin an exchange: address the order to every sampled client."""
         exchange = self._exchange = _Exchange(sampled)
-        packed: dict[int, tuple[object, dict[str, Any]]] = {}
-        request = encode_request(order.asked)
+        packed: _Encodings = {}
+        request = encode_request(order.asked, self._server.world.sizes)
         first = tuple(self._phases(1))
         messages = []
         for client in sampled:
@@ -260,9 +293,10 @@ class Federation:
             mine = replace(order, client=client, base=self._base.get(client, INITIAL))
             if mine.base == INITIAL and order.evaluate != "end":
                 mine = replace(mine, phases=first)
-            content = encode_order(mine, self._record, self._packed(client, packed), request)
+            knowledge = self._packed(client, mine.phases, packed)
+            content = encode_order(mine, self._record, knowledge, request)
             exchange.orders[client] = mine
-            exchange.down.count(content)
+            exchange.down.count(client, content)
             timeout, group = self._experiment.round_timeout, str(order.round)
             node = self._roster[client]
             messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
@@ -281,58 +315,76 @@ class Federation:
         """Ask the strategy which samples it wants, and check what it says."""
         with self._named("request"):
             asked: object = self._strategy.request(self._server)
-            if not isinstance(asked, Tensor) or asked.dtype != torch.int64 or asked.ndim != 1:
-                raise FedkdError(f"{asked!r} is not an int64 tensor [M] of public samples")
-            in_range = bool(((asked >= 0) & (asked < self._server.num_public)).all())
-            if not in_range or len(asked.unique()) < len(asked):
-                raise FedkdError(
-                    f"public samples must be distinct and 0 to {self._server.num_public - 1}"
-                )
-        return asked
+            return self._check_samples(asked)
 
-    def _personal(self, knowledge: Knowledge, client: int) -> Knowledge:
+    def _check_samples(self, samples: object) -> Tensor:
+        if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.ndim != 1:
+            raise FedkdError(f"{samples!r} is not an int64 tensor [M] of public samples")
+        in_range = bool(((samples >= 0) & (samples < self._server.num_public)).all())
+        if not in_range or len(samples.unique()) < len(samples):
+            raise FedkdError(
+                f"public samples must be distinct and 0 to {self._server.num_public - 1}"
+            )
+        return samples
+
+    def _personal(
+        self, knowledge: Knowledge, client: int, phases: Sequence[Phase]
+    ) -> Knowledge:
         """Ask the strategy what a client receives, and check what it says."""
-        with self._named("personalise"):
+        with self._named("personalise", [client]):
             received: object = self._strategy.personalise(knowledge, client, self._server)
-            if not isinstance(received, SoftLabels | Weights):
+            if not isinstance(received, KINDS):
                 raise FedkdError(f"returns a {type(received).__name__} instead of knowledge")
+            if not any(isinstance(phase, Apply) for phase in phases):
+                require_one(received)
         return received
 
     @contextmanager
-    def _named(self, method: str) -> Iterator[None]:
-        """Name the strategy, its method and the round in whatever is raised."""
+    def _named(self, method: str, clients: Sequence[int] = ()) -> Iterator[None]:
+        """Name the strategy, its method and line, the round and the clients in whatever is raised."""
         where = f"{method} of {self._strategy.name()}, round {self._server.round}"
+        if clients:
+            where += f", client{'s' * (len(clients) > 1)} {_listed(clients)}"
         try:
             yield
         except FedkdError as error:
             raise FedkdError(f"{where}: {error}") from error
         except Exception as error:
-            error.add_note(where)
-            raise
+            raise FedkdError(f"{where}: {in_one_line(error)}{place(error)}") from error
 
     def _unknown(self) -> str:
         said = "; ".join(sorted(set(self._hello_failures)))
         return f"never introduced itself ({said})" if said else "never introduced itself"
 
-    def _packed(
-        self, client: int, packed: dict[int, tuple[object, dict[str, Any]]]
-    ) -> dict[str, Any]:
-        """Encode what a client receives, once for all who receive the same object.
-
-        The object is kept beside its encoding: another one could take over the id of a freed one.
-        """
+    def _packed(self, client: int, phases: Sequence[Phase], packed: _Encodings) -> dict[str, Any]:
+        """Encode what a client receives, once for all who receive the same and have the same."""
         if self._knowledge is None:
             return {}
-        part = self._personal(self._knowledge, client)
+        part = self._personal(self._knowledge, client, phases)
         kept: object = part
         if isinstance(part, Weights):
             student = self._experiment.student_of(client)
             if student not in part.by_model:
                 return {}
             kept, part = part.by_model[student], part.only(student)
-        if id(kept) not in packed:
-            packed[id(kept)] = kept, encode_knowledge(part, with_samples=True)
-        return packed[id(kept)][1]
+        known = self._sent.get(client)
+        key = id(kept), id(known)
+        if key not in packed:
+            packed[key] = (kept, known, *self._encoded(part, known))
+        *_, records, newer = packed[key]
+        assert self._exchange is not None
+        self._exchange.sent[client] = newer
+        return records
+
+    def _encoded(
+        self, part: Knowledge, known: Reference | None
+    ) -> tuple[dict[str, Any], Reference | None]:
+        """Encode knowledge for clients that have `known` of it already."""
+        sizes = self._server.world.sizes
+        if not isinstance(part, SoftLabels):
+            return encode_knowledge(part, sizes, asked=False), None
+        packed, newer = part.pack(self._wire_down, sizes.num_public, known)
+        return encode_knowledge(packed, sizes, asked=False), newer
 
     def finish_round(self, replies: Iterable[Message]) -> Row:
         """Check the replies, update the knowledge, and write the round's record.
@@ -365,13 +417,12 @@ class Federation:
         """Let the strategy update the knowledge; its memory is kept only if it succeeds."""
         draft = copy(self._server)
         draft.state = deepcopy(self._server.state)
-        with self._named("update"):
+        with self._named("update", [report.client for report in reports]):
             new = self._strategy.update(_replies(reports, self._server.targets), draft)
             if new is not None:
-                check_answer(new)
-        self._server.state = draft.state
-        for report in reports:
-            self._base[report.client] = self._server.round
+                self._check_new(new)
+        self._server.state, self._server.trained = draft.state, draft.trained
+        self._commit(reports)
         if new is None:
             return
         if isinstance(new, Weights) and isinstance(self._knowledge, Weights):
@@ -379,8 +430,34 @@ class Federation:
             new = self._knowledge.updated(new)
         self._knowledge, self._knowledge_round = new, self._server.round
         observes = self._strategy.facts.server_model != "required"
-        if observes and self._server.model is not None and isinstance(new, SoftLabels):
-            self._server.fit(new)
+        if not observes or self._server.model is None or not isinstance(new, SoftLabels):
+            return
+        if len(new.values) == 1:
+            self._server.fit(Digest(), new)
+
+    def _commit(self, reports: Sequence[Report]) -> None:
+        """Remember from which state these clients go on, and what they have."""
+        assert self._exchange is not None
+        for report in reports:
+            client = report.client
+            self._base[client] = self._server.round
+            if client in self._exchange.sent:
+                self._sent[client] = self._exchange.sent[client]
+            if isinstance(report.answer, SoftLabels):
+                self._heard[client] = report.reference
+
+    def _check_new(self, new: object) -> None:
+        """Refuse what a strategy may not make of the replies."""
+        if not isinstance(new, KINDS):
+            raise FedkdError(f"returns a {type(new).__name__} instead of knowledge or None")
+        if isinstance(new, SoftLabels):
+            sizes, (_, _, classes) = self._server.world.sizes, new.values.shape
+            if classes != sizes.num_classes:
+                raise FedkdError(
+                    f"returns soft labels of {classes} classes: must be {sizes.num_classes}"
+                )
+            self._check_samples(new.samples)
+        check_answer(new)
 
     # --- replies --------------------------------------------------------------------------------
 
@@ -401,11 +478,14 @@ class Federation:
             if reply.has_error():
                 exchange.dropped[client] = failure_reason(reply)
                 continue
-            exchange.up.count(reply.content)
+            exchange.up.count(client, reply.content)
+            order, world = exchange.orders[client], self._server.world
             try:
-                report = decode_report(reply.content, exchange.orders[client].asked)
+                report = decode_report(
+                    reply.content, order.asked, world.sizes, order.wire, self._heard.get(client)
+                )
                 student = self._experiment.student_of(client)
-                check_report(report, exchange.orders[client], self._server.world, student)
+                check_report(report, order, world, student)
                 exchange.reports.append(report)
             except FedkdError as error:
                 exchange.dropped[client] = str(error)
@@ -417,9 +497,9 @@ class Federation:
         return exchange
 
     def _sum_bytes(self, exchange: _Exchange) -> None:
-        for direction, part in (("up", exchange.up), ("down", exchange.down)):
-            self._totals[direction].payload += part.payload
-            self._totals[direction].wire += part.wire
+        found = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
+        for name in self._totals:
+            self._totals[name] += found[name]
 
     # --- records --------------------------------------------------------------------------------
 
@@ -437,12 +517,8 @@ class Federation:
             "knowledge_round": digested_round or None,
             **_metrics(exchange.reports),
             "server_accuracy": self._server_accuracy(exchange),
-            "bytes_up": exchange.up.payload,
-            "bytes_down": exchange.down.payload,
-            "bytes_up_by_tensor": exchange.up.by_tensor,
-            "bytes_down_by_tensor": exchange.down.by_tensor,
-            "wire_bytes_up": exchange.up.wire,
-            "wire_bytes_down": exchange.down.wire,
+            **exchange.up.record("up", exchange.sampled),
+            **exchange.down.record("down", exchange.sampled),
             "seconds": {**seconds, **spent},
         }
 
@@ -481,10 +557,7 @@ class Federation:
             "reports": self._strategy.facts.reports,
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
             "rounds": len(self.rows),
-            "bytes_up": self._totals["up"].payload,
-            "bytes_down": self._totals["down"].payload,
-            "wire_bytes_up": self._totals["up"].wire,
-            "wire_bytes_down": self._totals["down"].wire,
+            **self._totals,
             "test_size": len(self._server.world.test),
             "seconds": monotonic() - started,
             "environment": environment(device, torch.get_num_threads()),
@@ -510,12 +583,20 @@ def plain_numbers(row: Mapping[str, Any]) -> MetricRecord:
 def _replies(reports: Sequence[Report], targets: Tensor | None) -> Replies:
     answers = [report.answer for report in reports]
     labels = [answer for answer in answers if isinstance(answer, SoftLabels)]
+    means = [answer for answer in answers if isinstance(answer, ClassMeans)]
     weights = [answer for answer in answers if isinstance(answer, Weights)]
     return Replies(
         [report.client for report in reports],
         SoftLabels.stack(labels, targets) if labels else None,
+        ClassMeans.stack(means) if means else None,
         Weights.stack(weights) if weights else None,
     )
+
+
+def _listed(clients: Sequence[int]) -> str:
+    """Name clients, the first ten of them."""
+    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    return ", ".join(map(str, clients[:10])) + more
 
 
 def _metrics(reports: Sequence[Report]) -> dict[str, Any]:

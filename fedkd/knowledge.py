@@ -1,24 +1,37 @@
 """Knowledge: what crosses the wire between clients and server.
 
-Two kinds so far. `SoftLabels` hold what K clients think of N public samples; `Weights` hold model
-parameters (for FedAvg, the baseline that everybody asks for). A leading axis K everywhere: K repliers
-on the way up, K recipients on the way down, or 1 for knowledge that all share.
+Three kinds. `SoftLabels` hold what K clients think of N public samples; `ClassMeans` what each makes
+of a class on average, without a public set; `Weights` hold model parameters (for FedAvg, the baseline
+that everybody asks for). A leading axis K everywhere: K repliers on the way up, K recipients on the
+way down, or 1 for knowledge that all share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fedkd.codecs import Packed, Reference, Wire, pack, unpack
 from fedkd.errors import FedkdError
 
 Space = Literal["logits", "probabilities"]
+Output = Literal["logits", "probabilities", "features"]
+"""What class means are means of."""
+
 SIMPLEX_TOLERANCE = 1e-3
 """How far a row of probabilities may be from summing to 1 (float16 rounding stays below it)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What both sides know of soft labels: P public images and C classes."""
+
+    num_public: int
+    num_classes: int
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -146,9 +159,35 @@ class SoftLabels:
             None if self.targets is None else self.targets[rows],
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what one peer's copy (K = 1) consists of on the wire: ``values [N, C]``, samples."""
-        return {"values": self.values[0], "samples": self.samples.to(torch.int32)}
+    def pack(
+        self, wire: Wire, num_public: int, reference: Reference | None = None
+    ) -> tuple[Packed, Reference | None]:
+        """Encode all K of these for one peer; see `fedkd.codecs.pack`."""
+        values = self.values.detach().cpu().float()
+        return pack(values, self.space, self.samples.cpu(), wire, num_public, reference)
+
+    @classmethod
+    def unpack(
+        cls,
+        packed: Packed,
+        num_public: int,
+        reference: Reference | None = None,
+        owner: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[SoftLabels, Reference | None]:
+        """Decode what `pack` encoded.
+
+        Args:
+            packed: as it came.
+            num_public: P.
+            reference: what this side has already of the peer's soft labels.
+            owner: clients and num_examples, ``[K]`` each.
+
+        Raises:
+            FedkdError: see `fedkd.codecs.unpack`.
+        """
+        values, newer = unpack(packed, num_public, reference)
+        space: Any = packed.space
+        return cls(values, space, packed.samples, *(owner or ())), newer
 
 
 def _same_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -173,6 +212,64 @@ def _united(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor]:
         values[k].index_copy_(0, rows, answer.values[0, given])
         mask[k].index_fill_(0, rows, True)
     return samples, values, mask
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMeans:
+    """What K clients' models make of each class, averaged over their private images of it.
+
+    Attributes:
+        values: ``[K, C, D]``, the mean output by class (D = C, or the width of the features); zeros
+            where a client has no image of a class.
+        counts: int64 ``[K, C]``, images behind each mean; 0 where a class is absent.
+        clients: int64 ``[K]``, partition ids.
+        of: which output.
+
+    Raises:
+        FedkdError: the shapes do not fit together.
+    """
+
+    values: Tensor
+    counts: Tensor
+    clients: Tensor
+    of: Output
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 3 or self.counts.shape != self.values.shape[:2]:
+            raise FedkdError(
+                f"class means have shape {tuple(self.values.shape)} and counts "
+                f"{tuple(self.counts.shape)}: must be [K, C, D] and [K, C]"
+            )
+
+    @classmethod
+    def stack(cls, answers: Sequence[ClassMeans]) -> ClassMeans:
+        """Join answers of one client each."""
+        return cls(
+            torch.cat([a.values for a in answers]),
+            torch.cat([a.counts for a in answers]),
+            torch.cat([a.clients for a in answers]),
+            answers[0].of,
+        )
+
+    @property
+    def present(self) -> Tensor:
+        """Which client has which class, bool ``[K, C]``."""
+        return self.counts > 0
+
+    def mean(self, weights: Tensor) -> ClassMeans:
+        """Average over clients, K = 1, with `weights` ``[K, C]`` that are 0 where nothing is to count.
+
+        Accumulated in float64. A class without any weight is absent.
+        """
+        share = weights.double().unsqueeze(-1)
+        total = (share * self.values.double()).sum(0) / share.sum(0).clamp_min(1e-300)
+        counts = (self.counts * (weights > 0)).sum(0)
+        return ClassMeans(
+            total.to(self.values.dtype).unsqueeze(0),
+            counts.unsqueeze(0),
+            self.clients[:1],
+            self.of,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +341,15 @@ def _joined(weights: Sequence[ModelWeights]) -> ModelWeights:
     )
 
 
-Knowledge: TypeAlias = SoftLabels | Weights
+Knowledge: TypeAlias = SoftLabels | ClassMeans | Weights
+KINDS = (SoftLabels, ClassMeans, Weights)
+
+
+def tensors_of(knowledge: Knowledge) -> list[Tensor]:
+    """Return the tensors of knowledge that hold values, ``[K, ...]``."""
+    if isinstance(knowledge, Weights):
+        return [t for part in knowledge.by_model.values() for t in part.tensors.values()]
+    return [knowledge.values]
 
 
 def require_one(knowledge: Knowledge) -> None:
@@ -253,11 +358,7 @@ def require_one(knowledge: Knowledge) -> None:
     Raises:
         FedkdError: K is not 1.
     """
-    parts = (
-        [knowledge.values]
-        if isinstance(knowledge, SoftLabels)
-        else [t for weights in knowledge.by_model.values() for t in weights.tensors.values()]
-    )
+    parts = tensors_of(knowledge)
     if any(len(part) != 1 for part in parts):
         raise FedkdError(
             f"knowledge of {len(parts[0])} clients cannot be sent to one: aggregate it, or override "
@@ -271,16 +372,20 @@ def check_answer(answer: Knowledge) -> None:
     Raises:
         FedkdError: not finite, or probabilities off the simplex; the text says which.
     """
-    tensors = (
-        [answer.values]
-        if isinstance(answer, SoftLabels)
-        else [t for w in answer.by_model.values() for t in w.tensors.values()]
-    )
-    if not all(bool(t.isfinite().all()) for t in tensors):
+    if not all(bool(t.isfinite().all()) for t in tensors_of(answer)):
         raise FedkdError("holds NaN or infinity")
     if isinstance(answer, SoftLabels) and answer.space == "probabilities":
-        if bool((answer.values < 0).any()):
-            raise FedkdError("holds negative probabilities")
-        off = float((answer.values.sum(-1) - 1).abs().amax()) if answer.values.numel() else 0.0
-        if off > SIMPLEX_TOLERANCE:
-            raise FedkdError(f"holds rows of probabilities that miss a sum of 1 by {off:.3g}")
+        _check_simplex(answer.values)
+    if isinstance(answer, ClassMeans):
+        if bool((answer.counts < 0).any()):
+            raise FedkdError("holds negative counts")
+        if answer.of == "probabilities":
+            _check_simplex(answer.values[answer.present])
+
+
+def _check_simplex(rows: Tensor) -> None:
+    if bool((rows < 0).any()):
+        raise FedkdError("holds negative probabilities")
+    off = float((rows.sum(-1) - 1).abs().amax()) if rows.numel() else 0.0
+    if off > SIMPLEX_TOLERANCE:
+        raise FedkdError(f"holds rows of probabilities that miss a sum of 1 by {off:.3g}")

@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 
 from fedkd.errors import FedkdError
 
-Needs = Literal["soft-labels", "logits"] | None
+Needs = Literal["soft-labels", "logits", "class-means"] | None
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, tau: float | Tensor) -> Tensor:
@@ -144,6 +144,12 @@ class Step(NamedTuple):
     """The same at the start of the phase; empty unless a term asks for it (``needs_start``)."""
     numbers: Mapping[str, Tensor]
     """0-d tensors by name; ``tau`` is always there."""
+    features: Tensor | None = None
+    """``[B, D]``, what the model's head takes; ``None`` unless a term asks for it."""
+    class_means: Tensor | None = None
+    """``[C, D]`` received for the classes (D = C for outputs); zeros where a class is absent."""
+    class_counts: Tensor | None = None
+    """``[C]``, images behind each mean; 0 where a class is absent."""
 
 
 TermFunction = Callable[[Step], Tensor]
@@ -156,6 +162,7 @@ class Term:
     function: TermFunction
     needs: Needs
     needs_start: bool = False
+    needs_features: bool = False
 
     @property
     def reference(self) -> str:
@@ -167,7 +174,9 @@ class Term:
         return self.function(step)
 
 
-def term(*, needs: Needs, needs_start: bool = False) -> Callable[[TermFunction], Term]:
+def term(
+    *, needs: Needs, needs_start: bool = False, needs_features: bool = False
+) -> Callable[[TermFunction], Term]:
     """Declare a module-level function of one client's batch to be a loss term.
 
     It must be pure torch: no averaging, no client axis, no ``.item()``, no boolean-mask indexing, no
@@ -177,8 +186,10 @@ def term(*, needs: Needs, needs_start: bool = False) -> Callable[[TermFunction],
         needs: the knowledge without which the term is skipped (round 1, or a failed quorum);
             ``"logits"`` refuses probabilities.
         needs_start: whether ``step.start`` is filled.
+        needs_features: whether ``step.features`` is filled, which takes a model with ``body`` and
+            ``head``.
     """
-    return lambda function: Term(function, needs, needs_start)
+    return lambda function: Term(function, needs, needs_start, needs_features)
 
 
 @term(needs=None)

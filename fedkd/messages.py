@@ -2,7 +2,9 @@
 
 An order travels as the experiment's keys (any Ray worker may get any client), the instruction, the
 samples asked for and the knowledge; a report as its numbers and the answer. Payload bytes are the raw
-buffers of knowledge and requested indices; wire bytes everything in the message.
+buffers of knowledge and requested indices; wire bytes everything in the message. Public samples that
+are the whole public set, or those that were asked for, need no indices; others are named by a bitmap or
+by int32 indices, whichever is less.
 """
 
 from __future__ import annotations
@@ -18,14 +20,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedkd.client import Order, Report
+from fedkd.codecs import PLAIN, Packed, Reference, Wire, pack_samples, unpack_samples
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Weights, require_one
+from fedkd.knowledge import (
+    ClassMeans,
+    Knowledge,
+    ModelWeights,
+    Sizes,
+    SoftLabels,
+    Weights,
+    require_one,
+)
 from fedkd.phases import from_text, to_text
 from fedkd.references import in_one_line
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
 """Message types: execute an order; say who you are."""
+
 
 _SECONDS = "seconds "
 _METRIC = re.compile(r"accuracy|own_accuracy|agreement|(accuracy_after|loss)_.+")
@@ -94,37 +106,62 @@ def decode_experiment(records: RecordDict) -> Experiment:
     return Experiment.load(("the message", dict(keys)))
 
 
-def encode_knowledge(knowledge: Knowledge, *, with_samples: bool) -> dict[str, Any]:
-    """Pack knowledge of K = 1 as records ``knowledge`` (arrays) and ``knowledge-kind``.
+def encode_knowledge(knowledge: Knowledge | Packed, sizes: Sizes, *, asked: bool) -> dict[str, Any]:
+    """Pack knowledge as records ``knowledge`` (arrays) and ``knowledge-kind``.
 
     Args:
-        knowledge: soft labels, or weights of one architecture.
-        with_samples: whether sample indices go along (int32); without, the receiver knows them.
+        knowledge: soft labels (encoded, or K = 1 to be sent as they are), class means of K = 1, or
+            weights of one architecture and K = 1.
+        sizes: of the public set.
+        asked: whether soft labels are for the very samples that the receiver asked for, so that it
+            knows which.
     """
-    require_one(knowledge)
     if isinstance(knowledge, SoftLabels):
-        tensors = knowledge.tensors()
-        if not with_samples:
-            del tensors["samples"]
-        kind = {"kind": "soft-labels", "space": knowledge.space}
-    else:
-        ((model, weights),) = knowledge.by_model.items()
-        tensors = {name: stacked[0] for name, stacked in weights.tensors.items()}
-        kind = {"kind": "weights", "model": model}
+        require_one(knowledge)
+        knowledge, _ = knowledge.pack(PLAIN, sizes.num_public)
+    tensors, kind = _encoded(knowledge)
+    if isinstance(knowledge, Packed):
+        listed = None if asked else pack_samples(knowledge.samples, sizes.num_public)
+        if listed is not None:
+            tensors = {**tensors, "samples": listed}
+        kind["samples"] = "asked" if asked else "all" if listed is None else "listed"
     arrays = {name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()}
-    return {"knowledge": ArrayRecord(arrays), "knowledge-kind": ConfigRecord(dict(kind))}
+    return {"knowledge": ArrayRecord(arrays), "knowledge-kind": ConfigRecord(kind)}
+
+
+def _encoded(knowledge: Packed | ClassMeans | Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return knowledge as tensors and what is to be said of them."""
+    if isinstance(knowledge, Packed):
+        kind = {"kind": "soft-labels", "space": knowledge.space, "wire": str(knowledge.wire)}
+        return dict(knowledge.arrays), {**kind, "sets": knowledge.sets}
+    require_one(knowledge)
+    if isinstance(knowledge, ClassMeans):
+        means = {"values": knowledge.values[0], "counts": knowledge.counts[0].to(torch.int32)}
+        return means, {"kind": "class-means", "of": knowledge.of}
+    ((model, weights),) = knowledge.by_model.items()
+    named = {name: stacked[0] for name, stacked in weights.tensors.items()}
+    return named, {"kind": "weights", "model": model}
 
 
 def decode_knowledge(
-    records: RecordDict, *, client: int, num_examples: int, samples: Tensor | None = None
-) -> Knowledge | None:
-    """Unpack knowledge of K = 1, or return ``None`` where the message carries none.
+    records: RecordDict,
+    sizes: Sizes,
+    *,
+    client: int,
+    num_examples: int,
+    samples: Tensor | None = None,
+) -> Knowledge | Packed | None:
+    """Unpack knowledge, or return ``None`` where the message carries none.
 
     Args:
         records: of a message.
+        sizes: of the public set.
         client: partition id that it is attributed to.
         num_examples: private images behind it.
-        samples: its samples where the message does not name them.
+        samples: those that were asked for.
+
+    Returns:
+        Soft labels as they came: `SoftLabels.unpack` decodes them.
 
     Raises:
         FedkdError: the records do not make up knowledge.
@@ -137,9 +174,10 @@ def decode_knowledge(
         tensors = {n: _tensor(a) for n, a in arrays.items()}
         owner = torch.tensor([client]), torch.tensor([num_examples])
         if kind["kind"] == "soft-labels":
-            named = tensors["samples"].to(torch.int64) if "samples" in tensors else samples
-            space: Any = kind["space"]
-            return SoftLabels(tensors["values"].unsqueeze(0), space, named, *owner)
+            return _packed(tensors, kind, sizes, samples)
+        if kind["kind"] == "class-means":
+            values, counts = tensors["values"].unsqueeze(0), tensors["counts"].unsqueeze(0)
+            return ClassMeans(values, counts.to(torch.int64), owner[0], kind["of"])
         stacked = {name: t.unsqueeze(0) for name, t in tensors.items()}
         return Weights({str(kind["model"]): ModelWeights(stacked, *owner)})
     except FedkdError:
@@ -149,22 +187,38 @@ def decode_knowledge(
         raise FedkdError(f"sends knowledge that cannot be read: {in_one_line(error)}") from None
 
 
+def _packed(tensors: dict[str, Tensor], kind: Any, sizes: Sizes, asked: Tensor | None) -> Packed:
+    if kind["samples"] == "asked":
+        if asked is None:
+            raise FedkdError("sends soft labels for samples that it does not name")
+        named = asked
+    else:
+        named = unpack_samples(tensors.pop("samples", None), sizes.num_public)
+    wire = Wire.parse(kind["wire"])
+    return Packed(wire, str(kind["space"]), int(kind["sets"]), sizes.num_classes, named, tensors)
+
+
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array.numpy())
 
 
-def encode_request(asked: Tensor) -> dict[str, Any]:
-    """Pack the public samples asked for (int64 ``[M]``) as a record ``request``, if there are any."""
+def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
+    """Pack the public samples asked for (int64 ``[M]``) as a record ``request``, if there are any.
+
+    Without any sample in it, it asks for the whole public set.
+    """
     if not len(asked):
         return {}
-    return {"request": ArrayRecord({"samples": Array(asked.to(torch.int32).cpu().numpy())})}
+    listed = pack_samples(asked, sizes.num_public)
+    arrays = {} if listed is None else {"samples": Array(listed.numpy())}
+    return {"request": ArrayRecord(arrays)}
 
 
 def encode_order(
     order: Order,
     experiment: ConfigRecord,
     knowledge: dict[str, Any],
-    request: dict[str, Any] | None = None,
+    request: dict[str, Any],
 ) -> RecordDict:
     """Pack an order.
 
@@ -172,7 +226,7 @@ def encode_order(
         order: what the client is to do.
         experiment: see `experiment_record`; shared by all messages.
         knowledge: see `encode_knowledge`; shared by all who receive the same.
-        request: see `encode_request`; shared by all who are asked the same, else made here.
+        request: see `encode_request`; shared by all who are asked the same.
     """
     instruction: dict[str, Any] = {
         "client": order.client,
@@ -181,23 +235,32 @@ def encode_order(
         "phases": to_text(order.phases),
         "knowledge-round": order.knowledge_round,
         "evaluate": order.evaluate,
+        "wire": str(order.wire),
     }
     records: dict[str, Any] = {
         "experiment": experiment,
         "instruction": ConfigRecord(instruction),
         **knowledge,
-        **(encode_request(order.asked) if request is None else request),
+        **request,
     }
     return RecordDict(records)
 
 
 def decode_order(
-    records: RecordDict, *, num_examples: int, seen: dict[Any, Knowledge | None] | None = None
+    records: RecordDict,
+    sizes: Sizes,
+    *,
+    num_examples: int,
+    seen: dict[Any, Knowledge | Packed | None] | None = None,
 ) -> Order:
     """Unpack an order.
 
+    Soft labels of which only changed rows were sent stay packed: what they add to is in the client's
+    state.
+
     Args:
         records: of a message.
+        sizes: of the public set.
         num_examples: the client's private images.
         seen: knowledge decoded before, by its bytes; orders that share them share one object, which
             is how a stack knows that all its clients received the same.
@@ -211,13 +274,17 @@ def decode_order(
     try:
         instruction = _instruction(records)
         if key not in seen:
-            seen[key] = decode_knowledge(
-                records, client=instruction["client"], num_examples=num_examples
+            received = decode_knowledge(
+                records, sizes, client=instruction["client"], num_examples=num_examples
             )
+            if isinstance(received, Packed) and received.wire.rows == "all":
+                received, _ = SoftLabels.unpack(received, sizes.num_public)
+            seen[key] = received
         asked = torch.empty(0, dtype=torch.int64)
         request = _record(records, "request", ArrayRecord)
         if request is not None:
-            asked = _tensor(request["samples"]).to(torch.int64)
+            listed = _tensor(request["samples"]) if "samples" in request else None
+            asked = unpack_samples(listed, sizes.num_public)
         return Order(
             client=instruction["client"],
             round=instruction["round"],
@@ -227,6 +294,7 @@ def decode_order(
             knowledge=seen[key],
             knowledge_round=instruction["knowledge-round"],
             evaluate=instruction["evaluate"],
+            wire=Wire.parse(instruction["wire"]),
         )
     except FedkdError:
         raise
@@ -242,28 +310,29 @@ def _instruction(records: RecordDict) -> dict[str, Any]:
     for name in ("client", "round", "base", "knowledge-round"):
         if type(instruction[name]) is not int:
             raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a whole number")
-    for name in ("phases", "evaluate"):
+    for name in ("phases", "evaluate", "wire"):
         if type(instruction[name]) is not str:
             raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a text")
     return instruction
 
 
-def encode_report(report: Report, asked: Tensor, decoding: float = 0.0) -> RecordDict:
+def encode_report(report: Report, asked: Tensor, sizes: Sizes, decoding: float = 0.0) -> RecordDict:
     """Pack a report; sample indices go along only for an answer other than what was asked.
 
     Args:
         report: what the client answers.
         asked: samples that it was asked for.
+        sizes: of the public set.
         decoding: seconds that reading its order took, reported together with those of this.
     """
     started = perf_counter()
     knowledge: dict[str, Any] = {}
     if report.answer is not None:
-        partial = isinstance(report.answer, SoftLabels) and not torch.equal(
-            report.answer.samples, asked
-        )
-        knowledge = encode_knowledge(report.answer, with_samples=partial)
-    seconds = {**report.seconds, "encode": decoding + perf_counter() - started}
+        labels = report.answer if isinstance(report.answer, SoftLabels) else None
+        whole = labels is not None and torch.equal(labels.samples, asked)
+        knowledge = encode_knowledge(report.packed or report.answer, sizes, asked=whole)
+    encoding = report.seconds.get("encode", 0.0) + decoding + perf_counter() - started
+    seconds = {**report.seconds, "encode": encoding}
     numbers: dict[str, Any] = {
         "partition-id": report.client,
         "num-examples": report.num_examples,
@@ -273,8 +342,21 @@ def encode_report(report: Report, asked: Tensor, decoding: float = 0.0) -> Recor
     return RecordDict({"report": MetricRecord(numbers), **knowledge})
 
 
-def decode_report(records: RecordDict, asked: Tensor) -> Report:
+def decode_report(
+    records: RecordDict,
+    asked: Tensor,
+    sizes: Sizes,
+    wire: Wire = PLAIN,
+    reference: Reference | None = None,
+) -> Report:
     """Unpack a report.
+
+    Args:
+        records: of a message.
+        asked: samples that the client was asked for.
+        sizes: of the public set.
+        wire: how its soft labels have to be encoded.
+        reference: what the server has of them already.
 
     Raises:
         FedkdError: the records do not make up a report.
@@ -291,13 +373,22 @@ def decode_report(records: RecordDict, asked: Tensor) -> Report:
     for name, value in metrics.items():
         if not name.startswith("loss_") and not 0 <= value <= 1:
             raise FedkdError(f"sends {name} = {value:g}, which must be 0 to 1")
-    return Report(
-        client,
-        num_examples,
-        decode_knowledge(records, client=client, num_examples=num_examples, samples=asked),
-        metrics,
-        {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)},
+    seconds = {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)}
+    answer = decode_knowledge(
+        records, sizes, client=client, num_examples=num_examples, samples=asked
     )
+    if not isinstance(answer, Packed):
+        return Report(client, num_examples, answer, metrics, seconds)
+    if (answer.wire, answer.sets) != (wire, 1):
+        raise FedkdError(
+            f"sends {answer.sets} × {answer.wire}, where one set as {wire} was asked for"
+        )
+    owner = torch.tensor([client]), torch.tensor([num_examples])
+    try:
+        labels, newer = SoftLabels.unpack(answer, sizes.num_public, reference, owner)
+    except FedkdError as error:
+        raise FedkdError(f"sends soft labels that are none: {error}") from None
+    return Report(client, num_examples, labels, metrics, seconds, reference=newer)
 
 
 def _integer(numbers: dict[str, Any], name: str) -> int:

@@ -2,10 +2,10 @@
 
 A message carries a list of phases. The usual round is digest (distil received knowledge into the
 student), revisit (train on the private shard), predict (answer with soft labels). Digest and revisit
-are one procedure, `Fit`, with other data and loss terms.
+are one phase, `Fit`, with other data and loss terms.
 
-Loss terms travel by reference, ``module:function``; a client resolves one only inside `fedkd.losses`,
-`strategies` and the modules that its own ``client-code`` key names.
+Loss terms and procedures travel by reference, ``module:function``; a client resolves one only inside
+`fedkd.losses`, `strategies`, installed strategies, and the modules that its own ``client-code`` names.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Literal, TypeAlias
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from fedkd import losses
 from fedkd.errors import FedkdError
-from fedkd.knowledge import Space
+from fedkd.knowledge import Output, Space
 from fedkd.losses import Term
+from fedkd.procedures import Procedure
 from fedkd.references import in_one_line
+
+GROUP = "fedkd.strategies"
+"""Entry-point group of strategies that other packages install."""
 
 Role = Literal["student", "teacher"]
 """Which local model: a client without a local teacher takes its student for both."""
@@ -38,6 +43,34 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Reset:
+    """Put the student back to the initial weights that all clients share.
+
+    What was digested is forgotten with it: received knowledge is news again.
+    """
+
+    name: str = "reset"
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Run a procedure, client by client.
+
+    Attributes:
+        procedure: a `Procedure`, or its reference ``module:function``.
+        numbers: what the procedure takes besides the client.
+        name: names the phase in records (``seconds``).
+    """
+
+    procedure: Procedure | str
+    numbers: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    name: str = "apply"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "procedure", reference(self.procedure))
+
+
+@dataclass(frozen=True)
 class Fit:
     """Train a local model with a fresh optimiser.
 
@@ -49,7 +82,7 @@ class Fit:
     Attributes:
         name: names the phase in records (``accuracy_after_<name>``).
         model: which local model is trained.
-        private: coefficients by term reference, on the private shard.
+        private: coefficients by term (or its reference), on the private shard.
         public: the same on public samples.
         epochs: passes; ``None`` means ``distill-epochs`` with `public`, else ``local-epochs``.
         numbers: what terms read from ``step.numbers``; ``tau`` is added from the experiment.
@@ -57,10 +90,14 @@ class Fit:
 
     name: str
     model: Role = "student"
-    private: Mapping[str, Coefficient] = field(default_factory=dict)
-    public: Mapping[str, Coefficient] = field(default_factory=dict)
+    private: Mapping[Any, Coefficient] = field(default_factory=dict)
+    public: Mapping[Any, Coefficient] = field(default_factory=dict)
     epochs: int | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for side in ("private", "public"):
+            object.__setattr__(self, side, _terms(getattr(self, side)))
 
 
 @dataclass(frozen=True)
@@ -70,6 +107,17 @@ class Predict:
     space: Space = "logits"
     model: Role = "teacher"
     name: str = "predict"
+    only: str | None = None
+    """Answer those samples alone of which this tensor of the client's state (bool ``[P]``) is true."""
+
+
+@dataclass(frozen=True)
+class MeanByClass:
+    """Answer with a local model's mean output by class over the private shard."""
+
+    of: Output = "probabilities"
+    model: Role = "student"
+    name: str = "means"
 
 
 @dataclass(frozen=True)
@@ -79,17 +127,16 @@ class SendWeights:
     name: str = "send"
 
 
-Phase: TypeAlias = Load | Fit | Predict | SendWeights
+Phase: TypeAlias = Reset | Load | Apply | Fit | Predict | MeanByClass | SendWeights
 _PHASES: dict[str, Callable[..., Phase]] = {
-    cls.__name__: cls for cls in (Load, Fit, Predict, SendWeights)
+    cls.__name__: cls for cls in (Reset, Load, Apply, Fit, Predict, MeanByClass, SendWeights)
 }
-ANSWERS = (Predict, SendWeights)
+ANSWERS = (Predict, MeanByClass, SendWeights)
 
 
 def Digest(loss: Term | str = losses.kl, epochs: int | None = None) -> Fit:
     """Distil received soft labels into the student: α · `loss` + (1 − α) · CE."""
-    public: dict[str, Coefficient] = {reference(loss): "alpha", "ce": "1-alpha"}
-    return Fit("digest", "student", public=public, epochs=epochs)
+    return Fit("digest", public={loss: "alpha", "ce": "1-alpha"}, epochs=epochs)
 
 
 def Revisit(
@@ -99,13 +146,28 @@ def Revisit(
     numbers: Mapping[str, float] | None = None,
 ) -> Fit:
     """Train on the private shard, by cross entropy if no other terms are given."""
-    terms = {reference(t): c for t, c in (private or {"ce": 1.0}).items()}
+    terms = private or {"ce": 1.0}
     return Fit("revisit", model, private=terms, epochs=epochs, numbers=numbers or {})
 
 
-def reference(term: Term | str) -> str:
-    """Return the name under which a term travels: short for those of `fedkd.losses`."""
-    name = term if isinstance(term, str) else term.reference
+def _terms(terms: Mapping[Any, Coefficient]) -> dict[str, Coefficient]:
+    return {reference(term): coefficient for term, coefficient in terms.items()}
+
+
+def reference(code: Term | Procedure | str) -> str:
+    """Return the name under which a term or procedure travels: short for those of `fedkd.losses`.
+
+    Raises:
+        FedkdError: it is neither, or was not made at the top of a module.
+    """
+    if not isinstance(code, Term | Procedure | str):
+        raise FedkdError(f"{code!r} is neither a loss term (@term) nor a procedure (@procedure)")
+    name = code if isinstance(code, str) else code.reference
+    if "<" in name:
+        raise FedkdError(
+            f"{name}: clients find code by name, which a lambda or a function within a function has "
+            "not; write it at the top of a module, and pass what varies as numbers"
+        )
     return name.removeprefix("fedkd.losses:")
 
 
@@ -114,26 +176,45 @@ def resolve_term(name: str, client_code: Sequence[str] = ()) -> Term:
 
     Args:
         name: ``function`` of `fedkd.losses`, or ``module:function``.
-        client_code: modules that this client allows besides `fedkd.losses` and `strategies`.
+        client_code: modules that this client allows besides those of fedkd and installed strategies.
 
     Raises:
         FedkdError: the module is not allowed, or holds no such term.
     """
+    return _resolve(name, Term, "loss term: declare it with @term", client_code)
+
+
+def resolve_procedure(name: str, client_code: Sequence[str] = ()) -> Procedure:
+    """Find a procedure by reference; see `resolve_term`."""
+    return _resolve(name, Procedure, "procedure: declare it with @procedure", client_code)
+
+
+_Code = TypeVar("_Code", Term, Procedure)
+
+
+def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]) -> _Code:
     module, _, function = name.rpartition(":")
     module = module or "fedkd.losses"
-    allowed = ("fedkd.losses", "strategies", *client_code)
+    allowed = ("fedkd.losses", "strategies", *_installed(), *client_code)
     if not any(module == a or module.startswith(f"{a}.") for a in allowed):
         raise FedkdError(
             f"the instruction names {name}, but this client only runs code of {', '.join(allowed)}; "
             "add the module to client-code if you trust it"
         )
+    thing, _, advice = what.partition(": ")
     try:
         found = getattr(import_module(module), function, None)
     except Exception as error:  # importing runs the module
-        raise FedkdError(f"{name} is not a loss term: {in_one_line(error)}") from None
-    if not isinstance(found, Term):
-        raise FedkdError(f"{name} is not a loss term: declare it with @term at the top of {module}")
+        raise FedkdError(f"{name} is not a {thing}: {in_one_line(error)}") from None
+    if not isinstance(found, kind):
+        raise FedkdError(f"{name} is not a {thing}: {advice} at the top of {module}")
     return found
+
+
+@lru_cache(maxsize=1)
+def _installed() -> tuple[str, ...]:
+    """Return the modules of the strategies that other packages install here."""
+    return tuple(sorted({point.module for point in entry_points(group=GROUP)}))
 
 
 def to_text(phases: Sequence[Phase]) -> str:

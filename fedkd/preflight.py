@@ -6,16 +6,17 @@ import re
 import socket
 from importlib.util import find_spec
 
+from fedkd.checks import means_width
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
-from fedkd.phases import Fit, resolve_term
+from fedkd.phases import Apply, Fit, MeanByClass, reference, resolve_procedure, resolve_term
 from fedkd.records import RunFolder
 from fedkd.references import in_one_line
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.simulation import check_resources
-from fedkd.world import check_models, resolve_device, world_of
+from fedkd.world import World, check_models, resolve_device, world_of
 
 _PATIENCE_S = 5.0
 
@@ -33,6 +34,7 @@ def check(experiment: Experiment) -> DistillationStrategy:
     _check_engine(experiment)
     world = world_of(experiment)
     check_models(experiment, world, ("student", "teacher", "server_model"))
+    _check_features(experiment, strategy, world)
     check_plan(experiment)
     per_round = experiment.public_per_round
     if per_round is not None and per_round > len(world.public):
@@ -66,10 +68,27 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
         if isinstance(phase, Fit):
             for name in (*phase.private, *phase.public):
                 resolve_term(name, modules)
+        if isinstance(phase, Apply):
+            resolve_procedure(reference(phase.procedure), modules)
+
+
+def _check_features(experiment: Experiment, strategy: DistillationStrategy, world: World) -> None:
+    """Refuse students whose features cannot be averaged with each other's."""
+    for phase in strategy.phases(2):
+        if isinstance(phase, MeanByClass):
+            students = {experiment.student_of(k) for k in range(experiment.architecture_period)}
+            widths = {name: means_width(phase, world, name) for name in sorted(students)}
+            if len(set(widths.values())) > 1:
+                said = ", ".join(f"{name} has {width}" for name, width in widths.items())
+                raise FedkdError(
+                    f"student = '{experiment.student}': {strategy.name()} averages features, so all "
+                    f"students need as many ({said})"
+                )
 
 
 def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) -> None:
-    if experiment.server_model != "none" and strategy.uploads() is not SoftLabels:
+    trains = strategy.uploads() is SoftLabels or strategy.facts.server_model != "none"
+    if experiment.server_model != "none" and not trains:
         raise FedkdError(
             f"server-model = '{experiment.server_model}': {strategy.name()} sends no soft labels to "
             "train it on; set server-model = 'none'"

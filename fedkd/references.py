@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from operator import attrgetter
@@ -43,6 +45,22 @@ def find_function(reference: str, what: str) -> Callable[..., Any]:
             f"{nearest(function_name, vars(module))}"
         )
     return cast(Callable[..., Any], function)
+
+
+_NOT_THE_USERS = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"])
+
+
+def place(error: BaseException) -> str:
+    """Return where in a user's code an exception came from, as `` (file.py, line 12)``.
+
+    The innermost frame that is neither of fedkd nor of an installed package; nothing if there is none.
+    """
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        ours = frame.filename.startswith(_NOT_THE_USERS) or "site-packages" in frame.filename
+        if not ours and not frame.filename.startswith("<"):
+            found = f" ({Path(frame.filename).name}, line {frame.lineno})"
+    return found
 
 
 def in_one_line(error: BaseException) -> str:

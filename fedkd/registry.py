@@ -17,11 +17,9 @@ from typing import Any, TypeGuard
 
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment, kebab, snake
+from fedkd.phases import GROUP
 from fedkd.randomness import key
 from fedkd.strategy import DistillationStrategy
-
-GROUP = "fedkd.strategies"
-"""Entry-point group of strategies that other packages install."""
 
 
 def strategies() -> dict[str, type[DistillationStrategy]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fedkd.client import correct_by_class
-from fedkd.cohort import Cohort, Side, State
+from fedkd.client import correct_by_class, experiment_term
+from fedkd.cohort import Cohort, Side
+from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge, SoftLabels, Weights, require_one
-from fedkd.losses import Term, ce, kl_term
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
+from fedkd.losses import Term
 from fedkd.optimizers import OptimizerSettings
+from fedkd.phases import Fit
 from fedkd.randomness import generator, permutation
 from fedkd.world import World
 
@@ -24,17 +27,19 @@ class Replies:
     Attributes:
         clients: partition ids.
         labels: their soft labels, stacked, or ``None`` if they were not asked for any.
+        class_means: their class means, or ``None``.
         weights: their weights, or ``None``.
     """
 
     clients: list[int]
     labels: SoftLabels | None = None
+    class_means: ClassMeans | None = None
     weights: Weights | None = None
 
     @property
     def knowledge(self) -> Knowledge | None:
         """The one kind that was uploaded."""
-        return self.labels if self.labels is not None else self.weights
+        return self.labels or self.class_means or self.weights
 
 
 @dataclass
@@ -72,6 +77,11 @@ class Server:
         return len(self.world.public)
 
     @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.world.num_classes
+
+    @property
     def targets(self) -> Tensor | None:
         """Labels of the public set, int64 ``[P]``, where it has any."""
         labels = self.world.public.labels
@@ -93,33 +103,119 @@ class Server:
         """Return a generator for `purpose` in this round."""
         return generator(self.experiment.seed, "server", self.round, purpose)
 
-    def fit(self, labels: SoftLabels) -> None:
-        """Distil soft labels (K = 1) into the server's model, with hard labels where it has any."""
-        assert self.model is not None
-        require_one(labels)
-        if not len(labels.samples):
+    def fit(
+        self,
+        phase: Fit,
+        labels: SoftLabels | None = None,
+        samples: Tensor | None = None,
+        weights: Weights | None = None,
+    ) -> Weights | None:
+        """Train the server's model on the public set, or models of given weights.
+
+        Args:
+            phase: its public terms; on an unlabelled public set those that need labels are left out.
+            labels: soft labels to digest, K = 1.
+            samples: int64 ``[N]``, public samples for a fit on hard labels alone.
+            weights: K = 1 of each architecture: trained instead of the server's model.
+
+        Returns:
+            The new weights, where weights were given. Nothing is trained on no samples.
+
+        Raises:
+            FedkdError: soft labels of several clients, terms without what they need, or no model.
+        """
+        if labels is not None:
+            require_one(labels)
+        elif samples is None:
+            raise FedkdError("server.fit takes soft labels to digest, or samples with hard labels")
+        side = self._public_side(phase, labels, samples)
+        if weights is None:
+            if self.model is None:
+                raise FedkdError("server-model = 'none': there is no model to train; name one")
+            self._train(self.model, phase, side)
+            self.trained = self.trained or bool(len(side.rows[0]))
+            return None
+        parts = {}
+        for name, part in weights.by_model.items():
+            cohort = self._cohort(name, part.tensors)
+            self._train(cohort, phase, side)
+            tensors = {n: t.cpu() for n, t in {**cohort.params, **cohort.buffers}.items()}
+            parts[name] = replace(part, tensors=tensors)
+        return Weights(parts)
+
+    def predict(self, samples: Tensor, weights: Weights | None = None) -> SoftLabels:
+        """Return logits for public samples, on the CPU.
+
+        Args:
+            samples: int64 ``[N]``.
+            weights: of any number of clients: one answer each, in order of partition, instead of that
+                of the server's model (K = 1).
+
+        Raises:
+            FedkdError: there is no model.
+        """
+        public = self.world.public
+        if weights is None:
+            if self.model is None:
+                raise FedkdError("server-model = 'none': there is no model to ask; name one")
+            return SoftLabels(self.model.predict(public, samples).cpu(), "logits", samples)
+        parts = weights.by_model.items()
+        values = torch.cat(
+            [
+                self._cohort(name, part.tensors).predict(public, samples).cpu()
+                for name, part in parts
+            ]
+        )
+        clients = torch.cat([part.clients for _, part in parts])
+        examples = torch.cat([part.num_examples for _, part in parts])
+        order = clients.argsort()
+        return SoftLabels(values[order], "logits", samples, clients[order], examples[order])
+
+    def _public_side(self, phase: Fit, labels: SoftLabels | None, samples: Tensor | None) -> Side:
+        public = self.world.public
+        rows = samples if labels is None else labels.samples
+        assert rows is not None
+        terms = self._terms(phase, labels)
+        logits = None if labels is None else labels.logits.to(public.device, public.dtype)
+        return Side("public", public, [rows], terms, logits)
+
+    def _terms(self, phase: Fit, labels: SoftLabels | None) -> dict[Term, float | Tensor]:
+        """Resolve a fit's public terms, without hard labels where there are none."""
+        experiment = self.experiment
+        has_labels = self.world.public.labels is not None
+        # Without hard labels the soft part is all of the loss.
+        alpha = experiment.alpha if has_labels else 1.0
+        values = {"alpha": alpha, "1-alpha": 1 - alpha}
+        terms: dict[Term, float | Tensor] = {}
+        for name, coefficient in phase.public.items():
+            term = experiment_term(name, experiment)
+            if term.needs is None and not has_labels:
+                continue
+            if term.needs in ("soft-labels", "logits") and labels is None:
+                raise FedkdError(f"{name} needs soft labels, and server.fit was given none")
+            terms[term] = values[coefficient] if isinstance(coefficient, str) else coefficient
+        if not terms:
+            raise FedkdError(f"the fit '{phase.name}' has no term for an unlabelled public set")
+        return terms
+
+    def _train(self, model: Cohort, phase: Fit, side: Side) -> None:
+        if not len(side.rows[0]):
             return
-        self.trained = True
-        experiment, public = self.experiment, self.world.public
-        soft = kl_term(experiment.kl_reduction)
-        terms: dict[Term, float | Tensor] = {soft: 1.0}
-        if public.labels is not None:
-            terms = {soft: experiment.alpha, ce: 1 - experiment.alpha}
-        logits = labels.logits.to(public.device, public.dtype)
-        self.model.fit(
-            [Side("public", public, [labels.samples], terms, logits)],
-            epochs=experiment.distill_epochs,
+        experiment = self.experiment
+        model.fit(
+            [side],
+            epochs=experiment.distill_epochs if phase.epochs is None else phase.epochs,
             batch_size=experiment.batch_size,
             optimizer=OptimizerSettings.of(experiment),
-            numbers={"tau": experiment.tau},
-            streams=[(experiment.seed, "server", self.round, "digest")],
+            numbers={"tau": experiment.tau, **phase.numbers},
+            streams=[(experiment.seed, "server", self.round, phase.name)],
         )
 
     def accuracy(self, weights: Weights | None = None) -> float | None:
         """Return test accuracy of the given weights (mean over architectures), or of the model."""
         if weights is not None:
             parts = [
-                self._tested(self._cohort(name, {n: t[0] for n, t in part.tensors.items()}))
+                self._tested(self._cohort(name, part.tensors))
                 for name, part in weights.by_model.items()
             ]
             return sum(parts) / len(parts)
@@ -130,9 +226,10 @@ class Server:
         right = correct_by_class(cohort.classify(test), test, self.world.num_classes)
         return float(right.correct.sum() / right.total.sum())
 
-    def _cohort(self, name: str, state: State | None = None) -> Cohort:
-        if state is None:
-            state = self.world.initial_state(name, self.experiment.seed)
+    def _cohort(self, name: str, stack: Mapping[str, Tensor] | None = None) -> Cohort:
+        """Make a cohort of copies of a stack ``[K, ...]``, or of one model with initial weights."""
+        if stack is None:
+            stack = self.world.initial_states(name, self.experiment.seed, 1)
         device = self.world.train.device
-        stack = {n: t.to(device).unsqueeze(0).clone() for n, t in state.items()}
-        return self.world.cohort(self.experiment, name, stack)
+        own = {n: t.to(device, copy=True) for n, t in stack.items()}
+        return self.world.cohort(self.experiment, name, own)

@@ -6,10 +6,13 @@ third of a step of a small net. Here that is done once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from fedkd.errors import FedkdError
 
 
 class Stateless:
@@ -37,12 +40,42 @@ class Stateless:
 
     def __call__(self, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
         """Return the module's output; `tensors` has all of its parameters and buffers by name."""
+        with self._lent(tensors):
+            output: Tensor = self.module(images)
+        return output
+
+    def features(self, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """Return what the module's body gives, ``[B, D]``.
+
+        Raises:
+            FedkdError: it is not a body and a head.
+        """
+        body: Callable[[Tensor], Tensor] = self._part("body")
+        with self._lent(tensors):
+            return body(images)
+
+    def head(self, tensors: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` that the module's head gives for features."""
+        head: Callable[[Tensor], Tensor] = self._part("head")
+        with self._lent(tensors):
+            return head(features)
+
+    def _part(self, name: str) -> Callable[[Tensor], Tensor]:
+        part = getattr(self.module, name, None)
+        if not isinstance(part, nn.Module):
+            kind = type(self.module).__name__
+            raise FedkdError(
+                f"the model {kind} has no features: they are what `body` gives in head(body(images))"
+            )
+        return part
+
+    @contextmanager
+    def _lent(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         own = [store[leaf] for store, leaf, _ in self._places]
         try:
             for store, leaf, name in self._places:
                 store[leaf] = tensors[name]
-            output: Tensor = self.module(images)
-            return output
+            yield
         finally:
             for (store, leaf, _), tensor in zip(self._places, own, strict=True):
                 store[leaf] = tensor

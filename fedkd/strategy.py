@@ -29,14 +29,21 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
+from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment, accepted, kebab
 from fedkd.federation import Federation, plain_numbers
-from fedkd.knowledge import Knowledge, SoftLabels, Weights
-from fedkd.phases import Digest, Phase, Predict, Revisit, SendWeights
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
+from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.records import Row, RunFolder
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
+
+_KINDS: dict[type, type[SoftLabels] | type[ClassMeans] | type[Weights]] = {
+    Predict: SoftLabels,
+    MeanByClass: ClassMeans,
+    SendWeights: Weights,
+}
 
 Positive = Annotated[float, Field(gt=0)]
 """Type of a setting that is a number above 0."""
@@ -51,8 +58,11 @@ class Facts:
 
     Attributes:
         paper: arXiv number or venue.
-        up: payload bytes a client sends a round, a formula over P (samples asked), C (classes) and
-            S (bytes of the student's parameters and buffers).
+        up: payload bytes a client sends a round, a formula over P (samples asked), C (classes), K
+            (clients), D (width of the student's features), S (bytes of the student's parameters and
+            buffers), I (bytes of a list of the P samples: 0 for the whole public set, else 4 bytes a
+            sample or a bit a public image, whichever is less) and the strategy's settings by name;
+            ``<=`` in front where coding or caching makes it less.
         down: payload bytes a client receives a round, likewise.
         public_labels: whether the algorithm needs the labels of the public set.
         server_model: whether it keeps a model at the server.
@@ -128,11 +138,15 @@ class DistillationStrategy(Strategy):
         """Return the public samples to be answered this round, int64 ``[M]``, distinct."""
         return server.draw()
 
+    def wire(self) -> tuple[Wire, Wire]:
+        """Return how soft labels cross the wire, up and down, unless the key ``codec`` says."""
+        return PLAIN, PLAIN
+
     def aggregate(self, knowledge: Any) -> Any:
         """Combine what K clients know: the paper's equation, a pure function without a server.
 
         Args:
-            knowledge: `SoftLabels`, or `Weights` for a strategy that uploads weights.
+            knowledge: what clients upload: `SoftLabels`, `ClassMeans` or `Weights`.
 
         Returns:
             ``[N, C]`` in the space of the uploads, or knowledge of K = 1.
@@ -168,12 +182,27 @@ class DistillationStrategy(Strategy):
         """Return the hyper-parameters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
-    def uploads(self) -> type[SoftLabels] | type[Weights] | None:
+    def uploads(self) -> type[SoftLabels] | type[ClassMeans] | type[Weights] | None:
         """Return the kind of knowledge that clients send, from the phases of a usual round."""
-        phases = self.phases(2)
-        if any(isinstance(phase, SendWeights) for phase in phases):
-            return Weights
-        return SoftLabels if any(isinstance(phase, Predict) for phase in phases) else None
+        for phase in self.phases(2):
+            if isinstance(phase, ANSWERS):
+                return _KINDS[type(phase)]
+        return None
+
+    def wires(self, experiment: Experiment) -> tuple[Wire, Wire]:
+        """Return how soft labels cross the wire in this experiment, up and down.
+
+        Raises:
+            FedkdError: ``codec`` makes no sense, or there are no soft labels to encode.
+        """
+        if experiment.codec == "auto":
+            return self.wire()
+        if self.uploads() is not SoftLabels:
+            raise FedkdError(
+                f"codec = '{experiment.codec}': {self.name()} sends no soft labels to encode; set "
+                "codec = 'auto'"
+            )
+        return parse_codec(experiment.codec)
 
     def check(self, experiment: Experiment) -> None:
         """Refuse an experiment that this strategy would get silently wrong.
@@ -190,6 +219,7 @@ class DistillationStrategy(Strategy):
             raise FedkdError(
                 f"server-model = 'none': {self.name()} trains a model at the server; name one"
             )
+        self.wires(experiment)
 
     # --- Flower's interface ---------------------------------------------------------------------
 

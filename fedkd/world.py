@@ -19,6 +19,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.graphs import Graphs
 from fedkd.images import Images
+from fedkd.knowledge import Sizes
 from fedkd.partition import label_counts, partition, split_public
 from fedkd.plans import Plan, wanted_plan
 from fedkd.randomness import permutation
@@ -53,6 +54,11 @@ class World:
     _graphs: dict[str, Graphs] = field(default_factory=dict, repr=False)
     _skeletons: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _initial: dict[tuple[str, int], State] = field(default_factory=dict, repr=False)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of soft labels on the public set."""
+        return Sizes(len(self.public), self.num_classes)
 
     def plan(self, name: str, wanted: str) -> Plan:
         """Return how models of an architecture are run under a ``plan`` key, found out once."""

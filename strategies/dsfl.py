@@ -13,6 +13,7 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
+from fedkd.robust import Rule, combine_probabilities
 from fedkd.strategy import DistillationStrategy, Facts, Positive
 
 
@@ -27,18 +28,20 @@ class DSFL(DistillationStrategy):
             aggregation).
         era_temperature: T; 0.1 in the paper. As the softmax is taken of probabilities, the sharpest
             label it can give is e^(1/T) / (e^(1/T) + C − 1).
+        combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`).
     """
 
     facts = Facts(
         paper="2008.06180",
         up="P*C*4",
-        down="P*C*4 + P*8",
+        down="P*C*4 + 2*I",
         server_model="optional",
         reports="server",
     )
 
     sharpening: Literal["era", "mean"] = "era"
     era_temperature: Positive = 0.1
+    combine: Rule = "mean"
 
     def phases(self, round: int) -> list[Phase]:
         return [Digest(), Revisit(), Predict("probabilities")]
@@ -46,7 +49,7 @@ class DSFL(DistillationStrategy):
     def aggregate(self, labels: SoftLabels) -> Tensor:
         if labels.space != "probabilities":
             raise FedkdError(f"DSFL aggregates probabilities, not {labels.space}")
-        mean_NC = labels.mean_probabilities()
+        combined_NC = combine_probabilities(labels, self.combine)
         if self.sharpening == "mean":
-            return mean_NC
-        return (mean_NC / self.era_temperature).softmax(-1)
+            return combined_NC
+        return (combined_NC / self.era_temperature).softmax(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import mae_logits
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit, reference
+from fedkd.robust import Rule, combine_logits
 from fedkd.strategy import Count, DistillationStrategy, Facts
 
 
@@ -27,13 +28,15 @@ class FedMD(DistillationStrategy):
         digest: ``"kl"`` is the τ-softened loss of the experiment's α and τ; ``"mae"`` the mean
             absolute error between logits, as in the authors' code.
         transfer_epochs: passes over the labelled public set in round 1 (the authors': up to 20).
+        combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`), of logits.
     """
 
-    facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + P*8", server_model="optional")
+    facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + 2*I", server_model="optional")
     closes = "revisit"
 
     digest: Literal["kl", "mae"] = "kl"
     transfer_epochs: Count = 5
+    combine: Rule = "mean"
 
     def phases(self, round: int) -> list[Phase]:
         if round == 1:
@@ -45,4 +48,4 @@ class FedMD(DistillationStrategy):
         return [mae, Revisit(), Predict()]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        return labels.mean_logits()
+        return combine_logits(labels, self.combine)

@@ -21,7 +21,7 @@ from fedkd.client import Order, Report
 from fedkd.engines import cohort
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
-from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.messages import HELLO, decode_order, decode_report
 from fedkd.records import Row, RunFolder
@@ -55,6 +55,13 @@ def tiny(**keys: Any) -> Experiment:
     return Experiment(**{**small, **keys})
 
 
+ROUGH = (
+    "seconds",
+    *(f"wire_bytes_{way}{by}" for way in ("up", "down") for by in ("", "_by_client")),
+)
+"""Fields of a record that may differ between runs: a text of a number of seconds has any length."""
+
+
 # --- Clients with their mail on record -----------------------------------------------------------
 
 Meddle = Callable[[Order, Message, Message], Message | None]
@@ -68,6 +75,7 @@ MeddleHello = Callable[[int, Message, Message], Message | None]
 class Exchange:
     """What one exchange told the clients, and what they answered, by partition."""
 
+    sizes: Sizes
     orders: dict[int, Order] = field(default_factory=dict)
     replies: dict[int, Message | None] = field(default_factory=dict)
 
@@ -75,15 +83,18 @@ class Exchange:
         """Decode a client's reply."""
         reply = self.replies[client]
         assert reply is not None
-        return decode_report(reply.content, self.orders[client].asked)
+        return decode_report(reply.content, self.orders[client].asked, self.sizes)
 
     def answers(self, clients: Sequence[int]) -> Knowledge:
         """Stack the answers of some clients."""
         answers = [self.report(k).answer for k in clients]
         labels = [a for a in answers if isinstance(a, SoftLabels)]
+        means = [a for a in answers if isinstance(a, ClassMeans)]
         weights = [a for a in answers if isinstance(a, Weights)]
-        assert len(labels) + len(weights) == len(clients)
-        return SoftLabels.stack(labels) if labels else Weights.stack(weights)
+        assert max(len(labels), len(means), len(weights)) == len(clients)
+        if labels:
+            return SoftLabels.stack(labels)
+        return ClassMeans.stack(means) if means else Weights.stack(weights)
 
 
 class Clients:
@@ -105,7 +116,8 @@ class Clients:
         self._honest = cohort._Clients(experiment.replace(name="clients", run_dir=folder))
         self._meddle = meddle or (lambda order, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
-        self._shards = world_of(experiment).shards
+        world = world_of(experiment)
+        self._shards, self._sizes = world.shards, world.sizes
         self._replay = replay
         self.exchanges: list[Exchange] = []
 
@@ -126,10 +138,12 @@ class Clients:
                 if reply is not None
             ]
         honest = self._work(messages)
-        exchange = Exchange()
+        exchange = Exchange(self._sizes)
         for (client, message), reply in zip(messages, honest, strict=True):
             assert reply is not None
-            order = decode_order(message.content, num_examples=len(self._shards[client]))
+            order = decode_order(
+                message.content, self._sizes, num_examples=len(self._shards[client])
+            )
             exchange.orders[client] = order
             exchange.replies[client] = self._meddle(order, message, reply)
         self.exchanges.append(exchange)
@@ -148,7 +162,7 @@ class Finished:
     def knowledge(self) -> Knowledge:
         """What the closing exchange told client 0."""
         received = self.exchanges[-1].orders[0].knowledge
-        assert received is not None
+        assert isinstance(received, KINDS)
         return received
 
 
@@ -197,7 +211,10 @@ def array(tensor: Tensor) -> Array:
 def with_arrays(content: RecordDict, **arrays: Array) -> RecordDict:
     """Return records in which some arrays of the knowledge are others."""
     old = dict(content.array_records["knowledge"])
-    return RecordDict({**content, "knowledge": ArrayRecord({**old, **arrays})})
+    changed = RecordDict({**content, "knowledge": ArrayRecord({**old, **arrays})})
+    return (
+        with_config(changed, "knowledge-kind", samples="listed") if "samples" in arrays else changed
+    )
 
 
 def with_metrics(content: RecordDict, **metrics: Any) -> RecordDict:

@@ -27,8 +27,9 @@ from fedkd.images import Images
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
 from fedkd.losses import mae_logits
 from fedkd.models import build
-from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, Role, SendWeights
-from fedkd.states import INITIAL, ResidentStates, StateFiles
+from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
+from fedkd.statefiles import INITIAL, StateFiles
+from fedkd.states import ResidentStates
 from fedkd.world import World, world_of
 
 K, C = 3, 10
@@ -98,7 +99,7 @@ def reports(results: Sequence[Report | Failure]) -> list[Report]:
 class Kept:
     """What one client has on disk, without the axis of the stack."""
 
-    models: dict[Role, State]
+    models: dict[str, State]
     digested: int
 
 
@@ -635,7 +636,12 @@ def test_a_client_whose_term_raises_fails_alone() -> None:
     first, third = private[~nines].chunk(2)
     world = replace(world, shards=(first, private[nines], third))
     phases: list[Phase] = [Digest(), Revisit({refuses_nines: 1.0}), Predict()]
-    assert_only_the_second_fails(experiment, world, phases, "ArithmeticError: a nine of all things")
+    assert_only_the_second_fails(
+        experiment,
+        world,
+        phases,
+        "ArithmeticError: a nine of all things (federation_tools.py, line 245)",
+    )
 
 
 def test_a_client_whose_model_raises_fails_alone() -> None:
@@ -645,7 +651,9 @@ def test_a_client_whose_model_raises_fails_alone() -> None:
     pixels = world.train.pixels.clone()
     pixels[world.shards[1][3]] = 255
     world = replace(world, train=replace(world.train, pixels=pixels))
-    assert_only_the_second_fails(experiment, world, USUAL, "ArithmeticError: blinded")
+    assert_only_the_second_fails(
+        experiment, world, USUAL, "ArithmeticError: blinded (federation_tools.py, line 264)"
+    )
 
 
 def test_code_that_a_client_does_not_allow_is_a_failure_that_says_so() -> None:

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from federation_tools import tiny
+from federation_tools import ROUGH, tiny
 from torch import Tensor
 
 import fedkd
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import SoftLabels, Weights
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.preflight import check
 from fedkd.records import Row, Run
 from fedkd.runner import run
@@ -48,6 +48,19 @@ CASES: dict[str, dict[str, Any]] = {
         "student": "mlp-20,lenet,resnet-8",
         "plan": "mlp-20=stacked, lenet=loop, resnet-8=loop",
     },
+    "CFD": {  # codecs, memories and a model at the server
+        "strategy": "CFD",
+        "server_model": "mlp-20",
+        "public_labels": False,
+        "fraction_train": 0.6,
+        "plan": "stacked",
+    },
+    "SelectiveFD": {  # a procedure with a state, and answers to some of the samples
+        "strategy": "SelectiveFD",
+        "public_labels": False,
+        "plan": "stacked",
+    },
+    "FedProto": {"strategy": "FedProto", "student": "mlp-20", "plan": "stacked"},
     "FedAvg": {
         "strategy": "FedAvg",
         "student": "mlp-20,mlp-20,lenet",
@@ -79,7 +92,9 @@ def told(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> Told:
         return Told(run(experiment), answers)
 
 
-def tensors_of(knowledge: SoftLabels | Weights | None) -> dict[str, Tensor]:
+def tensors_of(knowledge: Knowledge | None) -> dict[str, Tensor]:
+    if isinstance(knowledge, ClassMeans):
+        return {"values": knowledge.values, "counts": knowledge.counts}
     if isinstance(knowledge, SoftLabels):
         return {
             "values": knowledge.values,
@@ -119,8 +134,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return name
 
 
-ROUGH = ("seconds", "wire_bytes_up", "wire_bytes_down")
-"""Fields that depend on the clock, and on the length of the engine's name."""
 
 
 def assert_same_row(got: Row, expected: Row) -> None:

@@ -14,8 +14,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedkd.client import Order, Report
+from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
-from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
+from fedkd.knowledge import Knowledge, ModelWeights, Sizes, SoftLabels, Space, Weights
 from fedkd.messages import (
     HELLO,
     Introduction,
@@ -28,6 +29,7 @@ from fedkd.messages import (
     encode_knowledge,
     encode_order,
     encode_report,
+    encode_request,
     experiment_record,
     payload_bytes,
     wire_bytes,
@@ -35,7 +37,8 @@ from fedkd.messages import (
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
 from fedkd.transport.adapter import error_reply, failure_reason, task_identity
 
-N, C = 5, 7
+N, C, P = 5, 7, 41
+SIZES = Sizes(P, C)
 SAMPLES = torch.tensor([31, 2, 17, 5, 3])
 PHASES: tuple[Phase, ...] = (
     Load(),
@@ -65,7 +68,7 @@ def weights(client: int = 4) -> Weights:
     return Weights({"mlp-3": ModelWeights(tensors, torch.tensor([client]), torch.tensor([83]))})
 
 
-def assert_same(got: Knowledge | None, sent: Knowledge, samples: Tensor = SAMPLES) -> None:
+def assert_same(got: Knowledge | Packed | None, sent: Knowledge, samples: Tensor = SAMPLES) -> None:
     if isinstance(sent, SoftLabels):
         assert isinstance(got, SoftLabels)
         assert got.space == sent.space
@@ -75,6 +78,7 @@ def assert_same(got: Knowledge | None, sent: Knowledge, samples: Tensor = SAMPLE
         assert torch.equal(got.samples, samples)
         return
     assert isinstance(got, Weights)
+    assert isinstance(sent, Weights)
     assert list(got.by_model) == list(sent.by_model)
     for name, model in sent.by_model.items():
         assert list(got.by_model[name].tensors) == list(model.tensors)
@@ -86,8 +90,10 @@ def assert_same(got: Knowledge | None, sent: Knowledge, samples: Tensor = SAMPLE
 
 def order_records(knowledge: Knowledge | None, asked: Tensor | None = None) -> RecordDict:
     order = Order(4, 7, 5, PHASES, SAMPLES if asked is None else asked, None, 6, "none")
-    packed = {} if knowledge is None else encode_knowledge(knowledge, with_samples=True)
-    return encode_order(order, experiment_record(tiny()), packed)
+    packed = {} if knowledge is None else encode_knowledge(knowledge, SIZES, asked=False)
+    return encode_order(
+        order, experiment_record(tiny()), packed, encode_request(order.asked, SIZES)
+    )
 
 
 def report(answer: Knowledge | None) -> Report:
@@ -102,7 +108,7 @@ def report(answer: Knowledge | None) -> Report:
     "knowledge", [None, soft_labels(), soft_labels("probabilities"), weights()]
 )
 def test_an_order_arrives_as_it_was_given(knowledge: Knowledge | None) -> None:
-    got = decode_order(order_records(knowledge), num_examples=83)
+    got = decode_order(order_records(knowledge), SIZES, num_examples=83)
     assert (got.client, got.round, got.base) == (4, 7, 5)
     assert (got.knowledge_round, got.evaluate) == (6, "none")
     assert got.phases == PHASES
@@ -116,13 +122,13 @@ def test_an_order_arrives_as_it_was_given(knowledge: Knowledge | None) -> None:
 
 def test_an_order_may_ask_for_nothing() -> None:
     records = order_records(None, torch.empty(0, dtype=torch.int64))
-    assert decode_order(records, num_examples=1).asked.tolist() == []
+    assert decode_order(records, SIZES, num_examples=1).asked.tolist() == []
     assert payload_bytes(records) == {}
 
 
 @pytest.mark.parametrize("answer", [soft_labels(), soft_labels("probabilities"), weights()])
 def test_a_report_arrives_as_it_was_given(answer: Knowledge) -> None:
-    got = decode_report(encode_report(report(answer), SAMPLES, decoding=2.0), SAMPLES)
+    got = decode_report(encode_report(report(answer), SAMPLES, SIZES, decoding=2.0), SAMPLES, SIZES)
     assert_same(got.answer, answer)
     assert (got.client, got.num_examples) == (4, 83)
     assert got.metrics == report(None).metrics
@@ -130,13 +136,13 @@ def test_a_report_arrives_as_it_was_given(answer: Knowledge) -> None:
     assert got.seconds.pop("encode") > 2
     assert got.seconds == report(None).seconds
     answered = got.answer.by_model["mlp-3"] if isinstance(got.answer, Weights) else got.answer
-    assert answered is not None
+    assert isinstance(answered, SoftLabels | ModelWeights)
     assert answered.clients.tolist() == [4]
     assert answered.num_examples.tolist() == [83]
 
 
 def test_a_report_without_an_answer_brings_its_numbers() -> None:
-    got = decode_report(encode_report(report(None), SAMPLES), SAMPLES)
+    got = decode_report(encode_report(report(None), SAMPLES, SIZES), SAMPLES, SIZES)
     assert got.answer is None
     assert got.metrics == report(None).metrics
 
@@ -145,11 +151,11 @@ def test_a_report_without_an_answer_brings_its_numbers() -> None:
 def test_an_answer_to_other_samples_than_asked_names_them(rows: list[int]) -> None:
     """A full answer does not: the server knows what it asked."""
     partial = soft_labels().keep(torch.tensor(rows, dtype=torch.int64))
-    records = encode_report(report(partial), SAMPLES)
+    records = encode_report(report(partial), SAMPLES, SIZES)
     assert list(records.array_records["knowledge"]) == ["values", "samples"]
-    got = decode_report(records, SAMPLES)
+    got = decode_report(records, SAMPLES, SIZES)
     assert_same(got.answer, partial, SAMPLES[torch.tensor(rows, dtype=torch.int64)])
-    whole = encode_report(report(soft_labels()), SAMPLES)
+    whole = encode_report(report(soft_labels()), SAMPLES, SIZES)
     assert list(whole.array_records["knowledge"]) == ["values"]
 
 
@@ -177,11 +183,11 @@ def test_encoding_detaches_and_does_not_change_what_it_is_given() -> None:
     grown = SoftLabels(
         labels.values.clone().requires_grad_().transpose(1, 2), "logits"
     )  # not contiguous, with a gradient
-    records = RecordDict(encode_knowledge(grown, with_samples=True))
-    got = decode_knowledge(records, client=0, num_examples=1)
-    assert isinstance(got, SoftLabels)
-    assert torch.equal(got.values, labels.values.transpose(1, 2))
-    assert not got.values.requires_grad
+    records = RecordDict(encode_knowledge(grown, SIZES, asked=False))
+    got = decode_knowledge(records, SIZES, client=0, num_examples=1)
+    assert isinstance(got, Packed)
+    assert torch.equal(got.arrays["values"], labels.values[0].T)
+    assert not got.arrays["values"].requires_grad
 
 
 # --- Shared knowledge ----------------------------------------------------------------------------
@@ -198,20 +204,26 @@ def resent(records: RecordDict) -> RecordDict:
 
 
 def test_what_all_receive_is_decoded_once() -> None:
-    packed = encode_knowledge(soft_labels(), with_samples=True)
+    packed = encode_knowledge(soft_labels(), SIZES, asked=False)
     order = Order(4, 7, 5, PHASES, SAMPLES)
     experiment = experiment_record(tiny())
-    seen: dict[Any, Knowledge | None] = {}
+    seen: dict[Any, Knowledge | Packed | None] = {}
     first, second = (
-        decode_order(resent(encode_order(order, experiment, packed)), num_examples=1, seen=seen)
+        decode_order(
+            resent(encode_order(order, experiment, packed, {})), SIZES, num_examples=1, seen=seen
+        )
         for _ in range(2)
     )
     assert first.knowledge is not None
     assert first.knowledge is second.knowledge
-    own = encode_knowledge(soft_labels(), with_samples=True)
-    personal = decode_order(encode_order(order, experiment, own), num_examples=1, seen=seen)
+    own = encode_knowledge(soft_labels(), SIZES, asked=False)
+    personal = decode_order(
+        encode_order(order, experiment, own, {}), SIZES, num_examples=1, seen=seen
+    )
     assert personal.knowledge is not first.knowledge
-    nothing = decode_order(encode_order(order, experiment, {}), num_examples=1, seen=seen)
+    nothing = decode_order(
+        encode_order(order, experiment, {}, {}), SIZES, num_examples=1, seen=seen
+    )
     assert nothing.knowledge is None
     assert_same(personal.knowledge, soft_labels())
 
@@ -220,13 +232,13 @@ def test_what_all_receive_is_decoded_once() -> None:
 
 
 def test_an_upload_is_four_bytes_a_number() -> None:
-    counted = payload_bytes(encode_report(report(soft_labels()), SAMPLES))
+    counted = payload_bytes(encode_report(report(soft_labels()), SAMPLES, SIZES))
     assert counted == {"values": N * C * 4}
 
 
 def test_a_partial_upload_counts_its_indices_as_well() -> None:
     partial = soft_labels().keep(torch.tensor([0, 3]))
-    counted = payload_bytes(encode_report(report(partial), SAMPLES))
+    counted = payload_bytes(encode_report(report(partial), SAMPLES, SIZES))
     assert counted == {"values": 2 * C * 4, "samples": 2 * 4}
 
 
@@ -235,24 +247,30 @@ def test_a_download_counts_knowledge_its_indices_and_the_request() -> None:
     assert payload_bytes(records) == {
         "values": N * C * 4,
         "samples": N * 4,
-        "requested samples": 11 * 4,
+        "requested samples": math.ceil(P / 8),  # sorted, so that a bitmap does
     }
-    assert records.array_records["request"]["samples"].numpy().dtype == np.int32
+    assert records.array_records["request"]["samples"].numpy().dtype == np.uint8
+
+
+def test_indices_are_left_out_of_what_needs_none() -> None:
+    everything = order_records(soft_labels(), torch.arange(P))
+    assert "requested samples" not in payload_bytes(everything)
+    assert torch.equal(decode_order(everything, SIZES, num_examples=1).asked, torch.arange(P))
 
 
 def test_weights_are_counted_by_tensor() -> None:
-    counted = payload_bytes(encode_report(report(weights()), SAMPLES))
+    counted = payload_bytes(encode_report(report(weights()), SAMPLES, SIZES))
     assert counted == {"body.weight": 60, "body.scalar": 4, "norm.num_batches_tracked": 8}
 
 
 def test_a_report_without_an_answer_has_no_payload() -> None:
-    assert payload_bytes(encode_report(report(None), SAMPLES)) == {}
+    assert payload_bytes(encode_report(report(None), SAMPLES, SIZES)) == {}
 
 
 @pytest.mark.parametrize("knowledge", [soft_labels(), weights()])
 def test_the_wire_carries_more_than_the_payload(knowledge: Knowledge) -> None:
     """Headers of arrays, keys of the experiment, the instruction: counted as Flower counts them."""
-    for records in (order_records(knowledge), encode_report(report(knowledge), SAMPLES)):
+    for records in (order_records(knowledge), encode_report(report(knowledge), SAMPLES, SIZES)):
         payload, wire = sum(payload_bytes(records).values()), wire_bytes(records)
         assert wire == sum(record.count_bytes() for record in records.values())
         arrays = [a for record in records.array_records.values() for a in record.values()]
@@ -274,12 +292,14 @@ def pickled() -> Array:
     return junk_array(dtype="object", shape=(1,), data=buffer.getvalue())
 
 
-KIND = ConfigRecord({"kind": "soft-labels", "space": "logits"})
+SAID: dict[str, Any] = {"kind": "soft-labels", "space": "logits", "wire": "float32", "sets": 1, "samples": "asked"}
+KIND = ConfigRecord(dict(SAID))
+LISTED = ConfigRecord({**SAID, "samples": "listed"})
 GOOD = Array(np.zeros((N, C), dtype=np.float32))
 
 
 def with_knowledge(arrays: dict[str, Array], kind: ConfigRecord | None = KIND) -> RecordDict:
-    records: dict[str, Any] = dict(encode_report(report(None), SAMPLES))
+    records: dict[str, Any] = dict(encode_report(report(None), SAMPLES, SIZES))
     records["knowledge"] = ArrayRecord(arrays)
     if kind is not None:
         records["knowledge-kind"] = kind
@@ -297,10 +317,18 @@ BAD_KNOWLEDGE = [
     with_knowledge({"values": GOOD}, kind=None),
     with_knowledge({}, kind=KIND),
     with_knowledge({"logits": GOOD}),
-    with_knowledge({"values": GOOD}, ConfigRecord({"space": "logits"})),
-    with_knowledge({"values": GOOD}, ConfigRecord({"kind": "soft-labels"})),
-    with_knowledge({"values": GOOD}, ConfigRecord({"kind": "soft-labels", "space": "dreams"})),
-    with_knowledge({"values": GOOD}, ConfigRecord({"kind": "soft-labels", "space": [1, 2]})),
+    *[
+        with_knowledge({"values": GOOD}, ConfigRecord({n: v for n, v in SAID.items() if n != left}))
+        for left in SAID
+    ],
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "space": "dreams"})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "space": [1, 2]})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "wire": "float16"})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "wire": "float33"})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "wire": "simplex:1+changed+range"})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "sets": 2**40})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "sets": -1})),
+    with_knowledge({"values": GOOD}, ConfigRecord({**SAID, "samples": "some"})),
     with_knowledge({"values": GOOD}, ConfigRecord({"kind": "weights"})),
     with_knowledge({"values": junk_array()}),
     with_knowledge({"values": junk_array(stype="pickle")}),
@@ -309,8 +337,9 @@ BAD_KNOWLEDGE = [
     with_knowledge({"values": Array(np.zeros((N, 2, C), dtype=np.float32))}),
     with_knowledge({"values": Array(np.zeros((N - 1, C), dtype=np.float32))}),
     with_knowledge({"values": Array(np.array(["a"]))}),
-    with_knowledge({"values": GOOD, "samples": Array(np.arange(N + 1, dtype=np.int32))}),
-    with_knowledge({"values": GOOD, "samples": junk_array()}),
+    with_knowledge({"values": GOOD, "samples": Array(np.arange(N + 1, dtype=np.int32))}, LISTED),
+    with_knowledge({"values": GOOD, "samples": Array(np.array([1, 2, 3, 4, P]))}, LISTED),
+    with_knowledge({"values": GOOD, "samples": junk_array()}, LISTED),
     with_knowledge({"w": junk_array()}, ConfigRecord({"kind": "weights", "model": "mlp-3"})),
 ]
 BAD_REPORTS = [
@@ -333,13 +362,13 @@ BAD_REPORTS = [
 @pytest.mark.parametrize("records", BAD_REPORTS, ids=range(len(BAD_REPORTS)))
 def test_a_report_that_is_none_is_refused_in_one_line(records: RecordDict) -> None:
     with pytest.raises(FedkdError) as caught:
-        decode_report(records, SAMPLES)
+        decode_report(records, SAMPLES, SIZES)
     assert "\n" not in str(caught.value)
 
 
 def test_huge_numbers_do_not_upset_the_decoder() -> None:
     for value in (2**62, -(2**62), 0, -39, 10**12):
-        got = decode_report(with_numbers(num_examples=value, partition_id=value), SAMPLES)
+        got = decode_report(with_numbers(num_examples=value, partition_id=value), SAMPLES, SIZES)
         assert (got.client, got.num_examples) == (value, value)
 
 
@@ -363,14 +392,14 @@ BAD_ORDERS = [
     RecordDict({"instruction": MetricRecord({"client": 4})}),
     *[
         broken_order(**{key: None})
-        for key in ("client", "round", "base", "phases", "knowledge-round", "evaluate")
+        for key in ("client", "round", "base", "phases", "knowledge-round", "evaluate", "wire")
     ],
     broken_order(phases="[3]"),
     broken_order(phases=3),
     broken_order(client="four"),
     broken_order(round="seven"),
     broken_order(base=[1]),
-    order_with(request=ArrayRecord({})),
+    broken_order(wire="float33"),
     order_with(request=ArrayRecord({"samples": junk_array()})),
     order_with(request=ArrayRecord({"samples": pickled()})),
     order_with(knowledge=ArrayRecord({"values": junk_array()})),
@@ -381,7 +410,7 @@ BAD_ORDERS = [
 @pytest.mark.parametrize("records", BAD_ORDERS, ids=range(len(BAD_ORDERS)))
 def test_an_order_that_is_none_is_refused_in_one_line(records: RecordDict) -> None:
     with pytest.raises(FedkdError) as caught:
-        decode_order(records, num_examples=83)
+        decode_order(records, SIZES, num_examples=83)
     assert "\n" not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from federation_tools import tiny
+from federation_tools import ROUGH, tiny
 
 import fedkd
 from fedkd import client_app
@@ -21,7 +21,8 @@ from fedkd.engines import cohort as engine
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.records import Run
-from fedkd.states import INITIAL, ResidentStates, StateFiles, States
+from fedkd.statefiles import INITIAL, StateFiles, States
+from fedkd.states import ResidentStates
 from fedkd.world import World, world_of
 
 CLIENTS, ROUNDS, COHORT = 211, 5, 6
@@ -36,8 +37,6 @@ MANY: dict[str, Any] = {
 """round(0.03 · 211) = 6 clients a round."""
 
 
-ROUGH = ("seconds", "wire_bytes_up", "wire_bytes_down")
-"""Fields that depend on the clock, and on the length of the folder's name."""
 
 
 @dataclass

@@ -26,10 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedkd import states as states_module
+from fedkd import statefiles as states_module
 from fedkd.errors import FedkdError
 from fedkd.phases import Role
-from fedkd.states import CLIENTS_A_FILE, INITIAL, ResidentStates, StateFiles, States, join
+from fedkd.statefiles import CLIENTS_A_FILE, INITIAL, StateFiles, States, join
+from fedkd.states import ResidentStates
 
 CPU = torch.device("cpu")
 ROLES: tuple[Role, ...] = ("student", "teacher")
@@ -56,7 +57,7 @@ def drawn(clients: Sequence[int], seed: int, roles: Sequence[Role] = ROLES) -> S
         )
         return flat.to(torch.uint8).view(dtype).reshape(shape)
 
-    models: dict[Role, dict[str, Tensor]] = {
+    models: dict[str, dict[str, Tensor]] = {
         role: {n: bits((len(clients), *shape), dtype) for n, (shape, dtype) in SHAPES.items()}
         for role in roles
     }

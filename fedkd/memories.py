@@ -1,0 +1,76 @@
+"""What clients keep between rounds besides their models: by name, for those who keep anything.
+
+A strategy's procedures keep what they worked out (``own``), and a codec that sends only what changed
+what the peer has already (``up`` and ``down``). As models are, memories are kept by round, so that an
+order whose reply was lost starts from what the client knew before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedkd.cohort import State, stacked
+from fedkd.statefiles import StateFiles, States
+
+_KEPT = "kept"
+"""The role under which a memory's tensors stand in a file of states."""
+
+Memory = dict[str, State]
+"""What one client keeps: tensors by name, by the name of what they are for."""
+
+
+@dataclass(frozen=True)
+class Memories:
+    """Memories on disk, in a folder of state files for each name.
+
+    Attributes:
+        folder: made when there is something to keep.
+    """
+
+    folder: Path
+
+    def load(self, bases: Mapping[int, int]) -> dict[int, Memory]:
+        """Read all memories, on the CPU.
+
+        Args:
+            bases: by client, the round whose memory is wanted.
+
+        Returns:
+            By client; empty where it keeps nothing of that round.
+
+        Raises:
+            FedkdError: see `StateFiles.load`.
+        """
+        found: dict[int, Memory] = {client: {} for client in bases}
+        names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
+        for name in names:
+            states = StateFiles(self.folder / name).load(bases)
+            for row, client in enumerate(states.clients):
+                kept = states.models[_KEPT]
+                found[client][name] = {n: tensor[row].clone() for n, tensor in kept.items()}
+        return found
+
+    def save(self, memories: Mapping[int, Memory], round: int, keep: Mapping[int, int]) -> None:
+        """Write memories, and drop all others of these clients but those to keep.
+
+        Args:
+            memories: by client.
+            round: that they are of.
+            keep: by client, the round that it started from, which stays.
+
+        Raises:
+            FedkdError: see `StateFiles.save`; a client keeps other tensors than the one before it.
+        """
+        names = sorted({name for memory in memories.values() for name in memory})
+        for name in names:
+            have = [client for client, memory in memories.items() if memory.get(name)]
+            alike: dict[tuple[object, ...], list[int]] = {}
+            for client in have:
+                kinds = tuple((n, t.dtype, t.shape) for n, t in memories[client][name].items())
+                alike.setdefault(kinds, []).append(client)
+            for clients in alike.values():
+                stack = stacked([memories[client][name] for client in clients])
+                states = States(clients, {_KEPT: stack}, [0] * len(clients))
+                StateFiles(self.folder / name).save(states, round, keep)

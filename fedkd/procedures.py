@@ -1,0 +1,65 @@
+"""What a strategy lets a client do besides training: a function of one client's data and models.
+
+A *procedure* is called client by client, once a round; it chooses among what was received, or works
+out something of its own and keeps it in the client's state. It travels by reference, as a term does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkd.knowledge import SoftLabels
+
+
+@dataclass(eq=False)
+class LocalClient:
+    """What a procedure sees of the client that it works for.
+
+    Attributes:
+        images: normalised private images ``[n, c, h, w]``.
+        labels: int64 ``[n]``.
+        public: normalised public images ``[P, c, h, w]``.
+        received: soft labels received, or ``None``; may be replaced by others.
+        state: tensors by name that the client keeps between rounds; the same names, types and shapes
+            for all clients, round after round.
+        predict: logits ``[N, C]`` of the client's teacher (without one, its student) for public
+            samples (int64 ``[N]``).
+        generator: a random generator for a purpose, the client's own in this round.
+    """
+
+    images: Tensor
+    labels: Tensor
+    public: Tensor
+    received: SoftLabels | None
+    state: dict[str, Tensor]
+    predict: Callable[[Tensor], Tensor]
+    generator: Callable[[str], torch.Generator]
+
+
+ProcedureFunction = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A function that clients run when a strategy's phases say so."""
+
+    function: ProcedureFunction
+
+    @property
+    def reference(self) -> str:
+        """The ``module:function`` under which the procedure travels."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
+
+    def __call__(self, client: LocalClient, **numbers: Any) -> None:
+        """Work for one client; `numbers` are those of the phase."""
+        self.function(client, **numbers)
+
+
+def procedure(function: ProcedureFunction) -> Procedure:
+    """Declare a module-level function ``(client, **numbers) -> None`` to be a procedure."""
+    return Procedure(function)

@@ -1,0 +1,50 @@
+"""FedDF: Ensemble Distillation for Robust Model Fusion in Federated Learning.
+
+Tao Lin, Lingjing Kong, Sebastian U. Stich, Martin Jaggi, NeurIPS 2020, arXiv:2006.07242,
+algorithms 1 and 3.
+"""
+
+from __future__ import annotations
+
+from fedkd.knowledge import SoftLabels, Weights
+from fedkd.phases import Fit, Load, Phase, Revisit, SendWeights
+from fedkd.server import Replies, Server
+from fedkd.strategy import Count, DistillationStrategy, Facts
+
+
+class FedDF(DistillationStrategy):
+    """FedAvg, whose mean of weights the server then teaches what the clients' ensemble predicts.
+
+    One prototype an architecture: weights are averaged within it, and each prototype learns the mean
+    logits of the clients of all architectures on the round's public samples. These need no labels and
+    never leave the server. Not to be confused with FedMD, whose clients exchange logits themselves.
+
+    Departures from the paper:
+
+    1. The server takes `server_epochs` passes, with the experiment's optimiser and batch size. The
+       paper's takes up to 10,000 steps of 128 samples (Adam, 0.001, cosine schedule) and stops when
+       a validation set says so, which the server has not got here.
+    2. No client is left out of the ensemble; the paper drops those that guess at random on that set.
+    3. An architecture from which no client answered keeps its prototype as it is.
+
+    Args:
+        server_epochs: passes over the round's public samples for each prototype.
+    """
+
+    facts = Facts(paper="2006.07242", up="S", down="S", reports="server")
+
+    server_epochs: Count = 10
+
+    def phases(self, round: int) -> list[Phase]:
+        return [Load(), Revisit(model="student"), SendWeights()]
+
+    def aggregate(self, weights: Weights) -> Weights:
+        return weights.average()
+
+    def update(self, replies: Replies, server: Server) -> Weights | None:
+        assert replies.weights is not None
+        drawn = server.draw()
+        ensemble = server.predict(drawn, replies.weights).mean_logits()
+        distil = Fit("distil", public={"kl": 1.0}, epochs=self.server_epochs, numbers={"tau": 1.0})
+        taught = SoftLabels.shared(ensemble, drawn, "logits")
+        return server.fit(distil, taught, weights=self.aggregate(replies.weights))
