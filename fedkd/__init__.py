@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedkd import data, losses
+    from fedkd import data, losses, testing
     from fedkd.baseline import central
     from fedkd.comparison import Comparison, compare
     from fedkd.errors import FedkdError
@@ -50,11 +50,12 @@ __all__ = [
     "data",
     "losses",
     "run",
+    "testing",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "losses"):
+    if name in ("data", "losses", "testing"):
         return import_module(f"fedkd.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fedkd' has no attribute '{name}'")

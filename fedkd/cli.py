@@ -273,6 +273,62 @@ def strategies(*, output: AnyOutput = _TEXT) -> None:
 
 
 @app.command
+def cite(
+    run: Annotated[str, Parameter(metavar="RUN", help="run folder, such as runs/dsfl-mnist-seed0")],
+    /,
+    *,
+    output: AnyOutput = _TEXT,
+) -> None:
+    """Print the BibTeX of what a run used: strategy, data, codec, Flower, distillation."""
+    from fedkd.citations import citations
+    from fedkd.records import RunFolder
+    from fedkd.registry import strategy_of
+
+    folder = RunFolder.existing(run)
+    strategy = strategy_of(folder.experiment)
+    entries = citations(folder.experiment, strategy.facts.paper, folder.version)
+    output.result(entries, entries, entries)
+
+
+@app.command
+def check(
+    strategy: Annotated[str, Parameter(help="a strategy, named as for --strategy")],
+    /,
+    *,
+    strategy_config: Annotated[
+        str,
+        Parameter(
+            group=_WORK,
+            metavar="VALUE",
+            help="its settings as key=value pairs separated by spaces [default none]",
+        ),
+    ] = "none",
+    engines: Annotated[
+        bool,
+        Parameter(group=_WORK, negative="", help="compare both engines as well, which starts Ray"),
+    ] = False,
+    output: AnyOutput = _TEXT,
+) -> None:
+    """Check what is true of every strategy, and say what to change in this one."""
+    from fedkd import display, registry, testing
+
+    found = registry.find(strategy, strategy_config)
+    findings = []
+    with output.progress(lambda: display.check_plan(found)) as steps:
+        steps.show("starting", 0)
+        for finding in testing.examine(found, engines=engines):
+            findings.append(finding)
+            steps.show(f"{finding.check}: {finding.result}", len(findings) / len(testing.CHECKS))
+    report = testing.Report(found.name(), tuple(findings))
+    brief = [f"{found.name()}: {display.check_line(report)}", *map(str, report.failures)]
+    output.result(
+        report.as_json(), brief, [display.findings_table(report), display.check_line(report)]
+    )
+    if report.failures:
+        raise FedkdError(f"{found.name()} fails {', '.join(f.check for f in report.failures)}")
+
+
+@app.command
 def data(
     name: Annotated[str | None, Parameter(help="load this one, downloading it if needed")] = None,
     /,

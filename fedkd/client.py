@@ -219,7 +219,7 @@ def _run(
         )
         results += stack.run()
         trained.append(some)
-    return results, trained, memories
+    return results, trained, {client: memories[client] for client in states.clients}
 
 
 def _memories(orders: Sequence[Order], store: ResidentStates) -> dict[int, Memory]:
@@ -396,14 +396,17 @@ class _Stack:
         assert train.labels is not None
         rows = shard.to(train.device)
         where = self.experiment.seed, self.clients[row], self.first.round, phase.name
-        own = self.role("teacher").only(row)
+
+        def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
+            return self.role(model).only(row).predict(self.world.public, samples)[0]
+
         return LocalClient(
             images=train.batch(rows),
             labels=train.labels[rows],
             public=public,
             received=received if isinstance(received, SoftLabels) else None,
             state=dict(self.memories[row].get("own", {})),
-            predict=lambda samples: own.predict(self.world.public, samples)[0],
+            predict=predict,
             generator=lambda purpose: generator(*where, purpose),
         )
 

@@ -1,8 +1,15 @@
-"""The Flower client: executes the orders it receives on a cohort of one."""
+"""The Flower client: executes the orders it receives on a cohort of one.
+
+In a simulation the experiment in a message is this user's own. The node of a deployment believes it in
+everything but what code may run there: that is for its own configuration to say, as in
+``flower-supernode --node-config 'partition-id=0 client-code="my_strategy"'``.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +21,7 @@ from fedkd.allocator import keep_freed_memory
 from fedkd.client import Failure, execute
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment
+from fedkd.experiment import Experiment, kebab
 from fedkd.knowledge import Knowledge
 from fedkd.messages import (
     Introduction,
@@ -23,6 +30,7 @@ from fedkd.messages import (
     encode_introduction,
     encode_report,
 )
+from fedkd.phases import GROUP
 from fedkd.sources import digest
 from fedkd.statefiles import StateFiles
 from fedkd.states import ResidentStates
@@ -36,6 +44,7 @@ app = ClientApp(mods=[always_reply])
 def hello(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how large it is, and which code it runs."""
     experiment = decode_experiment(message.content)
+    _allowed(experiment, context)
     introduction = introduce(experiment, _partition(context, experiment))
     return Message(encode_introduction(introduction), reply_to=message)
 
@@ -44,7 +53,7 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Execute an order and report."""
     keep_freed_memory()
-    experiment = decode_experiment(message.content)
+    experiment = _allowed(decode_experiment(message.content), context)
     client = _partition(context, experiment)
     (answer,) = answers(experiment, store_of(experiment), [(client, message.content)])
     return reply(message, answer)
@@ -112,6 +121,44 @@ def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:
         )
     folder = Path(experiment.run_dir) / experiment.name / "clients"
     return ResidentStates(StateFiles(folder, experiment.architecture_period), resident)
+
+
+def _allowed(experiment: Experiment, context: Context) -> Experiment:
+    """Return the experiment of a message with the ``client-code`` that holds here.
+
+    Raises:
+        FedkdError: it names code that the node of a deployment does not allow.
+    """
+    if _is_simulated():
+        return experiment
+    own = experiment.replace(client_code=context.node_config.get("client-code", "none"))
+    installed = {point.module for point in entry_points(group=GROUP)}
+    for key in ("client_code", "dataset", "public", "student", "teacher"):
+        modules = _modules(experiment, key)
+        allowed = (*own.client_modules, *(installed if key == "client_code" else ()))
+        for module in modules:
+            if not any(module == name or module.startswith(f"{name}.") for name in allowed):
+                raise FedkdError(
+                    f"{kebab(key)} of the run names {module}, which this node does not allow; whoever "
+                    f"trusts it starts the node with --node-config 'client-code=\"{module}\"'"
+                )
+    return own
+
+
+def _modules(experiment: Experiment, key: str) -> list[str]:
+    """Return the modules outside fedkd whose code a client is to run for the value of a key."""
+    if key == "client_code":
+        return experiment.client_modules
+    names = str(getattr(experiment, key)).split(",")
+    return [name.strip().rpartition(":")[0] for name in names if ":" in name]
+
+
+def _is_simulated() -> bool:
+    """Whether this process is an actor of Ray, as the clients of Flower's simulations are."""
+    ray = sys.modules.get("ray")  # not imported here: the node of a deployment needs none
+    if ray is None or not ray.is_initialized():
+        return False
+    return ray.get_runtime_context().get_actor_id() is not None
 
 
 def _partition(context: Context, experiment: Experiment) -> int:

@@ -232,7 +232,8 @@ def _variant(experiment: Experiment, method: str, seed: int) -> Experiment:
     """Return the experiment as one method runs it."""
     label = method.split(":")[-1].lower()
     strategy = find(method)
-    observes = strategy.uploads() is SoftLabels
+    has_labels = strategy.uploads() is SoftLabels
+    observes = strategy.facts.server_model != "none"
     serves_alone = (
         experiment.server_model not in f"{experiment.student},{experiment.teacher}".split(",")
     )
@@ -245,6 +246,7 @@ def _variant(experiment: Experiment, method: str, seed: int) -> Experiment:
         if _canonical(experiment.strategy) == method
         else "none",
         server_model=experiment.server_model if observes else "none",
+        codec=experiment.codec if has_labels else "auto",
         seed=seed,
         name=f"{experiment.name}-{label}-seed{seed}" if experiment.name else None,
     )

@@ -7,6 +7,7 @@ facts or a table.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +27,14 @@ from rich.table import Table
 
 from fedkd.data import DATASETS, Dataset
 from fedkd.experiment import Experiment, kebab
-from fedkd.knowledge import Weights
+from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.losses import effective_weights
 from fedkd.models import num_parameters
 from fedkd.phases import Fit
 from fedkd.profiling import PART
 from fedkd.records import CentralRun, Row, Run
 from fedkd.strategy import DistillationStrategy
+from fedkd.testing.findings import Report
 from fedkd.tuning import choices
 from fedkd.world import World, world_of
 
@@ -40,9 +42,11 @@ SHOWN_ROUNDS = 5
 """Rounds in the table at the end; all are in the run folder."""
 
 STRATEGIES_LEGEND = {
-    "up, down": "payload bytes of a client in a round",
+    "sends": "what crosses the wire; weights are shared by those that send them, and by no other",
+    "up, down": "payload bytes of a client in a round, at most where ≤ stands",
     "P": "public images asked for",
-    "C": "classes",
+    "I": "bytes of the list of these: 0 for the whole public set, else 4 P or a bit a public image",
+    "C, K, D": "classes, clients, width of the student's features",
     "S": "bytes of the student's parameters and buffers",
 }
 
@@ -338,12 +342,21 @@ def _gap(done: CentralRun) -> str:
 # --- Strategies and data sets ---------------------------------------------------------------------
 
 
+_SENDS: dict[type | None, str] = {
+    SoftLabels: "soft labels",
+    ClassMeans: "class means",
+    Weights: "weights",
+    None: "nothing",
+}
+
+
 def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
     """Return what a strategy declares."""
     strategy = cls()
     return {
         "name": cls.name(),
         **asdict(cls.facts),
+        "sends": _SENDS[strategy.uploads()],
         "mixed_architectures": strategy.uploads() is not Weights,
         "settings": strategy.settings(),
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
@@ -353,15 +366,18 @@ def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
 def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Return rows of `strategy_row` as a table; `STRATEGIES_LEGEND` explains it."""
     table = _table(
-        "strategy", "paper", "up", "down", "public labels", "server model", "mixed models",
-        "reports", "settings", right=False,
+        "strategy", "paper", "sends", "up", "down", "public labels", "server model",
+        "mixed models", "reports", "settings", right=False,
     )  # fmt: skip
-    for row in rows:
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in sorted(rows, key=lambda row: list(_SENDS.values()).index(row["sends"])):
         table.add_row(
             row["name"],
             row["paper"],
-            row["up"],
-            row["down"],
+            row["sends"],
+            row["up"].replace("<=", "≤"),
+            row["down"].replace("<=", "≤"),
             "needed" if row["public_labels"] else "not needed",
             row["server_model"],
             "yes" if row["mixed_architectures"] else "no",
@@ -369,6 +385,26 @@ def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             "\n".join(f"{kebab(key)}={value}" for key, value in row["settings"].items()) or "none",
         )
     return table
+
+
+def check_plan(strategy: DistillationStrategy) -> dict[str, str]:
+    """Say what is about to be checked."""
+    settings = ", ".join(f"{kebab(key)}={value}" for key, value in strategy.settings().items())
+    return {"strategy": strategy.name(), "settings": settings or "none"}
+
+
+def findings_table(report: Report) -> Table:
+    """Return what was found as a table: what each check shows, or what to change."""
+    table = _table("check", "result", "what it shows, or what to change", right=False)
+    for finding in report.findings:
+        table.add_row(finding.check, finding.result, finding.detail or finding.shows)
+    return table
+
+
+def check_line(report: Report) -> str:
+    """Count the results."""
+    counts = Counter(finding.result for finding in report.findings)
+    return ", ".join(f"{count} {result}" for result, count in counts.items())
 
 
 def dataset_row(name: str, folder: Path) -> dict[str, Any]:

@@ -293,7 +293,8 @@ class Federation:
             mine = replace(order, client=client, base=self._base.get(client, INITIAL))
             if mine.base == INITIAL and order.evaluate != "end":
                 mine = replace(mine, phases=first)
-            knowledge = self._packed(client, mine.phases, packed)
+            # A closing exchange that only tests needs none.
+            knowledge = self._packed(client, mine.phases, packed) if mine.phases else {}
             content = encode_order(mine, self._record, knowledge, request)
             exchange.orders[client] = mine
             exchange.down.count(client, content)

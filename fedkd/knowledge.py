@@ -243,7 +243,17 @@ class ClassMeans:
 
     @classmethod
     def stack(cls, answers: Sequence[ClassMeans]) -> ClassMeans:
-        """Join answers of one client each."""
+        """Join answers of one client each.
+
+        Raises:
+            FedkdError: their means have different widths.
+        """
+        widths = sorted({a.values.shape[-1] for a in answers})
+        if len(widths) > 1:
+            raise FedkdError(
+                f"class means of widths {widths} cannot be joined: all students need features of one "
+                "width"
+            )
         return cls(
             torch.cat([a.values for a in answers]),
             torch.cat([a.counts for a in answers]),

@@ -22,14 +22,11 @@ from fedkd import losses
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Output, Space
 from fedkd.losses import Term
-from fedkd.procedures import Procedure
+from fedkd.procedures import Procedure, Role
 from fedkd.references import in_one_line
 
 GROUP = "fedkd.strategies"
 """Entry-point group of strategies that other packages install."""
-
-Role = Literal["student", "teacher"]
-"""Which local model: a client without a local teacher takes its student for both."""
 
 Coefficient: TypeAlias = float | Literal["alpha", "1-alpha"]
 """A number, or the experiment's α or 1 − α."""

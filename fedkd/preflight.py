@@ -12,8 +12,8 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Apply, Fit, MeanByClass, reference, resolve_procedure, resolve_term
 from fedkd.records import RunFolder
-from fedkd.references import in_one_line
-from fedkd.registry import strategy_of
+from fedkd.references import MADE_UP, in_one_line, is_importable
+from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.simulation import check_resources
 from fedkd.world import World, check_models, resolve_device, world_of
@@ -56,10 +56,10 @@ def default_name(experiment: Experiment, strategy: DistillationStrategy) -> str:
 
 def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None:
     """Refuse client code that is not there, and terms that no client would run."""
-    modules = experiment.client_modules
+    modules = client_modules(experiment, strategy)
     for module in modules:
         try:
-            found = find_spec(module) is not None
+            found = module == "__main__" or find_spec(module) is not None
         except (ImportError, ValueError):
             found = False
         if not found:
@@ -68,8 +68,24 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
         if isinstance(phase, Fit):
             for name in (*phase.private, *phase.public):
                 resolve_term(name, modules)
+                _check_reach(experiment, name)
         if isinstance(phase, Apply):
             resolve_procedure(reference(phase.procedure), modules)
+            _check_reach(experiment, reference(phase.procedure))
+
+
+def _check_reach(experiment: Experiment, name: str) -> None:
+    """Refuse client code that worker processes could not import."""
+    module = name.rpartition(":")[0]
+    in_process = experiment.engine == "cohort" and not experiment.num_workers
+    if in_process or is_importable(module):
+        return
+    why = "stands in the script that is run: move it to a module, a file of its own"
+    if module.startswith(MADE_UP):
+        why = "stands in a file that is called like another module: rename the file"
+    raise FedkdError(
+        f"strategy = '{experiment.strategy}': workers cannot import {name}, which {why}"
+    )
 
 
 def _check_features(experiment: Experiment, strategy: DistillationStrategy, world: World) -> None:
@@ -87,11 +103,10 @@ def _check_features(experiment: Experiment, strategy: DistillationStrategy, worl
 
 
 def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) -> None:
-    trains = strategy.uploads() is SoftLabels or strategy.facts.server_model != "none"
-    if experiment.server_model != "none" and not trains:
+    if experiment.server_model != "none" and strategy.facts.server_model == "none":
         raise FedkdError(
-            f"server-model = '{experiment.server_model}': {strategy.name()} sends no soft labels to "
-            "train it on; set server-model = 'none'"
+            f"server-model = '{experiment.server_model}': {strategy.name()} has nothing to train "
+            "it on; set server-model = 'none'"
         )
 
 

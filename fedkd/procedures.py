@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fedkd.knowledge import SoftLabels
+
+Role = Literal["student", "teacher"]
+"""Which local model: a client without a local teacher takes its student for both."""
+
+
+class Predictor(Protocol):
+    """Predicts for public samples with one of a client's models."""
+
+    def __call__(self, samples: Tensor, model: Role = "teacher") -> Tensor:
+        """Return logits ``[N, C]`` for samples int64 ``[N]``."""
+        ...
 
 
 @dataclass(eq=False)
@@ -27,8 +38,8 @@ class LocalClient:
         received: soft labels received, or ``None``; may be replaced by others.
         state: tensors by name that the client keeps between rounds; the same names, types and shapes
             for all clients, round after round.
-        predict: logits ``[N, C]`` of the client's teacher (without one, its student) for public
-            samples (int64 ``[N]``).
+        predict: logits ``[N, C]`` of a local model for public samples (int64 ``[N]``), as in
+            ``predict(samples, "student")``; the teacher's (without one, the student's) if not said.
         generator: a random generator for a purpose, the client's own in this round.
     """
 
@@ -37,7 +48,7 @@ class LocalClient:
     public: Tensor
     received: SoftLabels | None
     state: dict[str, Tensor]
-    predict: Callable[[Tensor], Tensor]
+    predict: Predictor
     generator: Callable[[str], torch.Generator]
 
 

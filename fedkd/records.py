@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -108,6 +109,30 @@ class RunFolder:
             return cls(parent / name)
         raise AssertionError("names never end")
 
+    @classmethod
+    def existing(cls, path: str | Path) -> Self:
+        """Open the folder of a run that has begun.
+
+        Raises:
+            FedkdError: there is none.
+        """
+        folder = Path(path)
+        if not (folder / "experiment.toml").is_file():
+            raise FedkdError(f"{folder} is no run folder: it has no experiment.toml")
+        return cls(folder)
+
+    @property
+    def experiment(self) -> Experiment:
+        """What was run."""
+        return Experiment.load(read_toml(self.path / "experiment.toml"))
+
+    @property
+    def version(self) -> str | None:
+        """The version of fedkd that wrote it, if it says so."""
+        text = (self.path / "experiment.toml").read_text(encoding="utf-8")
+        found = re.search(r"^# fedkd: (\S+)$", text, re.MULTILINE)
+        return found[1] if found else None
+
     def write_experiment(self, experiment: Experiment, surroundings: Mapping[str, Any]) -> None:
         """Write ``experiment.toml``: versions as comments, then every key."""
         comments = "".join(f"# {name}: {value}\n" for name, value in surroundings.items())
@@ -179,7 +204,7 @@ class Run:
     @property
     def experiment(self) -> Experiment:
         """What was run."""
-        return Experiment.load(read_toml(self.path / "experiment.toml"))
+        return RunFolder(self.path).experiment
 
     @property
     def accuracy(self) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from fedkd.errors import FedkdError, nearest
@@ -26,14 +28,11 @@ def find_function(reference: str, what: str) -> Callable[..., Any]:
         FedkdError: the module does not import, or has no such function.
     """
     module_name, _, function_name = reference.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
     try:
-        module = import_module(module_name)
+        module = users_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise FedkdError(
-            f"{what} '{reference}': cannot import '{module_name}' ({in_one_line(error)})"
+            f"{what} '{reference}': cannot import '{module_name}' ({blamed(error)})"
         ) from error
     try:
         function = attrgetter(function_name)(module)
@@ -47,20 +46,78 @@ def find_function(reference: str, what: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], function)
 
 
+def users_module(name: str) -> ModuleType:
+    """Import a module, looking for it in the working directory as well.
+
+    Raises:
+        Exception: whatever the module raises while it is imported.
+    """
+    find_in(Path.cwd())
+    return import_module(name)
+
+
+def find_in(folder: Path) -> None:
+    """Have modules looked for in a folder, after all other places: it hides none.
+
+    Worker processes look where this process does.
+    """
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+MADE_UP = "strategy_file_"
+"""How modules are called that are read from a file whose own name another module has."""
+
+
+def is_importable(module: str) -> bool:
+    """Whether other processes can import a module that this one has, going by its name."""
+    return module != "__main__" and not module.startswith(MADE_UP)
+
+
 _NOT_THE_USERS = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"])
+_LIBRARIES = ("flwr", "numpy", "pydantic", "ray", "torch", "torchvision")
 
 
 def place(error: BaseException) -> str:
     """Return where in a user's code an exception came from, as `` (file.py, line 12)``.
 
-    The innermost frame that is neither of fedkd nor of an installed package; nothing if there is none.
+    The innermost frame that is neither of fedkd nor of an installed package, or else of a package that
+    no library of ours is, such as somebody's installed strategies; nothing if there is none.
     """
-    found = ""
+    found, installed = "", ""
     for frame in traceback.extract_tb(error.__traceback__):
-        ours = frame.filename.startswith(_NOT_THE_USERS) or "site-packages" in frame.filename
-        if not ours and not frame.filename.startswith("<"):
-            found = f" ({Path(frame.filename).name}, line {frame.lineno})"
-    return found
+        path = Path(frame.filename)
+        is_installed = "site-packages" in path.parts
+        if frame.filename.startswith("<"):
+            continue
+        if frame.filename.startswith(_NOT_THE_USERS) and not is_installed:
+            continue
+        said = f" ({path.name}, line {frame.lineno})"
+        if not is_installed:
+            found = said
+        elif path.parts[path.parts.index("site-packages") + 1] not in (*_LIBRARIES, "fedkd"):
+            installed = said
+    return found or installed
+
+
+def blamed(error: BaseException) -> str:
+    """Return an exception in one line, with the user's file and line where it came from any."""
+    return in_one_line(error) + place(error)
+
+
+@contextmanager
+def blaming(where: str) -> Iterator[None]:
+    """Say in whatever the block raises in which of a user's functions that was, and on which line.
+
+    Raises:
+        FedkdError: in one line; ours keep their text.
+    """
+    try:
+        yield
+    except FedkdError as error:
+        raise FedkdError(f"{where}: {error}{place(error)}") from error
+    except Exception as error:
+        raise FedkdError(f"{where}: {blamed(error)}") from error
 
 
 def in_one_line(error: BaseException) -> str:

@@ -8,37 +8,57 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
-from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
+from fedkd.codecs import Wire
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment, kebab, snake
-from fedkd.phases import GROUP
+from fedkd.phases import GROUP, Phase, to_text
 from fedkd.randomness import key
+from fedkd.references import MADE_UP, blamed, blaming, find_in, users_module
 from fedkd.strategy import DistillationStrategy
+
+_read: dict[str, int] = {}
+"""When the files were last changed that were read here, in ns, by path."""
 
 
 def strategies() -> dict[str, type[DistillationStrategy]]:
     """Return all strategies by class name: those of fedkd, then installed ones.
 
     Raises:
-        FedkdError: a strategy does not import, or `strategies` is somebody else's package.
+        FedkdError: a strategy does not import or is none, or `strategies` is somebody else's package.
     """
+    return {**_ours(), **{name: _load(point) for name, point in _installed().items()}}
+
+
+def _ours() -> dict[str, type[DistillationStrategy]]:
     package = _import("strategies", "fedkd's own strategies")
     _refuse_foreign(package)
-    found = {name: getattr(package, name) for name in package.__all__}
-    for point in entry_points(group=GROUP):
-        try:
-            found[point.name] = point.load()
-        except Exception as error:
-            raise FedkdError(
-                f"the installed strategy {point.name} ({point.value}) does not import: {error}"
-            ) from error
-    return found
+    return {name: getattr(package, name) for name in package.__all__}
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _load(point: EntryPoint) -> type[DistillationStrategy]:
+    """Import an installed strategy: its name must be its class's, as in records, and nobody else's."""
+    what = f"the installed strategy {point.name} ({point.value})"
+    try:
+        cls = point.load()
+    except Exception as error:
+        raise FedkdError(f"{what} does not import: {blamed(error)}") from error
+    if not _is_strategy(cls):
+        raise FedkdError(f"{what} is none: it must be a subclass of fedkd.DistillationStrategy")
+    if point.name != cls.name():
+        raise FedkdError(f"{what} must be called as its class: {cls.name()} = '{point.value}'")
+    if _plain(point.name) in map(_plain, _ours()):
+        raise FedkdError(f"{what} is called like one of fedkd's own; give it another name")
+    return cls
 
 
 def find(name: str, config: str = "none") -> DistillationStrategy:
@@ -56,32 +76,76 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     settings = _settings(cls, config)
     try:
         return cls(**settings)
-    except TypeError as error:  # it declares no facts
-        raise FedkdError(f"strategy = '{name}': {error}") from None
     except FedkdError as error:
         raise FedkdError(f"strategy-config = '{config}': {error}") from None
+    except Exception as error:  # it declares no facts, or what it does with its settings went wrong
+        raise FedkdError(f"strategy = '{name}': {blamed(error)}") from error
 
 
 def strategy_of(experiment: Experiment) -> DistillationStrategy:
     """Return the experiment's strategy, checked against the experiment.
 
     Raises:
-        FedkdError: see `find`, or the two do not go together.
+        FedkdError: see `find`, the two do not go together, or what it says of clients' work is nothing
+            that can be sent; the text names the user's file and line.
     """
     strategy = find(experiment.strategy, experiment.strategy_config)
+    _check_saying(strategy)
     strategy.check(experiment)
     return strategy
 
 
+def client_modules(experiment: Experiment, strategy: DistillationStrategy) -> list[str]:
+    """Return ``client-code`` with the module of a strategy that is not ours.
+
+    So a user's own loss terms and procedures run wherever this experiment is the client's own: in a
+    simulation. The clients of a deployment go by what their node allows.
+    """
+    module = type(strategy).__module__
+    ours = module.partition(".")[0] in ("fedkd", "strategies")
+    return list(dict.fromkeys([*experiment.client_modules, *([] if ours else [module])]))
+
+
+def recorded(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+    """Return the keys that name a strategy and its client code, as a run is recorded and repeated.
+
+    One of a script that is run is found in the script's file afterwards.
+    """
+    name = experiment.strategy if ":" in experiment.strategy else strategy.name()
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if name.startswith("__main__:") and script is not None:
+        name = f"{script}:{strategy.name()}"
+    modules = client_modules(experiment, strategy)
+    return {"strategy": name, "client_code": ",".join(modules) or "none"}
+
+
+def _check_saying(strategy: DistillationStrategy) -> None:
+    """Have a strategy say its phases and its wire once, before anything depends on them."""
+    for number in (1, 2):
+        with blaming(f"phases of {strategy.name()}, round {number}"):
+            phases: object = strategy.phases(number)
+            if not isinstance(phases, list | tuple) or not all(
+                isinstance(p, Phase) for p in phases
+            ):
+                raise FedkdError(f"{phases!r} is not a list of phases")
+            to_text(phases)
+    with blaming(f"wire of {strategy.name()}"):
+        wires: object = strategy.wire()
+        if not isinstance(wires, tuple) or [type(wire) for wire in wires] != [Wire, Wire]:
+            raise FedkdError(f"{wires!r} is not two of fedkd.codecs.Wire, up and down")
+
+
 def _named(name: str) -> type[DistillationStrategy]:
-    known = strategies()
-    by_plain = {_plain(known_name): cls for known_name, cls in known.items()}
-    if _plain(name) not in by_plain:
+    ours, installed = _ours(), _installed()
+    names = {_plain(known): known for known in (*installed, *ours)}
+    if _plain(name) not in names:
+        known = [*ours, *installed]
         raise FedkdError(
             f"strategy = '{name}': no such strategy{nearest(name, known)}; there are "
             f"{', '.join(known)}, or your own as module:Class or file.py:Class"
         )
-    return by_plain[_plain(name)]
+    found = names[_plain(name)]
+    return ours[found] if found in ours else _load(installed[found])
 
 
 def _plain(name: str) -> str:
@@ -112,20 +176,28 @@ def _is_strategy(value: object) -> TypeGuard[type[DistillationStrategy]]:
 
 def _import(module: str, what: str) -> ModuleType:
     try:
-        return import_module(module)
+        return users_module(module)
     except Exception as error:
         # Whatever the user's module does while it is imported is worth one line, not a traceback.
-        kind = type(error).__name__
         raise FedkdError(
-            f"strategy = '{what}': {module} does not import: {kind}: {error}"
+            f"strategy = '{what}': {module} does not import: {blamed(error)}"
         ) from error
 
 
 def _load_file(path: Path) -> ModuleType:
+    """Import a file as the module of its name; read it anew if it has changed since.
+
+    Its folder is searched for modules from then on, by worker processes too: clients import from the
+    file what it defines, such as loss terms.
+    """
     if not path.exists():
         raise FedkdError(f"strategy = '{path}': there is no such file")
-    name = _module_name(path)
-    spec = spec_from_file_location(name, path)
+    name, changed = _module_name(path), path.stat().st_mtime_ns
+    where = str(path.resolve())
+    if name in sys.modules and _read.setdefault(where, changed) == changed:
+        return sys.modules[name]
+    find_in(path.resolve().parent)
+    spec = spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -134,26 +206,24 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        line = getattr(error, "lineno", None)
-        at = f", line {line}" if line else ""
         raise FedkdError(
-            f"strategy = '{path}': the file does not import: {type(error).__name__}: {error}{at}"
+            f"strategy = '{path}': the file does not import: {blamed(error)}"
         ) from error
+    _read[where] = changed
     return module
 
 
 def _module_name(path: Path) -> str:
-    """Return the file's own name, or a made-up one where that is another module's.
-
-    Under its own name clients can import what the file defines, such as loss terms.
-    """
+    """Return the file's own name, or a made-up one where that is another module's."""
+    made_up = f"{MADE_UP}{key(str(path.resolve())):x}"
+    if "." in path.stem:
+        return made_up
     try:
         spec = find_spec(path.stem)
-    except (ValueError, ImportError):
-        spec = None
-    if spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve()):
-        return path.stem
-    return f"strategy_file_{key(str(path.resolve())):x}"
+    except ValueError:  # a module without a spec, such as __main__
+        return made_up
+    its_own = spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve())
+    return path.stem if its_own else made_up
 
 
 def _refuse_foreign(package: ModuleType) -> None:

@@ -136,11 +136,11 @@ def trimmed_mean(values: Tensor, mask: Tensor, share: float = TRIM) -> Tensor:
 def geometric_median(values: Tensor, mask: Tensor) -> Tensor:
     """Point with the least sum of Euclidean distances to the rows of the clients that answered.
 
-    Weiszfeld's iteration from the mean, with the step of Vardi and Zhang (2000, PNAS 97(4), eq. 2.6)
-    where it hits a client's row; each sample stops by itself. As the iteration creeps towards a median
-    that is a client's row, the nearest row is taken in the end where it is better. In its slowest
-    cases (three rows seen at nearly 120°) the sum of distances is least to about 1e-5 of their spread.
-    As a convex combination of rows, the median of probabilities is on the simplex.
+    Weiszfeld's iteration from the mean, in which a row that is hit does not pull; each sample stops by
+    itself. As the iteration creeps towards a median that is itself a row, the nearest row is taken in the
+    end where it is better. In its slowest cases (three rows seen at nearly 120°) the sum of distances is
+    least to about 1e-5 of their spread. As a convex combination of rows, the median of probabilities is
+    on the simplex.
 
     Args:
         values: ``[K, N, C]``.
@@ -204,17 +204,11 @@ def _distances(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor) -> Tens
 
 
 def _weiszfeld(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor, close_N: Tensor) -> Tensor:
-    """One step ``[N, C]``: to the mean weighted by 1 / distance, held back by rows that are hit."""
+    """One step ``[N, C]``: to the mean of the rows weighted by 1 / distance."""
     distances_KN = _distances(rows_KNC, centre_NC, answered_KN)
-    near_KN = distances_KN <= close_N
-    hit_N = (near_KN & answered_KN).sum(0)
-    weights_KN = torch.where(near_KN, 0.0, 1 / distances_KN.clamp_min(torch.finfo().tiny))
-    weight_N1 = weights_KN.sum(0).clamp_min(torch.finfo().tiny).unsqueeze(-1)
+    weights_KN = torch.where(distances_KN > close_N, 1 / distances_KN, 0.0)
     pull_NC = torch.einsum("kn,knc->nc", weights_KN, rows_KNC - centre_NC)
-    strength_N = pull_NC.norm(dim=-1).clamp_min(torch.finfo().tiny)
-    free_N1 = (1 - hit_N / strength_N).clamp_min(0).unsqueeze(-1)
-    step_NC: Tensor = free_N1 * pull_NC / weight_N1
-    return step_NC
+    return pull_NC / weights_KN.sum(0).clamp_min(torch.finfo().tiny).unsqueeze(-1)
 
 
 def _or_nearest(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.experiment import Experiment
+from fedkd.knowledge import SoftLabels
 from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.strategy import DistillationStrategy
@@ -41,11 +42,20 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
         strategy=_recorded(experiment, strategy),
         device=_device(experiment),
         plan=planned(experiment).plan,
+        codec=_codec(experiment, strategy),
     )
     surroundings = environment(named.device, torch.get_num_threads())
     folder.write_experiment(named, {**surroundings, **described(experiment)})
     import_module(_ENGINES[experiment.engine]).run(strategy, named, folder, on_round)
     return Run.load(folder.path)
+
+
+def _codec(experiment: Experiment, strategy: DistillationStrategy) -> str:
+    """Record how soft labels cross the wire, where there are any."""
+    if strategy.uploads() is not SoftLabels:
+        return experiment.codec
+    up, down = strategy.wires(experiment)
+    return str(up) if up == down else f"{up}/{down}"
 
 
 def _device(experiment: Experiment) -> str:

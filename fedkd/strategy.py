@@ -45,8 +45,11 @@ _KINDS: dict[type, type[SoftLabels] | type[ClassMeans] | type[Weights]] = {
     SendWeights: Weights,
 }
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Type of a setting that is a number above 0."""
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Type of a setting that is a number from 0."""
 
 Count = Annotated[int, Field(ge=1)]
 """Type of a setting that is a whole number from 1."""

@@ -43,7 +43,9 @@ class CFD(DistillationStrategy):
        (``simplex:1+changed+range``). A bitmap says which rows follow, where the paper codes zeros.
     2. Ties of the quantiser go to the lower class, not to chance.
     3. A client that missed rounds is told what changed against what it has, not against the last round.
-    4. Digests are weighted by the experiment's α and τ, at clients and server; the paper's are pure, at
+    4. Clients distil with batch orders of their own, so that their models are then alike; the paper's
+       share the random seed, and are equal.
+    5. Digests are weighted by the experiment's α and τ, at clients and server; the paper's are pure, at
        τ = 1. Optimisers start afresh in every round.
 
     Args:

@@ -33,7 +33,7 @@ def nearest_centroid(client: LocalClient, by: By) -> None:
     if client.received is None:
         return
     centroids_MNC, samples = client.received.values, client.received.samples
-    own_NC = client.predict(samples).softmax(-1).to(centroids_MNC)
+    own_NC = client.predict(samples, "student").softmax(-1).to(centroids_MNC)
     squared_MN = (centroids_MNC - own_NC).square().sum(-1)
     if by == "client":
         squared_MN = squared_MN.sum(1, keepdim=True).expand_as(squared_MN)

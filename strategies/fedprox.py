@@ -6,16 +6,13 @@ arXiv:1812.06127, algorithm 2.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fedkd.knowledge import Weights
 from fedkd.losses import Step, term
 from fedkd.phases import Load, Phase, Revisit, SendWeights
-from fedkd.strategy import DistillationStrategy, Facts
+from fedkd.strategy import DistillationStrategy, Facts, NonNegative
 
 
 @term(needs=None, needs_start=True)
@@ -38,12 +35,12 @@ class FedProx(DistillationStrategy):
        their images and weights them evenly.
 
     Args:
-        mu: μ, of the proximal term. The authors tune it for each data set, among 0.001, 0.01, 0.1 and 1.
+        mu: μ, of the proximal term. The authors tune it for each data set, between 0.001 and 1.
     """
 
     facts = Facts(paper="1812.06127", up="S", down="S", reports="server")
 
-    mu: Annotated[float, Field(ge=0)] = 0.01
+    mu: NonNegative = 0.01
 
     def phases(self, round: int) -> list[Phase]:
         return [Load(), Revisit({"ce": 1.0, proximal: self.mu}, model="student"), SendWeights()]

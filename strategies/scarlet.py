@@ -43,8 +43,9 @@ class SCARLET(DistillationStrategy):
         beta: β, the sharpness; at 1 the plain mean, above 1 sharper. 2 is the default of the published
             code's main branch (Dirichlet 0.05), 1 that of the branch with its experiments.
         lifetime: D, rounds that a label serves, that of its making included; at 1 nothing is cached. The
-            published default draws a tenth of the public set in each of 2,000 rounds; where all of it is
-            drawn (``public-per-round`` = auto) choose a few rounds, or the first labels stay the last.
+            published 50 goes with draws of a tenth of the public set a round and 2,000 rounds; 3 suits
+            short runs that draw all of it (``public-per-round`` = auto), in which at 50 the labels of
+            round 1 would be the last.
         combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`).
     """
 
@@ -58,7 +59,7 @@ class SCARLET(DistillationStrategy):
     )
 
     beta: Positive = 2.0
-    lifetime: Count = 50
+    lifetime: Count = 3
     combine: Rule = "mean"
 
     def phases(self, round: int) -> list[Phase]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels, require_one
 from fedkd.phases import Apply, Fit, Predict, Revisit, closing
-from fedkd.procedures import LocalClient
+from fedkd.procedures import LocalClient, Role
 from strategies.comet import COMET, By, nearest_centroid
 from strategies.cronus import Cronus
 
@@ -304,14 +304,19 @@ def test_comet_at_exact_ties_and_one_hot_answers(by: By) -> None:
 
 
 def client(received: SoftLabels | None, logits: Tensor) -> LocalClient:
-    """Return a client whose model gives `logits`, [P, C]."""
+    """Return a client whose student gives `logits`, [P, C]."""
+
+    def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
+        assert model == "student"
+        return logits[samples]
+
     return LocalClient(
         images=torch.zeros(2, 1, 3, 3),
         labels=torch.zeros(2, dtype=torch.int64),
         public=torch.zeros(len(logits), 1, 3, 3),
         received=received,
         state={},
-        predict=lambda samples: logits[samples],
+        predict=predict,
         generator=lambda purpose: torch.Generator(),
     )
 

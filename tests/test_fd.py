@@ -135,6 +135,13 @@ def test_mapped_over_clients_it_is_what_it_is_in_a_loop(shared: bool) -> None:
     assert float(for_looped.abs().max()) > 0.1
 
 
+def test_what_stands_in_the_place_of_an_absent_class_does_not_count() -> None:
+    logits, values = rand(B, C), means(torch.ones(K, C).long()).values[0]
+    counts = (torch.arange(C) != 5).long()
+    losses = towards_class_mean(step(logits, LABELS[0], values, counts))
+    assert torch.equal(losses == 0, LABELS[0] == 5)
+
+
 def test_to_one_hot_means_it_is_the_cross_entropy_with_the_labels() -> None:
     logits, labels = rand(B, C), LABELS[0]
     losses = towards_class_mean(step(logits, labels, torch.eye(C, dtype=F64), torch.ones(C)))
@@ -420,10 +427,12 @@ def assert_said(done: Finished, number: int, expected: Sequence[dict[int, Tensor
             torch.testing.assert_close(answer.values[0, label].double(), mean, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("student", ["mlp-8", "mlp-8,lenet,mlp-5"])
-def test_three_rounds_are_those_of_the_papers_algorithm(student: str) -> None:
+@pytest.mark.parametrize(
+    ("student", "plan"), [("mlp-8", "stacked"), ("mlp-8", "loop"), ("mlp-8,lenet,mlp-5", "loop")]
+)
+def test_three_rounds_are_those_of_the_papers_algorithm(student: str, plan: str) -> None:
     """Architectures may be mixed: only outputs are shared."""
-    experiment = one_step(student=student)
+    experiment = one_step(student=student, plan=plan)
     done = federate(experiment, strategy=FD(gamma=0.7))
     assert [row["dropped"] for row in done.rows] == [{}] * 3
     expected = rounds_of_the_paper(experiment, gamma=0.7)

@@ -312,10 +312,12 @@ def far_apart(one: Sequence[dict[int, Tensor]], other: Sequence[dict[int, Tensor
     return max(float((a[c] - b[c]).abs().max()) for a, b in zip(one, other, strict=True) for c in a)
 
 
-@pytest.mark.parametrize("student", ["mlp-8", "mlp-84,lenet"])
-def test_three_rounds_are_those_of_the_papers_algorithm(student: str) -> None:
+@pytest.mark.parametrize(
+    ("student", "plan"), [("mlp-8", "stacked"), ("mlp-8", "loop"), ("mlp-84,lenet", "loop")]
+)
+def test_three_rounds_are_those_of_the_papers_algorithm(student: str, plan: str) -> None:
     """Architectures may be mixed where their features are equally wide, as lenet's 84."""
-    experiment = one_step(student=student)
+    experiment = one_step(student=student, plan=plan)
     done = federate(experiment, strategy=FedProto(weight=0.7))
     assert [row["dropped"] for row in done.rows] == [{}] * 3
     expected = rounds_of_the_paper(experiment, weight=0.7)
@@ -331,6 +333,11 @@ def test_bytes_are_those_of_prototypes_and_counts(width: int) -> None:
     payload = K * (CLASSES * width * 4 + CLASSES * 4)
     assert [row["bytes_up"] for row in done.rows] == [payload] * 3
     assert [row["bytes_down"] for row in done.rows] == [0, payload, payload]
+
+
+def test_features_of_two_widths_are_an_error_that_names_them() -> None:
+    with pytest.raises(FedkdError, match=r"\b8\b.*\b84\b"):
+        federate(one_step(student="mlp-8,lenet"), strategy=FedProto())
 
 
 def test_all_receive_the_same_prototypes() -> None:

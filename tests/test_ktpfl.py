@@ -164,11 +164,13 @@ def test_a_client_alone_trusts_itself() -> None:
 
 
 def test_where_no_coefficient_is_left_all_are_equal() -> None:
-    """Far too large a ρ throws every coefficient below 0."""
-    c = torch.tensor([[0.9, 0.1, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]], dtype=F64)
-    stepped = learnt(KTpFL(rho=1e6, learning_rate=1), server_of(c=c), answers([0, 1, 2]))
-    assert bool((stepped >= 0).all())
-    torch.testing.assert_close(stepped.sum(1), torch.ones(K, dtype=F64))
+    """Of (0.6, 0.4) and (1, 0) the mixture is (0.8, 0.2): client 0 would have less of both."""
+    values = torch.tensor([[[0.6, 0.4]], [[1.0, 0.0]]], dtype=F64)
+    given = SoftLabels(values, "probabilities")
+    c = torch.tensor([[0.5, 0.5], [0.5, 0.5]], dtype=F64)
+    stepped = learnt(KTpFL(learning_rate=1e6), server_of(2, c), given)
+    assert stepped[0].tolist() == [0.5, 0.5]
+    assert stepped[1].tolist() == [0, 1]
 
 
 # --- Who is absent -------------------------------------------------------------------------------

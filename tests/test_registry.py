@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
@@ -104,7 +105,7 @@ def test_a_misspelt_name_gets_the_nearest(name: str, meant: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "krum", "none", "__init__", "dsfl.py"])
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(FedkdError, match=r"DSFL, FedAvg, FedMD, LocalOnly") as caught:
+    with pytest.raises(FedkdError, match=re.escape(", ".join(package.__all__))) as caught:
         find(name)
     assert f"'{name}'" in str(caught.value)
 
@@ -255,18 +256,45 @@ def installed(*points: tuple[str, str]) -> Callable[..., list[EntryPoint]]:
     return lambda group: [EntryPoint(name, value, group) for name, value in points]
 
 
+@pytest.fixture
+def theirs(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put somebody else's module with a strategy `Median` where Python looks."""
+    monkeypatch.syspath_prepend(str(write("their_rule.py", SOURCE).parent))
+
+
+@pytest.mark.usefixtures("theirs")
 def test_installed_strategies_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "entry_points", installed(("Theirs", "strategies:DSFL")))
-    assert strategies()["Theirs"] is DSFL
-    assert find("theirs") == DSFL()
+    monkeypatch.setattr(registry, "entry_points", installed(("Median", "their_rule:Median")))
+    assert strategies()["Median"] is type(find("median"))
+    assert find("median").__class__.__module__ == "their_rule"
 
 
-def test_an_installed_strategy_that_does_not_import_is_named(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        (
+            "Theirs",
+            "no_such_module:X",
+            r"\(no_such_module:X\) does not import: ModuleNotFoundError",
+        ),
+        ("Theirs", "their_rule:NotOne", r"\(their_rule:NotOne\) is none"),
+        ("Theirs", "their_rule:Median", "called as its class: Median = 'their_rule:Median'"),
+        ("DSFL", "strategies:DSFL", "DSFL .*is called like one of fedkd's own"),
+    ],
+    ids=["missing", "other", "renamed", "ours"],
+)
+def test_an_installed_strategy_that_does_not_serve_is_named_and_leaves_others_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
 ) -> None:
-    monkeypatch.setattr(registry, "entry_points", installed(("Theirs", "no_such_module:X")))
-    with pytest.raises(FedkdError, match=r"Theirs \(no_such_module:X\) does not import"):
+    monkeypatch.setattr(registry, "entry_points", installed((name, value)))
+    with pytest.raises(FedkdError, match=reason):
         strategies()
+    if name != "DSFL":
+        with pytest.raises(FedkdError, match=reason):
+            find(name)
+    assert type(find("DSFL")) is DSFL
+    assert type(find("FedMD")) is FedMD
 
 
 def test_another_package_of_the_same_name_is_refused(

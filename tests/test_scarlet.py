@@ -374,7 +374,7 @@ def test_the_phases_the_wire_and_the_defaults() -> None:
     assert strategy.phases(1) == [Digest(), Revisit(), Predict("probabilities")]
     assert strategy.wire() == (Wire(), Wire(rows="changed"))
     assert strategy.closes == "digest"
-    assert (strategy.beta, strategy.lifetime, strategy.combine) == (2.0, 50, "mean")
+    assert (strategy.beta, strategy.lifetime, strategy.combine) == (2.0, 3, "mean")
 
 
 # --- Both ends -----------------------------------------------------------------------------------

@@ -1,0 +1,350 @@
+"""Where strategies are tried: federations of a few tiny clients in this process, with all mail noted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from flwr.app import Message, RecordDict
+from torch import Tensor
+
+from fedkd.client_app import answers, introduce, reply, store_of
+from fedkd.data import Dataset, load
+from fedkd.experiment import Experiment
+from fedkd.federation import Federation
+from fedkd.knowledge import KINDS, Knowledge, SoftLabels, tensors_of
+from fedkd.messages import HELLO, encode_introduction
+from fedkd.phases import Apply, Fit, reference
+from fedkd.records import Row
+from fedkd.server import Replies, Server
+from fedkd.strategy import DistillationStrategy
+from fedkd.testing.findings import Wrong
+from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.world import world_of
+
+K, ROUNDS, FEW = 5, 3, 11
+"""Clients, rounds, and public samples drawn where not all are."""
+
+SMALL: dict[str, Any] = {
+    "dataset": "digits",
+    "train_size": 187,
+    "test_size": 61,
+    "public_size": 37,
+    "student": "mlp-8",
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "device": "cpu",
+}
+OTHER: dict[str, Any] = {"dataset": "fedkd.testing.bench:seven_digits", "student": "mlp-12"}
+"""Other sizes: of C, D and the model."""
+
+_OWN: dict[str, Any] = {
+    "partition": "dirichlet",  # shards of different sizes: a stack of clients is padded
+    "partition_alpha": 1.0,
+    "num_clients": K,
+    "num_server_rounds": ROUNDS,
+    "fraction_train": 1.0,
+    "public_per_round": None,
+    "quorum": 1,
+    "evaluate_every": 97,
+    "engine": "cohort",
+    "num_workers": 0,
+    "ray_address": None,
+    "plan": "stacked",
+    "profile": False,
+    "codec": "auto",
+}
+"""Keys that the checks vary."""
+
+ROUGH = (
+    "seconds",
+    *(f"wire_bytes_{way}{by}" for way in ("up", "down") for by in ("", "_by_client")),
+)
+"""Fields of a record that may differ between runs: a text of a number of seconds has any length."""
+
+
+def seven_digits(folder: Path) -> Dataset:
+    """Return the digits 0 to 6."""
+    digits = load("digits", folder)
+    train, test = digits.train_labels < 7, digits.test_labels < 7
+    return replace(
+        digits,
+        name="seven-digits",
+        train_images=digits.train_images[train],
+        train_labels=digits.train_labels[train],
+        test_images=digits.test_images[test],
+        test_labels=digits.test_labels[test],
+        class_names=digits.class_names[:7],
+    )
+
+
+# --- What a strategy is asked, and says ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update of a strategy's knowledge: its round, what it was given, what came out."""
+
+    round: int
+    replies: Replies
+    new: Knowledge | None
+    state: Mapping[str, Any]
+
+
+class Witness:
+    """Stands in for a strategy in a federation, and notes what it is asked and says."""
+
+    def __init__(self, strategy: DistillationStrategy) -> None:
+        self.strategy = strategy
+        self.asked: dict[int, Tensor] = {}
+        self.updates: list[Update] = []
+        self.server: Server | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.strategy, name)
+
+    def request(self, server: Server) -> Tensor:
+        """Ask which samples are wanted, twice."""
+        before = deepcopy(server.state)
+        asked = self.strategy.request(server)
+        again = self.strategy.request(server)
+        self._unchanged(before, server, "request")
+        if not same(asked, again):
+            raise Wrong(
+                "request gives other samples when it is asked again: draw them by server.draw() or "
+                "server.generator(purpose)"
+            )
+        self.asked[server.round] = asked
+        return asked
+
+    def update(self, replies: Replies, server: Server) -> Knowledge | None:
+        """Have the knowledge updated."""
+        given = deepcopy(replies)
+        new = self.strategy.update(replies, server)
+        self.server = server
+        self.updates.append(Update(server.round, given, deepcopy(new), deepcopy(server.state)))
+        return new
+
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        """Ask what one client receives."""
+        before = deepcopy(server.state)
+        received = self.strategy.personalise(knowledge, client, server)
+        self._unchanged(before, server, "personalise")
+        return received
+
+    def _unchanged(self, before: Mapping[str, Any], server: Server, method: str) -> None:
+        if not same(before, server.state):
+            raise Wrong(
+                f"{method} changes server.state, which stays changed if the round is lost: write it "
+                "in update only"
+            )
+
+
+# --- Clients -----------------------------------------------------------------------------------------
+
+Change = Callable[[int, int, Message, RecordDict], Message | None]
+"""Given round, client, its message and what it would answer: what it answers, None for silence."""
+
+
+def honest(round: int, client: int, message: Message, content: RecordDict) -> Message | None:
+    """Answer what there is to answer."""
+    return Message(content, reply_to=message)
+
+
+class Clients:
+    """Clients in this process, whose replies may be changed, or are those of another federation."""
+
+    def __init__(
+        self, experiment: Experiment, change: Change, replay: Sequence[Mapping[int, RecordDict]]
+    ) -> None:
+        self._experiment = experiment
+        self._store = store_of(experiment, experiment.clients_per_round)
+        self._change = change
+        self._replay = replay
+        self.exchanges: list[dict[int, RecordDict]] = []
+
+    def __call__(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
+        """Answer all messages of an exchange."""
+        if messages[0][1].metadata.message_type == HELLO:
+            return [
+                Message(encode_introduction(introduce(self._experiment, client)), reply_to=message)
+                for client, message in messages
+            ]
+        said: dict[int, RecordDict] = {}
+        replies: list[Message | None] = []
+        number = len(self.exchanges) + 1
+        for (client, message), answer in zip(messages, self._answers(messages), strict=True):
+            if isinstance(answer, RecordDict):
+                said[client] = answer
+                replies.append(self._change(number, client, message, answer))
+            else:
+                replies.append(reply(message, answer))
+        self.exchanges.append(said)
+        return replies
+
+    def _answers(self, messages: Sequence[tuple[int, Message]]) -> Sequence[Any]:
+        if self._replay:
+            said = self._replay[len(self.exchanges)]
+            return [deepcopy(said[client]) for client, _ in messages]
+        contents = [(client, message.content) for client, message in messages]
+        return answers(self._experiment, self._store, contents)
+
+
+@dataclass
+class Done:
+    """A federation that ran to its end."""
+
+    experiment: Experiment
+    rows: list[Row]
+    witness: Witness
+    exchanges: list[dict[int, RecordDict]] = field(repr=False)
+    """What clients answered in each round and in the closing exchange."""
+
+    @property
+    def updates(self) -> list[Update]:
+        """The updates of the strategy's knowledge."""
+        return self.witness.updates
+
+
+@dataclass
+class Bench:
+    """A strategy, and where it is tried.
+
+    Attributes:
+        strategy: what is checked.
+        given: an experiment whose data, models and training take the place of the smallest ones.
+        folder: for what clients keep between rounds.
+        engines: whether to run on Ray as well.
+    """
+
+    strategy: DistillationStrategy
+    given: Experiment | None
+    folder: Path
+    engines: bool = False
+    _numbers: Iterable[int] = field(default_factory=count, repr=False)
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The experiment of which the checks vary some keys."""
+        keys = {**SMALL, "data_dir": str(self.folder / "data")}
+        keys = keys if self.given is None else self.given.model_dump()
+        if keys.get("server_model", "none") == "none" and (
+            self.strategy.facts.server_model == "required"
+        ):
+            keys["server_model"] = str(keys["student"]).split(",")[0]
+        modules = [*keys.get("client_code", "none").split(","), *self._client_modules()]
+        named = dict.fromkeys(name.strip() for name in modules if name.strip() != "none")
+        code = ",".join(named) or "none"
+        return Experiment(**{**keys, **_OWN, "client_code": code, "run_dir": str(self.folder)})
+
+    def _client_modules(self) -> list[str]:
+        """Return the modules of the strategy's own terms and procedures."""
+        names = []
+        for phase in [*self.strategy.phases(1), *self.strategy.phases(2)]:
+            if isinstance(phase, Fit):
+                names += [*phase.private, *phase.public]
+            if isinstance(phase, Apply):
+                names.append(reference(phase.procedure))
+        modules = {name.rpartition(":")[0] for name in names} - {"", "fedkd.losses", "__main__"}
+        return sorted(name for name in modules if not f"{name}.".startswith("strategies."))
+
+    @property
+    def other(self) -> dict[str, Any]:
+        """Keys of another number of classes and another model, where those are ours to choose."""
+        return OTHER if self.given is None else {}
+
+    @cached_property
+    def usual(self) -> Done:
+        """Three rounds in which all goes well."""
+        return self.federate()
+
+    @cached_property
+    def few(self) -> Done:
+        """Three rounds of fewer clients, samples and classes, with another model."""
+        return self.federate(num_clients=3, public_per_round=FEW, **self.other)
+
+    def named(self, **keys: Any) -> Experiment:
+        """Return the experiment with some keys changed, and a folder of its own."""
+        return self.experiment.replace(name=f"run-{next(iter(self._numbers))}", **keys)
+
+    def federate(
+        self,
+        change: Change = honest,
+        witness: Witness | None = None,
+        replay: Sequence[Mapping[int, RecordDict]] = (),
+        grid: type[LocalGrid] = LocalGrid,
+        **keys: Any,
+    ) -> Done:
+        """Run a federation.
+
+        Args:
+            change: what becomes of replies.
+            witness: stands in for the strategy.
+            replay: what clients say instead of working, exchange by exchange.
+            grid: carries the messages.
+            keys: of the experiment, that differ.
+        """
+        experiment = self.named(**keys)
+        witness = witness or Witness(self.strategy)
+        clients = Clients(experiment, change, replay)
+        with task_identity():
+            reaching = grid(clients, num_clients=experiment.num_clients)
+            federation = Federation(
+                cast(DistillationStrategy, witness), reaching, experiment, world_of(experiment)
+            )
+            federation.run()
+        return Done(experiment, federation.rows, witness, clients.exchanges)
+
+    def server(self, **keys: Any) -> Server:
+        """Return a server in round 1."""
+        experiment = self.experiment.replace(**keys)
+        return Server(experiment, world_of(experiment), round=1)
+
+
+def require_all(done: Done, rows: Iterable[Row] | None = None) -> Done:
+    """Have every client that was sampled answer.
+
+    Raises:
+        Wrong: one did not; the text has its reason.
+    """
+    for row in done.rows if rows is None else rows:
+        for client, reason in row["dropped"].items():
+            raise Wrong(f"client {client} fails in round {row['round']}: {reason}")
+    return done
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values, such as states or knowledge, are equal bit for bit."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[n], other[n]) for n in one)
+    if isinstance(one, KINDS) and isinstance(other, KINDS):
+        return type(one) is type(other) and same(vars(one), vars(other))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if type(one).__module__ == "fedkd.knowledge" and type(one) is type(other):
+        return same(vars(one), vars(other))
+    return bool(type(one) is type(other) and one == other)
+
+
+def distance(one: Knowledge, other: Knowledge) -> float:
+    """Return the largest difference between the values of two; infinite where shapes differ."""
+    alike = type(one) is type(other)
+    ours, theirs = tensors_of(one), tensors_of(other)
+    if isinstance(one, SoftLabels) and isinstance(other, SoftLabels):
+        alike = torch.equal(one.samples, other.samples)
+    if not alike or [t.shape for t in ours] != [t.shape for t in theirs]:
+        return float("inf")
+    gaps = [
+        (a.double() - b.double()).abs().amax()
+        for a, b in zip(ours, theirs, strict=True)
+        if a.numel()
+    ]
+    return float(torch.stack(gaps).amax()) if gaps else 0.0  # NaN stays NaN

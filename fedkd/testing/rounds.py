@@ -1,0 +1,374 @@
+"""Checks of a strategy in federations of a few clients: what it asks, keeps, sends and survives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+from fedkd.knowledge import SoftLabels, Weights, tensors_of
+from fedkd.phases import MeanByClass, Predict
+from fedkd.records import RunFolder
+from fedkd.server import Replies, Server
+from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same
+from fedkd.testing.declared import evaluate
+from fedkd.testing.findings import NotApplicable, Wrong
+from fedkd.world import world_of
+
+APART = 5e-3
+"""Mean difference that rounding may make between two ways to train the same clients: usually 1e-8, but
+quantised labels flip as wholes."""
+
+
+# --- Asking ------------------------------------------------------------------------------------------
+
+
+def request(bench: Bench) -> None:
+    """The samples asked for are int64, distinct, of the public set, and the same when asked again."""
+    if not any(isinstance(phase, Predict) for phase in bench.strategy.phases(2)):
+        raise NotApplicable("no samples are asked for")
+    server = bench.server(public_per_round=FEW)
+    asked: object = Witness(bench.strategy).request(server)
+    if not isinstance(asked, Tensor) or asked.dtype != torch.int64 or asked.ndim != 1:
+        found = f"{asked.dtype} {list(asked.shape)}" if isinstance(asked, Tensor) else repr(asked)
+        raise Wrong(
+            f"request gives {found}: return int64 [M], positions in the public set, such as "
+            "server.draw() or server.everything()[condition]"
+        )
+    outside = bool(((asked < 0) | (asked >= server.num_public)).any())
+    if outside or len(asked.unique()) < len(asked):
+        raise Wrong(
+            f"request asks for samples {'outside the public set' if outside else 'twice'}: they are "
+            f"distinct, 0 to server.num_public - 1 = {server.num_public - 1}"
+        )
+
+
+def samples(bench: Bench) -> None:
+    """Knowledge of a round is of samples that were asked for, each with what clients said of it."""
+    if bench.strategy.uploads() is not SoftLabels:
+        raise NotApplicable("no samples are asked for")
+    done = require_all(bench.few)
+    asked = done.witness.asked
+    everything = bench.server(num_clients=3, **bench.other).num_public
+    first, second = asked[1], asked[2]
+    if len(first) and torch.equal(first, second) and len(first) < everything:
+        raise Wrong(
+            "request asks for the same samples in every round, though public-per-round draws others: "
+            "return server.draw(), or a part of it"
+        )
+    if bench.strategy.facts.server_model == "required":
+        raise NotApplicable("knowledge is what the server's model says of any sample")
+    so_far = torch.empty(0, dtype=torch.int64)
+    for update in done.updates:
+        so_far = torch.cat([so_far, asked[update.round]])
+        new = update.new
+        if isinstance(new, SoftLabels) and not bool(torch.isin(new.samples, so_far).all()):
+            raise Wrong(
+                f"knowledge of round {update.round} is of samples that nobody was asked for by then: "
+                "give it the samples of the replies, SoftLabels.shared(values, labels.samples, space)"
+            )
+    _check_aligned(bench)
+
+
+def _check_aligned(bench: Bench) -> None:
+    """Have all clients agree, on another class for each sample."""
+    server = bench.server(public_per_round=FEW)
+    asked = bench.strategy.request(server)
+    (space,) = {p.space for p in bench.strategy.phases(2) if isinstance(p, Predict)}
+    classes = torch.arange(len(asked)) * 3 % server.num_classes
+    agreed = torch.nn.functional.one_hot(classes, server.num_classes) * 3.0
+    values = (agreed if space == "logits" else agreed.softmax(-1)).expand(3, -1, -1)
+    targets = None if server.targets is None else server.targets[asked]
+    labels = SoftLabels(values.clone(), space, asked, torch.tensor([0, 2, 3]), targets=targets)
+    new = bench.strategy.update(Replies([0, 2, 3], labels), server)
+    if new is None:
+        return
+    received = bench.strategy.personalise(new, 0, server)
+    if not isinstance(received, SoftLabels):
+        return
+    known = torch.isin(received.samples, asked)
+    places = torch.searchsorted(asked, received.samples[known])
+    if bool((received.values[:, known].argmax(-1) != classes[places]).any()):
+        raise Wrong(
+            "knowledge says of a sample what clients said of another: values and samples have to be "
+            "in the same order; index by labels.samples, not by position in the public set"
+        )
+
+
+# --- Rounds ------------------------------------------------------------------------------------------
+
+
+def rounds(bench: Bench) -> None:
+    """Three rounds run without anybody being dropped, the first of them without knowledge."""
+    done = require_all(bench.usual)
+    for row in done.rows:
+        if not row["accepted"]:
+            raise Wrong(f"round {row['round']} does not count, though all clients answered")
+
+
+def repeat(bench: Bench) -> None:
+    """One strategy object runs twice with the same results."""
+    again = bench.federate()
+    if not same_run(bench.usual, again):
+        raise Wrong(
+            "a second run with the same strategy object gives something else: remember nothing on the "
+            "object, its class or its module, but in server.state, and draw by server.generator"
+        )
+
+
+def same_run(one: Done, other: Done) -> bool:
+    """Whether two runs gave the same records and knowledge, bit for bit."""
+    rows = [
+        [{n: v for n, v in row.items() if n not in ROUGH} for row in done.rows]
+        for done in (one, other)
+    ]
+    news = [[update.new for update in done.updates] for done in (one, other)]
+    return rows[0] == rows[1] and same(news[0], news[1])
+
+
+class _Restarted(Witness):
+    """Starts each round anew: a strategy made of its settings, and a state that was saved and read."""
+
+    def _restart(self, server: Server) -> None:
+        self.strategy = type(self.strategy)(**self.strategy.settings())
+        server.state = restored(server.state)
+
+    def request(self, server: Server) -> Tensor:
+        self._restart(server)
+        return super().request(server)
+
+    def update(self, replies: Replies, server: Server) -> Any:
+        self._restart(server)
+        return super().update(replies, server)
+
+
+def restored(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Save a server's state and read it back: tensors as safetensors, scalars as JSON does.
+
+    Raises:
+        Wrong: it holds something else.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor | bool | int | float | str):
+            raise Wrong(
+                f"server.state[{name!r}] is a {type(value).__name__}: keep tensors and scalars only, "
+                "by names, so that it can be saved (a list of numbers is a tensor; None is a name "
+                "that is not there)"
+            )
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise Wrong(f"server.state[{name!r}] wants gradients: keep value.detach()")
+    tensors = {n: t.contiguous() for n, t in state.items() if isinstance(t, Tensor)}
+    others = {n: v for n, v in state.items() if not isinstance(v, Tensor)}
+    return {**load(save(tensors)), **others}
+
+
+def state(bench: Bench) -> None:
+    """What is remembered survives being saved and read between rounds."""
+    for update in bench.usual.updates:
+        restored(update.state)
+    restarted = bench.federate(witness=_Restarted(bench.strategy))
+    if not same_run(bench.usual, restarted):
+        raise Wrong(
+            "a run that is interrupted and taken up again goes on otherwise: all that lasts belongs "
+            "in server.state, and nothing may depend on the order of its names"
+        )
+
+
+def plans(bench: Bench) -> None:
+    """Clients give the same stacked and one by one, though their shards differ in size."""
+    looped = require_all(bench.federate(plan="loop", num_server_rounds=2))
+    for one, other in zip(bench.usual.updates, looped.updates, strict=False):
+        if one.replies.knowledge is None or other.replies.knowledge is None:
+            continue
+        ours, theirs = tensors_of(one.replies.knowledge), tensors_of(other.replies.knowledge)
+        if [t.shape for t in ours] != [t.shape for t in theirs]:
+            raise Wrong("stacked clients answer other samples than one by one: let terms be pure")
+        for a, b in zip(ours, theirs, strict=True):
+            gap = float((a.double() - b.double()).abs().sum()) / max(1, a.numel())
+            size = float(a.double().abs().sum()) / max(1, a.numel())
+            if not gap <= APART * max(1.0, size):
+                raise Wrong(
+                    f"stacked clients answer otherwise than one by one (by {gap:.2g} on average in round "
+                    f"{one.round}): terms may not compare or average over a batch, which is padded"
+                )
+
+
+def both_engines(bench: Bench) -> None:
+    """Three rounds in this process and on Ray give the same accuracies and bytes."""
+    if not bench.engines:
+        raise NotApplicable("engines are compared on demand, as Ray takes a while to start")
+    from fedkd.engines import cohort, flower
+
+    found = []
+    for engine in (cohort, flower):
+        experiment = bench.named(evaluate_every=1)
+        folder = RunFolder.create(experiment, "")
+        rows: list[dict[str, Any]] = []
+        engine.run(bench.strategy, experiment, folder, rows.append)
+        found.append(rows)
+    for row, other in zip(*found, strict=True):
+        for name in row.keys() - set(ROUGH):
+            if not _close(row[name], other.get(name)):
+                raise Wrong(
+                    f"{name} of round {row['round']} is {row[name]} in this process and "
+                    f"{other.get(name)} on Ray, where clients are other processes: let client code "
+                    "depend on what it is given only"
+                )
+
+
+def _close(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= 1e-4 * max(1.0, abs(one))
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_close, one, other))
+    return bool(one == other)
+
+
+# --- Bytes -------------------------------------------------------------------------------------------
+
+
+def measured_bytes(bench: Bench) -> None:
+    """The bytes declared are those sent, for other numbers of samples, classes, clients and models."""
+    for done in (bench.usual, bench.few):
+        require_all(done)
+        for row in done.rows:
+            _compare_bytes(bench, done, row, "up")
+            if row["round"] > 1:  # before there is no knowledge to send
+                _compare_bytes(bench, done, row, "down")
+
+
+def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -> None:
+    formula: str = getattr(bench.strategy.facts, way)
+    is_bound = formula.strip().startswith("<=")
+    server = Server(done.experiment, world_of(done.experiment), round=row["round"])
+    asked = len(done.witness.asked.get(row["round"], ()))
+    p = max(asked, len(server.draw())) if is_bound else asked
+    known = symbols(bench, server, p)
+    declared = evaluate(formula, way, {**known, **bench.strategy.settings()})
+    for client, sent in zip(row["sampled"], row[f"bytes_{way}_by_client"], strict=True):
+        if (sent > declared) if is_bound else (sent != declared):
+            parts = ", ".join(f"{n} {b:,}" for n, b in row[f"bytes_{way}_by_tensor"].items())
+            numbers = ", ".join(f"{n} = {v}" for n, v in known.items())
+            raise Wrong(
+                f"facts.{way} = '{formula}' is {declared:,.0f} bytes, and {sent:,} went {way} for client "
+                f"{client} in round {row['round']} ({numbers}; all clients' {parts or 'nothing'}): "
+                "correct the formula"
+            )
+
+
+def symbols(bench: Bench, server: Server, p: int) -> dict[str, int]:
+    """Return what the symbols of a formula stand for, where p samples are asked for."""
+    experiment, world = server.experiment, server.world
+    model = world.skeleton(experiment.student_of(0))
+    head = getattr(model, "head", None)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "P": p,
+        "C": server.num_classes,
+        "K": server.num_clients,
+        "S": sum(t.numel() * t.element_size() for t in state.values()),
+        "D": getattr(head, "in_features", 0),
+        "I": 0 if p == server.num_public else min(4 * p, -(-server.num_public // 8)),
+    }
+
+
+# --- What is declared of models and labels -------------------------------------------------------------
+
+
+def public_labels(bench: Bench) -> None:
+    """Public labels are needed where that is declared, and nowhere else."""
+    if bench.strategy.facts.public_labels:
+        _refuses(bench, "public_labels", public_labels=False)
+        return
+    try:
+        require_all(bench.federate(public_labels=False, num_server_rounds=2))
+    except (FedkdError, Wrong) as error:
+        raise Wrong(
+            f"without public labels: {error}; declare public_labels=True in facts, or do without "
+            "(labels.targets and server.targets are then None)"
+        ) from error
+
+
+def server_model(bench: Bench) -> None:
+    """A model at the server is needed where that is declared, and does no harm elsewhere."""
+    declared = bench.strategy.facts.server_model
+    if declared == "required":
+        _refuses(bench, "server_model", server_model="none")
+        server = bench.usual.witness.server
+        if server is None or not server.trained:
+            raise Wrong(
+                "facts say server_model='required', and the server's model is never trained: call "
+                "server.fit in update, or declare 'none' (or 'optional', if it is to look on)"
+            )
+        return
+    if declared == "none":
+        raise NotApplicable("it keeps none")
+    student = bench.experiment.student_of(0)
+    done = require_all(bench.federate(server_model=student, num_server_rounds=2, evaluate_every=1))
+    if done.rows[-1]["server_accuracy"] is None:
+        raise Wrong(
+            "facts say server_model='optional', and the model that looks on learns nothing: update has "
+            "to return soft labels of K = 1, or declare 'none'"
+        )
+
+
+def _refuses(bench: Bench, fact: str, **keys: Any) -> None:
+    experiment = bench.experiment.replace(**keys)
+    try:
+        bench.strategy.check(experiment)
+    except FedkdError:
+        return
+    raise Wrong(f"facts.{fact} is not checked: call super().check(experiment) in your check")
+
+
+def mixed(bench: Bench) -> None:
+    """Clients of two architectures take part side by side."""
+    if bench.given is not None:
+        raise NotApplicable("models are those of the experiment given")
+    wide = any(isinstance(p, MeanByClass) and p.of == "features" for p in bench.strategy.phases(2))
+    students = "mlp-84,lenet" if wide else "mlp-8,mlp-12"  # features of the same width
+    what = "what all models have in common"
+    if bench.strategy.uploads() is Weights:
+        what = "each architecture by itself (every one of weights.by_model)"
+    try:
+        done = require_all(bench.federate(student=students, num_server_rounds=2))
+    except (FedkdError, Wrong) as error:
+        raise Wrong(f"with students {students}: {error}; combine {what}") from error
+    for update in done.updates:
+        if isinstance(update.new, Weights) and set(update.new.by_model) != set(students.split(",")):
+            raise Wrong(
+                f"with students {students} knowledge has weights of {', '.join(update.new.by_model)} "
+                f"only: combine {what}"
+            )
+
+
+def codec(bench: Bench) -> None:
+    """Soft labels may be encoded otherwise: half as precise, and only what changed."""
+    if bench.strategy.uploads() is not SoftLabels:
+        raise NotApplicable("it sends no soft labels to encode")
+    require_all(bench.federate(codec="float16+changed+deflate", num_server_rounds=2))
+
+
+def partial(bench: Bench) -> None:
+    """A few clients a round are enough, some of which come in late."""
+    rounds = ROUNDS + 1
+    require_all(bench.federate(fraction_train=0.4, public_per_round=FEW, num_server_rounds=rounds))
+
+
+def quorum(bench: Bench) -> None:
+    """A round below the quorum changes nothing: what was known before stays, and the next goes on."""
+
+    def silent(number: int, client: int, message: Any, content: Any) -> Any:
+        return None if number == 2 and client > 0 else honest(number, client, message, content)
+
+    done = bench.federate(change=silent, quorum=2)
+    if [update.round for update in done.updates] != [1, 3] or done.rows[1]["accepted"]:
+        raise Wrong("a round below the quorum is taken for one that counts: leave that to the base")
+    before = bench.usual.updates[0].new
+    if before is not None and done.rows[2]["knowledge_round"] != 1:
+        raise Wrong("knowledge of a lost round is sent: return it from update only")
+    require_all(done, [done.rows[0], done.rows[2]])

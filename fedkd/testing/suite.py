@@ -1,0 +1,146 @@
+"""The checks in order, and how they are run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.references import in_one_line, place
+from fedkd.strategy import DistillationStrategy
+from fedkd.testing import declared, mail, rounds, rule
+from fedkd.testing.bench import Bench
+from fedkd.testing.findings import Finding, NotApplicable, Report, StrategyCheckFailed, Wrong
+
+_ADVICE = {
+    "server-model = 'none': there is no model": "declare server_model='required' in facts",
+    "object has no attribute": "look the name up in docs/strategies.md, or in the class that it names",
+}
+"""What to change, by what an exception says."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that is true of every strategy.
+
+    Attributes:
+        name: names it in reports.
+        function: raises `Wrong`, or `NotApplicable`; its docstring says what it shows.
+        after: checks without which it would only repeat what they say.
+    """
+
+    name: str
+    function: Callable[[Bench], None]
+    after: tuple[str, ...] = ()
+
+    @property
+    def shows(self) -> str:
+        """What is true of a strategy that passes."""
+        return (self.function.__doc__ or "").partition("\n")[0]
+
+
+_RULE = ("phases", "types")
+_ROUNDS = ("rounds",)
+
+CHECKS = (
+    Check("settings", declared.settings),
+    Check("facts", declared.facts),
+    Check("phases", declared.phases),
+    Check("client-code", declared.client_code, ("phases",)),
+    Check("types", rule.types, ("phases",)),
+    Check("order", rule.order, _RULE),
+    Check("alone", rule.alone, _RULE),
+    Check("simplex", rule.simplex, _RULE),
+    Check("equal", rule.equal, (*_RULE, "simplex")),
+    Check("mask", rule.mask, (*_RULE, "simplex", "equal")),
+    Check("pure", rule.pure, _RULE),
+    Check("request", rounds.request, ("phases",)),
+    Check(
+        "rounds",
+        rounds.rounds,
+        ("settings", "facts", "client-code", "types", "simplex", "request"),
+    ),
+    Check("bad-replies", mail.bad_replies, _ROUNDS),
+    Check("few-replies", mail.few_replies, (*_ROUNDS, "bad-replies")),
+    Check("quorum", rounds.quorum, (*_ROUNDS, "bad-replies")),
+    Check("partial", rounds.partial, (*_ROUNDS, "bad-replies")),
+    Check("repeat", rounds.repeat, (*_ROUNDS, "pure")),
+    Check("state", rounds.state, (*_ROUNDS, "pure", "repeat")),
+    Check("plans", rounds.plans, _ROUNDS),
+    Check("samples", rounds.samples, _ROUNDS),
+    Check("bytes", rounds.measured_bytes, _ROUNDS),
+    Check("public-labels", rounds.public_labels, _ROUNDS),
+    Check("server-model", rounds.server_model, _ROUNDS),
+    Check("mixed", rounds.mixed, _ROUNDS),
+    Check("codec", rounds.codec, _ROUNDS),
+    Check("engines", rounds.both_engines, _ROUNDS),
+)
+
+
+def check_strategy(
+    strategy: DistillationStrategy, experiment: Experiment | None = None, *, engines: bool = False
+) -> Report:
+    """Run all checks on a strategy.
+
+    Args:
+        strategy: with the settings that are to be checked.
+        experiment: whose data, models and training to use; by default the smallest that there are.
+            Numbers of clients, rounds and samples are varied in any case.
+        engines: whether to run three rounds on Ray as well (about 10 s).
+
+    Returns:
+        One finding a check.
+
+    Raises:
+        StrategyCheckFailed: a check failed; the text has all that did, and what to change.
+    """
+    report = Report(strategy.name(), tuple(examine(strategy, experiment, engines=engines)))
+    if report.failures:
+        raise StrategyCheckFailed(report)
+    return report
+
+
+def examine(
+    strategy: DistillationStrategy, experiment: Experiment | None = None, *, engines: bool = False
+) -> Iterator[Finding]:
+    """Run all checks, one after the other; see `check_strategy`. Failures are findings."""
+    with tempfile.TemporaryDirectory(prefix="fedkd-check-") as folder:
+        bench = Bench(strategy, experiment, Path(folder), engines)
+        failed: set[str] = set()
+        for check in CHECKS:
+            first = next((name for name in check.after if name in failed), None)
+            if first is not None:
+                finding = Finding(check.name, check.shows, "not tried", f"first mend {first}")
+            else:
+                finding = _find(check, bench)
+            if finding.result in ("failed", "not tried"):
+                failed.add(check.name)
+            yield finding
+
+
+def _find(check: Check, bench: Bench) -> Finding:
+    started = monotonic()
+    try:
+        check.function(bench)
+    except NotApplicable as why:
+        return Finding(check.name, check.shows, "not applicable", str(why), monotonic() - started)
+    except Exception as error:
+        detail = _what_to_change(error)
+        return Finding(check.name, check.shows, "failed", detail, monotonic() - started)
+    return Finding(check.name, check.shows, "passed", "", monotonic() - started)
+
+
+def _what_to_change(error: Exception) -> str:
+    """Put what a strategy raised into a line, with the line of the user's code."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Wrong):
+            return str(cause)
+        cause = cause.__cause__
+    text = str(error) if isinstance(error, FedkdError) else in_one_line(error) + place(error)
+    advice = [what for sign, what in _ADVICE.items() if sign in text]
+    return f"{text}; {advice[0]}" if advice else text
