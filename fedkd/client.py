@@ -36,13 +36,12 @@ from fedkd.phases import (
     Phase,
     Predict,
     Reset,
-    Role,
     reference,
     resolve_procedure,
     resolve_term,
     to_text,
 )
-from fedkd.procedures import LocalClient
+from fedkd.procedures import LocalClient, Role
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
 from fedkd.references import in_one_line, place

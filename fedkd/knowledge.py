@@ -385,7 +385,7 @@ def check_answer(answer: Knowledge) -> None:
     if not all(bool(t.isfinite().all()) for t in tensors_of(answer)):
         raise FedkdError("holds NaN or infinity")
     if isinstance(answer, SoftLabels) and answer.space == "probabilities":
-        _check_simplex(answer.values)
+        _check_simplex(answer.values[answer.mask])
     if isinstance(answer, ClassMeans):
         if bool((answer.counts < 0).any()):
             raise FedkdError("holds negative counts")

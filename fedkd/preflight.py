@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from fedkd.checks import means_width
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import SoftLabels
 from fedkd.phases import Apply, Fit, MeanByClass, reference, resolve_procedure, resolve_term
 from fedkd.records import RunFolder
 from fedkd.references import MADE_UP, in_one_line, is_importable

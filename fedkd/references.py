@@ -74,6 +74,9 @@ def is_importable(module: str) -> bool:
     return module != "__main__" and not module.startswith(MADE_UP)
 
 
+LONGEST = 200
+"""Characters of an exception with its place: as many as the reason of a client's failure may have."""
+
 _NOT_THE_USERS = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"])
 _LIBRARIES = ("flwr", "numpy", "pydantic", "ray", "torch", "torchvision")
 
@@ -101,8 +104,12 @@ def place(error: BaseException) -> str:
 
 
 def blamed(error: BaseException) -> str:
-    """Return an exception in one line, with the user's file and line where it came from any."""
-    return in_one_line(error) + place(error)
+    """Return an exception in one line, with the user's file and line where it came from any.
+
+    `LONGEST` characters at most; what is too long is cut before the place.
+    """
+    where = place(error)
+    return in_one_line(error)[: LONGEST - len(where)] + where
 
 
 @contextmanager

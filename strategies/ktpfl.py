@@ -1,6 +1,6 @@
 """KT-pFL: Parameterized Knowledge Transfer for Personalized Federated Learning.
 
-Jie Zhang, Song Guo, Xiaosong Ma, Haozhao Wang, Wencao Xu, Feijie Wu, NeurIPS 2021, arXiv:2111.02862,
+Jie Zhang, Song Guo, Xiaosong Ma, Haozhao Wang, Wenchao Xu, Feijie Wu, NeurIPS 2021, arXiv:2111.02862,
 section 3 and algorithm 1; the fit is that of the authors' code.
 """
 

@@ -25,6 +25,9 @@ from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
 ROWS = 1024
 """Images that a density ratio is worked out for at a time."""
 
+LEAST_DISTANCE = 1e-6
+"""Between images, so that a kernel has a width where all are the same."""
+
 
 @procedure
 def density_ratio(
@@ -45,7 +48,8 @@ def density_ratio(
     fitted, held_out = private.flatten(1).tensor_split(2)
     public = client.public.cpu().flatten(1)
     some = public[torch.randperm(len(public), generator=draw)[:images]]
-    sigma = width * float(torch.cdist(fitted.double(), some.double()).median())
+    distance = torch.cdist(fitted.double(), some.double()).median()
+    sigma = width * max(float(distance), LEAST_DISTANCE)
     own = held_out if len(held_out) else fitted
     ratios = kulsif(torch.cat([own, public]), fitted, noise.flatten(1), sigma, ridge)
     familiar = ratios[len(own) :] > ratios[: len(own)].quantile(quantile)
@@ -112,9 +116,10 @@ class SelectiveFD(DistillationStrategy):
         width: kernel width σ over the median distance between private and public images.
         ridge: λ of the density ratio; the demonstration's is 250^-½.
         quantile: share of private images that may look less familiar than a familiar sample: the
-            demonstration's 0.25. 0 and less than all own images are familiar.
+            demonstration's 0.25.
         least: samples that a client answers in any case.
-        ambiguity: largest L1 distance to the one-hot label that passes the server, 0 to 2.
+        ambiguity: largest L1 distance to the one-hot label that passes the server, 0 to 2; 2 is the
+            demonstration, which has no selector there.
         labels: ``"soft"`` sends the mean on, ``"hard"`` its one-hot label, for a digest with τ = 1: at
             a higher temperature it asks for logits that are τ times as far apart.
         combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`).

@@ -292,7 +292,9 @@ def pickled() -> Array:
     return junk_array(dtype="object", shape=(1,), data=buffer.getvalue())
 
 
-SAID: dict[str, Any] = {"kind": "soft-labels", "space": "logits", "wire": "float32", "sets": 1, "samples": "asked"}
+SAID: dict[str, Any] = {
+    "kind": "soft-labels", "space": "logits", "wire": "float32", "sets": 1, "samples": "asked"
+}  # fmt: skip
 KIND = ConfigRecord(dict(SAID))
 LISTED = ConfigRecord({**SAID, "samples": "listed"})
 GOOD = Array(np.zeros((N, C), dtype=np.float32))

@@ -21,7 +21,7 @@ from federation_tools import (
     with_arrays,
 )
 from federation_tools import P as PUBLIC_OF_TINY
-from flwr.app import Message
+from flwr.app import Array, Message
 from torch import Tensor
 
 from fedkd.client import Order, Report, _Stack
@@ -544,3 +544,21 @@ def test_declared_bytes_are_never_exceeded() -> None:
     assert all(row["bytes_up"] <= K * up and row["bytes_down"] <= K * down for row in rows)
     assert min(row["bytes_up"] for row in rows) < K * up / 2
     assert rows[0]["bytes_up"] == K * up
+
+
+def test_a_sample_that_no_client_answers_is_asked_for_again_alone() -> None:
+    def forgets_the_first(order: Order, message: Message, reply: Message) -> Message:
+        if order.round != 1:
+            return reply
+        values = reply.content.array_records["knowledge"]["values"].numpy()[1:]
+        some = {"values": Array(values), "samples": array(order.asked[1:].to(torch.int32))}
+        return reply_with(message, with_arrays(reply.content, **some))
+
+    experiment = tiny(num_server_rounds=3)
+    done = federate(experiment, forgets_the_first, SCARLET(lifetime=3))
+    assert [row["dropped"] for row in done.rows] == [{}] * 3
+    asked = [exchange.orders[0].asked.tolist() for exchange in done.exchanges]
+    assert asked[:3] == [list(range(PUBLIC_OF_TINY)), [0], []]
+    told = [exchange.orders[0].knowledge for exchange in done.exchanges]
+    sizes = [len(labels.samples) for labels in told if labels is not None]  # type: ignore[union-attr]
+    assert sizes == [PUBLIC_OF_TINY - 1, PUBLIC_OF_TINY, PUBLIC_OF_TINY]

@@ -132,7 +132,7 @@ def client_of(images: Tensor, public: Tensor, seed: int = 1) -> LocalClient:
         public=public,
         received=None,
         state={},
-        predict=lambda samples: torch.zeros(len(samples), C),
+        predict=lambda samples, model="student": torch.zeros(len(samples), C),
         generator=lambda purpose: generator(seed, purpose),
     )
 
@@ -146,37 +146,48 @@ def familiar_to(private: Tensor, public: Tensor, **settings: Any) -> Tensor:
     return client.state["familiar"]
 
 
-def familiar_loop(images: Tensor, public: Tensor, **settings: Any) -> list[bool]:
+def familiar_loop(private: Tensor, public: Tensor, **settings: Any) -> list[bool]:
     """The selector once more, image by image, with the same draws."""
     s = {**SETTINGS, **settings}
     draw = generator(1, "density ratio")
-    order = torch.randperm(len(images), generator=draw)[: 2 * s["images"]].tolist()
+    order = torch.randperm(len(private), generator=draw)[: 2 * s["images"]].tolist()
     noise = torch.rand(s["images"], 2, 3, 3, generator=draw)
     for channel in range(2):
-        seen = [float(v) for i in order for v in images[i, channel].flatten()]
+        seen = [float(v) for i in order for v in private[i, channel].flatten()]
         noise[:, channel] = min(seen) + (max(seen) - min(seen)) * noise[:, channel]
     others = torch.randperm(len(public), generator=draw)[: s["images"]].tolist()
-    flat = images.double().flatten(1).numpy()
+    flat = private.double().flatten(1).numpy()
     there = public.double().flatten(1).numpy()
     half = -(-len(order) // 2)
     fitted, held_out = flat[order[:half]], flat[order[half:] or order]
     distances = sorted(math.dist(a, b) for a in fitted for b in there[others])
     sigma = s["width"] * distances[(len(distances) - 1) // 2]
     against = noise.double().flatten(1).numpy()
-    private = minimiser(held_out, fitted, against, sigma, s["ridge"])
+    own = minimiser(held_out, fitted, against, sigma, s["ridge"])
     ratios = minimiser(there, fitted, against, sigma, s["ridge"])
-    threshold = float(np.quantile(private, s["quantile"]))
+    threshold = float(np.quantile(own, s["quantile"]))
     top = sorted(range(len(there)), key=lambda i: -ratios[i])[: s["least"]]
     return [bool(r > threshold) or i in top for i, r in enumerate(ratios)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 31])
-@pytest.mark.parametrize("settings", [{}, {"quantile": 0.8, "least": 1, "width": 0.15}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"quantile": 0.8, "least": 1, "width": 0.15},
+        {"quantile": 0.5, "least": 1, "width": 1.5, "images": 7},
+        {"quantile": 0.7, "least": 1, "width": 3.0, "ridge": 0.001},
+    ],
+    ids=str,
+)
 def test_familiar_are_samples_with_a_ratio_like_that_of_own_images(
     settings: dict[str, Any], count: int
 ) -> None:
     images = pictures(0, count, seed=1)
-    public = torch.cat([pictures(0, 9, seed=2), pictures(1, 8, seed=3)])
+    public = torch.cat([pictures(0, 59, seed=2), pictures(1, 38, seed=3)])
+    public[:, 1] *= 3  # channels have ranges of their own
+    images[:, 1] *= 3
     found = familiar_to(images, public, **settings)
     assert found.tolist() == familiar_loop(images, public, **settings)
 
@@ -222,11 +233,14 @@ def test_it_is_found_out_once() -> None:
     assert torch.equal(later.state["familiar"], first)
 
 
-def test_images_that_are_all_the_same_do_no_harm() -> None:
-    """No range for noise, no distance, no kernel width: as many as it has to, it answers."""
+@pytest.mark.parametrize("last", [True, False])
+def test_images_that_are_all_the_same_are_familiar_to_themselves(last: bool) -> None:
+    """No range for noise, no distance, no kernel width, no ratio above another's."""
     same = torch.full((6, 2, 3, 3), 0.5)
-    assert int(familiar_to(same, same).sum()) == 3
-    assert 3 <= int(familiar_to(same, pictures(0, 17, seed=1)).sum()) <= 17
+    assert int(familiar_to(same, same, least=1).sum()) == 1
+    parts = pictures(0, 5, seed=1), same.repeat(2, 1, 1, 1)
+    found = familiar_to(same, torch.cat(parts if last else parts[::-1]), least=3)
+    assert int(found.sum()) == int(found[5:].sum() if last else found[:12].sum()) == 3
 
 
 # --- The server's selector -----------------------------------------------------------------------

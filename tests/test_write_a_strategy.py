@@ -306,14 +306,15 @@ def test_in_a_deployment_the_node_says_what_code_runs(
     if driver:
         simulated(monkeypatch, None)
     claiming = tiny(client_code=own_module, name="claiming")
-    for node in ({}, {"client-code": "none"}, {"client-code": "own_rule,own"}):
+    refusing: list[dict[str, Any]] = [{}, {"client-code": "none"}, {"client-code": "own_rule,own"}]
+    for node in refusing:
         for kind in (HELLO, TRAIN):
             said = failure_reason(asked(claiming, kind, DOUBLED, **node))
             assert f"client-code of the run names {own_module}" in said, (node, kind)
             assert "--node-config" in said
     silent = asked(tiny(name="silent"), TRAIN, DOUBLED)
     assert "only runs code of" in failure_reason(silent)
-    allowed = {"client-code": f"other_rules, {own_module}"}
+    allowed: dict[str, Any] = {"client-code": f"other_rules, {own_module}"}
     for experiment in (claiming, tiny(name="allowed")):
         assert not asked(experiment, TRAIN, DOUBLED, **allowed).has_error()
     reply = asked(claiming, HELLO, **allowed)
@@ -450,6 +451,48 @@ def test_what_client_code_raises_has_its_place(
     assert all(
         re.fullmatch(rf"ValueError: oh \(bad_rule\.py, line {line}\)", r) for r in reasons.values()
     )
+
+
+def test_a_long_reason_keeps_its_place(folder: Path) -> None:
+    """Though a client's reason is cut where it is too long."""
+    body = "        raise ValueError('oh' * 500)\n"
+    path = folder / "bad_rule.py"
+    path.write_text(
+        HEAD.replace('    raise ValueError("oh")\n', body[4:])
+        + "    def phases(self, round):\n        return [Apply(trips), Revisit(), Predict()]\n"
+    )
+    rows: list[Any] = []
+    with pytest.raises(FedkdError, match="no quorum"):
+        fedkd.run(
+            Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}), rows.append
+        )
+    assert all(r.endswith("(bad_rule.py, line 16)") for r in rows[0]["dropped"].values())
+
+
+def test_a_term_of_another_shape_is_refused(folder: Path) -> None:
+    """Instead of being spread over the batch."""
+    path = folder / "bad_rule.py"
+    path.write_text(
+        HEAD.replace('raise ValueError("oh")', "return step.logits.amax(-1, keepdim=True)", 1)
+        + "    def phases(self, round):\n        return [Revisit({slips: 1.0}), Predict()]\n"
+    )
+    rows: list[Any] = []
+    with pytest.raises(FedkdError, match="no quorum"):
+        fedkd.run(
+            Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}), rows.append
+        )
+    assert all("bad_rule:slips returns shape" in r for r in rows[0]["dropped"].values())
+
+
+def test_our_own_refusals_have_the_users_place(folder: Path) -> None:
+    """As of labels that do not fit together."""
+    experiment = bad(
+        folder,
+        "    def aggregate(self, labels):\n"
+        "        return type(labels)(labels.values, labels.space, labels.samples[1:])\n",
+    )
+    with pytest.raises(FedkdError, match=rf"^update of Bad, .*samples of .*line {LINE}\)$"):
+        fedkd.run(experiment)
 
 
 @pytest.mark.parametrize(

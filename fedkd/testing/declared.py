@@ -234,8 +234,7 @@ class _TermCheck:
                 f"{self.name} depends on nothing that is trained: do not detach the model's logits, "
                 "features or parameters, nor leave torch"
             )
-        grads: Sequence[Tensor | None]
-        grads = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+        grads: Sequence[Any] = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
         kept = [
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(leaves, grads, strict=True)

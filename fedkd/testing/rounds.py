@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from fedkd.knowledge import SoftLabels, Weights, tensors_of
 from fedkd.phases import MeanByClass, Predict
 from fedkd.records import RunFolder
 from fedkd.server import Replies, Server
+from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same
 from fedkd.testing.declared import evaluate
 from fedkd.testing.findings import NotApplicable, Wrong
@@ -31,8 +35,12 @@ def request(bench: Bench) -> None:
     """The samples asked for are int64, distinct, of the public set, and the same when asked again."""
     if not any(isinstance(phase, Predict) for phase in bench.strategy.phases(2)):
         raise NotApplicable("no samples are asked for")
-    server = bench.server(public_per_round=FEW)
-    asked: object = Witness(bench.strategy).request(server)
+    for drawn in (FEW, None):
+        server = bench.server(public_per_round=drawn)
+        _check_request(Witness(bench.strategy).request(server), server)
+
+
+def _check_request(asked: object, server: Server) -> None:
     if not isinstance(asked, Tensor) or asked.dtype != torch.int64 or asked.ndim != 1:
         found = f"{asked.dtype} {list(asked.shape)}" if isinstance(asked, Tensor) else repr(asked)
         raise Wrong(
@@ -208,7 +216,8 @@ def both_engines(bench: Bench) -> None:
         experiment = bench.named(evaluate_every=1)
         folder = RunFolder.create(experiment, "")
         rows: list[dict[str, Any]] = []
-        engine.run(bench.strategy, experiment, folder, rows.append)
+        with _importable(bench.strategy):
+            engine.run(bench.strategy, experiment, folder, rows.append)
         found.append(rows)
     for row, other in zip(*found, strict=True):
         for name in row.keys() - set(ROUGH):
@@ -218,6 +227,18 @@ def both_engines(bench: Bench) -> None:
                     f"{other.get(name)} on Ray, where clients are other processes: let client code "
                     "depend on what it is given only"
                 )
+
+
+@contextmanager
+def _importable(strategy: DistillationStrategy) -> Iterator[None]:
+    """Let other processes import a strategy's file by its name, for its terms and procedures."""
+    file = getattr(sys.modules.get(type(strategy).__module__), "__file__", None)
+    folder = str(Path(file or "").absolute().parent)
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -350,7 +371,13 @@ def codec(bench: Bench) -> None:
     """Soft labels may be encoded otherwise: half as precise, and only what changed."""
     if bench.strategy.uploads() is not SoftLabels:
         raise NotApplicable("it sends no soft labels to encode")
-    require_all(bench.federate(codec="float16+changed+deflate", num_server_rounds=2))
+    wire = "float16+changed+deflate"
+    try:
+        require_all(bench.federate(codec=wire, num_server_rounds=2))
+    except (FedkdError, Wrong) as error:
+        raise Wrong(
+            f"with codec = {wire}: {error}; what arrives is rounded, so compare no numbers exactly"
+        ) from error
 
 
 def partial(bench: Bench) -> None:
