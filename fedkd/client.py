@@ -44,7 +44,7 @@ from fedkd.phases import (
 from fedkd.procedures import LocalClient, Role
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
-from fedkd.references import in_one_line, place
+from fedkd.references import blamed, in_one_line, place
 from fedkd.statefiles import INITIAL, States
 from fedkd.states import ResidentStates
 from fedkd.world import World
@@ -172,7 +172,7 @@ def _run_or_split(
         # Whatever a client's model or data raises is that client's failure, never the round's.
         if len(orders) == 1:
             known = isinstance(error, FedkdError)
-            reason = str(error) if known else in_one_line(error) + place(error)
+            reason = f"{error}{place(error)}" if known else blamed(error)
             return [Failure(orders[0].client, reason)]
         return [
             result for one in orders for result in _run_or_split(experiment, world, [one], store)

@@ -473,6 +473,11 @@ class _Block:
             )
             for i, term in enumerate(side.terms):
                 value = term(step)
+                if value.shape not in ((), step.labels.shape):
+                    raise FedkdError(
+                        f"{term.reference} returns shape {tuple(value.shape)}: must be "
+                        f"{tuple(step.labels.shape)} (a value a sample), or () (added as it is)"
+                    )
                 mean = (value * batch["weights"]).sum() if value.ndim else value
                 total = total + batch[f"coefficient {i}"] * mean
         return total

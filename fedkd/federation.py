@@ -51,7 +51,7 @@ from fedkd.messages import (
 from fedkd.phases import Apply, Digest, Phase, Predict, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
-from fedkd.references import in_one_line, place
+from fedkd.references import blaming
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
 from fedkd.statefiles import INITIAL
@@ -328,9 +328,7 @@ class Federation:
             )
         return samples
 
-    def _personal(
-        self, knowledge: Knowledge, client: int, phases: Sequence[Phase]
-    ) -> Knowledge:
+    def _personal(self, knowledge: Knowledge, client: int, phases: Sequence[Phase]) -> Knowledge:
         """Ask the strategy what a client receives, and check what it says."""
         with self._named("personalise", [client]):
             received: object = self._strategy.personalise(knowledge, client, self._server)
@@ -346,12 +344,8 @@ class Federation:
         where = f"{method} of {self._strategy.name()}, round {self._server.round}"
         if clients:
             where += f", client{'s' * (len(clients) > 1)} {_listed(clients)}"
-        try:
+        with blaming(where):
             yield
-        except FedkdError as error:
-            raise FedkdError(f"{where}: {error}") from error
-        except Exception as error:
-            raise FedkdError(f"{where}: {in_one_line(error)}{place(error)}") from error
 
     def _unknown(self) -> str:
         said = "; ".join(sorted(set(self._hello_failures)))

@@ -12,6 +12,7 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
+from fedkd.registry import recorded
 from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
@@ -39,10 +40,10 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
     folder = RunFolder.create(experiment, default_name(experiment, strategy))
     named = experiment.replace(
         name=folder.path.name,
-        strategy=_recorded(experiment, strategy),
         device=_device(experiment),
         plan=planned(experiment).plan,
         codec=_codec(experiment, strategy),
+        **recorded(experiment, strategy),
     )
     surroundings = environment(named.device, torch.get_num_threads())
     folder.write_experiment(named, {**surroundings, **described(experiment)})
@@ -67,8 +68,3 @@ def _device(experiment: Experiment) -> str:
         experiment.engine == "flower" and experiment.device == "auto" and not experiment.client_gpus
     )
     return "cpu" if blind else str(resolve_device(experiment.device))
-
-
-def _recorded(experiment: Experiment, strategy: DistillationStrategy) -> str:
-    """Record a strategy of ours by its class name, a user's as it was given."""
-    return experiment.strategy if ":" in experiment.strategy else strategy.name()

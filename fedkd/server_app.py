@@ -9,6 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedkd.experiment import Experiment
 from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
+from fedkd.registry import recorded
 from fedkd.transport.simulation import guarded
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
@@ -23,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     experiment = given.replace(engine="flower")
     strategy = check(experiment)
     reasons = described(experiment)
-    experiment = planned(experiment)
+    experiment = planned(experiment).replace(**recorded(experiment, strategy))
     folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))

@@ -2,8 +2,8 @@
 
 Ten clients (Dirichlet 0.3 and 0.1), three seeds, students `mlp-20`, ten rounds, on mnist-5k and on all of
 MNIST (downloaded once, or in $FEDKD_DATA_DIR). The public set is unlabelled, except for FedGEMS, which
-needs its labels; models at the server are `mlp-64`. With `--write FOLDER` the tables go to FOLDER/README.md and each strategy's numbers to
-its page there, if it has one. An hour on one core.
+needs its labels; models at the server are `mlp-64`. With `--write FOLDER` the tables go to
+FOLDER/README.md and each strategy's numbers to its page there, if it has one. An hour on one core.
 """
 
 from __future__ import annotations

@@ -134,8 +134,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return name
 
 
-
-
 def assert_same_row(got: Row, expected: Row) -> None:
     assert got.keys() == expected.keys()
     for name in got.keys() - set(ROUGH):

@@ -39,7 +39,7 @@ def test_a_dead_process_costs_one_round_of_one_client(folder: Path) -> None:
     assert [row["dropped"] for row in run.rounds] == [
         {},
         {"1": "client process died"},
-        {"2": "RuntimeError: out of luck"},
+        {"2": "RuntimeError: out of luck (failing_models.py, line 54)"},
         {},
         {},
     ]
@@ -62,7 +62,7 @@ def test_in_process_a_client_that_raises_costs_nobody_else(folder: Path) -> None
     assert [row["dropped"] for row in run.rounds] == [
         {},
         {},
-        {"2": "RuntimeError: out of luck"},
+        {"2": "RuntimeError: out of luck (failing_models.py, line 54)"},
         {},
         {},
     ]

@@ -37,8 +37,6 @@ MANY: dict[str, Any] = {
 """round(0.03 · 211) = 6 clients a round."""
 
 
-
-
 @dataclass
 class Seen:
     """A run, and what its clients did in each of its rounds and the closing exchange.

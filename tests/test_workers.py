@@ -243,8 +243,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return told(DENSE, tmp_path_factory.mktemp("dense"))
 
 
-
-
 def assert_same(got: Told, expected: Told, tolerance: float = 0.0) -> None:
     """Compare rounds, uploads and results; with no tolerance bit for bit."""
     assert len(got.run.rounds) == len(expected.run.rounds) == len(got.answers)
