@@ -87,7 +87,7 @@ WRONG = {
     "strategies --alpha 1": "unknown option --alpha; `fedkd strategies --help` lists them",
     "rum --alpha 1": (
         "unknown command 'rum' (did you mean 'run'?); there are run, central, compare, strategies, "
-        "data"
+        "cite, check, data"
     ),
     "run alpha=0.5": (
         "unexpected argument 'alpha=0.5' (did you mean '--alpha 0.5'?); `fedkd run --help` lists "
@@ -150,7 +150,7 @@ def test_mistakes_are_answered_with_key_value_source_and_what_is_accepted(
 BEGINNINGS = {
     "run --strategy FedMDD": (
         "strategy = 'FedMDD' (from --strategy): no such strategy (did you mean 'FedMD'?); there are "
-        "DSFL, FedAvg, "
+        "CFD, COMET, "
     ),
     "run --strategy-config digset=kl": (
         "strategy-config = 'digset=kl' (from --strategy-config): 'digset=kl' is not a setting of "
@@ -324,7 +324,7 @@ def test_run_prints_what_runs_each_round_and_the_result(
     # 64·20 + 20 + 20·20 + 20 + 20·10 + 10 weights of a perceptron on 8x8 images
     assert "student mlp-20 (1,930 parameters); teacher none; server-model mlp-20" in facts["models"]
     assert facts["loss"] == "digest 0.7·5² = 17.5 × KL + 0.3 × CE; revisit CE"
-    assert facts["strategy"] == "DSFL (sharpening=era, era-temperature=0.1), 2 rounds"
+    assert facts["strategy"] == "DSFL (sharpening=era, era-temperature=0.1, combine=mean), 2 rounds"
     assert facts["engine"] == "cohort on cpu"
     assert facts["accuracy"] == (
         f"{np.mean(percent):.1f} % on average over 3 clients "
@@ -496,7 +496,11 @@ def test_strategies_lists_the_declarations(cli: Cli, monkeypatch: pytest.MonkeyP
     assert rows["FedMD"]["up"] == "P*C*4"
     assert rows["FedMD"]["mixed_architectures"] is True
     assert rows["FedAvg"]["mixed_architectures"] is False
-    assert rows["DSFL"]["settings"] == {"sharpening": "era", "era_temperature": 0.1}
+    assert rows["DSFL"]["settings"] == {
+        "sharpening": "era",
+        "era_temperature": 0.1,
+        "combine": "mean",
+    }
     assert rows["DSFL"]["server_model"] == "optional"
     assert cli("strategies", "--quiet").split() == list(rows)
     table = cli("strategies")

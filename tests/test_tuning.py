@@ -292,7 +292,7 @@ def test_a_model_that_raises_is_its_clients_failure_and_ends_no_run(tmp_path: Pa
     done = fedkd.run(
         tiny(student="mlp-8,federation_tools:lazy", strategy="LocalOnly", run_dir=str(tmp_path))
     )
-    assert done.rounds[0]["dropped"] == {"1": "ArithmeticError: not today"}
+    assert done.rounds[0]["dropped"]["1"].startswith("ArithmeticError: not today (federation_tools")
     assert done.rounds[0]["answered"] == [0, 2]
 
 
