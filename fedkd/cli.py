@@ -269,7 +269,10 @@ def strategies(*, output: AnyOutput = _TEXT) -> None:
 
     rows = [display.strategy_row(cls) for cls in registry.strategies().values()]
     names = [str(row["name"]) for row in rows]
-    output.result(rows, names, [display.strategies_table(rows), display.STRATEGIES_LEGEND])
+    settings = display.strategies_settings(rows)
+    output.result(
+        rows, names, [display.strategies_table(rows), display.STRATEGIES_LEGEND, settings]
+    )
 
 
 @app.command

@@ -23,12 +23,13 @@ from fedkd.cohort import Cohort, Side, State
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
-from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, Output, SoftLabels, Weights
 from fedkd.losses import Term, kl_term
 from fedkd.memories import Memory
 from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import (
     Apply,
+    ClassifyByMeans,
     Coefficient,
     Fit,
     Load,
@@ -266,6 +267,7 @@ class _Stack:
     states: States
     is_fresh: bool
     memories: list[Memory]
+    by_means: bool = False
     knowledge: list[Knowledge | None] = field(init=False)
     cohorts: dict[str, Cohort] = field(init=False)
     answers: list[Knowledge | None] = field(init=False)
@@ -354,6 +356,8 @@ class _Stack:
             self._load()
         elif isinstance(phase, Apply):
             self._apply(phase)
+        elif isinstance(phase, ClassifyByMeans):
+            self.by_means = isinstance(self.knowledge[0], ClassMeans)
         elif isinstance(phase, Predict):
             self._predict(phase)
         elif isinstance(phase, MeanByClass):
@@ -557,14 +561,30 @@ class _Stack:
             )
         return labels.keep(chosen[labels.samples])
 
+    def _outputs(
+        self, row: int, role: Role, of: Output, images: Images, rows: Tensor | None
+    ) -> Tensor:
+        """Return what a client's model makes of images, ``[N, D]``."""
+        one = self.role(role).only(row)
+        if of == "features":
+            return one.features(images, rows)[0]
+        logits = one.predict(images, rows)[0]
+        return logits.softmax(-1) if of == "probabilities" else logits
+
+    def _by_means(self, role: Role) -> Tensor:
+        """Classify the test images by the nearest received class mean, int64 ``[K, N]``."""
+        test = self.world.test
+        means = [k for k in self.knowledge if isinstance(k, ClassMeans)]
+        return torch.stack(
+            [m.nearest(self._outputs(row, role, m.of, test, None)) for row, m in enumerate(means)]
+        )
+
     def _average(self, phase: MeanByClass) -> None:
         train, classes = self.world.train, self.world.num_classes
         assert train.labels is not None
         for row, (client, shard) in enumerate(zip(self.clients, self.shards, strict=True)):
-            one, rows = self.role(phase.model).only(row), shard.to(train.device)
-            predict = one.features if phase.of == "features" else one.predict
-            outputs = predict(train, rows)[0]
-            outputs = outputs.softmax(-1) if phase.of == "probabilities" else outputs
+            rows = shard.to(train.device)
+            outputs = self._outputs(row, phase.model, phase.of, train, rows)
             member = torch.nn.functional.one_hot(train.labels[rows], classes).to(outputs.dtype)
             counts = member.sum(0)
             means = (member.T @ outputs) / counts.clamp_min(1).unsqueeze(-1)
@@ -600,7 +620,8 @@ class _Stack:
     def _record_accuracy(self, name: str, role: Role) -> None:
         """Record accuracy on the test set, and weighted by the client's own label distribution."""
         test, classes = self.world.test, self.world.num_classes
-        right = correct_by_class(self.role(role).classify(test), test, classes)
+        predicted = self._by_means(role) if self.by_means else self.role(role).classify(test)
+        right = correct_by_class(predicted, test, classes)
         # Over the classes that the test set has; a shard without any of them counts evenly.
         counts = self.world.private_label_counts[self.clients].double() * (right.total > 0)
         counts += (counts.sum(1, keepdim=True) == 0) * (right.total > 0)

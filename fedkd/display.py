@@ -357,7 +357,6 @@ def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
         "name": cls.name(),
         **asdict(cls.facts),
         "sends": _SENDS[strategy.uploads()],
-        "mixed_architectures": strategy.uploads() is not Weights,
         "settings": strategy.settings(),
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
     }
@@ -367,7 +366,7 @@ def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Return rows of `strategy_row` as a table; `STRATEGIES_LEGEND` explains it."""
     table = _table(
         "strategy", "paper", "sends", "up", "down", "public labels", "server model",
-        "mixed models", "reports", "settings", right=False,
+        "mixed models", "reports", right=False,
     )  # fmt: skip
     for column in table.columns:
         column.overflow = "fold"
@@ -380,11 +379,19 @@ def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             row["down"].replace("<=", "≤"),
             "needed" if row["public_labels"] else "not needed",
             row["server_model"],
-            "yes" if row["mixed_architectures"] else "no",
+            "yes" if row["mixed_models"] else "no",
             row["reports"],
-            "\n".join(f"{kebab(key)}={value}" for key, value in row["settings"].items()) or "none",
         )
     return table
+
+
+def strategies_settings(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the settings of strategies with their defaults, as ``strategy-config`` takes them."""
+    return {
+        row["name"]: " ".join(f"{kebab(key)}={value}" for key, value in row["settings"].items())
+        for row in rows
+        if row["settings"]
+    }
 
 
 def check_plan(strategy: DistillationStrategy) -> dict[str, str]:

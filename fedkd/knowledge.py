@@ -266,6 +266,16 @@ class ClassMeans:
         """Which client has which class, bool ``[K, C]``."""
         return self.counts > 0
 
+    def nearest(self, outputs: Tensor) -> Tensor:
+        """Return the class whose mean (K = 1) is nearest to each of ``[N, D]`` outputs, int64 ``[N]``.
+
+        By Euclidean distance; absent classes are nobody's, and of equal distances the first class wins.
+        """
+        means = self.values[0].to(outputs)
+        distances = (outputs.unsqueeze(1) - means).square().sum(-1)
+        absent = ~self.present[0].to(outputs.device)
+        return distances.masked_fill(absent, torch.inf).argmin(-1)
+
     def mean(self, weights: Tensor) -> ClassMeans:
         """Average over clients, K = 1, with `weights` ``[K, C]`` that are 0 where nothing is to count.
 

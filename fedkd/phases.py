@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from fedkd import losses
 from fedkd.errors import FedkdError
@@ -118,16 +118,26 @@ class MeanByClass:
 
 
 @dataclass(frozen=True)
+class ClassifyByMeans:
+    """Test from here on by the nearest of the received class means, not by the model's head.
+
+    Skipped where none were received.
+    """
+
+    name: str = "classify"
+
+
+@dataclass(frozen=True)
 class SendWeights:
     """Answer with the student's parameters and buffers."""
 
     name: str = "send"
 
 
-Phase: TypeAlias = Reset | Load | Apply | Fit | Predict | MeanByClass | SendWeights
-_PHASES: dict[str, Callable[..., Phase]] = {
-    cls.__name__: cls for cls in (Reset, Load, Apply, Fit, Predict, MeanByClass, SendWeights)
-}
+Phase: TypeAlias = (
+    Reset | Load | Apply | Fit | ClassifyByMeans | Predict | MeanByClass | SendWeights
+)
+_PHASES: dict[str, Callable[..., Phase]] = {cls.__name__: cls for cls in get_args(Phase)}
 ANSWERS = (Predict, MeanByClass, SendWeights)
 
 

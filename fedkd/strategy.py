@@ -70,6 +70,7 @@ class Facts:
         public_labels: whether the algorithm needs the labels of the public set.
         server_model: whether it keeps a model at the server.
         reports: whose accuracy the paper reports.
+        mixed_models: whether clients of different architectures learn from each other.
     """
 
     paper: str
@@ -78,6 +79,7 @@ class Facts:
     public_labels: bool = False
     server_model: Literal["none", "optional", "required"] = "none"
     reports: Literal["clients", "server"] = "clients"
+    mixed_models: bool = True
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

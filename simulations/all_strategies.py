@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         task, description=f"{t}: {what}", completed=share
                     ),
                 )
-                console.print(markdown(title, tables[title]), "")
+                text = markdown(title, tables[title])
+                console.print(f"{text}\n", markup=False, highlight=False, soft_wrap=True)
     if chosen.write is not None:
         write(chosen.write, tables, _about(len(seeds)))
 

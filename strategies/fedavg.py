@@ -18,7 +18,7 @@ class FedAvg(DistillationStrategy):
     buffers (BatchNorm's statistics) are averaged like parameters.
     """
 
-    facts = Facts(paper="1602.05629", up="S", down="S", reports="server")
+    facts = Facts(paper="1602.05629", up="S", down="S", reports="server", mixed_models=False)
 
     def phases(self, round: int) -> list[Phase]:
         return [Load(), Revisit(model="student"), SendWeights()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step, term
-from fedkd.phases import MeanByClass, Phase, Revisit
+from fedkd.phases import ClassifyByMeans, MeanByClass, Phase, Revisit
 from fedkd.strategy import DistillationStrategy, Facts, Positive
 
 
@@ -31,7 +31,8 @@ def towards_prototype(step: Step) -> Tensor:
 class FedProto(DistillationStrategy):
     """Clients share their mean features by class; each pulls its features towards the mean of all.
 
-    Needs no public set. Architectures may be mixed as long as their features are equally wide (what the
+    A client classifies by the nearest prototype (equation 4), so that it knows classes that it has no
+    image of. Needs no public set. Architectures may be mixed as long as their features are equally wide (what the
     model's head takes). Not to be confused with FD, which shares mean outputs and leaves one's own out.
 
     Departures from the paper:
@@ -43,7 +44,7 @@ class FedProto(DistillationStrategy):
        mean over clients.)
     3. Prototypes are taken in evaluation mode after training (equation 3), not over the steps of it as
        in the authors' code.
-    4. Accuracies are those of the classifier, not of the nearest prototype (equation 4).
+    4. A class of which nobody has an image is never predicted.
 
     Args:
         weight: λ, of the distance to the prototypes beside the cross entropy; the authors' is 1 for
@@ -56,7 +57,7 @@ class FedProto(DistillationStrategy):
 
     def phases(self, round: int) -> list[Phase]:
         revisit = Revisit({"ce": 1.0, towards_prototype: self.weight}, model="student")
-        return [revisit, MeanByClass("features")]
+        return [ClassifyByMeans(), revisit, MeanByClass("features")]
 
     def aggregate(self, means: ClassMeans) -> ClassMeans:
         return means.mean(weights=means.counts)

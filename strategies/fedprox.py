@@ -38,7 +38,7 @@ class FedProx(DistillationStrategy):
         mu: μ, of the proximal term. The authors tune it for each data set, between 0.001 and 1.
     """
 
-    facts = Facts(paper="1812.06127", up="S", down="S", reports="server")
+    facts = Facts(paper="1812.06127", up="S", down="S", reports="server", mixed_models=False)
 
     mu: NonNegative = 0.01
 

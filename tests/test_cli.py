@@ -494,8 +494,8 @@ def test_strategies_lists_the_declarations(cli: Cli, monkeypatch: pytest.MonkeyP
     rows = {row["name"]: row for row in cli.json("strategies")}
     assert rows["FedMD"]["paper"] == "1910.03581"
     assert rows["FedMD"]["up"] == "P*C*4"
-    assert rows["FedMD"]["mixed_architectures"] is True
-    assert rows["FedAvg"]["mixed_architectures"] is False
+    assert rows["FedMD"]["mixed_models"] is True
+    assert rows["FedAvg"]["mixed_models"] is False
     assert rows["DSFL"]["settings"] == {
         "sharpening": "era",
         "era_temperature": 0.1,
@@ -504,7 +504,7 @@ def test_strategies_lists_the_declarations(cli: Cli, monkeypatch: pytest.MonkeyP
     assert rows["DSFL"]["server_model"] == "optional"
     assert cli("strategies", "--quiet").split() == list(rows)
     table = cli("strategies")
-    assert re.search(r"^FedAvg +1602.05629 +S +S .* no +server +none", table, re.MULTILINE)
+    assert re.search(r"^FedAvg +1602.05629 +weights +S +S .* no +server", table, re.MULTILINE)
     assert "era-temperature=0.1" in table
 
 

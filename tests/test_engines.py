@@ -50,7 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "CFD": {  # codecs, memories and a model at the server
         "strategy": "CFD",
-        "distill_epochs": 7,
+        "distill_epochs": 30,
+        "local_epochs": 3,
         "server_model": "mlp-20",
         "public_labels": False,
         "fraction_train": 0.6,
@@ -58,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "SelectiveFD": {  # a procedure with a state, and answers to some of the samples
         "strategy": "SelectiveFD",
+        "strategy_config": "ambiguity=2",
         "public_labels": False,
         "plan": "stacked",
     },

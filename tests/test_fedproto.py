@@ -18,7 +18,7 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step
 from fedkd.models import build
-from fedkd.phases import MeanByClass, Revisit, closing
+from fedkd.phases import ClassifyByMeans, MeanByClass, Revisit, closing
 from fedkd.world import World, world_of
 from strategies.fedproto import FedProto, towards_prototype
 
@@ -220,9 +220,13 @@ def test_the_aggregate_keeps_the_type_and_changes_nothing(dtype: torch.dtype) ->
 
 def test_fedproto_revisits_under_both_terms_and_answers_with_mean_features() -> None:
     revisit = Revisit({"ce": 1.0, towards_prototype: 0.3}, model="student")
-    assert FedProto(weight=0.3).phases(1) == [revisit, MeanByClass("features")]
+    assert FedProto(weight=0.3).phases(1) == [
+        ClassifyByMeans(),
+        revisit,
+        MeanByClass("features"),
+    ]
     assert revisit.private == {"ce": 1.0, "strategies.fedproto:towards_prototype": 0.3}
-    assert closing(FedProto().phases(5), FedProto.closes) == []
+    assert closing(FedProto().phases(5), FedProto.closes) == [ClassifyByMeans()]
 
 
 @pytest.mark.parametrize("weight", [-1.0, 0.0, math.nan])

@@ -10,12 +10,22 @@ import torch
 from federation_tools import C, P, federate, tiny
 from torch import Tensor, nn
 
-from fedkd.client import Order, execute
+from fedkd.client import Order, Report, execute
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels
 from fedkd.losses import Step, term
 from fedkd.memories import Memory
-from fedkd.phases import Apply, Digest, Fit, MeanByClass, Phase, Predict, Reset, Revisit
+from fedkd.phases import (
+    Apply,
+    ClassifyByMeans,
+    Digest,
+    Fit,
+    MeanByClass,
+    Phase,
+    Predict,
+    Reset,
+    Revisit,
+)
 from fedkd.procedures import LocalClient, procedure
 from fedkd.server import Replies, Server
 from fedkd.statefiles import StateFiles
@@ -92,6 +102,7 @@ def ordered(
     round: int = 1,
     knowledge: Knowledge | None = None,
     asked: Tensor | None = None,
+    evaluate: Any = "none",
     **keys: Any,
 ) -> list[Any]:
     """Have all clients execute phases, from the state of the round before."""
@@ -106,7 +117,7 @@ def ordered(
             asked=nothing if asked is None else asked,
             knowledge=knowledge,
             knowledge_round=round - 1,
-            evaluate="none",
+            evaluate=evaluate,
         )
         for k in range(K)
     ]
@@ -345,6 +356,58 @@ def test_a_model_without_a_body_has_no_features(tmp_path: Any) -> None:
         plan="loop",
     )
     assert all("has no features" in result.reason for result in results)
+
+
+@pytest.mark.parametrize("of", ["probabilities", "features"])
+def test_a_client_can_be_tested_by_the_nearest_class_mean(of: Any, tmp_path: Any) -> None:
+    """Against a loop over images and classes; a class without a mean is never predicted."""
+    width = C if of == "probabilities" else 8
+    drawn = torch.randn(1, C, width, generator=torch.Generator().manual_seed(5))
+    counts = torch.tensor([[3, 0, 2, 5, 7, 1, 0, 2, 3, 11]])
+    means = ClassMeans(
+        drawn.softmax(-1) if of == "probabilities" else drawn, counts, torch.tensor([0]), of
+    )
+    store = make_store(tmp_path)
+    experiment = tiny(client_code=HERE)
+    world = world_of(experiment)
+    phases = (ClassifyByMeans(), Revisit())
+    nothing = torch.empty(0, dtype=torch.int64)
+    orders = [Order(k, 1, 0, phases, nothing, means, 1, "phases") for k in range(K)]
+    reports = execute(experiment, world, orders, store)
+    for client, report in enumerate(reports):
+        assert isinstance(report, Report)
+        state = store.files.load({client: 1}).models["student"]
+        model: Any = world.model("mlp-8").eval()
+        model.load_state_dict({name: tensor[0] for name, tensor in state.items()})
+        right = 0
+        assert world.test.labels is not None
+        for row, label in enumerate(world.test.labels.tolist()):
+            with torch.no_grad():
+                features = model.body(world.test.batch(torch.tensor([row])))
+            output = features if of == "features" else model.head(features).softmax(-1).detach()
+            gaps = {
+                c: float((output[0] - means.values[0, c]).square().sum())
+                for c in range(C)
+                if counts[0, c]
+            }
+            right += min(gaps, key=lambda c: gaps[c]) == label
+        assert report.metrics["accuracy_after_revisit"] == pytest.approx(right / len(world.test))
+
+
+def test_without_class_means_a_client_is_tested_by_its_head(tmp_path: Any) -> None:
+    plain = ordered(make_store(tmp_path / "1"), [Revisit()], evaluate="phases")
+    asked = ordered(make_store(tmp_path / "2"), [ClassifyByMeans(), Revisit()], evaluate="phases")
+    for one, other in zip(plain, asked, strict=True):
+        assert one.metrics == other.metrics
+
+
+def test_fedproto_ends_with_the_prototypes_and_fd_with_nothing() -> None:
+    proto = federate(tiny(strategy="FedProto", num_server_rounds=2))
+    assert proto.exchanges[-1].orders[0].phases == (ClassifyByMeans(),)
+    assert isinstance(proto.exchanges[-1].orders[0].knowledge, ClassMeans)
+    alone = federate(tiny(strategy="FD", num_server_rounds=2))
+    assert alone.exchanges[-1].orders[0].phases == ()
+    assert alone.exchanges[-1].orders[0].knowledge is None
 
 
 # --- In a federation -----------------------------------------------------------------------------
