@@ -32,8 +32,9 @@ class FedProto(DistillationStrategy):
     """Clients share their mean features by class; each pulls its features towards the mean of all.
 
     A client classifies by the nearest prototype (equation 4), so that it knows classes that it has no
-    image of. Needs no public set. Architectures may be mixed as long as their features are equally wide (what the
-    model's head takes). Not to be confused with FD, which shares mean outputs and leaves one's own out.
+    image of. Needs no public set. Architectures may be mixed as long as their features are equally wide
+    (what the model's head takes). Not to be confused with FD, which shares mean outputs and leaves one's
+    own out.
 
     Departures from the paper:
 
