@@ -288,8 +288,10 @@ def cite(
     from fedkd.registry import strategy_of
 
     folder = RunFolder.existing(run)
-    strategy = strategy_of(folder.experiment)
-    entries = citations(folder.experiment, strategy.facts.paper, folder.version)
+    experiment = folder.experiment
+    strategy = strategy_of(experiment)
+    used = experiment.replace(codec="/".join(map(str, strategy.wires(experiment))))
+    entries = citations(used, strategy.facts.paper, folder.version)
     output.result(entries, entries, entries)
 
 

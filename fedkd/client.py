@@ -8,8 +8,9 @@ in-process engine all of a round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import blake2b
 from time import monotonic
 from typing import Literal
@@ -42,7 +43,7 @@ from fedkd.phases import (
     resolve_term,
     to_text,
 )
-from fedkd.procedures import LocalClient, Role
+from fedkd.procedures import LocalClient, Role, check_received, check_state
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
 from fedkd.references import blamed, in_one_line, place
@@ -297,6 +298,16 @@ class _Stack:
         _remember(memory, "down", newer)
         return labels
 
+    def _check_names_kept(self, before: Sequence[set[str]]) -> None:
+        """Refuse a client's state of other names than last round, which no file could hold beside it."""
+        for names, memory in zip(before, self.memories, strict=True):
+            now = set(memory.get("own", {}))
+            if names and now and now != names:
+                raise FedkdError(
+                    f"procedures keep {', '.join(sorted(now))}, which was {', '.join(sorted(names))}: "
+                    "the names in a client's state stay"
+                )
+
     def _all_packed(self) -> list[Packed | None]:
         if self.first.wire == PLAIN:
             return [None] * len(self.orders)
@@ -327,6 +338,7 @@ class _Stack:
 
     def run(self) -> list[Report]:
         """Execute every phase for all clients."""
+        kept = [set(memory.get("own", {})) for memory in self.memories]
         with profiled(self.experiment.profile) as parts:
             for position, phase in enumerate(self.first.phases):
                 started = monotonic()
@@ -334,6 +346,7 @@ class _Stack:
                 self._spend(phase.name, monotonic() - started)
             if self.first.evaluate == "end":
                 self._record_accuracy("accuracy", "student")
+            self._check_names_kept(kept)
             packed = self._all_packed()
         for name, spent in parts.items():
             self._spend(f"{PART} {name}", spent)
@@ -355,7 +368,7 @@ class _Stack:
         elif isinstance(phase, Load):
             self._load()
         elif isinstance(phase, Apply):
-            self._apply(phase)
+            self._apply(phase, position)
         elif isinstance(phase, ClassifyByMeans):
             self.by_means = isinstance(self.knowledge[0], ClassMeans)
         elif isinstance(phase, Predict):
@@ -381,24 +394,33 @@ class _Stack:
             received = knowledge.by_model[name].tensors
             self.cohorts["student"].load(row, {n: t[0] for n, t in received.items()})
 
-    def _apply(self, phase: Apply) -> None:
+    def _apply(self, phase: Apply, position: int) -> None:
         found = resolve_procedure(reference(phase.procedure), self.experiment.client_modules)
-        everything = torch.arange(len(self.world.public), device=self.world.public.device)
-        public = self.world.public.batch(everything)
-        for row in range(len(self.orders)):
-            client = self._local_client(row, phase, public)
+        stream = f"{phase.name} {self._occurrence(position)}"
+        load_public = cache(self.world.public.whole)  # for all of them, if any looks
+        for row, memory in enumerate(self.memories):
+            before, client = memory.get("own", {}), self._local_client(row, stream, load_public)
+            received = client.received
             found(client, **phase.numbers)
-            if not isinstance(client.received, SoftLabels | None):
-                raise FedkdError(f"{phase.procedure} leaves received labels that are none")
-            if isinstance(self.knowledge[row], SoftLabels):
+            if client.received is not received:
+                check_received(found, client.received)
+            check_state(found, client.state, before)
+            if client.received is not None:
                 self.knowledge[row] = client.received
-            _remember(self.memories[row], "own", client.state)
+            _remember(memory, "own", client.state)
 
-    def _local_client(self, row: int, phase: Apply, public: Tensor) -> LocalClient:
+    def _occurrence(self, position: int) -> int:
+        """Count the earlier phases of this order that have the same name."""
+        name = self.first.phases[position].name
+        return sum(phase.name == name for phase in self.first.phases[:position])
+
+    def _local_client(
+        self, row: int, stream: str, load_public: Callable[[], Tensor]
+    ) -> LocalClient:
         train, shard, received = self.world.train, self.shards[row], self.knowledge[row]
         assert train.labels is not None
         rows = shard.to(train.device)
-        where = self.experiment.seed, self.clients[row], self.first.round, phase.name
+        where = self.experiment.seed, self.clients[row], self.first.round, stream
 
         def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
             return self.role(model).only(row).predict(self.world.public, samples)[0]
@@ -406,7 +428,7 @@ class _Stack:
         return LocalClient(
             images=train.batch(rows),
             labels=train.labels[rows],
-            public=public,
+            load_public=load_public,
             received=received if isinstance(received, SoftLabels) else None,
             state=dict(self.memories[row].get("own", {})),
             predict=predict,
@@ -418,7 +440,7 @@ class _Stack:
         if not sides:
             return
         experiment = self.experiment
-        occurrence = sum(p.name == phase.name for p in self.first.phases[:position])
+        stream = f"{phase.name} {self._occurrence(position)}"
         default = experiment.distill_epochs if phase.public else experiment.local_epochs
         losses = self.role(phase.model).fit(
             sides,
@@ -427,8 +449,7 @@ class _Stack:
             optimizer=OptimizerSettings.of(experiment),
             numbers={"tau": experiment.tau, **phase.numbers},
             streams=[
-                (experiment.seed, client, self.first.round, f"{phase.name} {occurrence}")
-                for client in self.clients
+                (experiment.seed, client, self.first.round, stream) for client in self.clients
             ],
         )
         for metrics, loss in zip(self.metrics, losses.tolist(), strict=True):
@@ -651,8 +672,9 @@ def _reference(memory: Memory, direction: str) -> Reference | None:
 
 
 def _remember(memory: Memory, name: str, kept: Reference | State | None) -> None:
-    """Put tensors into a client's memory, on the CPU; nothing where there are none."""
+    """Put tensors into a client's memory, on the CPU, in the place of what was there."""
     tensors = {"codes": kept.codes, "known": kept.known} if isinstance(kept, Reference) else kept
+    memory.pop(name, None)
     if tensors:
         memory[name] = {n: tensor.detach().cpu() for n, tensor in tensors.items()}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import numpy as np
@@ -154,6 +155,13 @@ class Reference:
         """Return one that knows nothing, for rows of `width` codes."""
         codes = torch.zeros(num_public, width, dtype=wire.dtype)
         return cls(codes, torch.zeros(num_public, dtype=torch.bool))
+
+    def digest(self) -> bytes:
+        """Return a digest of the content, the same for all that have the same."""
+        found = blake2b(digest_size=16)
+        for tensor in (self.codes, self.known):
+            found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return found.digest()
 
     def updated(self, samples: Tensor, codes: Tensor) -> Reference:
         """Return a copy in which the rows `samples` are `codes`; this one stays as it is."""

@@ -472,7 +472,10 @@ class _Block:
                 batch.get("class_counts"),
             )
             for i, term in enumerate(side.terms):
-                value = term(step)
+                value: object = term(step)
+                if not isinstance(value, Tensor):
+                    kind = type(value).__name__
+                    raise FedkdError(f"{term.reference} returns a {kind}: must be a tensor")
                 if value.shape not in ((), step.labels.shape):
                     raise FedkdError(
                         f"{term.reference} returns shape {tuple(value.shape)}: must be "

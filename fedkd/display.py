@@ -203,8 +203,8 @@ def _losses(experiment: Experiment, strategy: DistillationStrategy, world: World
             continue
         terms = {**phase.private, **phase.public}
         text = " + ".join(
-            f"{values[weight] if isinstance(weight, str) else weight:g} × {name.upper()}"
-            for name, weight in terms.items()
+            _weighted(name, values[w] if isinstance(w, str) else w, phase, experiment)
+            for name, w in terms.items()
         ).removeprefix("1 × ")
         if terms == {"kl": "alpha", "ce": "1-alpha"}:
             text = _weights(experiment, world)
@@ -212,6 +212,14 @@ def _losses(experiment: Experiment, strategy: DistillationStrategy, world: World
             text += " of private images"
         losses.append(f"{phase.name} {text}")
     return "; ".join(losses)
+
+
+def _weighted(name: str, weight: float, phase: Fit, experiment: Experiment) -> str:
+    """Write a term with its weight; that of the soft term includes τ²."""
+    if name != "kl":
+        return f"{weight:g} × {name.upper() if name == 'ce' else name.rpartition(':')[2]}"
+    tau = phase.numbers.get("tau", experiment.tau)
+    return f"{weight:g}·{tau:g}² = {weight * tau**2:g} × KL"
 
 
 def _training(experiment: Experiment) -> str:

@@ -14,6 +14,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from flwr.app import Message, MetricRecord, RecordDict
@@ -21,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedkd.checks import check_report
+from fedkd.checks import check_report, with_known_metrics
 from fedkd.client import Order, Report
 from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
@@ -48,7 +49,7 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
-from fedkd.phases import Apply, Digest, Phase, Predict, closing
+from fedkd.phases import Apply, Digest, Phase, Predict, check_phases, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
 from fedkd.references import blaming
@@ -158,6 +159,7 @@ class Federation:
         # What each client had when it last replied to a round that counts, and what we had of it.
         self._sent: dict[int, Reference | None] = {}
         self._heard: dict[int, Reference | None] = {}
+        self._references: WeakValueDictionary[bytes, Reference] = WeakValueDictionary()
         self.rows: list[Row] = []
         self._folder = folder
 
@@ -244,7 +246,8 @@ class Federation:
         due = number % self._experiment.evaluate_every == 0
         last = number == self._experiment.num_server_rounds
         phases = self._phases(number)
-        predicts = any(isinstance(phase, Predict) for phase in phases)
+        # Who comes in late begins with the phases of round 1.
+        predicts = any(isinstance(phase, Predict) for phase in [*phases, *self._phases(1)])
         order = Order(
             client=-1,
             round=number,
@@ -307,10 +310,7 @@ class Federation:
     def _phases(self, number: int) -> list[Phase]:
         """Ask the strategy for a round's phases, and check what it says."""
         with self._named("phases"):
-            phases = self._strategy.phases(number)
-            if not all(isinstance(phase, Phase) for phase in phases):
-                raise FedkdError(f"{phases!r} is not a list of phases")
-        return list(phases)
+            return check_phases(self._strategy.phases(number))
 
     def _request(self) -> Tensor:
         """Ask the strategy which samples it wants, and check what it says."""
@@ -365,7 +365,9 @@ class Federation:
         known = self._sent.get(client)
         key = id(kept), id(known)
         if key not in packed:
-            packed[key] = (kept, known, *self._encoded(part, known))
+            with self._named("personalise", [client]):
+                self._check_new(part)
+                packed[key] = (kept, known, *self._encoded(part, known))
         *_, records, newer = packed[key]
         assert self._exchange is not None
         self._exchange.sent[client] = newer
@@ -379,7 +381,13 @@ class Federation:
         if not isinstance(part, SoftLabels):
             return encode_knowledge(part, sizes, asked=False), None
         packed, newer = part.pack(self._wire_down, sizes.num_public, known)
-        return encode_knowledge(packed, sizes, asked=False), newer
+        return encode_knowledge(packed, sizes, asked=False), self._interned(newer)
+
+    def _interned(self, reference: Reference | None) -> Reference | None:
+        """Return the one object for all clients that have the same, whichever way they came by it."""
+        if reference is None:
+            return None
+        return self._references.setdefault(reference.digest(), reference)
 
     def finish_round(self, replies: Iterable[Message]) -> Row:
         """Check the replies, update the knowledge, and write the round's record.
@@ -452,6 +460,10 @@ class Federation:
                     f"returns soft labels of {classes} classes: must be {sizes.num_classes}"
                 )
             self._check_samples(new.samples)
+        if isinstance(new, ClassMeans) and new.values.shape[1] != self._server.num_classes:
+            raise FedkdError(
+                f"returns means of {new.values.shape[1]} classes: must be {self._server.num_classes}"
+            )
         check_answer(new)
 
     # --- replies --------------------------------------------------------------------------------
@@ -481,7 +493,7 @@ class Federation:
                 )
                 student = self._experiment.student_of(client)
                 check_report(report, order, world, student)
-                exchange.reports.append(report)
+                exchange.reports.append(with_known_metrics(report, order))
             except FedkdError as error:
                 exchange.dropped[client] = str(error)
         for client in silent:

@@ -64,6 +64,10 @@ class Images:
         """
         return self.batches(rows.unsqueeze(0), "none", rows, channels_last).squeeze(0)
 
+    def whole(self) -> Tensor:
+        """Return all images normalised, ``[N, c, h, w]``."""
+        return self.batch(torch.arange(len(self), device=self.device))
+
     def chunks(
         self, rows: Tensor | None, size: int, channels_last: bool = False
     ) -> Iterator[Tensor]:

@@ -22,6 +22,9 @@ Space = Literal["logits", "probabilities"]
 Output = Literal["logits", "probabilities", "features"]
 """What class means are means of."""
 
+LARGEST_MEAN = 1e15
+"""The largest class mean that is believed: distances to it are squared and added in float32."""
+
 SIMPLEX_TOLERANCE = 1e-3
 """How far a row of probabilities may be from summing to 1 (float16 rounding stays below it)."""
 
@@ -272,7 +275,8 @@ class ClassMeans:
         By Euclidean distance; absent classes are nobody's, and of equal distances the first class wins.
         """
         means = self.values[0].to(outputs)
-        distances = (outputs.unsqueeze(1) - means).square().sum(-1)
+        exactly = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(outputs, means, compute_mode=exactly)
         absent = ~self.present[0].to(outputs.device)
         return distances.masked_fill(absent, torch.inf).argmin(-1)
 
@@ -399,6 +403,8 @@ def check_answer(answer: Knowledge) -> None:
     if isinstance(answer, ClassMeans):
         if bool((answer.counts < 0).any()):
             raise FedkdError("holds negative counts")
+        if bool((answer.values.abs() > LARGEST_MEAN).any()):
+            raise FedkdError(f"holds class means beyond {LARGEST_MEAN:g}, whose squares overflow")
         if answer.of == "probabilities":
             _check_simplex(answer.values[answer.present])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -189,6 +189,9 @@ def term(
         needs_features: whether ``step.features`` is filled, which takes a model with ``body`` and
             ``head``.
     """
+    if needs not in (None, *get_args(get_args(Needs)[0])):
+        accepted = ", ".join(get_args(get_args(Needs)[0]))
+        raise FedkdError(f"needs = {needs!r} of a term: must be None or one of {accepted}")
     return lambda function: Term(function, needs, needs_start, needs_features)
 
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from math import isfinite
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from fedkd import losses
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, nearest
 from fedkd.knowledge import Output, Space
 from fedkd.losses import Term
 from fedkd.procedures import Procedure, Role
@@ -65,6 +66,11 @@ class Apply:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "procedure", reference(self.procedure))
+        for name, value in self.numbers.items():
+            if not (isinstance(value, bool | str) or _is_number(value)):
+                raise FedkdError(
+                    f"numbers of {self.name}: {name} = {value!r} must be a finite number or a text"
+                )
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,9 @@ class Fit:
 
     An epoch runs over the public samples that knowledge came for if `public` is given (all public
     samples where no term needs knowledge), else over the private shard. On an unlabelled public set
-    ``ce`` takes a private batch drawn in the same step. Terms that need knowledge which has not come,
-    or which this client has digested already, are skipped, and so is the phase if none is left.
+    ``ce`` takes a private batch drawn in the same step. Terms that need knowledge which has not come
+    are skipped, those on soft labels also if the client has digested these already, and so is the
+    phase if none is left.
 
     Attributes:
         name: names the phase in records (``accuracy_after_<name>``).
@@ -95,6 +102,14 @@ class Fit:
     def __post_init__(self) -> None:
         for side in ("private", "public"):
             object.__setattr__(self, side, _terms(getattr(self, side)))
+        _check_choice(self, "model", get_args(Role))
+        if self.epochs is not None and (type(self.epochs) is not int or self.epochs < 1):
+            raise FedkdError(
+                f"epochs = {self.epochs!r} of {self.name}: must be a whole number >= 1"
+            )
+        for name, number in self.numbers.items():
+            if not _is_number(number):
+                raise FedkdError(f"numbers of {self.name}: {name} = {number!r} is no finite number")
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,10 @@ class Predict:
     only: str | None = None
     """Answer those samples alone of which this tensor of the client's state (bool ``[P]``) is true."""
 
+    def __post_init__(self) -> None:
+        _check_choice(self, "space", get_args(Space))
+        _check_choice(self, "model", get_args(Role))
+
 
 @dataclass(frozen=True)
 class MeanByClass:
@@ -115,6 +134,10 @@ class MeanByClass:
     of: Output = "probabilities"
     model: Role = "student"
     name: str = "means"
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "of", get_args(Output))
+        _check_choice(self, "model", get_args(Role))
 
 
 @dataclass(frozen=True)
@@ -158,17 +181,40 @@ def Revisit(
 
 
 def _terms(terms: Mapping[Any, Coefficient]) -> dict[str, Coefficient]:
-    return {reference(term): coefficient for term, coefficient in terms.items()}
+    named = {reference(term): coefficient for term, coefficient in terms.items()}
+    for name, coefficient in named.items():
+        if coefficient not in get_args(get_args(Coefficient)[1]) and not _is_number(coefficient):
+            raise FedkdError(
+                f"coefficient {coefficient!r} of {name}: must be a finite number, 'alpha' or '1-alpha'"
+            )
+    return named
 
 
-def reference(code: Term | Procedure | str) -> str:
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _check_choice(phase: Any, field: str, accepted: Sequence[str]) -> None:
+    value = getattr(phase, field)
+    if value not in accepted:
+        raise FedkdError(
+            f"{field} = {value!r} of {type(phase).__name__}: must be one of {', '.join(accepted)}"
+            f"{nearest(str(value), accepted)}"
+        )
+
+
+def reference(code: object) -> str:
     """Return the name under which a term or procedure travels: short for those of `fedkd.losses`.
 
     Raises:
         FedkdError: it is neither, or was not made at the top of a module.
     """
     if not isinstance(code, Term | Procedure | str):
-        raise FedkdError(f"{code!r} is neither a loss term (@term) nor a procedure (@procedure)")
+        name = getattr(code, "__name__", repr(code))
+        raise FedkdError(
+            f"{name} is neither a loss term nor a procedure: put @term or @procedure above it, at the "
+            "top of a module (a lambda cannot be sent)"
+        )
     name = code if isinstance(code, str) else code.reference
     if "<" in name:
         raise FedkdError(
@@ -214,7 +260,10 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
     except Exception as error:  # importing runs the module
         raise FedkdError(f"{name} is not a {thing}: {in_one_line(error)}") from None
     if not isinstance(found, kind):
-        raise FedkdError(f"{name} is not a {thing}: {advice} at the top of {module}")
+        known = [n for n, v in vars(import_module(module)).items() if isinstance(v, kind)]
+        raise FedkdError(
+            f"{name} is not a {thing}{nearest(function, known)}: {advice} at the top of {module}"
+        )
     return found
 
 
@@ -222,6 +271,20 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
 def _installed() -> tuple[str, ...]:
     """Return the modules of the strategies that other packages install here."""
     return tuple(sorted({point.module for point in entry_points(group=GROUP)}))
+
+
+def check_phases(phases: object) -> list[Phase]:
+    """Return what a strategy says clients do, as a list.
+
+    Raises:
+        FedkdError: it is no list of phases, or asks a client for two answers.
+    """
+    if not isinstance(phases, list | tuple) or not all(isinstance(p, Phase) for p in phases):
+        raise FedkdError(f"{phases!r} is not a list of phases")
+    answers = [type(phase).__name__ for phase in phases if isinstance(phase, ANSWERS)]
+    if len(answers) > 1:
+        raise FedkdError(f"asks for {' and '.join(answers)}: a client gives one answer a round")
+    return list(phases)
 
 
 def to_text(phases: Sequence[Phase]) -> str:

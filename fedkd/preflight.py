@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import socket
 from importlib.util import find_spec
+from inspect import signature
 
 from fedkd.checks import means_width
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.phases import Apply, Fit, MeanByClass, reference, resolve_procedure, resolve_term
+from fedkd.procedures import Procedure
 from fedkd.records import RunFolder
 from fedkd.references import MADE_UP, in_one_line, is_importable
 from fedkd.registry import client_modules, strategy_of
@@ -29,6 +31,7 @@ def check(experiment: Experiment) -> DistillationStrategy:
     strategy = strategy_of(experiment)
     RunFolder.check(experiment)
     _check_terms(experiment, strategy)
+    _check_codec(experiment, strategy)
     _check_server_model(experiment, strategy)
     _check_engine(experiment)
     world = world_of(experiment)
@@ -66,11 +69,33 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
     for phase in [*strategy.phases(1), *strategy.phases(2)]:
         if isinstance(phase, Fit):
             for name in (*phase.private, *phase.public):
-                resolve_term(name, modules)
                 _check_reach(experiment, name)
+                needs = resolve_term(name, modules).needs
+                if needs == "class-means" and name in phase.public:
+                    raise FedkdError(
+                        f"{strategy.name()}: {name} needs class means, which public samples have not; "
+                        "put it in private"
+                    )
         if isinstance(phase, Apply):
-            resolve_procedure(reference(phase.procedure), modules)
             _check_reach(experiment, reference(phase.procedure))
+            _check_numbers(phase, resolve_procedure(reference(phase.procedure), modules))
+
+
+def _check_numbers(phase: Apply, procedure: Procedure) -> None:
+    """Refuse numbers that a procedure does not take, or lacks."""
+    try:
+        signature(procedure.function).bind(None, **phase.numbers)
+    except TypeError as error:
+        raise FedkdError(f"numbers of {phase.name}: {phase.procedure}: {error}") from None
+
+
+def _check_codec(experiment: Experiment, strategy: DistillationStrategy) -> None:
+    """Refuse a codec that this installation has not got."""
+    wires = strategy.wires(experiment)
+    if any(wire.pack == "range" for wire in wires) and find_spec("constriction") is None:
+        raise FedkdError(
+            f"codec = '{experiment.codec}': range coding needs constriction: pip install 'fedkd[codec]'"
+        )
 
 
 def _check_reach(experiment: Experiment, name: str) -> None:

@@ -6,14 +6,21 @@ out something of its own and keeps it in the client's state. It travels by refer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
+
+KEPT_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
+"""What a tensor of a client's state may be."""
 
 Role = Literal["student", "teacher"]
 """Which local model: a client without a local teacher takes its student for both."""
@@ -34,22 +41,27 @@ class LocalClient:
     Attributes:
         images: normalised private images ``[n, c, h, w]``.
         labels: int64 ``[n]``.
-        public: normalised public images ``[P, c, h, w]``.
-        received: soft labels received, or ``None``; may be replaced by others.
+        received: soft labels received, or ``None``; may be replaced by others, of a sample at least.
         state: tensors by name that the client keeps between rounds; the same names, types and shapes
             for all clients, round after round.
         predict: logits ``[N, C]`` of a local model for public samples (int64 ``[N]``), as in
             ``predict(samples, "student")``; the teacher's (without one, the student's) if not said.
         generator: a random generator for a purpose, the client's own in this round.
+        load_public: what `public` is made by when it is looked at.
     """
 
     images: Tensor
     labels: Tensor
-    public: Tensor
     received: SoftLabels | None
     state: dict[str, Tensor]
     predict: Predictor
     generator: Callable[[str], torch.Generator]
+    load_public: Callable[[], Tensor]
+
+    @property
+    def public(self) -> Tensor:
+        """Normalised public images ``[P, c, h, w]``."""
+        return self.load_public()
 
 
 ProcedureFunction = Callable[..., None]
@@ -74,3 +86,39 @@ class Procedure:
 def procedure(function: ProcedureFunction) -> Procedure:
     """Declare a module-level function ``(client, **numbers) -> None`` to be a procedure."""
     return Procedure(function)
+
+
+def check_received(procedure: Procedure, labels: object) -> None:
+    """Refuse what a procedure puts in the place of received soft labels.
+
+    Raises:
+        FedkdError: no soft labels, or of no sample.
+    """
+    who = procedure.reference
+    if not isinstance(labels, SoftLabels):
+        raise FedkdError(f"{who} leaves a {type(labels).__name__} as received soft labels")
+    if not labels.values.numel():
+        raise FedkdError(f"{who} leaves no soft labels: keep those of a sample at least")
+
+
+def check_state(
+    procedure: Procedure, state: Mapping[str, object], before: Mapping[str, Tensor]
+) -> None:
+    """Refuse a client's state that cannot be kept beside those of others and of other rounds.
+
+    Raises:
+        FedkdError: something else than tensors, or other types or shapes than `before`.
+    """
+    who = procedure.reference
+    for name, kept in state.items():
+        if not isinstance(kept, Tensor) or kept.dtype not in KEPT_DTYPES:
+            kind = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+            raise FedkdError(
+                f"{who} keeps state['{name}'] as {kind}: must be a tensor of a usual dtype"
+            )
+        old = before.get(name, kept)
+        if (old.dtype, old.shape) != (kept.dtype, kept.shape):
+            raise FedkdError(
+                f"{who} keeps state['{name}'] as {kept.dtype} {tuple(kept.shape)}, which was "
+                f"{old.dtype} {tuple(old.shape)}: a tensor keeps its type and shape"
+            )

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from fedkd.codecs import Wire
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment, kebab, snake
-from fedkd.phases import GROUP, Phase, to_text
+from fedkd.phases import GROUP, check_phases, to_text
 from fedkd.randomness import key
 from fedkd.references import MADE_UP, blamed, blaming, find_in, users_module
 from fedkd.strategy import DistillationStrategy
@@ -112,6 +112,9 @@ def recorded(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
     One of a script that is run is found in the script's file afterwards.
     """
     name = experiment.strategy if ":" in experiment.strategy else strategy.name()
+    file, _, class_name = name.rpartition(":")
+    if file.endswith(".py"):
+        name = f"{Path(file).absolute()}:{class_name}"
     script = getattr(sys.modules["__main__"], "__file__", None)
     if name.startswith("__main__:") and script is not None:
         name = f"{script}:{strategy.name()}"
@@ -124,11 +127,7 @@ def _check_saying(strategy: DistillationStrategy) -> None:
     for number in (1, 2):
         with blaming(f"phases of {strategy.name()}, round {number}"):
             phases: object = strategy.phases(number)
-            if not isinstance(phases, list | tuple) or not all(
-                isinstance(p, Phase) for p in phases
-            ):
-                raise FedkdError(f"{phases!r} is not a list of phases")
-            to_text(phases)
+            to_text(check_phases(phases))
     with blaming(f"wire of {strategy.name()}"):
         wires: object = strategy.wire()
         if not isinstance(wires, tuple) or [type(wire) for wire in wires] != [Wire, Wire]:
@@ -245,7 +244,14 @@ def _settings(cls: type[DistillationStrategy], config: str) -> dict[str, Any]:
     for pair in config.split():
         setting, equals, text = pair.partition("=")
         name = snake(setting)
-        if not equals or name not in known:
+        if name in known and not equals:
+            raise FedkdError(
+                f"strategy-config = '{config}': '{setting}' has no value: write {setting}=VALUE, "
+                "without spaces"
+            )
+        if name in settings:
+            raise FedkdError(f"strategy-config = '{config}': '{setting}' is set twice")
+        if name not in known:
             raise FedkdError(
                 f"strategy-config = '{config}': '{pair}' is not a setting of {cls.__name__}"
                 f"{nearest(kebab(name), map(kebab, known))}; settings: "

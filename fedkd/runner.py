@@ -42,21 +42,21 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
         name=folder.path.name,
         device=_device(experiment),
         plan=planned(experiment).plan,
-        codec=_codec(experiment, strategy),
         **recorded(experiment, strategy),
     )
     surroundings = environment(named.device, torch.get_num_threads())
-    folder.write_experiment(named, {**surroundings, **described(experiment)})
+    said = {**surroundings, **described(experiment), **_codec(experiment, strategy)}
+    folder.write_experiment(named, said)
     import_module(_ENGINES[experiment.engine]).run(strategy, named, folder, on_round)
     return Run.load(folder.path)
 
 
-def _codec(experiment: Experiment, strategy: DistillationStrategy) -> str:
-    """Record how soft labels cross the wire, where there are any."""
+def _codec(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+    """Say how soft labels cross the wire, where there are any."""
     if strategy.uploads() is not SoftLabels:
-        return experiment.codec
+        return {}
     up, down = strategy.wires(experiment)
-    return str(up) if up == down else f"{up}/{down}"
+    return {"codec": str(up) if up == down else f"{up}/{down}"}
 
 
 def _device(experiment: Experiment) -> str:

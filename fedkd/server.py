@@ -191,7 +191,9 @@ class Server:
             term = experiment_term(name, experiment)
             if term.needs is None and not has_labels:
                 continue
-            if term.needs in ("soft-labels", "logits") and labels is None:
+            if term.needs == "class-means":
+                raise FedkdError(f"{name} needs class means, which public samples have not")
+            if term.needs is not None and labels is None:
                 raise FedkdError(f"{name} needs soft labels, and server.fit was given none")
             terms[term] = values[coefficient] if isinstance(coefficient, str) else coefficient
         if not terms:

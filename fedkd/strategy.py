@@ -111,7 +111,7 @@ class DistillationStrategy(Strategy):
         hints = get_type_hints(type(self), include_extras=True)
         for name, value in self.settings().items():
             try:
-                checked = TypeAdapter(hints[name]).validate_python(value)
+                checked = TypeAdapter(hints[name]).validate_python(_number(value, hints[name]))
             except ValidationError:
                 field = FieldInfo.from_annotation(hints[name])
                 choices = map(str, get_args(hints[name]))
@@ -166,14 +166,26 @@ class DistillationStrategy(Strategy):
         if replies.knowledge is None:
             return None
         combined = self.aggregate(replies.knowledge)
+        if combined is None:
+            raise FedkdError("aggregate returns None: it must return [N, C], or knowledge")
         if isinstance(combined, Tensor):
-            assert replies.labels is not None
+            if replies.labels is None:
+                kind = type(replies.knowledge).__name__
+                raise FedkdError(f"aggregate returns a tensor: from {kind} it must make {kind}")
+            wanted = tuple(replies.labels.values.shape[1:])
+            if tuple(combined.shape) != wanted:
+                raise FedkdError(
+                    f"aggregate returns shape {tuple(combined.shape)}: must be [N, C] = {wanted}"
+                )
             return SoftLabels.shared(combined, replies.labels.samples, replies.labels.space)
         knowledge: Knowledge = combined
         return knowledge
 
     def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
-        """Return what `client` receives, K = 1; the same object for all who receive the same."""
+        """Return what `client` receives; the same object for all who receive the same.
+
+        K = 1, or several sets of soft labels where a procedure of the client chooses among them.
+        """
         return knowledge
 
     # --- derived ------------------------------------------------------------------------------
@@ -320,6 +332,12 @@ class DistillationStrategy(Strategy):
         """Print nothing: the command line prints the experiment."""
 
 
+def _number(value: object, hint: Any) -> object:
+    """Turn a text into a number where one of a few numbers is wanted."""
+    choices = {str(choice): choice for choice in get_args(hint) if isinstance(choice, int)}
+    return choices.get(value, value) if isinstance(value, str) else value
+
+
 def _typed(aggregate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """Have `aggregate` refuse the wrong kind of knowledge by name."""
 
@@ -330,6 +348,9 @@ def _typed(aggregate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             raise TypeError(
                 f"{self.name()}.aggregate takes {wanted.__name__}, not {type(knowledge).__name__}"
             )
+        asked = {phase.space for phase in self.phases(2) if isinstance(phase, Predict)}
+        if asked == {"probabilities"} and knowledge.space != "probabilities":
+            raise FedkdError(f"{self.name()} aggregates probabilities, not {knowledge.space}")
         return aggregate(self, knowledge)
 
     return checked

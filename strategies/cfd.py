@@ -6,25 +6,18 @@ algorithm 1 and section IV.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from fedkd.codecs import Wire
-from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Reset, Revisit
 from fedkd.robust import Rule, combine_probabilities
 from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy, Facts
 
-
-def _number(value: object) -> object:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-Bits = Annotated[Literal[1, 2, 4, 8, 32], BeforeValidator(_number)]
+Bits = Literal[1, 2, 4, 8, 32]
 
 
 class CFD(DistillationStrategy):
@@ -82,8 +75,6 @@ class CFD(DistillationStrategy):
         return server.everything()
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        if labels.space != "probabilities":
-            raise FedkdError(f"CFD aggregates probabilities, not {labels.space}")
         return combine_probabilities(labels, self.combine)
 
     def update(self, replies: Replies, server: Server) -> SoftLabels:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Apply, Fit, Phase, Predict, Revisit
 from fedkd.procedures import LocalClient, procedure
@@ -81,8 +80,6 @@ class COMET(DistillationStrategy):
         return [choose, Fit("digest", private={"ce": 1.0}, public={"kl": self.weight}), answer]
 
     def aggregate(self, labels: SoftLabels) -> SoftLabels:
-        if labels.space != "probabilities":
-            raise FedkdError(f"COMET clusters probabilities, not {labels.space}")
         rows_KNC = labels.values.double()
         if self.by == "sample":
             centroids_MNC = _k_means(*in_canonical_order(rows_KNC, labels.mask), self.clusters)

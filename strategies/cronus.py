@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Fit, Phase, Predict, Revisit
 from fedkd.robust import in_canonical_order
@@ -58,8 +57,6 @@ class Cronus(DistillationStrategy):
         return [Fit("digest", private={"ce": 1.0}, public={"kl": 1.0}), answer]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        if labels.space != "probabilities":
-            raise FedkdError(f"Cronus aggregates probabilities, not {labels.space}")
         rows_KNC, answered_KN = in_canonical_order(labels.values.double(), labels.mask)
         weights_KN, malicious_N = answered_KN.double(), self._malicious(answered_KN.sum(0))
         for dropped_N in ((malicious_N + 1) // 2, malicious_N // 2):

@@ -10,7 +10,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
 from fedkd.robust import Rule, combine_probabilities
@@ -47,8 +46,6 @@ class DSFL(DistillationStrategy):
         return [Digest(), Revisit(), Predict("probabilities")]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        if labels.space != "probabilities":
-            raise FedkdError(f"DSFL aggregates probabilities, not {labels.space}")
         combined_NC = combine_probabilities(labels, self.combine)
         if self.sharpening == "mean":
             return combined_NC

@@ -64,7 +64,9 @@ class FedGEMS(DistillationStrategy):
     def request(self, server: Server) -> Tensor:
         drawn = server.draw()
         _, is_known = _pool(server)
-        return drawn[~is_known[drawn]]
+        assert server.targets is not None
+        is_wrong = server.predict(drawn).values[0].argmax(-1) != server.targets[drawn]
+        return drawn[~is_known[drawn] & is_wrong]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
         """Return the mean of the logits of clients that are right, weighted by softmax(1 / entropy).

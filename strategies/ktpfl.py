@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
 from fedkd.server import Replies, Server
@@ -57,8 +56,6 @@ class KTpFL(DistillationStrategy):
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
         """Return the teacher that all share while no coefficient is learnt, ``[N, C]``."""
-        if labels.space != "probabilities":
-            raise FedkdError(f"KTpFL aggregates probabilities, not {labels.space}")
         return labels.mean_probabilities()
 
     def update(self, replies: Replies, server: Server) -> SoftLabels:
@@ -81,6 +78,11 @@ class KTpFL(DistillationStrategy):
 
     def personalise(self, knowledge: Knowledge, client: int, server: Server) -> SoftLabels:
         assert isinstance(knowledge, SoftLabels)
+        if bool(knowledge.mask.all()):
+            c_S = _normalised(_coefficients(server)[client, knowledge.clients].unsqueeze(0))
+            flat_SM = knowledge.values.flatten(1)
+            mixed_NC = (c_S.to(flat_SM.dtype) @ flat_SM).view(knowledge.values.shape[1:])
+            return SoftLabels.shared(mixed_NC, knowledge.samples, knowledge.space)
         answered_SN = knowledge.mask.to(knowledge.values.dtype)
         c_S = _coefficients(server)[client, knowledge.clients].to(knowledge.values.dtype)
         share_SN = c_S.unsqueeze(1) * answered_SN

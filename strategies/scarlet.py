@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fedkd.codecs import Wire
-from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
 from fedkd.robust import Rule, combine_probabilities
@@ -73,8 +72,6 @@ class SCARLET(DistillationStrategy):
         return drawn[~self._is_cached(drawn, server)]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        if labels.space != "probabilities":
-            raise FedkdError(f"SCARLET aggregates probabilities, not {labels.space}")
         mean_NC = combine_probabilities(labels, self.combine)
         # Relative to the largest, which cancels: a power of small numbers alone could be a row of zeros.
         power_NC = (mean_NC / mean_NC.amax(-1, keepdim=True)) ** self.beta

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Apply, Digest, Phase, Predict, Revisit
 from fedkd.procedures import LocalClient, procedure
@@ -142,8 +141,6 @@ class SelectiveFD(DistillationStrategy):
         return [select, Digest(), Revisit(), Predict("probabilities", only="familiar")]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        if labels.space != "probabilities":
-            raise FedkdError(f"SelectiveFD aggregates probabilities, not {labels.space}")
         return combine_probabilities(labels, self.combine)
 
     def update(self, replies: Replies, server: Server) -> SoftLabels | None:

@@ -355,7 +355,7 @@ def test_run_prints_what_runs_each_round_and_the_result(
             "digest 0.25·2² = 1 × KL + 0.75 × CE of private images; revisit CE",
         ),
         ("--kl-reduction mean", "digest 0.7·5²/10 = 1.75 × KL + 0.3 × CE; revisit CE"),
-        ("--strategy-config digest=mae", "digest MAE_LOGITS; revisit CE"),
+        ("--strategy-config digest=mae", "digest mae_logits; revisit CE"),
     ],
 )
 def test_run_spells_out_the_losses(

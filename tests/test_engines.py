@@ -214,7 +214,7 @@ def test_a_run_is_in_its_folder_when_it_comes_back(tmp_path: Path) -> None:
     assert found.path == tmp_path / "mine"
     assert found.rounds == seen
     assert Run.load(tmp_path / "mine") == found
-    assert found.experiment == experiment.replace(strategy="DSFL", codec="float32")
+    assert found.experiment == experiment.replace(strategy="DSFL")
     assert (
         found.client_accuracy
         == json.loads((found.path / "result.json").read_text())["client_accuracy"]

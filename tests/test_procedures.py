@@ -212,7 +212,7 @@ def test_several_sets_of_labels_are_digested_as_the_one_that_was_chosen(tmp_path
     ("phases", "knowledge", "reason"),
     [
         ([Fit("digest", public={"kl": 1.0})], labels(sets=2), "has to choose"),
-        ([Apply(leave_a_tensor)], None, "received labels that are none"),
+        ([Apply(leave_a_tensor)], None, "leaves a Tensor as received"),
         (
             [Apply(f"{HERE}:not_a_procedure")],
             None,
@@ -454,3 +454,114 @@ def test_students_whose_features_cannot_be_averaged_are_refused(tmp_path: Any) -
 
     with pytest.raises(FedkdError, match=r"mlp-8 has 8.*mlp-5 has 5|mlp-5 has 5.*mlp-8 has 8"):
         check(tiny(strategy="FedProto", student="mlp-8,mlp-5"))
+
+
+# --- What is refused before anything runs ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Revisit(model="techer"), "model = 'techer'.*'teacher'"),  # type: ignore[arg-type]
+        (lambda: Fit("digest", public={"ce": "aplha"}), "coefficient 'aplha' of ce"),  # type: ignore[dict-item]
+        (lambda: Fit("digest", public={"ce": float("nan")}), "coefficient nan"),
+        (lambda: Revisit(epochs=0), "epochs = 0"),
+        (lambda: Revisit(numbers={"mu": float("inf")}), "mu = inf"),
+        (lambda: Predict("probability"), "space = 'probability'"),  # type: ignore[arg-type]
+        (lambda: MeanByClass("logit"), "of = 'logit'"),  # type: ignore[arg-type]
+        (lambda: Apply(count_calls, {"start": torch.ones(2)}), "numbers of apply"),  # type: ignore[dict-item]
+        (lambda: Apply(not_a_procedure), "neither a loss term"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_phase_that_makes_no_sense_cannot_be_made(make: Any, reason: str) -> None:
+    with pytest.raises(FedkdError, match=reason):
+        make()
+
+
+class Asking(DistillationStrategy):
+    """Say what a test wants."""
+
+    facts = NO_FACTS
+    said: str = "two"
+
+    def phases(self, round: int) -> list[Phase]:
+        if self.said == "two":
+            return [Predict(), MeanByClass()]
+        if self.said == "numbers":
+            return [Apply(count_calls, {"strat": 1.0}), Predict()]
+        return [Fit("digest", public={towards_mean: 1.0}), Predict()]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("two", "Predict and MeanByClass: a client gives one answer"),
+        ("numbers", r"numbers of apply: .*missing.*start"),
+        ("public", "needs class means, which public samples have not"),
+    ],
+)
+def test_a_strategy_that_no_client_could_follow_is_refused_before_any_work(
+    said: str, reason: str
+) -> None:
+    from fedkd.preflight import check
+
+    with pytest.raises(FedkdError, match=reason):
+        check(tiny(strategy=f"{HERE}:Asking", strategy_config=f"said={said}", client_code=HERE))
+
+
+@procedure
+def forget(client: LocalClient) -> None:
+    client.state.clear()
+
+
+@procedure
+def grow(client: LocalClient) -> None:
+    client.state["calls"] = torch.zeros(len(client.state.get("calls", torch.zeros(1))) + 1)
+
+
+@procedure
+def keep_a_number(client: LocalClient) -> None:
+    client.state["calls"] = 3  # type: ignore[assignment]
+
+
+@procedure
+def keep_no_sample(client: LocalClient) -> None:
+    assert client.received is not None
+    client.received = client.received.keep(torch.zeros(P, dtype=torch.bool))
+
+
+def test_a_procedure_can_empty_its_state(tmp_path: Any) -> None:
+    store = make_store(tmp_path)
+    ordered(store, [Apply(count_calls, {"start": 1.0})])
+    ordered(store, [Apply(forget)], round=2)
+    assert memory(store, 0, 2) == {}
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"),
+    [
+        (grow, "keeps its type and shape"),
+        (keep_a_number, "as int"),
+        (keep_no_sample, "a sample at"),
+    ],
+)
+def test_what_a_procedure_leaves_behind_is_checked_client_by_client(
+    does: Any, reason: str, tmp_path: Any
+) -> None:
+    store = make_store(tmp_path)
+    ordered(store, [Revisit()])
+    first = ordered(store, [Apply(does)], round=2, knowledge=labels())
+    results = ordered(store, [Apply(does)], round=3, knowledge=labels()) if does is grow else first
+    assert all(reason in result.reason for result in results), results
+
+
+def test_two_procedures_of_one_name_draw_other_numbers(tmp_path: Any) -> None:
+    store = make_store(tmp_path)
+    ordered(store, [Apply(look), Apply(look_again)])
+    kept = memory(store, 0, 1)["own"]
+    assert not torch.equal(kept["drawn"], kept["again"])
+
+
+@procedure
+def look_again(client: LocalClient) -> None:
+    client.state["again"] = torch.rand(3, generator=client.generator("look"))

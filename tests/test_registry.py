@@ -202,7 +202,7 @@ def test_settings_are_key_value_pairs() -> None:
     ("name", "config", "reason"),
     [
         ("DSFL", "sharpning=mean", r"'sharpning=mean'.*did you mean 'sharpening'.*era-temperature"),
-        ("DSFL", "sharpening", r"'sharpening' is not a setting.*key=value"),
+        ("DSFL", "sharpening", r"'sharpening' has no value: write sharpening=VALUE"),
         ("DSFL", "sharpening=man", r"sharpening = 'man'.*era, mean.*did you mean 'mean'"),
         ("DSFL", "era-temperature=cold", r"era-temperature = 'cold' of DSFL: must be .*number"),
         (

@@ -129,7 +129,7 @@ def client_of(images: Tensor, public: Tensor, seed: int = 1) -> LocalClient:
     return LocalClient(
         images=images,
         labels=torch.zeros(len(images), dtype=torch.int64),
-        public=public,
+        load_public=lambda: public,
         received=None,
         state={},
         predict=lambda samples, model="student": torch.zeros(len(samples), C),
@@ -411,7 +411,7 @@ def test_clients_answer_what_is_familiar_round_after_round() -> None:
     for k, shard in enumerate(world.shards):
         client = client_of(world.train.batch(shard), world.public.batch(torch.arange(P)))
         client.generator = lambda purpose, k=k: generator(  # type: ignore[misc]
-            experiment.seed, k, 1, "apply", purpose
+            experiment.seed, k, 1, "apply 0", purpose
         )
         density_ratio(
             client, **{**SETTINGS, "images": 20, "least": 2, "width": 0.15, "ridge": 250**-0.5}

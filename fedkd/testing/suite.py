@@ -18,7 +18,7 @@ from fedkd.testing.findings import Finding, NotApplicable, Report, StrategyCheck
 
 _ADVICE = {
     "server-model = 'none': there is no model": "declare server_model='required' in facts",
-    "object has no attribute": "look the name up in docs/strategies.md, or in the class that it names",
+    "object has no attribute": "look the name up in docs/write-a-strategy.md, or in its class",
 }
 """What to change, by what an exception says."""
 
