@@ -45,7 +45,8 @@ class FedProto(DistillationStrategy):
        mean over clients.)
     3. Prototypes are taken in evaluation mode after training (equation 3), not over the steps of it as
        in the authors' code.
-    4. A class of which nobody has an image is never predicted.
+    4. A class of which nobody has an image is never predicted. Absent classes are sent as zeros with a
+       count of 0; in the paper they are not sent.
 
     Args:
         weight: λ, of the distance to the prototypes beside the cross entropy; the authors' is 1 for
