@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from fedkd.client import Order, Report
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
+from fedkd.orders import Order, Report
 from fedkd.phases import ANSWERS, MeanByClass, Predict
 from fedkd.world import World
 

@@ -18,7 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.client import Failure, execute
+from fedkd.client import execute
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
@@ -30,6 +30,7 @@ from fedkd.messages import (
     encode_introduction,
     encode_report,
 )
+from fedkd.orders import Failure
 from fedkd.phases import GROUP
 from fedkd.sources import digest
 from fedkd.statefiles import StateFiles

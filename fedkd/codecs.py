@@ -10,10 +10,9 @@ Everything here works on the CPU and without a loop over samples.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError, nearest
+from fedkd.rangecoding import range_coded, range_decoded
 
 Array = npt.NDArray[Any]
 
@@ -28,9 +28,6 @@ NUMBERS = ("float32", "float16", "simplex:8", "simplex:4", "simplex:2", "simplex
 ROWS = ("all", "changed")
 PACKS = ("raw", "bits", "deflate", "range")
 SPACES = ("logits", "probabilities")
-
-FIRST_BLOCK = 16
-"""Rows that range coding codes with an untrained model; every later block doubles what is known."""
 
 
 @dataclass(frozen=True)
@@ -484,7 +481,7 @@ def _packed(codes: Tensor, wire: Wire, classes: int) -> Tensor:
         return codes.contiguous()
     if wire.pack == "range":
         return _tensor(
-            np.frombuffer(_range_bytes(_symbols(codes, wire, classes), wire, classes), "u1")
+            np.frombuffer(range_coded(_symbols(codes, wire, classes), wire.bits, classes), "u1")
         )
     if wire.pack == "deflate" and wire.bits != 1:
         plain = codes.numpy().astype(_on_wire(wire)).tobytes()
@@ -517,7 +514,7 @@ def _read_codes(packed: Tensor, wire: Wire, codes: int, classes: int) -> Tensor:
     count = codes // classes if wire.bits == 1 else codes
     data = packed.contiguous().numpy()
     if wire.pack == "range":
-        return _codes_of(_from_range(data.tobytes(), wire, count, classes), wire, classes)
+        return _codes_of(range_decoded(data.tobytes(), count, wire.bits, classes), wire, classes)
     if wire.pack == "deflate" and wire.bits != 1:
         plain = _inflated(data, count * _on_wire(wire).itemsize).view(_on_wire(wire))
         return _tensor(plain.astype(plain.dtype.newbyteorder("=")))
@@ -587,167 +584,3 @@ def _inflated(data: Array, expected: int) -> Array:
     if len(plain) != expected or not reader.eof or reader.unused_data:
         raise FedkdError(f"values do not inflate to exactly {expected} bytes")
     return np.frombuffer(plain, np.uint8)
-
-
-# --- Range coding ------------------------------------------------------------------------------
-#
-# Adaptive, so that no model travels: rows are coded in blocks, each with the counts of all that went
-# before. Counts are whole numbers, hence the same on every machine.
-
-
-class _Coder(Protocol):
-    """Writes symbols and returns them; a reader takes no notice of them and returns those it read."""
-
-    def one(self, weights: Array, symbols: Array) -> Array:
-        """Code symbols ``[n]`` under one distribution, `weights` ``[A]``."""
-
-    def each(self, weights: Array, symbols: Array) -> Array:
-        """Code symbols ``[n]`` under a distribution each, `weights` ``[n, A]``."""
-
-    def even(self, sizes: Array, symbols: Array) -> Array:
-        """Code symbols ``[n]``, all alike below `sizes` ``[n]`` (>= 2)."""
-
-
-class _Writer:
-    def __init__(self) -> None:
-        self._coder = _constriction().queue.RangeEncoder()
-        self._model = _constriction().model
-
-    def one(self, weights: Array, symbols: Array) -> Array:
-        self._coder.encode(_int32(symbols), self._model.Categorical(weights, perfect=False))
-        return symbols
-
-    def each(self, weights: Array, symbols: Array) -> Array:
-        self._coder.encode(_int32(symbols), self._model.Categorical(perfect=False), weights)
-        return symbols
-
-    def even(self, sizes: Array, symbols: Array) -> Array:
-        self._coder.encode(_int32(symbols), self._model.Uniform(), _int32(sizes))
-        return symbols
-
-    def bytes(self) -> bytes:
-        compressed: Array = self._coder.get_compressed()
-        return compressed.astype("<u4").tobytes()
-
-
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        words = np.frombuffer(data, "<u4").astype(np.uint32)
-        self._coder = _constriction().queue.RangeDecoder(words)
-        self._model = _constriction().model
-
-    def one(self, weights: Array, symbols: Array) -> Array:
-        model = self._model.Categorical(weights, perfect=False)
-        return self._read(model, len(symbols))
-
-    def each(self, weights: Array, symbols: Array) -> Array:
-        return self._read(self._model.Categorical(perfect=False), weights)
-
-    def even(self, sizes: Array, symbols: Array) -> Array:
-        return self._read(self._model.Uniform(), _int32(sizes))
-
-    def _read(self, *arguments: Any) -> Array:
-        try:
-            symbols: Array = self._coder.decode(*arguments)
-        except (AssertionError, ValueError) as error:  # what it raises for data that nobody wrote
-            raise FedkdError(f"values are no range code: {error}") from None
-        return symbols.astype(np.int64)
-
-
-def _constriction() -> Any:
-    try:
-        import constriction
-    except ImportError:
-        raise FedkdError("pack = 'range' needs constriction: pip install 'fedkd[codec]'") from None
-    return constriction.stream
-
-
-def _int32(array: Array) -> Array:
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _range_bytes(symbols: Array, wire: Wire, classes: int) -> bytes:
-    writer = _Writer()
-    _walk(writer, symbols.copy(), wire, classes)
-    return writer.bytes()
-
-
-def _from_range(data: bytes, wire: Wire, count: int, classes: int) -> Array:
-    """Read `count` symbols, int64."""
-    if len(data) % 4:
-        raise FedkdError(f"values have {len(data)} bytes: must be a multiple of 4 for {wire}")
-    symbols = _walk(_Reader(data), np.zeros(count, np.int64), wire, classes)
-    # A reader makes something of anything, also of too few bytes: only one text writes these symbols.
-    if _range_bytes(symbols, wire, classes) != data:
-        raise FedkdError("values are no range code: their symbols are written otherwise")
-    return symbols
-
-
-def _walk(coder: _Coder, symbols: Array, wire: Wire, classes: int) -> Array:
-    """Code all symbols, int64 ``[n]``, and return them."""
-    if wire.bits == 1:
-        return _walk_classes(coder, symbols, classes)
-    return _walk_rows(coder, symbols.reshape(-1, classes), wire.bits).reshape(-1)
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    """Split 0 .. count - 1 into blocks that double what is known."""
-    start = 0
-    while start < count:
-        stop = max(FIRST_BLOCK, 2 * start)
-        yield slice(start, min(stop, count))
-        start = stop
-
-
-def _walk_classes(coder: _Coder, winners: Array, classes: int) -> Array:
-    if classes == 1:
-        return np.zeros_like(winners)
-    counts = np.ones(classes)  # every class counts half an occurrence beforehand
-    for block in _blocks(len(winners)):
-        winners[block] = coder.one(counts, winners[block])
-        counts += 2 * np.bincount(winners[block], minlength=classes)
-    return winners
-
-
-def _walk_rows(coder: _Coder, rows: Array, bits: int) -> Array:
-    """Code rows of codes ``[n, C]``, class by class.
-
-    Of what is left of a row's steps, a class takes q. Nearly always that is next to nothing or nearly
-    all, so the symbol says which end is nearer and the bit length of the distance to it, under a
-    distribution that depends on what is left; the rest of the distance follows with even odds. The last
-    class takes what is left, and a row with nothing left is finished.
-    """
-    steps = (1 << bits) - 1
-    counts = np.ones((bits + 1, 2 * bits))
-    for block in _blocks(len(rows)):
-        part = rows[block]
-        left = np.full(len(part), steps)
-        for column in range(rows.shape[1] - 1):
-            open_ = left.nonzero()[0]
-            taken = _walk_column(coder, part[open_, column], left[open_], counts, steps)
-            part[open_, column] = taken
-            left[open_] -= taken
-        part[:, -1] = left
-    return rows
-
-
-_BIT_LENGTH = np.array([n.bit_length() for n in range(256)])
-
-
-def _walk_column(coder: _Coder, taken: Array, left: Array, counts: Array, steps: int) -> Array:
-    """Code how much of `left` ``[n]`` (>= 1) each row takes for one class; train `counts`."""
-    # The state of a row: the bit length of what is left, and one more for "nothing taken yet".
-    state = np.where(left == steps, len(counts) - 1, _BIT_LENGTH[left] - 1)
-    near_all = 2 * taken > left
-    distance = np.where(near_all, left - taken, taken)
-    symbol = coder.each(counts[state], 2 * _BIT_LENGTH[distance] + near_all)
-    np.add.at(counts, (state, symbol), 2)
-    length = symbol >> 1
-    top = np.where(length > 0, 1 << np.maximum(length - 1, 0), 0)
-    rest = np.zeros_like(top)
-    long = top > 1
-    rest[long] = coder.even(top[long], (distance - top)[long])
-    distance = top + rest
-    if bool((distance > left).any()):
-        raise FedkdError("values are no range code: a row takes more than there is")
-    return np.where(symbol & 1, left - distance, distance)

@@ -23,7 +23,6 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedkd.checks import check_report, with_known_metrics
-from fedkd.client import Order, Report
 from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -49,6 +48,7 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
+from fedkd.orders import Order, Report
 from fedkd.phases import Apply, Digest, Phase, Predict, check_phases, closing
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment

@@ -19,7 +19,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.client import Order, Report
 from fedkd.codecs import PLAIN, Packed, Reference, Wire, pack_samples, unpack_samples
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -32,6 +31,7 @@ from fedkd.knowledge import (
     Weights,
     require_one,
 )
+from fedkd.orders import Order, Report
 from fedkd.phases import from_text, to_text
 from fedkd.references import in_one_line
 

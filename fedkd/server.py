@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedkd.client import correct_by_class, experiment_term
 from fedkd.cohort import Cohort, Side
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -17,6 +16,7 @@ from fedkd.losses import Term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import Fit
 from fedkd.randomness import generator, permutation
+from fedkd.stack import correct_by_class, experiment_term
 from fedkd.world import World
 
 

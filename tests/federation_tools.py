@@ -17,13 +17,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedkd.client import Order, Report
 from fedkd.engines import cohort
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
 from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.messages import HELLO, decode_order, decode_report
+from fedkd.orders import Order, Report
 from fedkd.records import Row, RunFolder
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy

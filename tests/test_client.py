@@ -20,13 +20,14 @@ from federation_tools import P, refuses_nines, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.client import Failure, Order, Report, execute
+from fedkd.client import execute
 from fedkd.cohort import State
 from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
 from fedkd.losses import mae_logits
 from fedkd.models import build
+from fedkd.orders import Failure, Order, Report
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
 from fedkd.statefiles import INITIAL, StateFiles
 from fedkd.states import ResidentStates

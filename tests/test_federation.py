@@ -40,11 +40,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedkd.client import Order
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.messages import experiment_record
+from fedkd.orders import Order
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
 from fedkd.records import Row, RunFolder
 from fedkd.registry import find

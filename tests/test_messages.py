@@ -13,7 +13,6 @@ from federation_tools import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.client import Order, Report
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, ModelWeights, Sizes, SoftLabels, Space, Weights
@@ -34,6 +33,7 @@ from fedkd.messages import (
     payload_bytes,
     wire_bytes,
 )
+from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
 from fedkd.transport.adapter import error_reply, failure_reason, task_identity
 

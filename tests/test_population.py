@@ -16,10 +16,11 @@ from federation_tools import ROUGH, tiny
 
 import fedkd
 from fedkd import client_app
-from fedkd.client import Failure, Order, Report, execute
+from fedkd.client import execute
 from fedkd.engines import cohort as engine
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
+from fedkd.orders import Failure, Order, Report
 from fedkd.records import Run
 from fedkd.statefiles import INITIAL, StateFiles, States
 from fedkd.states import ResidentStates

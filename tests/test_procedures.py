@@ -10,11 +10,12 @@ import torch
 from federation_tools import C, P, federate, tiny
 from torch import Tensor, nn
 
-from fedkd.client import Order, Report, execute
+from fedkd.client import execute
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels
 from fedkd.losses import Step, term
 from fedkd.memories import Memory
+from fedkd.orders import Order, Report
 from fedkd.phases import (
     Apply,
     ClassifyByMeans,

@@ -24,14 +24,15 @@ from federation_tools import P as PUBLIC_OF_TINY
 from flwr.app import Array, Message
 from torch import Tensor
 
-from fedkd.client import Order, Report, _Stack
 from fedkd.codecs import Packed, Wire
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
+from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Predict, Revisit
 from fedkd.robust import Rule
 from fedkd.server import Replies, Server
+from fedkd.stack import Stack
 from fedkd.strategy import DistillationStrategy
 from strategies.scarlet import SCARLET
 
@@ -455,7 +456,7 @@ def watch(
 ) -> Watched:
     """Run a federation with both ends under observation."""
     cls: Any = type(strategy)
-    update, opens, runs = cls.update, _Stack._opened, _Stack.run
+    update, opens, runs = cls.update, Stack._opened, Stack.run
     seen = Watched(Finished([], []))
 
     def tell(self: Any, replies: Replies, server: Server) -> Any:
@@ -464,13 +465,13 @@ def watch(
         seen.told[server.round] = update(self, replies, server)
         return seen.told[server.round]
 
-    def open_and_note(self: _Stack, row: int) -> Any:
+    def open_and_note(self: Stack, row: int) -> Any:
         received = opens(self, row)
         if isinstance(received, SoftLabels):
             seen.opened[self.orders[row].round, self.orders[row].client] = received
         return received
 
-    def run_and_note(self: _Stack) -> list[Report]:
+    def run_and_note(self: Stack) -> list[Report]:
         reports = runs(self)
         for report in reports:
             if isinstance(report.answer, SoftLabels):
@@ -478,8 +479,8 @@ def watch(
         return reports
 
     monkeypatch.setattr(cls, "update", tell)
-    monkeypatch.setattr(_Stack, "_opened", open_and_note)
-    monkeypatch.setattr(_Stack, "run", run_and_note)
+    monkeypatch.setattr(Stack, "_opened", open_and_note)
+    monkeypatch.setattr(Stack, "run", run_and_note)
     seen.done = federate(experiment, meddle, strategy)
     return seen
 

@@ -11,11 +11,11 @@ import torch
 from federation_tools import C, P, federate, reply_with, tiny, without
 from flwr.app import Message
 
-from fedkd.client import Order
 from fedkd.codecs import Packed, parse_codec
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.memories import Memories, Memory
+from fedkd.orders import Order
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import error_reply

@@ -26,7 +26,6 @@ from torch import Tensor
 from worker_models import FOLDER
 
 import fedkd
-from fedkd.client import Failure, Order
 from fedkd.data import write_tensors
 from fedkd.engines import workers
 from fedkd.engines.workers import Share, Worker, Workers, placement, share_of
@@ -34,6 +33,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Sizes, SoftLabels
 from fedkd.messages import decode_order, encode_knowledge, encode_order, experiment_record
+from fedkd.orders import Failure, Order
 from fedkd.phases import Digest, Phase, Revisit
 from fedkd.preflight import check
 from fedkd.records import Run

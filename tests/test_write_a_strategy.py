@@ -19,10 +19,10 @@ from flwr.app import Context, Message, RecordDict
 import fedkd
 from fedkd import client_app
 from fedkd.cli import main
-from fedkd.client import Order
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, TRAIN, decode_introduction, encode_order, experiment_record
+from fedkd.orders import Order
 from fedkd.phases import Fit
 from fedkd.preflight import check
 from fedkd.records import Run

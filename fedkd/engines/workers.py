@@ -28,10 +28,10 @@ from flwr.app import RecordDict
 
 from fedkd import data
 from fedkd.allocator import keep_freed_memory
-from fedkd.client import Failure
 from fedkd.client_app import answers, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, Scalar
+from fedkd.orders import Failure
 from fedkd.references import in_one_line
 from fedkd.sources import digest
 from fedkd.transport.simulation import available_cpus, local_ray, ray_log, ray_session
