@@ -7,7 +7,7 @@ algorithms that it runs.
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -74,6 +74,9 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     """
     cls = _own(name) if ":" in name else _named(name)
     settings = _settings(cls, config)
+    bare = [f.name for f in fields(cls) if f.default is MISSING]  # type: ignore[arg-type]
+    if bare:
+        raise FedkdError(f"strategy = '{name}': its setting {bare[0]} needs a default")
     try:
         return cls(**settings)
     except FedkdError as error:
@@ -137,6 +140,8 @@ def _check_saying(strategy: DistillationStrategy) -> None:
 def _named(name: str) -> type[DistillationStrategy]:
     ours, installed = _ours(), _installed()
     names = {_plain(known): known for known in (*installed, *ours)}
+    if name.endswith(".py"):
+        raise FedkdError(f"strategy = '{name}': say which class of the file, as {name}:MyStrategy")
     if _plain(name) not in names:
         known = [*ours, *installed]
         raise FedkdError(

@@ -103,7 +103,7 @@ def test_a_misspelt_name_gets_the_nearest(name: str, meant: str) -> None:
         find(name)
 
 
-@pytest.mark.parametrize("name", ["", "krum", "none", "__init__", "dsfl.py"])
+@pytest.mark.parametrize("name", ["", "krum", "none", "__init__"])
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
     with pytest.raises(FedkdError, match=re.escape(", ".join(package.__all__))) as caught:
         find(name)
@@ -305,3 +305,19 @@ def test_another_package_of_the_same_name_is_refused(
     monkeypatch.setitem(sys.modules, "strategies", foreign)
     with pytest.raises(FedkdError, match=rf"'strategies' in {tmp_path} hides fedkd's own"):
         find("DSFL")
+
+
+def test_a_file_without_a_class_is_answered_with_how_to_name_one() -> None:
+    with pytest.raises(FedkdError, match=r"say which class of the file, as my_rule\.py:MyStrategy"):
+        find("my_rule.py")
+
+
+def test_a_setting_without_a_default_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bare_rule.py"
+    path.write_text(
+        "from fedkd import DistillationStrategy\nfrom fedkd.strategy import Facts\n\n\n"
+        "class Bare(DistillationStrategy):\n"
+        '    facts = Facts(paper="none", up="P*C*4", down="P*C*4 + 2*I")\n    warmth: float\n'
+    )
+    with pytest.raises(FedkdError, match="its setting warmth needs a default"):
+        find(f"{path}:Bare")

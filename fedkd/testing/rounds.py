@@ -254,7 +254,9 @@ def _close(one: Any, other: Any) -> bool:
 
 def measured_bytes(bench: Bench) -> None:
     """The bytes declared are those sent, for other numbers of samples, classes, clients and models."""
-    for done in (bench.usual, bench.few):
+    # Many draws of few samples: what is sent must not grow with all that the server remembers.
+    long = bench.federate(public_per_round=5, num_server_rounds=7)
+    for done in (bench.usual, bench.few, long):
         require_all(done)
         for row in done.rows:
             _compare_bytes(bench, done, row, "up")
