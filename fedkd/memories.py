@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from fedkd.cohort import State, stacked
-from fedkd.statefiles import StateFiles, States
+from fedkd.errors import FedkdError
+from fedkd.statefiles import DTYPES, StateFiles, States
 
 _KEPT = "kept"
 """The role under which a memory's tensors stand in a file of states."""
@@ -74,3 +77,28 @@ class Memories:
                 stack = stacked([memories[client][name] for client in clients])
                 states = States(clients, {_KEPT: stack}, [0] * len(clients))
                 StateFiles(self.folder / name).save(states, round, keep)
+
+
+def check_kept(who: str, state: Mapping[str, object], before: Mapping[str, Tensor]) -> None:
+    """Refuse a client's state that cannot be kept beside those of others and of other rounds.
+
+    Args:
+        who: made it.
+        state: tensors by name.
+        before: the same as they were.
+
+    Raises:
+        FedkdError: something else than tensors, or other types or shapes than before.
+    """
+    for name, kept in state.items():
+        if not isinstance(kept, Tensor) or kept.dtype not in DTYPES.values():
+            kind = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+            raise FedkdError(
+                f"{who} keeps state['{name}'] as {kind}: must be a tensor of a usual dtype"
+            )
+        old = before.get(name, kept)
+        if (old.dtype, old.shape) != (kept.dtype, kept.shape):
+            raise FedkdError(
+                f"{who} keeps state['{name}'] as {kept.dtype} {tuple(kept.shape)}, which was "
+                f"{old.dtype} {tuple(old.shape)}: a tensor keeps its type and shape"
+            )

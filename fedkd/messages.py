@@ -269,17 +269,9 @@ def decode_order(
         FedkdError: the records do not make up an order.
     """
     seen = {} if seen is None else seen
-    arrays = _record(records, "knowledge", ArrayRecord)
-    key = tuple(id(array.data) for array in arrays.values()) if arrays else ()
     try:
         instruction = _instruction(records)
-        if key not in seen:
-            received = decode_knowledge(
-                records, sizes, client=instruction["client"], num_examples=num_examples
-            )
-            if isinstance(received, Packed) and received.wire.rows == "all":
-                received, _ = SoftLabels.unpack(received, sizes.num_public)
-            seen[key] = received
+        knowledge = _received(records, sizes, instruction["client"], num_examples, seen)
         asked = torch.empty(0, dtype=torch.int64)
         request = _record(records, "request", ArrayRecord)
         if request is not None:
@@ -291,7 +283,7 @@ def decode_order(
             base=instruction["base"],
             phases=from_text(instruction["phases"]),
             asked=asked,
-            knowledge=seen[key],
+            knowledge=knowledge,
             knowledge_round=instruction["knowledge-round"],
             evaluate=instruction["evaluate"],
             wire=Wire.parse(instruction["wire"]),
@@ -301,6 +293,24 @@ def decode_order(
     except Exception as error:
         # As with knowledge: a foreign message can make the decoder raise anything.
         raise FedkdError(f"the order cannot be read: {in_one_line(error)}") from None
+
+
+def _received(
+    records: RecordDict,
+    sizes: Sizes,
+    client: int,
+    num_examples: int,
+    seen: dict[Any, Knowledge | Packed | None],
+) -> Knowledge | Packed | None:
+    """Return the knowledge of an order, one object for all orders that share its bytes."""
+    arrays = _record(records, "knowledge", ArrayRecord)
+    key = tuple(id(array.data) for array in arrays.values()) if arrays else ()
+    if key not in seen:
+        received = decode_knowledge(records, sizes, client=client, num_examples=num_examples)
+        if isinstance(received, Packed) and received.wire.rows == "all":
+            received, _ = SoftLabels.unpack(received, sizes.num_public)
+        seen[key] = received
+    return seen[key]
 
 
 def _instruction(records: RecordDict) -> dict[str, Any]:

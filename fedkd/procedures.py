@@ -6,7 +6,7 @@ out something of its own and keeps it in the client's state. It travels by refer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,12 +15,6 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
-
-KEPT_DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-)  # fmt: skip
-"""What a tensor of a client's state may be."""
 
 Role = Literal["student", "teacher"]
 """Which local model: a client without a local teacher takes its student for both."""
@@ -99,26 +93,3 @@ def check_received(procedure: Procedure, labels: object) -> None:
         raise FedkdError(f"{who} leaves a {type(labels).__name__} as received soft labels")
     if not labels.values.numel():
         raise FedkdError(f"{who} leaves no soft labels: keep those of a sample at least")
-
-
-def check_state(
-    procedure: Procedure, state: Mapping[str, object], before: Mapping[str, Tensor]
-) -> None:
-    """Refuse a client's state that cannot be kept beside those of others and of other rounds.
-
-    Raises:
-        FedkdError: something else than tensors, or other types or shapes than `before`.
-    """
-    who = procedure.reference
-    for name, kept in state.items():
-        if not isinstance(kept, Tensor) or kept.dtype not in KEPT_DTYPES:
-            kind = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
-            raise FedkdError(
-                f"{who} keeps state['{name}'] as {kind}: must be a tensor of a usual dtype"
-            )
-        old = before.get(name, kept)
-        if (old.dtype, old.shape) != (kept.dtype, kept.shape):
-            raise FedkdError(
-                f"{who} keeps state['{name}'] as {kept.dtype} {tuple(kept.shape)}, which was "
-                f"{old.dtype} {tuple(old.shape)}: a tensor keeps its type and shape"
-            )

@@ -18,7 +18,7 @@ from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, Output, SoftLabels, Weights
 from fedkd.losses import Term, kl_term
-from fedkd.memories import Memory
+from fedkd.memories import Memory, check_kept
 from fedkd.optimizers import OptimizerSettings
 from fedkd.orders import Order, Report
 from fedkd.phases import (
@@ -35,7 +35,7 @@ from fedkd.phases import (
     resolve_procedure,
     resolve_term,
 )
-from fedkd.procedures import LocalClient, Role, check_received, check_state
+from fedkd.procedures import LocalClient, Role, check_received
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
 from fedkd.statefiles import INITIAL, States
@@ -198,7 +198,7 @@ class Stack:
             found(client, **phase.numbers)
             if client.received is not received:
                 check_received(found, client.received)
-            check_state(found, client.state, before)
+            check_kept(found.reference, client.state, before)
             if client.received is not None:
                 self.knowledge[row] = client.received
             _remember(memory, "own", client.state)
@@ -423,7 +423,8 @@ class Stack:
     def _measure_agreement(self, role: Role) -> None:
         """Record on how much of the digested knowledge the student now agrees with it."""
         labels = [k for k in self.knowledge if isinstance(k, SoftLabels)]
-        samples = torch.cat([each.samples for each in labels]).unique()  # mostly they share them
+        told = {id(each): each.samples for each in labels}  # most share one
+        samples = torch.cat(list(told.values())).unique()
         predicted = self.role(role).classify(self.world.public, samples).cpu()
         taught: dict[int, Tensor] = {}
         for metrics, each, mine in zip(self.metrics, labels, predicted, strict=True):

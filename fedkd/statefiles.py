@@ -40,7 +40,7 @@ INITIAL = 0
 CLIENTS_A_FILE = 100
 """Few enough that a file is quickly copied, many enough that a folder of 10,000 clients is short."""
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -449,7 +449,7 @@ def _runs(cells: _Ints, positions: _Ints) -> list[tuple[int, int, int]]:
 
 def _header(kinds: Mapping[str, _Kind], metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """Return the header of a file of empty slots, and the size of the whole file in bytes."""
-    names = {dtype: name for name, dtype in _DTYPES.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, end = {}, 0
     # As in files that safetensors writes, the widest first, so that every tensor is aligned.
@@ -457,7 +457,7 @@ def _header(kinds: Mapping[str, _Kind], metadata: Mapping[str, str]) -> tuple[by
         offsets[name] = [end, end := end + 2 * CLIENTS_A_FILE * kind.size]
     for name, kind in kinds.items():
         if kind.dtype not in names:
-            raise FedkdError(f"{name} is {kind.dtype}: states on disk are {', '.join(_DTYPES)}")
+            raise FedkdError(f"{name} is {kind.dtype}: states on disk are {', '.join(DTYPES)}")
         entries[name] = {
             "dtype": names[kind.dtype],
             "shape": [2, CLIENTS_A_FILE, *kind.shape],
@@ -473,7 +473,7 @@ def _kind(entry: Mapping[str, Any]) -> _Kind:
     slots, clients, *shape = entry["shape"]
     if (slots, clients) != (2, CLIENTS_A_FILE):
         raise ValueError("not two slots a client")
-    return _Kind(_DTYPES[entry["dtype"]], tuple(shape))
+    return _Kind(DTYPES[entry["dtype"]], tuple(shape))
 
 
 def _data_size(kinds: Mapping[str, _Kind]) -> int:

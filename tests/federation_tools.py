@@ -23,12 +23,13 @@ from fedkd.federation import Federation
 from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.messages import HELLO, decode_order, decode_report
+from fedkd.models import build
 from fedkd.orders import Order, Report
 from fedkd.records import Row, RunFolder
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
-from fedkd.world import world_of
+from fedkd.world import World, world_of
 
 DATA = str(Path(tempfile.gettempdir()) / "fedkd-tests-data")
 P, C, B = 37, 10, 16
@@ -60,6 +61,34 @@ ROUGH = (
     *(f"wire_bytes_{way}{by}" for way in ("up", "down") for by in ("", "_by_client")),
 )
 """Fields of a record that may differ between runs: a text of a number of seconds has any length."""
+
+
+def one_step(**keys: Any) -> Experiment:
+    """Return an experiment of which a round is one step of plain SGD on the whole shard."""
+    plain = {"batch_size": 1000, "optimizer": "sgd", "learning_rate": 0.5, "num_server_rounds": 3}
+    return tiny(**{**plain, "partition": "dirichlet", "partition_alpha": 0.3, "seed": 3, **keys})
+
+
+def shard(world: World, client: int) -> tuple[Tensor, Tensor]:
+    """Return a client's images, normalised in float64, and labels."""
+    rows = world.shards[client]
+    assert world.train.labels is not None
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64)[:, None, None]
+        for v in (world.train.mean, world.train.std)
+    )
+    images = (world.train.pixels[rows].to(torch.float64) / 255 - mean) / std
+    return images, world.train.labels[rows]
+
+
+def starting(experiment: Experiment, client: int) -> Any:
+    """Return a client's initial model in float64."""
+    world = world_of(experiment)
+    name = experiment.student_of(client)
+    model = build(name, world.input_shape, world.num_classes).double()
+    state = world.initial_state(name, experiment.seed)
+    model.load_state_dict({n: t.to(torch.float64) for n, t in state.items()})
+    return model
 
 
 # --- Clients with their mail on record -----------------------------------------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from federation_tools import C as CLASSES
-from federation_tools import Exchange, Finished, federate, tiny
+from federation_tools import Exchange, Finished, federate, one_step, shard, starting, tiny
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -17,10 +16,9 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step, cross_entropy
-from fedkd.models import build
 from fedkd.phases import MeanByClass, Revisit, closing
 from fedkd.server import Replies, Server
-from fedkd.world import World, world_of
+from fedkd.world import world_of
 from strategies.fd import FD, towards_class_mean
 
 K, B, C = 3, 5, 7
@@ -343,34 +341,6 @@ def test_a_gamma_that_is_not_above_0_is_refused(gamma: float) -> None:
 
 
 # --- A federation of three -----------------------------------------------------------------------
-
-
-def one_step(**keys: Any) -> Experiment:
-    """Return an experiment of which a round is one step of plain SGD on the whole shard."""
-    plain = {"batch_size": 1000, "optimizer": "sgd", "learning_rate": 0.5, "num_server_rounds": 3}
-    return tiny(**{**plain, "partition": "dirichlet", "partition_alpha": 0.3, "seed": 3, **keys})
-
-
-def shard(world: World, client: int) -> tuple[Tensor, Tensor]:
-    """Return a client's images in float64 and labels."""
-    rows = world.shards[client]
-    assert world.train.labels is not None
-    mean, std = (
-        torch.tensor(v, dtype=F64)[:, None, None] for v in (world.train.mean, world.train.std)
-    )
-    images = (world.train.pixels[rows].to(F64) / 255 - mean) / std
-    return images, world.train.labels[rows]
-
-
-def starting(experiment: Experiment, client: int) -> nn.Module:
-    """Return a client's initial model in float64."""
-    world = world_of(experiment)
-    name = experiment.student_of(client)
-    model = build(name, world.input_shape, world.num_classes).double()
-    model.load_state_dict(
-        {n: t.to(F64) for n, t in world.initial_state(name, experiment.seed).items()}
-    )
-    return model
 
 
 def softmax_means(model: nn.Module, x: Tensor, y: Tensor) -> dict[int, Tensor]:

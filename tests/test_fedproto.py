@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from federation_tools import C as CLASSES
-from federation_tools import federate, tiny
+from federation_tools import federate, one_step, shard, starting
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -17,9 +17,8 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step
-from fedkd.models import build
 from fedkd.phases import ClassifyByMeans, MeanByClass, Revisit, closing
-from fedkd.world import World, world_of
+from fedkd.world import world_of
 from strategies.fedproto import FedProto, towards_prototype
 
 K, B, L, D = 3, 5, 7, 11
@@ -236,32 +235,6 @@ def test_a_weight_that_is_not_above_0_is_refused(weight: float) -> None:
 
 
 # --- A federation of three -----------------------------------------------------------------------
-
-
-def one_step(**keys: Any) -> Experiment:
-    """Return an experiment of which a round is one step of plain SGD on the whole shard."""
-    plain = {"batch_size": 1000, "optimizer": "sgd", "learning_rate": 0.5, "num_server_rounds": 3}
-    return tiny(**{**plain, "partition": "dirichlet", "partition_alpha": 0.3, "seed": 3, **keys})
-
-
-def shard(world: World, client: int) -> tuple[Tensor, Tensor]:
-    """Return a client's images in float64 and labels."""
-    rows = world.shards[client]
-    assert world.train.labels is not None
-    mean, std = (
-        torch.tensor(v, dtype=F64)[:, None, None] for v in (world.train.mean, world.train.std)
-    )
-    return (world.train.pixels[rows].to(F64) / 255 - mean) / std, world.train.labels[rows]
-
-
-def starting(experiment: Experiment, client: int) -> Any:
-    """Return a client's initial model in float64."""
-    world = world_of(experiment)
-    name = experiment.student_of(client)
-    model = build(name, world.input_shape, world.num_classes).double()
-    state = world.initial_state(name, experiment.seed)
-    model.load_state_dict({n: t.to(F64) for n, t in state.items()})
-    return model
 
 
 def step_of_the_paper(
