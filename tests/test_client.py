@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import federation_tools
 import pytest
 import torch
 from federation_tools import P, refuses_nines, tiny
@@ -597,6 +598,13 @@ def test_personal_knowledge_is_digested_by_its_recipient_alone() -> None:
 # --- One of three fails --------------------------------------------------------------------------
 
 
+def raised(text: str) -> str:
+    """Return where the tools raise an error of this text, as a reason says it."""
+    lines = Path(federation_tools.__file__).read_text(encoding="utf-8").splitlines()
+    (number,) = (n for n, line in enumerate(lines, 1) if f'raise ArithmeticError("{text}' in line)
+    return f"(federation_tools.py, line {number})"
+
+
 def assert_only_the_second_fails(
     experiment: Experiment, world: World, phases: Sequence[Phase], reason: str
 ) -> None:
@@ -641,7 +649,7 @@ def test_a_client_whose_term_raises_fails_alone() -> None:
         experiment,
         world,
         phases,
-        "ArithmeticError: a nine of all things (federation_tools.py, line 245)",
+        f"ArithmeticError: a nine of all things {raised('a nine')}",
     )
 
 
@@ -653,7 +661,7 @@ def test_a_client_whose_model_raises_fails_alone() -> None:
     pixels[world.shards[1][3]] = 255
     world = replace(world, train=replace(world.train, pixels=pixels))
     assert_only_the_second_fails(
-        experiment, world, USUAL, "ArithmeticError: blinded (federation_tools.py, line 264)"
+        experiment, world, USUAL, f"ArithmeticError: blinded {raised('blinded')}"
     )
 
 
