@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,7 +30,7 @@ from fedkd.messages import (
     encode_report,
 )
 from fedkd.orders import Failure
-from fedkd.phases import GROUP
+from fedkd.phases import installed_modules
 from fedkd.sources import digest
 from fedkd.statefiles import StateFiles
 from fedkd.states import ResidentStates
@@ -133,10 +132,10 @@ def _allowed(experiment: Experiment, context: Context) -> Experiment:
     if _is_simulated():
         return experiment
     own = experiment.replace(client_code=context.node_config.get("client-code", "none"))
-    installed = {point.module for point in entry_points(group=GROUP)}
     for key in ("client_code", "dataset", "public", "student", "teacher"):
         modules = _modules(experiment, key)
-        allowed = (*own.client_modules, *(installed if key == "client_code" else ()))
+        installed = installed_modules() if key == "client_code" else ()
+        allowed = (*own.client_modules, *installed)
         for module in modules:
             if not any(module == name or module.startswith(f"{name}.") for name in allowed):
                 raise FedkdError(

@@ -248,7 +248,7 @@ _Code = TypeVar("_Code", Term, Procedure)
 def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]) -> _Code:
     module, _, function = name.rpartition(":")
     module = module or "fedkd.losses"
-    allowed = ("fedkd.losses", "strategies", *_installed(), *client_code)
+    allowed = ("fedkd.losses", "strategies", *installed_modules(), *client_code)
     if not any(module == a or module.startswith(f"{a}.") for a in allowed):
         raise FedkdError(
             f"the instruction names {name}, but this client only runs code of {', '.join(allowed)}; "
@@ -268,7 +268,7 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
 
 
 @lru_cache(maxsize=1)
-def _installed() -> tuple[str, ...]:
+def installed_modules() -> tuple[str, ...]:
     """Return the modules of the strategies that other packages install here."""
     return tuple(sorted({point.module for point in entry_points(group=GROUP)}))
 
