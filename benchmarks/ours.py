@@ -17,6 +17,7 @@ from torch import Tensor
 from work import ALPHA, BATCH_SIZE, LEARNING_RATE, TAU, Job
 
 import fedkd
+from fedkd.callbacks import EachRound
 from fedkd.images import Images
 from fedkd.records import Row, environment
 from fedkd.world import World, world_of
@@ -138,4 +139,4 @@ def run(job: Job, engine: Literal["cohort", "flower"]) -> None:
             seconds=row["seconds"],
         )
 
-    fedkd.run(experiment(job, engine), on_round)
+    fedkd.run(experiment(job, engine), [EachRound(on_round)])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedkd import data, losses, testing
     from fedkd.baseline import central
+    from fedkd.callbacks import Callback
     from fedkd.comparison import Comparison, compare
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Callback": "callbacks",
     "CentralRun": "records",
     "Comparison": "comparison",
     "DistillationStrategy": "strategy",
@@ -37,6 +39,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Callback",
     "CentralRun",
     "Comparison",
     "DistillationStrategy",

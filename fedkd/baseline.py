@@ -6,27 +6,26 @@ the same images in the same order from the same initial weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from time import monotonic
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.cohort import Cohort, Side, stacked
+from fedkd.cohort import NORM_EVERY, Answers, Fitted
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.images import Augment, Images
-from fedkd.losses import Term, ce, kl_term
 from fedkd.models import num_parameters
-from fedkd.optimizers import OptimizerSettings
+from fedkd.pooled import Pooled, Progress, accuracies
 from fedkd.preflight import check_plan
 from fedkd.records import CentralRun, RunFolder, environment
+from fedkd.sources import digest
+from fedkd.tested import Predictions, Tested, save_models
 from fedkd.tuning import described, planned
-from fedkd.world import World, check_models, world_of
-
-Progress = Callable[[str, float], None]
-"""Called with what is going on and how far it is, 0..1."""
+from fedkd.world import check_models, who_holds_what, world_of
 
 
 def central(
@@ -63,9 +62,11 @@ def central(
     counts = ((experiment.teacher, len(seeds)), (experiment.student, 2 * len(seeds)))
     reasons = described(experiment, counts)
     experiment = planned(experiment, counts)
-    work = _Central(experiment, seeds, worlds, progress)
-    run = work.run()
-    return _saved(run, experiment, str(worlds[0].train.device), reasons) if save else run
+    alone = [experiment.replace(seed=seed, alpha=0.0) for seed in seeds]
+    distilled = [experiment.replace(seed=seed) for seed in seeds]
+    pooled = Pooled([*alone, *distilled], progress)
+    run, tested = _trained(pooled)
+    return _saved(run, tested, pooled, experiment, reasons) if save else run
 
 
 def check_central(experiment: Experiment) -> None:
@@ -84,107 +85,117 @@ def check_central(experiment: Experiment) -> None:
             raise FedkdError(f"{key} = '{names}': the central baseline trains one {key}; name one")
 
 
-class _Central:
-    """One central baseline in the making."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        seeds: Sequence[int],
-        worlds: Sequence[World],
-        progress: Progress,
-    ) -> None:
-        self.experiment = experiment
-        self.seeds = list(seeds)
-        self.world = worlds[0]
-        self.rows = [world.pooled for world in worlds]
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-        self.teachers = self._cohort(experiment.teacher_of(0), self.seeds)
-        self.students = self._cohort(experiment.student_of(0), self.seeds * 2)
-
-    def run(self) -> CentralRun:
-        """Train everything and measure it on the test set."""
-        self._train_teachers()
-        self._train_students()
-        test = self.world.test
-        taught = self.teachers.classify(test)
-        learnt = self.students.classify(test)
-        count = len(self.seeds)
-        accuracies = _accuracy(learnt, test)
-        agreement = (learnt[count:] == taught).cpu().double().mean(1)
-        return CentralRun(
-            path=None,
-            seeds=self.seeds,
-            teacher_accuracies=_accuracy(taught, test),
-            student_alone_accuracies=accuracies[:count],
-            student_accuracies=accuracies[count:],
-            agreements=[float(a) for a in agreement],
-            parameters={
-                "teacher": num_parameters(self.teachers.skeleton),
-                "student": num_parameters(self.students.skeleton),
-            },
-            test_size=len(test),
-            seconds=self.seconds,
-        )
-
-    def _cohort(self, name: str, seeds: Sequence[int]) -> Cohort:
-        states = [self.world.initial_state(name, seed) for seed in seeds]
-        return self.world.cohort(self.experiment, name, stacked(states))
-
-    def _train_teachers(self) -> None:
-        self._fit("teacher", self.teachers, {ce: 1.0}, None, self.experiment.augment)
-
-    def _train_students(self) -> None:
-        experiment, count = self.experiment, len(self.seeds)
-        device = self.world.train.device
-        alpha = torch.tensor([0.0] * count + [experiment.alpha] * count, device=device)
-        soft = kl_term(experiment.kl_reduction)
-        teacher_logits = self._teacher_logits().repeat(2, 1, 1)
-        self._fit("students", self.students, {soft: alpha, ce: 1 - alpha}, teacher_logits, "none")
-
-    def _teacher_logits(self) -> Tensor:
-        """Label each seed's own pooled images, ``[S, N, C]`` in the order of its rows."""
-        rows = self.rows
-        if all(torch.equal(rows[0], r) for r in rows):
-            return self.teachers.predict(self.world.train, rows[0])
-        whole = self.teachers.predict(self.world.train)
-        return torch.stack([logits[r] for logits, r in zip(whole, rows, strict=True)])
-
-    def _fit(
-        self,
-        what: str,
-        cohort: Cohort,
-        terms: dict[Term, float | Tensor],
-        teacher_logits: Tensor | None,
-        augment: Augment,
-    ) -> None:
-        experiment = self.experiment
-        started = monotonic()
-        copies = len(cohort) // len(self.seeds)
-        teaches = teacher_logits is None
-        cohort.fit(
-            [Side("pooled", self.world.train, self.rows * copies, terms, teacher_logits, augment)],
-            epochs=experiment.local_epochs if teaches else experiment.distill_epochs,
-            batch_size=experiment.batch_size,
-            optimizer=OptimizerSettings.of(experiment),
-            numbers={"tau": experiment.tau},
-            streams=[(seed, "central", what) for seed in self.seeds * copies],
-            progress=lambda done: self.progress(what, done),
-        )
-        self.seconds[what] = monotonic() - started
+def _trained(pooled: Pooled) -> tuple[CentralRun, Tested]:
+    """Train everything and test it; of 2 S students the first S are alone."""
+    teaching, learning = pooled.train_teachers(), pooled.train_students()
+    test = pooled.world.test
+    taught, learnt = pooled.teachers.answer(test), pooled.students.answer(test)
+    count = len(taught.classes)
+    answers = {
+        "teacher": taught,
+        "student-alone": Answers(*(each[:count] for each in learnt)),
+        "student-distilled": Answers(*(each[count:] for each in learnt)),
+    }
+    right = {model: accuracies(each.classes, test) for model, each in answers.items()}
+    agreement = answers["student-distilled"].classes == taught.classes
+    seeds = [experiment.seed for experiment in pooled.experiments[:count]]
+    run = CentralRun(
+        path=None,
+        seeds=seeds,
+        teacher_accuracies=right["teacher"],
+        student_alone_accuracies=right["student-alone"],
+        student_accuracies=right["student-distilled"],
+        agreements=[float(a) for a in agreement.cpu().double().mean(1)],
+        parameters={
+            "teacher": num_parameters(pooled.teachers.skeleton),
+            "student": num_parameters(pooled.students.skeleton),
+        },
+        test_size=len(test),
+        seconds=pooled.seconds,
+        training=_training(pooled, teaching, learning),
+        soft_label_entropy=pooled.soft_label_entropies(at_tau=False)[count:],
+        soft_label_entropy_at_tau=pooled.soft_label_entropies(at_tau=True)[count:],
+    )
+    kept = {
+        model: Predictions(each.classes.cpu(), each.confidences.cpu(), seeds)
+        for model, each in answers.items()
+    }
+    assert test.labels is not None
+    return run, Tested(test.labels.cpu(), kept)
 
 
-def _accuracy(predicted: Tensor, images: Images) -> list[float]:
-    assert images.labels is not None
-    return [float(a) for a in (predicted.cpu() == images.labels.cpu()).double().mean(1)]
+def _training(pooled: Pooled, teaching: Fitted, learning: Fitted) -> dict[str, dict[str, Any]]:
+    """Say how the training of each model went, epoch by epoch."""
+    experiment, count = pooled.experiment, len(teaching.losses)
+    on_own = pooled.training_accuracies(pooled.students)
+    found = {}
+    for model, fitted, rows, epochs, accuracy in (
+        (
+            "teacher",
+            teaching,
+            slice(None),
+            experiment.local_epochs,
+            pooled.training_accuracies(pooled.teachers),
+        ),
+        ("student-alone", learning, slice(count), experiment.distill_epochs, on_own[:count]),
+        (
+            "student-distilled",
+            learning,
+            slice(count, None),
+            experiment.distill_epochs,
+            on_own[count:],
+        ),
+    ):
+        steps = fitted.loss_by_step.shape[1] // epochs
+        norms = fitted.gradient_norm_by_step[rows]
+        found[model] = {
+            "loss": _by_epoch(fitted.loss_by_step[rows], steps, epochs, 1),
+            "gradient_norm": _by_epoch(norms, steps, epochs, NORM_EVERY),
+            "accuracy": accuracy,
+        }
+    return found
+
+
+def _by_epoch(values: Tensor, steps: int, epochs: int, every: int) -> list[list[float | None]]:
+    """Average over each epoch of `steps` what was measured at every `every`-th step, ``[S, M]``.
+
+    `None` stands for what is not finite, and for an epoch too short to have a measurement.
+    """
+    epoch = torch.arange(values.shape[1]) * every // steps
+    means = [values[:, (epoch == e).to(values.device)].mean(1).tolist() for e in range(epochs)]
+    return [
+        [value if isfinite(value) else None for value in model]
+        for model in zip(*means, strict=True)
+    ]
 
 
 def _saved(
-    run: CentralRun, experiment: Experiment, device: str, reasons: Mapping[str, str]
+    run: CentralRun,
+    tested: Tested,
+    pooled: Pooled,
+    experiment: Experiment,
+    reasons: Mapping[str, str],
 ) -> CentralRun:
     folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
-    surroundings = environment(device, torch.get_num_threads())
-    folder.write_experiment(experiment, {**surroundings, **reasons})
+    surroundings = environment(str(pooled.world.train.device), torch.get_num_threads())
+    sources = {"sources": digest(experiment)}
+    folder.write_experiment(experiment, {**surroundings, **sources, **reasons})
+    folder.write_shards(who_holds_what(pooled.world))
+    tested.save(folder.path)
+    save_models(folder.path, _models(pooled, run.seeds))
     folder.write_result(run.as_json())
-    return CentralRun(**{**run.__dict__, "path": folder.path})
+    return replace(run, path=folder.path)
+
+
+def _models(pooled: Pooled, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Return all parameters and buffers as ``<model>/<seed>/<name>``."""
+    tensors: dict[str, Tensor] = {}
+    for model, cohort, first in (
+        ("teacher", pooled.teachers, 0),
+        ("student-alone", pooled.students, 0),
+        ("student-distilled", pooled.students, len(seeds)),
+    ):
+        for row, seed in enumerate(seeds):
+            state = cohort.state(first + row)
+            tensors |= {f"{model}/{seed}/{name}": t.cpu() for name, t in state.items()}
+    return tensors

@@ -46,11 +46,20 @@ def check_report(report: Report, order: Order, world: World, student: str) -> No
 
 
 def with_known_metrics(report: Report, order: Order) -> Report:
-    """Return a report without metrics that do not follow from its order."""
-    known = {"accuracy", "own_accuracy", "agreement"}
-    for phase in order.phases:
-        known |= {f"accuracy_after_{phase.name}", f"loss_{phase.name}"}
-    return replace(report, metrics={n: v for n, v in report.metrics.items() if n in known})
+    """Return a report without metrics that do not follow from its order.
+
+    Raises:
+        FedkdError: one of the others is not in its range.
+    """
+    names = [phase.name for phase in order.phases]
+    shares = {"accuracy", "own_accuracy", "training_accuracy", "agreement"}
+    shares |= {f"accuracy_after_{name}" for name in names}
+    sizes = {f"{what}_{name}" for what in ("loss", "gradient_norm") for name in names}
+    known = {n: v for n, v in report.metrics.items() if n in shares | sizes}
+    for name, value in known.items():
+        if name in shares and not 0 <= value <= 1:
+            raise FedkdError(f"sends {name} = {value:g}, which must be 0 to 1")
+    return replace(report, metrics=known)
 
 
 def _check_labels(answer: Knowledge | None, phase: Predict, order: Order) -> None:

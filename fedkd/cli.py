@@ -197,16 +197,16 @@ _TEXT = Output()
 def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
     """Run a federation and write its run folder."""
     with start.experiment() as experiment:
-        from fedkd import display, preflight, runner
+        from fedkd import callbacks, display, preflight, runner
 
         strategy = preflight.check(experiment)
         rounds = experiment.num_server_rounds
         with output.progress(lambda: display.run_plan(experiment, strategy)) as steps:
             steps.show("starting", 0)
-            done = runner.run(
-                experiment,
-                lambda row: steps.show(display.round_line(row, rounds), row["round"] / rounds),
+            shown = callbacks.EachRound(
+                lambda row: steps.show(display.round_line(row, rounds), row["round"] / rounds)
             )
+            done = runner.run(experiment, [shown])
     output.result(
         {"path": str(done.path), **done.result},
         [display.run_line(done)],

@@ -8,7 +8,8 @@ in-process engine all of a round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from torch import Tensor
@@ -24,44 +25,89 @@ from fedkd.phases import to_text
 from fedkd.procedures import Role
 from fedkd.references import blamed, in_one_line, place
 from fedkd.stack import Stack, has_news
-from fedkd.statefiles import INITIAL, States
+from fedkd.statefiles import INITIAL, States, concatenated
 from fedkd.states import ResidentStates
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The orders of one federation.
+
+    Attributes:
+        experiment: the run.
+        orders: of any of its clients.
+        store: where these keep their states.
+    """
+
+    experiment: Experiment
+    orders: Sequence[Order]
+    store: ResidentStates
+
+
 def execute(
     experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
 ) -> list[Report | Failure]:
-    """Execute orders, stacking the clients that share architectures and phases.
-
-    No more clients than a round draws are in memory at once. A stack in which something fails is run
-    again client by client from the stored states (with the same numbers, since every draw is keyed),
-    so that only the culprit fails.
+    """Execute orders of one federation; see `execute_together`.
 
     Returns:
         One result an order, in the same sequence. States are stored only for reports.
     """
-    results: dict[int, Report | Failure] = {}
-    groups: dict[Hashable, list[Order]] = {}
+    (results,) = execute_together(world, [Part(experiment, orders, store)])
+    return results
+
+
+def execute_together(world: World, parts: Sequence[Part]) -> list[list[Report | Failure]]:
+    """Execute orders, stacking the clients that share architectures and phases.
+
+    No more clients of a federation than a round draws are in memory at once. A stack in which
+    something fails is run again federation by federation, and client by client, from the stored states
+    (with the same numbers, since every draw is keyed), so that only the culprit fails.
+
+    Args:
+        world: the data of all federations.
+        parts: of one federation each; their experiments differ in nothing or in `STACKABLE` keys.
+
+    Returns:
+        For each part one result an order, in the same sequence.
+    """
+    results: list[dict[int, Report | Failure]] = [{} for _ in parts]
+    groups: dict[Hashable, dict[int, list[Order]]] = {}
     texts: dict[int, str] = {}  # orders of one round share their phases
-    for order in orders:
-        if id(order.phases) not in texts:
-            texts[id(order.phases)] = to_text(order.phases)
-        groups.setdefault(_group_key(experiment, order, texts[id(order.phases)]), []).append(order)
-    size = experiment.clients_per_round
+    for number, part in enumerate(parts):
+        for order in part.orders:
+            if id(order.phases) not in texts:
+                texts[id(order.phases)] = to_text(order.phases)
+            kind = _group_key(part.experiment, order, texts[id(order.phases)])
+            groups.setdefault(kind, {}).setdefault(number, []).append(order)
     for group in groups.values():
-        for first in range(0, len(group), size):
-            for result in _run_or_split(experiment, world, group[first : first + size], store):
-                results[result.client] = result
-    return [results[order.client] for order in orders]
+        for some in _at_once(group, parts[0].experiment.clients_per_round):
+            chosen = {n: replace(parts[n], orders=orders) for n, orders in some.items()}
+            found = _run_or_split(world, list(chosen.values()))
+            for number, answers in zip(chosen, found, strict=True):
+                results[number].update({answer.client: answer for answer in answers})
+    return [
+        [found[order.client] for order in part.orders]
+        for part, found in zip(parts, results, strict=True)
+    ]
+
+
+def _at_once(
+    group: Mapping[int, Sequence[Order]], size: int
+) -> Iterator[dict[int, Sequence[Order]]]:
+    """Deal the orders of a group into stacks with at most `size` of each federation."""
+    for first in range(0, max(len(orders) for orders in group.values()), size):
+        dealt = {n: orders[first : first + size] for n, orders in group.items()}
+        yield {n: orders for n, orders in dealt.items() if orders}
 
 
 def _group_key(experiment: Experiment, order: Order, phases: str) -> Hashable:
     """Name what the clients of one stack have in common."""
     labels = order.knowledge if isinstance(order.knowledge, SoftLabels | Packed) else None
     return (
+        experiment.alpha == 1,  # without the hard term private images may not be looked at at all
         experiment.student_of(order.client),
         experiment.teacher_of(order.client),
         phases,
@@ -79,28 +125,30 @@ def _digest(samples: Tensor) -> str:
     return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _run_or_split(
-    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
-) -> list[Report | Failure]:
+def _run_or_split(world: World, parts: Sequence[Part]) -> list[list[Report | Failure]]:
     try:
-        results, trained, memories = _run(experiment, world, orders, store)
+        found = _run(world, parts)
     except Exception as error:
-        if experiment.plan != "loop" and _is_refused_by_vmap(error):
+        if parts[0].experiment.plan != "loop" and _is_refused_by_vmap(error):
             _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
-            return _run_or_split(experiment.replace(plan="loop"), world, orders, store)
+            loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in parts]
+            return _run_or_split(world, loops)
         # Whatever a client's model or data raises is that client's failure, never the round's.
-        if len(orders) == 1:
-            known = isinstance(error, FedkdError)
-            reason = f"{error}{place(error)}" if known else blamed(error)
-            return [Failure(orders[0].client, reason)]
-        return [
-            result for one in orders for result in _run_or_split(experiment, world, [one], store)
-        ]
-    bases = {order.client: order.base for order in orders}
-    store.memories.save(memories, orders[0].round, bases)  # a full disk is no client's failure
-    for states in trained:
-        store.put(states, orders[0].round, bases)
-    return results
+        if len(parts) > 1:
+            return [results for part in parts for results in _run_or_split(world, [part])]
+        if len(parts[0].orders) > 1:
+            alone = [replace(parts[0], orders=[order]) for order in parts[0].orders]
+            return [[result for one in alone for result in _run_or_split(world, [one])[0]]]
+        known = isinstance(error, FedkdError)
+        reason = f"{error}{place(error)}" if known else blamed(error)
+        return [[Failure(parts[0].orders[0].client, reason)]]
+    for part, (_, trained, memories) in zip(parts, found, strict=True):
+        bases = {order.client: order.base for order in part.orders}
+        round = part.orders[0].round
+        part.store.memories.save(memories, round, bases)  # a full disk is no client's failure
+        for states in trained:
+            part.store.put(states, round, bases)
+    return [results for results, _, _ in found]
 
 
 def _is_refused_by_vmap(error: Exception) -> bool:
@@ -109,52 +157,80 @@ def _is_refused_by_vmap(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("vmap" in text or "batching rule" in text)
 
 
-def _run(
-    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
-) -> tuple[list[Report | Failure], list[States], dict[int, Memory]]:
-    """Execute the orders of a group as one stack, or two where only some have news to digest.
+_Outcome = tuple[list[Report | Failure], list[States], dict[int, Memory]]
+"""Of one part: a result for each order, the new states, and the new memories by client."""
 
-    Returns:
-        A result for each order, the new states, and the new memories by client.
-    """
-    states = _starting_states(experiment, world, orders, store)
-    memories = _memories(orders, store)
-    by_client = {order.client: order for order in orders}
-    results: list[Report | Failure] = [
-        Failure(client, f"has no state of round {order.base} to start from")
-        for client, order in by_client.items()
-        if client not in states.clients
+
+def _run(world: World, parts: Sequence[Part]) -> list[_Outcome]:
+    """Execute a group's orders as one stack, or two where only some have news to digest."""
+    before = [_starting_states(world, part) for part in parts]
+    kept = [_memories(part) for part in parts]
+    outcomes: list[_Outcome] = [
+        (_lost(part, states), [], {client: memories[client] for client in states.clients})
+        for part, states, memories in zip(parts, before, kept, strict=True)
     ]
-    found = [by_client[client] for client in states.clients]
-    trained: list[States] = []
-    fresh = [has_news(o, digested) for o, digested in zip(found, states.digested, strict=True)]
-    for is_fresh in sorted(set(fresh)):
-        rows = [row for row, flag in enumerate(fresh) if flag == is_fresh]
-        some = states if len(rows) == len(fresh) else states.rows(rows)
-        mine = [found[row] for row in rows]
-        stack = Stack(
-            experiment, world, mine, some, is_fresh, [memories[order.client] for order in mine]
-        )
-        results += stack.run()
-        trained.append(some)
-    return results, trained, {client: memories[client] for client in states.clients}
+    rows = [_rows(states, part) for states, part in zip(before, parts, strict=True)]
+    for is_fresh in (False, True):
+        chosen = {n: each[is_fresh] for n, each in enumerate(rows) if each[is_fresh]}
+        if not chosen:
+            continue
+        taken = {n: _some(before[n], positions) for n, positions in chosen.items()}
+        several = len(taken) > 1
+        states = concatenated(list(taken.values())) if several else next(iter(taken.values()))
+        owners = [(n, client) for n, some in taken.items() for client in some.clients]
+        orders = [{order.client: order for order in part.orders} for part in parts]
+        reports = Stack(
+            [parts[n].experiment for n, _ in owners],
+            world,
+            [orders[n][client] for n, client in owners],
+            states,
+            is_fresh,
+            [kept[n][client] for n, client in owners],
+        ).run()
+        first = 0
+        for n, some in taken.items():
+            span = range(first, first := first + len(some))
+            outcomes[n][0].extend(reports[i] for i in span)
+            outcomes[n][1].append(states.rows(span) if several else states)
+    return outcomes
 
 
-def _memories(orders: Sequence[Order], store: ResidentStates) -> dict[int, Memory]:
+def _lost(part: Part, states: States) -> list[Report | Failure]:
+    """Return the failures of clients whose states are not there."""
+    found = set(states.clients)
+    return [
+        Failure(order.client, f"has no state of round {order.base} to start from")
+        for order in part.orders
+        if order.client not in found
+    ]
+
+
+def _rows(states: States, part: Part) -> dict[bool, list[int]]:
+    """Return which rows of a part's states have no news to digest, and which have."""
+    orders = {order.client: order for order in part.orders}
+    rows: dict[bool, list[int]] = {False: [], True: []}
+    for row, (client, digested) in enumerate(zip(states.clients, states.digested, strict=True)):
+        rows[has_news(orders[client], digested)].append(row)
+    return rows
+
+
+def _some(states: States, rows: Sequence[int]) -> States:
+    return states if len(rows) == len(states) else states.rows(rows)
+
+
+def _memories(part: Part) -> dict[int, Memory]:
     """Return what clients kept besides their models, by client."""
-    if orders[0].base == INITIAL:
-        return {order.client: {} for order in orders}
-    return store.memories.load({order.client: order.base for order in orders})
+    if part.orders[0].base == INITIAL:
+        return {order.client: {} for order in part.orders}
+    return part.store.memories.load({order.client: order.base for order in part.orders})
 
 
-def _starting_states(
-    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
-) -> States:
+def _starting_states(world: World, part: Part) -> States:
     """Return the states that the orders name, those there are; all of them, or none, are initial."""
-    bases = {order.client: order.base for order in orders}
-    first = orders[0]
+    experiment, first = part.experiment, part.orders[0]
+    bases = {order.client: order.base for order in part.orders}
     if first.base != INITIAL:
-        return store.take(bases, world.train.device)
+        return part.store.take(bases, world.train.device)
     names: dict[Role, str] = {"student": experiment.student_of(first.client)}
     if experiment.teacher_of(first.client) != "none":
         names["teacher"] = experiment.teacher_of(first.client)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,7 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.client import execute
+from fedkd.client import Part, execute_together
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
@@ -29,13 +30,13 @@ from fedkd.messages import (
     encode_introduction,
     encode_report,
 )
-from fedkd.orders import Failure
+from fedkd.orders import Failure, Order
 from fedkd.phases import installed_modules
 from fedkd.sources import digest
 from fedkd.statefiles import StateFiles
 from fedkd.states import ResidentStates
 from fedkd.transport.adapter import always_reply, error_reply
-from fedkd.world import world_of
+from fedkd.world import World, world_of
 
 app = ClientApp(mods=[always_reply])
 
@@ -62,7 +63,7 @@ def train(message: Message, context: Context) -> Message:
 def answers(
     experiment: Experiment, store: ResidentStates, contents: Sequence[tuple[int, RecordDict]]
 ) -> list[RecordDict | Failure]:
-    """Answer the messages of any number of clients, those that can share a stack side by side.
+    """Answer the messages of any number of clients of one federation.
 
     Args:
         experiment: the run.
@@ -72,24 +73,56 @@ def answers(
     Raises:
         FedkdError: an order cannot be read, or is another client's.
     """
-    world = world_of(experiment)
+    (found,) = answers_together([Sent(experiment, store, contents)])
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """What the clients of one federation were sent.
+
+    Attributes:
+        experiment: the run.
+        store: where these clients keep their states.
+        contents: each client's partition id and its message.
+    """
+
+    experiment: Experiment
+    store: ResidentStates
+    contents: Sequence[tuple[int, RecordDict]]
+
+
+def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
+    """Answer the messages of federations on the same data, those that can share a stack side by side.
+
+    Raises:
+        FedkdError: an order cannot be read, or is another client's.
+    """
+    world = world_of(sent[0].experiment)
     started = perf_counter()
-    seen: dict[Any, Knowledge | Packed | None] = {}
-    orders = [
-        decode_order(content, world.sizes, num_examples=len(world.shards[client]), seen=seen)
-        for client, content in contents
+    parts = [Part(one.experiment, _orders(one, world), one.store) for one in sent]
+    decoding = (perf_counter() - started) / sum(len(part.orders) for part in parts)
+    return [
+        [
+            result
+            if isinstance(result, Failure)
+            else encode_report(result, order.asked, world.sizes, decoding)
+            for order, result in zip(part.orders, results, strict=True)
+        ]
+        for part, results in zip(parts, execute_together(world, parts), strict=True)
     ]
-    for (client, _), order in zip(contents, orders, strict=True):
+
+
+def _orders(sent: Sent, world: World) -> list[Order]:
+    seen: dict[Any, Knowledge | Packed | None] = {}
+    orders = []
+    for client, content in sent.contents:
+        held = len(world.shards[client])
+        order = decode_order(content, world.sizes, num_examples=held, seen=seen)
         if order.client != client:
             raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
-    decoding = (perf_counter() - started) / len(orders)
-    results = execute(experiment, world, orders, store)
-    return [
-        result
-        if isinstance(result, Failure)
-        else encode_report(result, order.asked, world.sizes, decoding)
-        for order, result in zip(orders, results, strict=True)
-    ]
+        orders.append(order)
+    return orders
 
 
 def reply(message: Message, answer: RecordDict | Failure) -> Message:

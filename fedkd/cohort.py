@@ -9,13 +9,15 @@ and changes results only within floating-point tolerance.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.functional import pad
 
 from fedkd.errors import FedkdError
 from fedkd.graphs import Graphs
@@ -40,6 +42,9 @@ VECTOR = 4
 """Widths of stacked batches are multiples of it: else a client's logits begin at odd addresses, and
 matrix products round differently by where that is."""
 
+NORM_EVERY = 8
+"""Steps from one measurement of the gradient's norm to the next: a pass over all gradients costs time."""
+
 IMAGES_AT_ONCE = {True: 1000, False: 250}
 """Images a forward pass without training takes, stacked or not: measured best on a CPU."""
 
@@ -53,8 +58,10 @@ class Side:
         images: where the samples are.
         rows: int64 indices into `images`, one tensor a client.
         terms: coefficients by term, each a number or a tensor ``[K]``.
-        teacher_logits: ``[1, N, C]`` (the same for all) or ``[K, N, C]``, in the order of `rows`; N is
-            that of the client with most samples.
+        teacher_logits: ``[1, N, C]`` (the same for all) or ``[K, N, C]`` (or as many as `taught_by`
+            names), in the order of `rows`; N is that of the client with most samples.
+        taught_by: which of the `teacher_logits` each client learns from, int64 ``[K]``; default: the only
+            one, or client k from the k-th.
         augment: how images are changed as they are drawn.
         class_means: ``[1, C, D]`` or ``[K, C, D]``, for terms that ask for them.
         class_counts: ``[1, C]`` or ``[K, C]``, images behind them.
@@ -65,9 +72,35 @@ class Side:
     rows: Sequence[Tensor]
     terms: Mapping[Term, float | Tensor]
     teacher_logits: Tensor | None = None
+    taught_by: Tensor | None = None
     augment: Augment = "none"
     class_means: Tensor | None = None
     class_counts: Tensor | None = None
+
+
+class Answers(NamedTuple):
+    """What K models say of N images: classes int16 ``[K, N]``, and their probabilities ``[K, N]``."""
+
+    classes: Tensor
+    confidences: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """How training went, of K models that took up to T steps.
+
+    Attributes:
+        losses: ``[K]``, each model's mean training loss over its steps.
+        gradient_norms: ``[K]``, the Euclidean norm of the gradient of all trained parameters, mean over
+            every `NORM_EVERY`-th step.
+        loss_by_step: ``[K, T]``, NaN past a model's last step.
+        gradient_norm_by_step: ``[K, ⌈T / NORM_EVERY⌉]``, likewise.
+    """
+
+    losses: Tensor
+    gradient_norms: Tensor
+    loss_by_step: Tensor
+    gradient_norm_by_step: Tensor
 
 
 @dataclass
@@ -131,32 +164,33 @@ class Cohort:
         self,
         sides: Sequence[Side],
         *,
-        epochs: int,
+        epochs: int | Sequence[int],
         batch_size: int,
         optimizer: OptimizerSettings,
         streams: Sequence[Stream],
         numbers: Mapping[str, float | Tensor] | None = None,
         progress: Callable[[float], None] = lambda _: None,
-    ) -> Tensor:
+    ) -> Fitted:
         """Train all models in place, with a fresh optimiser each.
 
         Args:
             sides: an epoch runs over the first; every step draws a batch of each other side as well.
-            epochs: passes over the first side's samples.
+            epochs: passes over the first side's samples, of all models or of each.
             batch_size: B.
             optimizer: which one, with hyper-parameters per client where they are tensors ``[K]``.
             streams: the random stream of each client.
             numbers: what terms read from ``step.numbers``, each a number or a tensor ``[K]``.
             progress: told the share of all steps that is done, 0..1, after each.
 
-        Returns:
-            ``[K]``, each client's mean training loss over its steps.
-
         Raises:
             FedkdError: a client has no samples.
         """
         self.skeleton.train()
-        steps = [epochs * steps_per_epoch(len(rows), batch_size) for rows in sides[0].rows]
+        passes = [epochs] * len(self) if isinstance(epochs, int) else epochs
+        steps = [
+            count * steps_per_epoch(len(rows), batch_size)
+            for count, rows in zip(passes, sides[0].rows, strict=True)
+        ]
         for side in sides:
             empty = [k for k, rows in enumerate(side.rows) if not len(rows)]
             if empty:
@@ -166,19 +200,18 @@ class Cohort:
         blocks = self._blocks(order)
         kept: dict[int, _Block] = {}  # one of each size
 
-        def train(model: Stateless, clients: Sequence[int]) -> Tensor:
+        def train(model: Stateless, clients: Sequence[int]) -> Fitted:
             taken = [steps[k] for k in clients]
             block = _Block(self, model, clients, sides, batch_size, streams, taken)
             kept.setdefault(len(clients), block)
-            losses = block.train(optimizer, numbers or {}, ticked)
+            fitted = block.train(optimizer, numbers or {}, ticked)
             block.write_back()
-            return losses
+            return fitted
 
-        losses = torch.zeros(len(self), dtype=self._dtype, device=self._device)
         with matrix_products(self.precision, self._device):
-            losses[order] = torch.cat(in_lanes(train, blocks, self.skeleton, self.plan.lanes))
+            parts = in_lanes(train, blocks, self.skeleton, self.plan.lanes)
             self._record(kept.values())
-        return losses
+        return _joined(parts, order)
 
     def _record(self, blocks: Iterable[_Block]) -> None:
         """Record the steps that have run often; here, as recording and lanes do not go together."""
@@ -203,6 +236,17 @@ class Cohort:
         """Return predicted classes, int16 ``[K, N]``, without holding all logits at once."""
         # `argmax` itself is five times slower over few classes.
         return self._evaluated(images, rows, lambda z: z.max(-1).indices.to(torch.int16))
+
+    def answer(self, images: Images) -> Answers:
+        """Return the predicted classes of all images, and how sure the models are of them."""
+
+        def read(z: Tensor) -> Tensor:
+            best = z.max(-1)
+            confidences = (best.values - z.logsumexp(-1)).exp()
+            return torch.stack([best.indices.to(z.dtype), confidences], -1)
+
+        classes, confidences = self._evaluated(images, None, read).unbind(-1)
+        return Answers(classes.to(torch.int16), confidences)
 
     @property
     def _device(self) -> torch.device:
@@ -317,6 +361,60 @@ class _Progress:
             self._told(self._done / self._total)
 
 
+class _Trace:
+    """Losses and gradient norms of a block on its way.
+
+    Args:
+        steps: of each model, the most first.
+    """
+
+    def __init__(self, steps: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        shape = (len(steps), steps[0])
+        self._steps = torch.tensor(steps, device=device)
+        self._losses = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        self._norms = torch.full_like(self._losses[:, ::NORM_EVERY], torch.nan)
+        # Summed as they come: a sum over a padded axis would round by how long that is.
+        self._loss = torch.zeros(len(steps), dtype=dtype, device=device)
+        self._norm = torch.zeros_like(self._loss)
+
+    def add(self, tick: int, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """Take in a step of the first models: losses ``[active]`` and gradients ``[active, ...]``."""
+        active = len(losses)
+        self._losses[:active, tick] = losses
+        self._loss[:active] += losses
+        if tick % NORM_EVERY == 0:
+            norms = _norms([grad for grad in grads if grad is not None])
+            self._norms[:active, tick // NORM_EVERY] = norms
+            self._norm[:active] += norms
+
+    def fitted(self) -> Fitted:
+        """Return what came of it."""
+        measured = -(-self._steps // NORM_EVERY)
+        return Fitted(self._loss / self._steps, self._norm / measured, self._losses, self._norms)
+
+
+def _norms(grads: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm ``[active]`` of each model's gradient, ``[active, ...]`` by parameter."""
+    norms = torch.zeros_like(grads[0].flatten(1)[:, 0])
+    for grad in grads:
+        norms = torch.hypot(norms, torch.linalg.vector_norm(grad.flatten(1), dim=1))
+    return norms
+
+
+def _joined(parts: Sequence[Fitted], order: Sequence[int]) -> Fitted:
+    """Join blocks of models that stand in `order`, the one with most steps first."""
+    place = torch.tensor(order).argsort().to(parts[0].losses.device)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0].ndim > 1:
+            width = tensors[0].shape[1]
+            tensors = [pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tensors]
+        return torch.cat(tensors)[place]
+
+    return Fitted(**{each.name: joined(each.name) for each in fields(Fitted)})
+
+
 class _Block:
     """Some clients of a cohort through one fit: a copy of their rows, sorted by steps to take."""
 
@@ -354,8 +452,8 @@ class _Block:
         optimizer: OptimizerSettings,
         numbers: Mapping[str, float | Tensor],
         ticked: Callable[[int], None],
-    ) -> Tensor:
-        """Run every step and return the mean loss ``[block]``."""
+    ) -> Fitted:
+        """Run every step."""
         dtype, device = self._cohort._dtype, self.index.device
         self._values = {n: _spread(v, self.index, dtype) for n, v in numbers.items()}
         stepper = StackedOptimizer(
@@ -363,16 +461,16 @@ class _Block:
             optimizer.rows(self.index),
             alone=not self._cohort.plan.stacked,
         )
-        total = torch.zeros(len(self._steps), dtype=dtype, device=device)
+        trace = _Trace(self._steps, dtype, device)
         for tick in range(self._steps[0]):
             active = sum(steps > tick for steps in self._steps)
             inputs = self._inputs(tick, active)
             losses, grads = self._replayed(inputs) or self._computed(inputs, watch=tick == 0)
-            total[:active] += losses
+            trace.add(tick, losses, grads)
             with part("optimizer"):
                 stepper.step(grads, active)
             ticked(active)
-        return total / torch.tensor(self._steps, dtype=dtype, device=device)
+        return trace.fitted()
 
     def _inputs(self, tick: int, active: int) -> _Inputs:
         """Return all that the losses of a step depend on."""
@@ -537,9 +635,9 @@ class _BlockSide:
         labels = side.images.labels
         self._labels = torch.zeros_like(self._rows) if labels is None else labels[self._rows]
         self._teacher_logits = side.teacher_logits
-        self._owner = (
-            index if side.teacher_logits is not None and len(side.teacher_logits) > 1 else None
-        )
+        several = side.teacher_logits is not None and len(side.teacher_logits) > 1
+        taught_by = index if side.taught_by is None else side.taught_by.to(device)[index]
+        self._owner = taught_by if several else None
         keys = [key(*streams[k], side.name, "step") for k in clients]
         self._keys = at_steps(torch.tensor(keys, device=device), max(steps))
         means = {"class_means": side.class_means, "class_counts": side.class_counts}

@@ -92,6 +92,13 @@ class Experiment(BaseModel):
         None, ge=10, description="training images used, public set included (auto: all)"
     )
     test_size: OptionalInt = Field(None, ge=10, description="test images used (auto: all)")
+    fold: str = Field(
+        "none",
+        pattern=r"^(none|[1-9]\d*/[1-9]\d*)$",
+        description="test on this part of the training images, held out from everybody, instead of the "
+        "test set",
+        json_schema_extra={"accepted": "none, or I/N such as 2/5, with 1 ≤ I ≤ N and N ≥ 2"},
+    )
     public: str = Field(
         "train", description="public set: cut from the training split, or another data set's name"
     )
@@ -227,6 +234,14 @@ class Experiment(BaseModel):
     @classmethod
     def _refuse_other_codecs(cls, value: str) -> str:
         if not _CODECS.fullmatch(value):
+            raise ValueError("refused")
+        return value
+
+    @field_validator("fold")
+    @classmethod
+    def _refuse_other_folds(cls, value: str) -> str:
+        number, _, count = value.partition("/")
+        if value != "none" and not 1 <= int(number) <= int(count) >= 2:
             raise ValueError("refused")
         return value
 

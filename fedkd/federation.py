@@ -24,7 +24,9 @@ from torch import Tensor
 
 from fedkd.checks import check_report, with_known_metrics
 from fedkd.codecs import Reference
+from fedkd.diagnostics import described, detailed
 from fedkd.errors import FedkdError
+from fedkd.examination import collected
 from fedkd.experiment import Experiment
 from fedkd.knowledge import (
     KINDS,
@@ -35,6 +37,7 @@ from fedkd.knowledge import (
     check_answer,
     require_one,
 )
+from fedkd.memories import Memories
 from fedkd.messages import (
     HELLO,
     TRAIN,
@@ -57,7 +60,7 @@ from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
 from fedkd.statefiles import INITIAL
 from fedkd.transport.adapter import failure_reason
-from fedkd.world import World
+from fedkd.world import World, who_holds_what
 
 if TYPE_CHECKING:
     from fedkd.strategy import DistillationStrategy
@@ -168,6 +171,8 @@ class Federation:
     def run(self) -> Result:
         """Run all rounds and the closing exchange, and write the result."""
         started = monotonic()
+        if self._folder is not None:
+            self._folder.write_shards(who_holds_what(self._server.world))
         rounds = self._experiment.num_server_rounds
         for number in range(1, rounds + 1):
             messages = self.open_round(number)
@@ -405,8 +410,7 @@ class Federation:
         spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
         row = self._row(exchange, digested_round, accepted, spent)
         self.rows.append(row)
-        if self._folder is not None:
-            self._folder.append_round(row)
+        self._write(row)
         self._on_round(row)
         if self._lost >= LOST_ROUNDS:
             reasons = sorted(set(exchange.dropped.values()))
@@ -415,6 +419,23 @@ class Federation:
                 f"{LOST_ROUNDS} rounds running; the clients' reasons: {'; '.join(reasons)}"
             )
         return row
+
+    def _write(self, row: Row) -> None:
+        if self._folder is None:
+            return
+        if self._knowledge_round == row["round"] and isinstance(self._knowledge, SoftLabels):
+            said = detailed(self._knowledge, self._server.world.public_truth)
+            self._folder.append_knowledge({"round": row["round"], **said})
+        self._folder.append_round(row)
+
+    def _knowledge_fields(self) -> dict[str, Any]:
+        """Say what the soft labels of this round say, if it made any."""
+        if self._knowledge_round != self._server.round or not isinstance(
+            self._knowledge, SoftLabels
+        ):
+            return {}
+        truth = self._server.world.public_truth
+        return described(self._knowledge, truth, self._experiment.tau)
 
     def _accept(self, reports: Sequence[Report]) -> None:
         """Let the strategy update the knowledge; its memory is kept only if it succeeds."""
@@ -523,6 +544,7 @@ class Federation:
             "accepted": accepted,
             "knowledge_round": digested_round or None,
             **_metrics(exchange.reports),
+            **self._knowledge_fields(),
             "server_accuracy": self._server_accuracy(exchange),
             **exchange.up.record("up", exchange.sampled),
             **exchange.down.record("down", exchange.sampled),
@@ -560,6 +582,7 @@ class Federation:
             "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
             "own_accuracy": _mean(m["own_accuracy"] for m in final.values()),
             "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
+            **_trained(final, clients),
             "server_accuracy": self._server_accuracy(exchange),
             "reports": self._strategy.facts.reports,
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
@@ -570,8 +593,20 @@ class Federation:
             "environment": environment(device, torch.get_num_threads()),
         }
         if self._folder is not None:
+            self._collect(final)
             self._folder.write_result(result)
         return result
+
+    def _collect(self, answered: Iterable[int]) -> None:
+        """Bring together what the models answered on the test images, where clients share our disk."""
+        assert self._folder is not None
+        memories = Memories(self._folder.path / "clients" / "memory")
+        labels = self._server.world.test.labels
+        assert labels is not None
+        closing = dict.fromkeys(answered, self._server.round + 1)
+        tested = collected(memories, closing, labels.cpu())
+        if tested is not None:
+            tested.save(self._folder.path)
 
     def _flower_result(self, result: Mapping[str, Any]) -> Result:
         """Tell Flower's users by round what the run folder says in full."""
@@ -580,6 +615,14 @@ class Federation:
             flower.train_metrics_clientapp[row["round"]] = plain_numbers(row)
         flower.evaluate_metrics_clientapp[len(self.rows)] = plain_numbers(result)
         return flower
+
+
+def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -> dict[str, Any]:
+    """Return accuracies on private training images, of those clients that told theirs."""
+    told = [final.get(client, {}).get("training_accuracy") for client in clients]
+    known = [accuracy for accuracy in told if accuracy is not None]
+    mean = _mean(known) if known else None
+    return {"training_accuracy": mean, "client_training_accuracy": told}
 
 
 def plain_numbers(row: Mapping[str, Any]) -> MetricRecord:

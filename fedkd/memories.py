@@ -20,6 +20,9 @@ from fedkd.statefiles import DTYPES, StateFiles, States
 _KEPT = "kept"
 """The role under which a memory's tensors stand in a file of states."""
 
+TESTED = "tested-"
+"""Begins the name under which a client keeps what a model of its answered on the test images."""
+
 Memory = dict[str, State]
 """What one client keeps: tensors by name, by the name of what they are for."""
 

@@ -44,6 +44,20 @@ class OptimizerSettings:
             experiment.weight_decay,
         )
 
+    @classmethod
+    def of_all(cls, experiments: Sequence[Experiment]) -> OptimizerSettings:
+        """Return the settings of models that belong to one experiment each.
+
+        Args:
+            experiments: K of them, of one optimiser.
+        """
+        return cls(
+            experiments[0].optimizer,
+            shared(experiments, "learning_rate"),
+            shared(experiments, "momentum"),
+            shared(experiments, "weight_decay"),
+        )
+
     def rows(self, rows: Tensor) -> OptimizerSettings:
         """Return the settings of the clients `rows` (int64 ``[A]``)."""
 
@@ -53,6 +67,13 @@ class OptimizerSettings:
         return OptimizerSettings(
             self.name, pick(self.learning_rate), pick(self.momentum), pick(self.weight_decay)
         )
+
+
+def shared(experiments: Sequence[Experiment], key: str) -> float | Tensor:
+    """Return a number that all experiments share, which is faster, or else one each: float64 ``[K]``."""
+    values = [getattr(experiment, key) for experiment in experiments]
+    alike = len(set(values)) == 1
+    return values[0] if alike else torch.tensor(values, dtype=torch.float64)
 
 
 class StackedOptimizer:

@@ -11,8 +11,9 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -129,8 +130,17 @@ class RunFolder:
     @property
     def version(self) -> str | None:
         """The version of fedkd that wrote it, if it says so."""
+        return self._said("fedkd")
+
+    @property
+    def sources(self) -> str | None:
+        """The digest of the code that wrote it, if it says so; see `fedkd.sources`."""
+        return self._said("sources")
+
+    def _said(self, name: str) -> str | None:
+        """Read one of the comments at the head of ``experiment.toml``."""
         text = (self.path / "experiment.toml").read_text(encoding="utf-8")
-        found = re.search(r"^# fedkd: (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^# {name}: (\S+)$", text, re.MULTILINE)
         return found[1] if found else None
 
     def write_experiment(self, experiment: Experiment, surroundings: Mapping[str, Any]) -> None:
@@ -141,20 +151,46 @@ class RunFolder:
 
     def append_round(self, row: Row) -> None:
         """Append a round's record and force it to the disk."""
-        line = json.dumps(row, allow_nan=False)
+        self._append("rounds.jsonl", row)
+
+    def append_knowledge(self, said: Mapping[str, Any]) -> None:
+        """Append to ``knowledge.jsonl`` what the soft labels of a round say."""
+        self._append("knowledge.jsonl", said)
+
+    def _append(self, name: str, value: Mapping[str, Any]) -> None:
+        line = json.dumps(value, allow_nan=False)
         try:
-            with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise FedkdError(
-                f"{self.path}/rounds.jsonl cannot be written: {error.strerror}"
-            ) from error
+            raise FedkdError(f"{self.path}/{name} cannot be written: {error.strerror}") from error
+
+    def write_shards(self, counts: Mapping[str, Any]) -> None:
+        """Write ``shards.json``: who holds how many images of which class."""
+        write_json(self.path / "shards.json", dict(counts))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``: the run is complete once this is there."""
         write_json(self.path / "result.json", dict(result))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say what is wrong with a run folder that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        missing = Path(error.filename or "").name
+        raise FedkdError(f"{folder} holds no finished run: {missing} is missing") from None
+    except json.JSONDecodeError as error:
+        raise FedkdError(f"{folder}: a record is not valid JSON ({error})") from None
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    with _reading(folder):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _names(name: str | None, default: str) -> Iterable[str]:
@@ -190,16 +226,10 @@ class Run:
             FedkdError: there is no finished run in it.
         """
         folder = Path(path)
-        try:
+        with _reading(folder):
             lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            return cls(folder, [json.loads(line) for line in lines], result)
-        except OSError as error:
-            raise FedkdError(
-                f"{folder} holds no finished run: {Path(error.filename or '').name} is missing"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise FedkdError(f"{folder}: a record is not valid JSON ({error})") from None
+            rows = [json.loads(line) for line in lines]
+            return cls(folder, rows, _read_json(folder / "result.json", folder))
 
     @property
     def experiment(self) -> Experiment:
@@ -246,6 +276,11 @@ class CentralRun:
         parameters: of ``{"teacher": ..., "student": ...}``.
         test_size: test images behind every accuracy.
         seconds: by phase, all seeds together.
+        training: by model (``teacher``, ``student-alone``, ``student-distilled``): mean ``loss`` and
+            ``gradient_norm`` of each epoch, ``[S][E]`` (`None` where not finite or not measured), and
+            ``accuracy`` on its own training images, ``[S]``.
+        soft_label_entropy: mean entropy in nats of the teachers' soft labels, ``[S]``.
+        soft_label_entropy_at_tau: the same at the temperature τ.
     """
 
     path: Path | None
@@ -257,6 +292,31 @@ class CentralRun:
     parameters: dict[str, int]
     test_size: int
     seconds: dict[str, float]
+    training: dict[str, dict[str, Any]] = field(repr=False)
+    soft_label_entropy: list[float]
+    soft_label_entropy_at_tau: list[float]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a run folder.
+
+        Raises:
+            FedkdError: there is no finished central run in it.
+        """
+        folder = Path(path)
+        result = _read_json(folder / "result.json", folder)
+        names = [each.name for each in fields(cls) if each.name != "path"]
+        missing = [name for name in names if name not in result]
+        if missing:
+            raise FedkdError(f"{folder} holds no central run: no {missing[0]} in result.json")
+        return cls(folder, **{name: result[name] for name in names})
+
+    @property
+    def experiment(self) -> Experiment:
+        """What was run; its seed is none of `seeds`."""
+        if self.path is None:
+            raise FedkdError("this central run was not saved")
+        return RunFolder(self.path).experiment
 
     @property
     def teacher_accuracy(self) -> float:
@@ -281,12 +341,8 @@ class CentralRun:
     def as_json(self) -> dict[str, Any]:
         """Return what ``result.json`` holds."""
         plural = {
-            name: getattr(self, name)
-            for name in (
-                "seeds", "teacher_accuracies", "student_alone_accuracies", "student_accuracies",
-                "agreements", "parameters", "test_size", "seconds",
-            )
-        }  # fmt: skip
+            each.name: getattr(self, each.name) for each in fields(self) if each.name != "path"
+        }
         return {
             "teacher_accuracy": self.teacher_accuracy,
             "student_alone_accuracy": self.student_alone_accuracy,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 
 import torch
 
 from fedkd.allocator import keep_freed_memory
+from fedkd.callbacks import Callback, Callbacks
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.preflight import check, default_name
-from fedkd.records import Row, Run, RunFolder, environment
+from fedkd.records import Run, RunFolder, environment
 from fedkd.registry import recorded
+from fedkd.sources import digest
 from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
@@ -20,13 +22,13 @@ from fedkd.world import resolve_device
 _ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
 
 
-def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None) -> Run:
+def run(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
     """Run a federated experiment.
 
     Args:
         experiment: what to run. Its folder ``<run-dir>/<name>`` must not exist; without a name one is
             made up from strategy, data set and seed.
-        on_round: called with each round's record, once that is on disk.
+        callbacks: told of the run as it goes; see `fedkd.callbacks`.
 
     Returns:
         The finished run, read back from its folder.
@@ -37,6 +39,55 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
     """
     keep_freed_memory()
     strategy = check(experiment)
+    with Callbacks(callbacks) as told:
+        folder, named = _prepared(experiment, strategy)
+        told.on_run_start(named, folder.path)
+        engine = import_module(_ENGINES[experiment.engine])
+        engine.run(strategy, named, folder, told.on_round_end)
+        done = Run.load(folder.path)
+        told.on_run_end(done)
+    return done
+
+
+def run_side_by_side(
+    experiments: Sequence[Experiment], callbacks: Iterable[Callback] = ()
+) -> list[Run | Exception]:
+    """Run federations on the same data, their clients in one stack of models.
+
+    Args:
+        experiments: of the in-process engine without workers; they differ in the keys of
+            `fedkd.stack.STACKABLE`, the seed (of the same shards) and the name alone.
+        callbacks: told of every round of all of them, as it ends.
+
+    Returns:
+        The finished runs, or what ended one early. Their numbers are those of runs alone, within
+        floating-point tolerance.
+
+    Raises:
+        FedkdError: an experiment is not right, or differs in other keys; nothing has been written.
+    """
+    keep_freed_memory()
+    strategies = [check(experiment) for experiment in experiments]
+    prepared = [
+        _prepared(experiment, strategy)
+        for experiment, strategy in zip(experiments, strategies, strict=True)
+    ]
+    together = import_module("fedkd.engines.together")
+    with Callbacks(callbacks) as told:
+        planned = [
+            together.Planned(strategy, named, folder, told.on_round_end)
+            for strategy, (folder, named) in zip(strategies, prepared, strict=True)
+        ]
+        ended = together.run_together(planned)
+    return [
+        error or Run.load(folder.path) for error, (folder, _) in zip(ended, prepared, strict=True)
+    ]
+
+
+def _prepared(
+    experiment: Experiment, strategy: DistillationStrategy
+) -> tuple[RunFolder, Experiment]:
+    """Make the run folder, and say in it what is run: all that was left open is decided."""
     folder = RunFolder.create(experiment, default_name(experiment, strategy))
     named = experiment.replace(
         name=folder.path.name,
@@ -45,10 +96,10 @@ def run(experiment: Experiment, on_round: Callable[[Row], None] = lambda _: None
         **recorded(experiment, strategy),
     )
     surroundings = environment(named.device, torch.get_num_threads())
-    said = {**surroundings, **described(experiment), **_codec(experiment, strategy)}
+    sources = {"sources": digest(experiment)}
+    said = {**surroundings, **sources, **described(experiment), **_codec(experiment, strategy)}
     folder.write_experiment(named, said)
-    import_module(_ENGINES[experiment.engine]).run(strategy, named, folder, on_round)
-    return Run.load(folder.path)
+    return folder, named
 
 
 def _codec(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:

@@ -10,6 +10,7 @@ from fedkd.experiment import Experiment
 from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
 from fedkd.registry import recorded
+from fedkd.sources import digest
 from fedkd.transport.simulation import guarded
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
@@ -29,6 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))
     device = str(resolve_device(named.device))
-    folder.write_experiment(named, {**environment(device, torch.get_num_threads()), **reasons})
+    surroundings = environment(device, torch.get_num_threads())
+    folder.write_experiment(named, {**surroundings, "sources": digest(named), **reasons})
     with guarded(grid) as guarded_grid:
         strategy.open(guarded_grid, named, folder).run()

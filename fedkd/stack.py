@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedkd.codecs import PLAIN, Packed, Reference
-from fedkd.cohort import Cohort, Side, State
+from fedkd.cohort import Answers, Cohort, Side, State
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, Output, SoftLabels, Weights
 from fedkd.losses import Term, kl_term
-from fedkd.memories import Memory, check_kept
-from fedkd.optimizers import OptimizerSettings
+from fedkd.memories import TESTED, Memory, check_kept
+from fedkd.optimizers import OptimizerSettings, shared
 from fedkd.orders import Order, Report
 from fedkd.phases import (
     Apply,
@@ -49,14 +49,29 @@ def has_news(order: Order, digested: int) -> bool:
     return order.knowledge is not None and not empty and order.knowledge_round > digested
 
 
+STACKABLE = (
+    "alpha", "tau", "learning_rate", "momentum", "weight_decay", "local_epochs", "distill_epochs",
+)  # fmt: skip
+"""Keys of the experiment that may differ between clients that train side by side."""
+
+
 @dataclass
 class Stack:
     """Clients with the same architectures and phases, executing one order each as one cohort.
 
-    Their states are trained in place.
+    Their states are trained in place. They may be of several federations on the same data, whose
+    experiments then differ in `STACKABLE` keys alone.
+
+    Attributes:
+        experiments: of each client.
+        world: the data.
+        orders: of each client.
+        states: of each client.
+        is_fresh: whether they have knowledge to digest that is new to them.
+        memories: what each client keeps besides.
     """
 
-    experiment: Experiment
+    experiments: Sequence[Experiment]
     world: World
     orders: list[Order]
     states: States
@@ -70,6 +85,7 @@ class Stack:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.experiment = self.experiments[0]
         self.first = self.orders[0]
         self.clients = self.states.clients
         self.shards = [self.world.shards[k] for k in self.clients]
@@ -139,7 +155,7 @@ class Stack:
                 self._run_phase(phase, position)
                 self._spend(phase.name, monotonic() - started)
             if self.first.evaluate == "end":
-                self._record_accuracy("accuracy", "student")
+                self._examine()
             self._check_names_kept(kept)
             packed = self._all_packed()
         for name, spent in parts.items():
@@ -173,8 +189,9 @@ class Stack:
             self._send()
 
     def _reset(self) -> None:
-        initial = self.world.initial_state(self._architecture("student"), self.experiment.seed)
-        for row in range(len(self.orders)):
+        name = self._architecture("student")
+        for row, experiment in enumerate(self.experiments):
+            initial = self.world.initial_state(name, experiment.seed)
             self.cohorts["student"].load(row, initial)
         self.is_fresh = has_news(self.first, INITIAL)
 
@@ -214,7 +231,7 @@ class Stack:
         train, shard, received = self.world.train, self.shards[row], self.knowledge[row]
         assert train.labels is not None
         rows = shard.to(train.device)
-        where = self.experiment.seed, self.clients[row], self.first.round, stream
+        where = self.experiments[row].seed, self.clients[row], self.first.round, stream
 
         def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
             return self.role(model).only(row).predict(self.world.public, samples)[0]
@@ -233,21 +250,24 @@ class Stack:
         sides = self._sides(phase)
         if not sides:
             return
-        experiment = self.experiment
         stream = f"{phase.name} {self._occurrence(position)}"
-        default = experiment.distill_epochs if phase.public else experiment.local_epochs
-        losses = self.role(phase.model).fit(
+        key = "distill_epochs" if phase.public else "local_epochs"
+        default = [getattr(experiment, key) for experiment in self.experiments]
+        fitted = self.role(phase.model).fit(
             sides,
             epochs=default if phase.epochs is None else phase.epochs,
-            batch_size=experiment.batch_size,
-            optimizer=OptimizerSettings.of(experiment),
-            numbers={"tau": experiment.tau, **phase.numbers},
+            batch_size=self.experiment.batch_size,
+            optimizer=OptimizerSettings.of_all(self.experiments),
+            numbers={"tau": shared(self.experiments, "tau"), **phase.numbers},
             streams=[
-                (experiment.seed, client, self.first.round, stream) for client in self.clients
+                (experiment.seed, client, self.first.round, stream)
+                for experiment, client in zip(self.experiments, self.clients, strict=True)
             ],
         )
-        for metrics, loss in zip(self.metrics, losses.tolist(), strict=True):
-            metrics[f"loss_{phase.name}"] = loss
+        told = {"loss": fitted.losses, "gradient_norm": fitted.gradient_norms}
+        for name, values in told.items():
+            for metrics, value in zip(self.metrics, values.tolist(), strict=True):
+                metrics[f"{name}_{phase.name}"] = value
         if any(side.teacher_logits is not None for side in sides):
             self.states.digested = [self.first.knowledge_round] * len(self.orders)
         if not self._is_evaluated(position):
@@ -277,7 +297,7 @@ class Stack:
             public = public if teaches else {}
         if self.world.public.labels is None and public:
             # Cross entropy needs labels: a private batch in the same step has them.
-            hard = {t: c for t, c in public.items() if t.needs is None and c != 0}
+            hard = {t: c for t, c in public.items() if t.needs is None and _counts(c)}
             private = {t: private.get(t, 0) + hard.get(t, 0) for t in {**hard, **private}}
             public = {t: c for t, c in public.items() if t.needs is not None}
         sides = []
@@ -303,14 +323,16 @@ class Stack:
             )
         if any(term.needs == "logits" for term in terms) and labels[0].space != "logits":
             raise FedkdError("a term needs logits, and probabilities were received")
-        shared = all(each is labels[0] for each in labels)
-        logits = [each.logits[0] for each in (labels[:1] if shared else labels)]
+        different = {id(each): each for each in labels}  # most share one
+        place = {which: n for n, which in enumerate(different)}
+        logits = [each.logits[0] for each in different.values()]
         return Side(
             "public",
             public,
             [each.samples for each in labels],
             terms,
             pad_sequence(logits, batch_first=True).to(public.device, public.dtype),
+            torch.tensor([place[id(each)] for each in labels]),
         )
 
     def _private_side(self, terms: dict[Term, float | Tensor]) -> Side:
@@ -329,7 +351,8 @@ class Stack:
 
     def _terms(self, named: Mapping[str, Coefficient]) -> dict[Term, float | Tensor]:
         """Resolve a fit's terms; those whose knowledge has not come, or is old, are left out."""
-        values = {"alpha": self.experiment.alpha, "1-alpha": 1 - self.experiment.alpha}
+        alpha = shared(self.experiments, "alpha")
+        values = {"alpha": alpha, "1-alpha": 1 - alpha}
         terms: dict[Term, float | Tensor] = {}
         for name, coefficient in named.items():
             term = self._term(name)
@@ -434,9 +457,43 @@ class Stack:
             metrics["agreement"] = float((mine[places] == taught[id(each)]).double().mean())
 
     def _record_accuracy(self, name: str, role: Role) -> None:
-        """Record accuracy on the test set, and weighted by the client's own label distribution."""
+        """Test the models in a role after a phase."""
+        predicted = self._by_means(role) if self.by_means else None
+        if predicted is None:
+            predicted = self.role(role).classify(self.world.test)
+        self._record_predicted(name, predicted)
+
+    def _examine(self) -> None:
+        """Test all models at the end: what they answer stays with the client, as `tested` finds it."""
+        for role, cohort in self.cohorts.items():
+            answers = cohort.answer(self.world.test)
+            if role == "student":
+                if self.by_means:
+                    classes = self._by_means("student").to(torch.int16)
+                    answers = Answers(classes, torch.full_like(answers.confidences, torch.nan))
+                self._record_predicted("accuracy", answers.classes)
+            for memory, classes, confidences in zip(self.memories, *answers, strict=True):
+                kept = {"classes": classes, "confidences": confidences.to(torch.float16)}
+                _remember(memory, f"{TESTED}{role}", kept)
+        self._record_training_accuracy()
+
+    def _record_training_accuracy(self) -> None:
+        """Record the students' accuracy on their own private images."""
+        train, students = self.world.train, self.cohorts["student"]
+        assert train.labels is not None
+        for row, (metrics, shard) in enumerate(zip(self.metrics, self.shards, strict=True)):
+            rows = shard.to(train.device)
+            right = students.only(row).classify(train, rows)[0] == train.labels[rows]
+            metrics["training_accuracy"] = float(right.double().mean())
+
+    def _record_predicted(self, name: str, predicted: Tensor) -> None:
+        """Record accuracy on the test set, and weighted by the client's own label distribution.
+
+        Args:
+            name: of the accuracy.
+            predicted: classes ``[K, N]`` of the test images.
+        """
         test, classes = self.world.test, self.world.num_classes
-        predicted = self._by_means(role) if self.by_means else self.role(role).classify(test)
         right = correct_by_class(predicted, test, classes)
         # Over the classes that the test set has; a shard without any of them counts evenly.
         counts = self.world.private_label_counts[self.clients].double() * (right.total > 0)
@@ -458,6 +515,11 @@ def experiment_term(name: str, experiment: Experiment) -> Term:
     if name == "kl":
         return kl_term(experiment.kl_reduction)
     return resolve_term(name, experiment.client_modules)
+
+
+def _counts(coefficient: float | Tensor) -> bool:
+    """Whether a term with this coefficient, or these, adds anything."""
+    return bool((torch.as_tensor(coefficient) != 0).any())
 
 
 def _reference(memory: Memory, direction: str) -> Reference | None:

@@ -78,7 +78,13 @@ class States:
 
     def rows(self, positions: Sequence[int]) -> States:
         """Copy the states at some positions of the stack."""
-        return gather([(self, positions)], [self.clients[i] for i in positions])
+        index = torch.tensor(positions, dtype=torch.int64)
+        models = {
+            role: {name: tensor[index.to(tensor.device)] for name, tensor in model.items()}
+            for role, model in self.models.items()
+        }
+        clients, digested = ([each[i] for i in positions] for each in (self.clients, self.digested))
+        return States(clients, models, digested)
 
     def to(self, device: torch.device) -> States:
         """Return these states on a device: the very tensors where they are there already."""
@@ -87,6 +93,16 @@ class States:
             for role, model in self.models.items()
         }
         return States(self.clients, models, self.digested)
+
+
+def concatenated(parts: Sequence[States]) -> States:
+    """Copy stacks with the same roles and parameters one behind the other."""
+    models: dict[str, State] = {
+        role: {name: torch.cat([part.models[role][name] for part in parts]) for name in model}
+        for role, model in parts[0].models.items()
+    }
+    clients = [client for part in parts for client in part.clients]
+    return States(clients, models, [number for part in parts for number in part.digested])
 
 
 def join(parts: Sequence[States], clients: Sequence[int]) -> States:

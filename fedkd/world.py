@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class World:
         shards: each client's private images, int64 indices into `train`.
         pooled: the training images whose labels anybody holds: all shards, and a labelled public set.
         private_label_counts: int64 ``[K, C]``.
+        class_names: one for each class.
+        public_truth: true classes of the public images, int64 ``[P]`` on the CPU, for measurements alone,
+            which know them even where nobody in the federation does; `None` where they are of other
+            classes.
     """
 
     num_classes: int
@@ -50,6 +55,8 @@ class World:
     shards: tuple[Tensor, ...]
     pooled: Tensor
     private_label_counts: Tensor
+    class_names: tuple[str, ...]
+    public_truth: Tensor | None
     _plans: dict[tuple[str, str], Plan] = field(default_factory=dict, repr=False)
     _graphs: dict[str, Graphs] = field(default_factory=dict, repr=False)
     _skeletons: dict[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -104,6 +111,18 @@ class World:
         return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
 
 
+def who_holds_what(world: World) -> dict[str, Any]:
+    """Count the images of each class that each party holds: what ``shards.json`` says."""
+    classes, truth = world.num_classes, world.public_truth
+    assert world.test.labels is not None
+    return {
+        "classes": list(world.class_names),
+        "counts": world.private_label_counts.tolist(),
+        "public": None if truth is None else truth.bincount(minlength=classes).tolist(),
+        "test": world.test.labels.cpu().bincount(minlength=classes).tolist(),
+    }
+
+
 def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> None:
     """Build every model that `keys` (such as ``"student"``) name, before any work.
 
@@ -152,7 +171,7 @@ def world_of(experiment: Experiment) -> World:
 
 
 _DATA_KEYS = (
-    "dataset", "data_dir", "train_size", "test_size", "public", "public_size", "public_labels",
+    "dataset", "data_dir", "train_size", "test_size", "fold", "public", "public_size", "public_labels",
     "partition", "partition_alpha", "classes_per_client", "min_partition_size", "num_clients",
 )  # fmt: skip
 """What the data depend on, besides the split's seed and the device."""
@@ -163,10 +182,13 @@ def _world(experiment: Experiment) -> World:
     """Build the data of an experiment of which all other keys are at their defaults."""
     source = data.load(experiment.dataset, experiment.data_dir)
     train = _subset(source, "train", experiment.train_size, experiment.device)
-    test = _subset(source, "test", experiment.test_size, experiment.device)
+    if experiment.fold == "none":
+        test = _subset(source, "test", experiment.test_size, experiment.device)
+    else:
+        train, test = _held_out(train, experiment.fold)
     assert train.labels is not None
     labels = train.labels.cpu()
-    public, private_rows = _public(experiment, source, train, labels)
+    public, public_truth, private_rows = _public(experiment, source, train, labels)
     dealt = partition(
         labels[private_rows],
         kind=experiment.partition,
@@ -187,19 +209,42 @@ def _world(experiment: Experiment) -> World:
         shards=shards,
         pooled=torch.arange(len(train)) if experiment.public_labels else private_rows,
         private_label_counts=label_counts(labels, list(shards), source.num_classes),
+        class_names=source.class_names,
+        public_truth=public_truth,
     )
 
 
 def _public(
     experiment: Experiment, source: data.Dataset, train: Images, labels: Tensor
-) -> tuple[Images, Tensor]:
-    """Return the public images, and which training images stay private."""
+) -> tuple[Images, Tensor | None, Tensor]:
+    """Return the public images, their true classes, and which training images stay private."""
     size = len(train) // 5 if experiment.public_size is None else experiment.public_size
     if experiment.public != "train":
-        return _foreign(experiment, size, source), torch.arange(len(train))
+        return _foreign(experiment, size, source), None, torch.arange(len(train))
     public_rows, private_rows = split_public(labels, size, experiment.split_seed)
     rows = public_rows.to(train.device)
-    return train.keep(rows, labelled=experiment.public_labels), private_rows
+    images = train.keep(rows, labelled=experiment.public_labels)
+    return images, labels[public_rows], private_rows
+
+
+def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
+    """Split the training images into those that are left and the images of a fold.
+
+    Folds have equal shares of every class, within one image, and do not depend on any seed.
+    """
+    assert train.labels is not None
+    number, count = (int(part) for part in fold.split("/"))
+    labels = train.labels.cpu()
+    fold_of = torch.empty_like(labels)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        drawn = permutation(len(rows), "fold", label)
+        # Classes begin at different folds, so that what does not divide evenly is spread over them.
+        fold_of[rows[drawn]] = (torch.arange(len(rows)) + label) % count
+    chosen = (fold_of == number - 1).to(train.device)
+    if not chosen.any() or chosen.all():
+        raise FedkdError(f"fold = '{fold}': {len(labels)} training images have no such part")
+    return train.keep((~chosen).nonzero().flatten()), train.keep(chosen.nonzero().flatten())
 
 
 def _subset(source: data.Dataset, split: str, size: int | None, device: str) -> Images:

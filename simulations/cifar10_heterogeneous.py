@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fedkd
+from fedkd.callbacks import EachRound
 from fedkd.records import Row, Run
 
 EXPERIMENT = fedkd.Experiment(
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = {}
     for label, strategy in (("local only", "LocalOnly"), ("FedMD", "FedMD")):
         console.print(f"{label} ...")
-        runs[label] = fedkd.run(experiment.replace(strategy=strategy), on_round=say)
+        runs[label] = fedkd.run(experiment.replace(strategy=strategy), [EachRound(say)])
     console.print(_table(experiment, runs))
 
 

@@ -144,7 +144,20 @@ def test_the_gap_closed_is_na_where_there_is_no_gap() -> None:
     assert gap_closed(0.95, 0.90, 0.98) == pytest.approx(0.625)
     assert gap_closed(0.95, 0.98, 0.90) is None
     assert gap_closed(0.95, 0.9, 0.9) is None
-    run = CentralRun(None, [0, 1], [0.98, 0.96], [0.9, 0.92], [0.95, 0.95], [1.0, 1.0], {}, 7, {})
+    run = CentralRun(
+        None,
+        [0, 1],
+        [0.98, 0.96],
+        [0.9, 0.92],
+        [0.95, 0.95],
+        [1.0, 1.0],
+        {},
+        7,
+        {},
+        {},
+        [1.0, 1.0],
+        [2.0, 2.0],
+    )
     assert run.gap_closed == pytest.approx((0.95 - 0.91) / (0.97 - 0.91))
 
 

@@ -727,7 +727,9 @@ def test_testing_is_done_when_it_is_asked_for() -> None:
         (metrics,) = {frozenset(r.metrics) for r in reports(results)}
         return set(metrics)
 
-    losses = {"loss_digest", "loss_revisit"}
+    losses = {
+        f"{of}_{phase}" for of in ("loss", "gradient_norm") for phase in ("digest", "revisit")
+    }
     assert names("none") == losses
     assert names("phases") == losses | {
         "accuracy_after_digest", "accuracy_after_revisit", "own_accuracy", "agreement"
@@ -742,7 +744,7 @@ def test_after_the_last_training_phase_alone() -> None:
     def names(*phases: Phase, base: int = INITIAL, **order: Any) -> set[str]:
         results, _ = run(tiny(), phases, asked=ROWS, base=base, evaluate="last", **order)
         (metrics,) = {frozenset(r.metrics) for r in reports(results)}
-        return {name for name in metrics if not name.startswith("loss_")}
+        return {name for name in metrics if not name.startswith(("loss_", "gradient_norm_"))}
 
     news: dict[str, Any] = {"knowledge": received(), "knowledge_round": 1}
     assert names(*USUAL, **news) == {"accuracy_after_revisit", "own_accuracy"}

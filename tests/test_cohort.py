@@ -280,7 +280,7 @@ def fit(
         optimizer=optimizer_of(name, clients),
         streams=[stream(k) for k in clients],
         numbers=numbers,
-    )
+    ).losses
 
 
 def assert_equal_states(given: State, expected: Mapping[str, Tensor], tolerance: float) -> None:

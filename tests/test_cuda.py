@@ -174,7 +174,7 @@ def fit(
         streams=[(13, k) for k in range(K)],
         numbers={"tau": 2.0},
         progress=progress,
-    )
+    ).losses
 
 
 def trained(name: str, plan: Plan, device: torch.device, **more: Any) -> tuple[Tensor, State]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fedkd
 from fedkd import federation
+from fedkd.callbacks import EachRound
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
@@ -210,7 +211,7 @@ def test_a_run_is_in_its_folder_when_it_comes_back(tmp_path: Path) -> None:
     experiment = tiny(
         strategy="ds-fl", num_server_rounds=2, plan="stacked", run_dir=str(tmp_path), name="mine"
     )
-    found = run(experiment, seen.append)
+    found = run(experiment, [EachRound(seen.append)])
     assert found.path == tmp_path / "mine"
     assert found.rounds == seen
     assert Run.load(tmp_path / "mine") == found

@@ -276,7 +276,7 @@ def fitted(
             optimizer=given.optimizer,
             streams=[(13, k, n) for k in range(clients)],
             numbers=given.numbers,
-        )
+        ).losses
         left += [losses, *(t.clone() for t in stack.values())]
     return left
 

@@ -88,7 +88,7 @@ def fit(cohort: Cohort) -> Tensor:
         optimizer=OptimizerSettings("sgd", 0.01),
         streams=[(13, k) for k in range(K)],
         numbers={"tau": 2.0},
-    )
+    ).losses
 
 
 def trained(

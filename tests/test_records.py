@@ -221,6 +221,9 @@ def test_a_central_run_gives_means_over_its_seeds() -> None:
         parameters={"teacher": 7, "student": 3},
         test_size=11,
         seconds={"teacher": 1.0},
+        training={},
+        soft_label_entropy=[1.0, 1.1, 1.2],
+        soft_label_entropy_at_tau=[2.0, 2.1, 2.2],
     )
     assert run.teacher_accuracy == pytest.approx(0.95)
     assert run.student_alone_accuracy == pytest.approx(0.6)

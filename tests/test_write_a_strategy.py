@@ -18,6 +18,7 @@ from flwr.app import Context, Message, RecordDict
 
 import fedkd
 from fedkd import client_app
+from fedkd.callbacks import EachRound
 from fedkd.cli import main
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -448,7 +449,7 @@ def test_what_client_code_raises_has_its_place(
     experiment = bad(folder, f"    def phases(self, round):\n        return {phases}\n")
     rows: list[Any] = []
     with pytest.raises(FedkdError, match=rf"round 3: .*ValueError: oh \(bad_rule\.py, line {line}"):
-        fedkd.run(experiment.replace(plan=plan, num_server_rounds=5), rows.append)
+        fedkd.run(experiment.replace(plan=plan, num_server_rounds=5), [EachRound(rows.append)])
     reasons = rows[0]["dropped"]
     assert list(reasons) == ["0", "1", "2"]
     assert all(
@@ -467,7 +468,8 @@ def test_a_long_reason_keeps_its_place(folder: Path) -> None:
     rows: list[Any] = []
     with pytest.raises(FedkdError, match="no quorum"):
         fedkd.run(
-            Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}), rows.append
+            Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}),
+            [EachRound(rows.append)],
         )
     assert all(r.endswith("(bad_rule.py, line 16)") for r in rows[0]["dropped"].values())
 
@@ -482,7 +484,8 @@ def test_a_term_of_another_shape_is_refused(folder: Path) -> None:
     rows: list[Any] = []
     with pytest.raises(FedkdError, match="no quorum"):
         fedkd.run(
-            Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}), rows.append
+            Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}),
+            [EachRound(rows.append)],
         )
     assert all("bad_rule:slips returns shape" in r for r in rows[0]["dropped"].values())
 

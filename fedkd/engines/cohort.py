@@ -12,15 +12,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from fedkd.client_app import answers, introduce, reply, store_of
 from fedkd.engines.workers import Workers
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, encode_introduction
+from fedkd.orders import Failure
 from fedkd.records import Row, RunFolder
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
+
+Answers = Callable[[Sequence[tuple[int, RecordDict]]], list[RecordDict | Failure]]
+"""Answers what clients were sent, by partition id, in order."""
 
 
 def run(
@@ -32,19 +36,24 @@ def run(
     """Run a federation in this process, or from it, and write its records to `folder`."""
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(experiment)) if experiment.num_workers else None
-        clients = _Clients(experiment, workers)
+        here = partial(answers, experiment, store_of(experiment, experiment.clients_per_round))
+        clients = Clients(experiment, workers.answers if workers else here)
         grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
         stack.enter_context(task_identity())
         strategy.open(grid, experiment, folder, on_round).run()
 
 
-class _Clients:
-    """All clients of a federation, here or in workers."""
+class Clients:
+    """All clients of a federation.
 
-    def __init__(self, experiment: Experiment, workers: Workers | None = None) -> None:
+    Args:
+        experiment: the run.
+        answers: answers the messages of some of them.
+    """
+
+    def __init__(self, experiment: Experiment, answers: Answers) -> None:
         self._experiment = experiment
-        here = partial(answers, experiment, store_of(experiment, experiment.clients_per_round))
-        self._answers = workers.answers if workers else here
+        self._answers = answers
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
         """Answer all messages of an exchange."""

@@ -1,0 +1,83 @@
+"""What soft labels say: how sure, how right, and which classes they take for which."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fedkd.knowledge import SoftLabels
+from fedkd.tested import expected_calibration_error, reliability
+
+HISTOGRAM_BINS = 20
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy in nats of the softmax of logits ``[..., C]``: shape ``[...]``."""
+    log_probabilities = logits.log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def described(labels: SoftLabels, truth: Tensor | None, tau: float) -> dict[str, Any]:
+    """Say in a few numbers what soft labels say: the fields ``knowledge_...`` of a round's record.
+
+    Args:
+        labels: the aggregate, or all there are.
+        truth: true classes of the public images, int64 ``[P]``, or `None` where their classes are
+            others.
+        tau: temperature at which they are digested.
+    """
+    logits, samples = _flat(labels)
+    if not len(samples):
+        return {}
+    fields: dict[str, Any] = {
+        "knowledge_entropy": float(entropy(logits).mean()),
+        "knowledge_entropy_at_tau": float(entropy(logits / tau).mean()),
+    }
+    if truth is None:
+        return {**fields, "knowledge_accuracy": None, "knowledge_ece": None}
+    confidences, correct = _right(logits, truth[samples])
+    return {
+        **fields,
+        "knowledge_accuracy": float(correct.double().mean()),
+        "knowledge_ece": expected_calibration_error(reliability(confidences, correct)),
+    }
+
+
+def detailed(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
+    """Say at length what soft labels say: the fields of ``knowledge.jsonl``.
+
+    Args:
+        labels: see `described`.
+        truth: see `described`.
+    """
+    logits, samples = _flat(labels)
+    probabilities, classes = logits.softmax(-1), logits.shape[-1]
+    rows = probabilities.argmax(-1) if truth is None else truth[samples]
+    member = one_hot(rows, classes).double()
+    counts = member.sum(0)
+    sums = member.T @ probabilities
+    bits = entropy(logits).histc(HISTOGRAM_BINS, 0, log(classes))
+    return {
+        "by_class": [
+            [round(value, 6) for value in (total / count).tolist()] if count else None
+            for total, count in zip(sums, counts, strict=True)
+        ],
+        "by": "predicted" if truth is None else "label",
+        "entropy_histogram": [int(count) for count in bits],
+        "reliability": None if truth is None else reliability(*_right(logits, rows)),
+    }
+
+
+def _flat(labels: SoftLabels) -> tuple[Tensor, Tensor]:
+    """Return all rows there are, float64 logits ``[M, C]``, and of which samples they are ``[M]``."""
+    present = labels.mask.cpu()
+    samples = labels.samples.cpu().expand(present.shape)
+    return labels.logits.cpu().double()[present], samples[present]
+
+
+def _right(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    best = logits.softmax(-1).max(-1)
+    return best.values, best.indices == truth

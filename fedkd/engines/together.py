@@ -1,0 +1,132 @@
+"""Several federations at once in this process: their clients side by side, in one stack of models.
+
+Every federation runs as it would alone, in a thread of its own, but only one thread runs at a time:
+whoever has messages for its clients waits until all others have theirs. The clients of all then train
+in one stack. So that they can, the experiments differ in `STACKABLE` keys and the seed alone (of the
+same shards); a client's numbers are those of a run alone, within floating-point tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from threading import Condition
+
+from flwr.app import RecordDict
+
+from fedkd.client_app import Sent, answers_together, store_of
+from fedkd.engines.cohort import Clients
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, kebab
+from fedkd.orders import Failure
+from fedkd.records import Row, RunFolder
+from fedkd.stack import STACKABLE
+from fedkd.states import ResidentStates
+from fedkd.strategy import DistillationStrategy
+from fedkd.transport.adapter import LocalGrid, task_identity
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A federation that is about to run.
+
+    Attributes:
+        strategy: the algorithm.
+        experiment: the run, named.
+        folder: where its records go.
+        on_round: called with each round's record, once that is on disk.
+    """
+
+    strategy: DistillationStrategy
+    experiment: Experiment
+    folder: RunFolder
+    on_round: Callable[[Row], None]
+
+
+def run_together(federations: Sequence[Planned]) -> list[Exception | None]:
+    """Run federations side by side.
+
+    Returns:
+        What ended each of them early, or `None`; the others have gone on.
+
+    Raises:
+        FedkdError: their clients cannot train side by side.
+    """
+    kinds = {alike(each.experiment) for each in federations}
+    if len(kinds) > 1:
+        keys = ", ".join(map(kebab, STACKABLE))
+        raise FedkdError(f"side by side run experiments that differ in {keys} and seed alone")
+    meeting = _Meeting(len(federations))
+    with task_identity(), ThreadPoolExecutor(len(federations)) as threads:
+        started = [threads.submit(_run, each, meeting, n) for n, each in enumerate(federations)]
+        return [future.result() for future in started]
+
+
+def alike(experiment: Experiment) -> Experiment:
+    """Return what experiments that can run side by side have in common."""
+    own = (*STACKABLE, "seed", "name", "run_dir")
+    defaults = {key: Experiment.model_fields[key].default for key in own}
+    return experiment.replace(**defaults, partition_seed=experiment.split_seed)
+
+
+def _run(planned: Planned, meeting: _Meeting, number: int) -> Exception | None:
+    """Run one of the federations; its turn comes when all others wait."""
+    experiment = planned.experiment
+    answers = partial(meeting.answers, number, experiment, store_of(experiment))
+    grid = LocalGrid(Clients(experiment, answers).handle, num_clients=experiment.num_clients)
+    with meeting.turn:
+        try:
+            planned.strategy.open(grid, experiment, planned.folder, planned.on_round).run()
+        except Exception as error:
+            return error
+        finally:
+            meeting.leave()
+    return None
+
+
+class _Meeting:
+    """Where federations wait until all have messages for their clients.
+
+    Attributes:
+        turn: held by the one thread that runs.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.turn = Condition()
+        self._present = size
+        self._sent: dict[int, Sent] = {}
+        self._answered: dict[int, list[RecordDict | Failure] | Exception] = {}
+
+    def answers(
+        self,
+        number: int,
+        experiment: Experiment,
+        store: ResidentStates,
+        contents: Sequence[tuple[int, RecordDict]],
+    ) -> list[RecordDict | Failure]:
+        """Wait for all others, and return the answers of a federation's clients."""
+        self._sent[number] = Sent(experiment, store, contents)
+        self._answer_if_all_are_here()
+        self.turn.wait_for(lambda: number in self._answered)
+        found = self._answered.pop(number)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def leave(self) -> None:
+        """Be waited for no longer."""
+        self._present -= 1
+        self._answer_if_all_are_here()
+
+    def _answer_if_all_are_here(self) -> None:
+        if not self._sent or len(self._sent) < self._present:
+            return
+        numbers = sorted(self._sent)  # not in the order in which the threads came
+        sent = [self._sent.pop(number) for number in numbers]
+        try:
+            self._answered.update(zip(numbers, answers_together(sent), strict=True))
+        except Exception as error:
+            self._answered.update(dict.fromkeys(numbers, error))
+        self.turn.notify_all()

@@ -1,0 +1,148 @@
+"""Teachers and students on the pooled data, any number of them side by side.
+
+Each student belongs to an experiment of its own: its seed, α, τ, step size and epochs. Teachers are
+trained once for all students whose experiments do not differ in what a teacher depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from fedkd.cohort import Cohort, Fitted, Side, stacked
+from fedkd.diagnostics import entropy
+from fedkd.experiment import Experiment
+from fedkd.images import Augment, Images
+from fedkd.losses import Term, ce, kl_term
+from fedkd.optimizers import OptimizerSettings, shared
+from fedkd.world import world_of
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on and how far it is, 0..1."""
+
+_STUDENTS_OWN = {"alpha": 0.0, "tau": 1.0, "distill_epochs": 1}
+"""Keys that a teacher does not depend on, at a value for all."""
+
+
+class Pooled:
+    """Students in training, and their teachers.
+
+    The teachers' ``local-epochs`` and the students' ``distill-epochs`` count passes over the pooled
+    images. Augmentation applies to teachers only: the soft labels are those of the images as they are
+    (Hinton et al. 2015, section 3: the transfer set contains no translations).
+
+    Args:
+        experiments: one a student; they share data, architectures, optimiser and batch size.
+        progress: told how far the work is.
+
+    Attributes:
+        teachers: a cohort of T.
+        students: a cohort of K.
+        teacher_of: of each student, which teacher it has: int64 ``[K]``.
+        seconds: by phase.
+    """
+
+    def __init__(
+        self, experiments: Sequence[Experiment], progress: Progress = lambda _, __: None
+    ) -> None:
+        self.experiments = list(experiments)
+        self.experiment = experiments[0]
+        self.world = world_of(self.experiment)
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        kinds = [experiment.replace(**_STUDENTS_OWN) for experiment in experiments]
+        self._teachers_experiments = list(dict.fromkeys(kinds))
+        place = {kind: n for n, kind in enumerate(self._teachers_experiments)}
+        self.teacher_of = torch.tensor([place[kind] for kind in kinds])
+        self.teachers = self._cohort(self.experiment.teacher_of(0), self._teachers_experiments)
+        self.students = self._cohort(self.experiment.student_of(0), self.experiments)
+
+    def train_teachers(self) -> Fitted:
+        """Train the teachers on hard labels."""
+        experiments = self._teachers_experiments
+        epochs = [experiment.local_epochs for experiment in experiments]
+        side = self._side(experiments, {ce: 1.0}, augment=self.experiment.augment)
+        return self._fit("teacher", self.teachers, experiments, side, epochs)
+
+    def train_students(self) -> Fitted:
+        """Distil the teachers into the students, each with its own α and τ."""
+        experiments = self.experiments
+        alpha = shared(experiments, "alpha")
+        terms = {kl_term(self.experiment.kl_reduction): alpha, ce: 1 - alpha}
+        self.soft_labels = self._soft_labels()
+        side = self._side(experiments, terms, self.soft_labels, self.teacher_of)
+        epochs = [experiment.distill_epochs for experiment in experiments]
+        return self._fit("students", self.students, experiments, side, epochs)
+
+    def soft_label_entropies(self, at_tau: bool) -> list[float]:
+        """Return the mean entropy in nats of each student's soft labels, at τ or at 1."""
+        found = []
+        for teacher, experiment in zip(self.teacher_of.tolist(), self.experiments, strict=True):
+            tau = experiment.tau if at_tau else 1.0
+            found.append(float(entropy(self.soft_labels[teacher] / tau).double().mean()))
+        return found
+
+    def training_accuracies(self, cohort: Cohort) -> list[float]:
+        """Return each model's accuracy on the pooled images that it was trained on."""
+        train = self.world.train
+        assert train.labels is not None
+        whole = cohort.classify(train).cpu()
+        right = (whole == train.labels.cpu()).double()
+        mine = self.experiments if cohort is self.students else self._teachers_experiments
+        rows = [world_of(experiment).pooled for experiment in mine]
+        return [float(each[chosen].mean()) for each, chosen in zip(right, rows, strict=True)]
+
+    def _cohort(self, name: str, experiments: Sequence[Experiment]) -> Cohort:
+        states = [self.world.initial_state(name, experiment.seed) for experiment in experiments]
+        return self.world.cohort(self.experiment, name, stacked(states))
+
+    def _soft_labels(self) -> Tensor:
+        """Let each teacher label its own pooled images, ``[T, N, C]`` in the order of its rows."""
+        rows = [world_of(experiment).pooled for experiment in self._teachers_experiments]
+        if all(torch.equal(rows[0], each) for each in rows):
+            return self.teachers.predict(self.world.train, rows[0])
+        whole = self.teachers.predict(self.world.train)
+        return torch.stack([logits[each] for logits, each in zip(whole, rows, strict=True)])
+
+    def _side(
+        self,
+        experiments: Sequence[Experiment],
+        terms: Mapping[Term, float | Tensor],
+        teacher_logits: Tensor | None = None,
+        taught_by: Tensor | None = None,
+        augment: Augment = "none",
+    ) -> Side:
+        rows = [world_of(experiment).pooled for experiment in experiments]
+        return Side(
+            "pooled", self.world.train, rows, terms, teacher_logits, taught_by, augment=augment
+        )
+
+    def _fit(
+        self,
+        what: str,
+        cohort: Cohort,
+        experiments: Sequence[Experiment],
+        side: Side,
+        epochs: Sequence[int],
+    ) -> Fitted:
+        started = monotonic()
+        fitted = cohort.fit(
+            [side],
+            epochs=epochs,
+            batch_size=self.experiment.batch_size,
+            optimizer=OptimizerSettings.of_all(experiments),
+            numbers={"tau": shared(experiments, "tau")},
+            streams=[(experiment.seed, "central", what) for experiment in experiments],
+            progress=lambda done: self._progress(what, done),
+        )
+        self.seconds[what] = monotonic() - started
+        return fitted
+
+
+def accuracies(predicted: Tensor, images: Images) -> list[float]:
+    """Return the share of images that each model got right, of classes ``[K, N]``."""
+    assert images.labels is not None
+    return [float(a) for a in (predicted.cpu() == images.labels.cpu()).double().mean(1)]

@@ -1,0 +1,152 @@
+"""What trained models answered on the test images: the file from which all figures about them come.
+
+Kept of the models at the end of a run, so that a report or a test of two methods on the same images
+needs neither the data nor the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+from fedkd.records import replace_file
+
+FILE = "tested.safetensors"
+MODELS = "models.safetensors"
+
+MOST_ANSWERS = 100_000_000
+"""Models × images kept of a run; 3 bytes each. Of larger populations the first models are kept."""
+
+BINS = 15
+"""Bins of confidence (Guo et al. 2017, section 4)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What M models of one kind answered on N test images.
+
+    Attributes:
+        classes: predicted, int64 ``[M, N]``.
+        confidences: probability of that class, float32 ``[M, N]``; NaN where a model has none.
+        owners: the models' clients (partition ids) or seeds.
+    """
+
+    classes: Tensor
+    confidences: Tensor
+    owners: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """What the models of a run answered on the test images.
+
+    Attributes:
+        labels: the true classes, int64 ``[N]``.
+        models: by kind: ``student`` and, with local teachers, ``teacher`` of a federated run;
+            ``teacher``, ``student-alone`` and ``student-distilled`` of a central one.
+    """
+
+    labels: Tensor
+    models: Mapping[str, Predictions]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tested | None:
+        """Read the file in a run folder, or return `None` where the run left none.
+
+        Raises:
+            FedkdError: the file cannot be read.
+        """
+        path = Path(folder) / FILE
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise FedkdError(f"{path} cannot be read: {error}") from None
+        kinds = sorted({name.partition("/")[0] for name in tensors if "/" in name})
+        return cls(
+            tensors["labels"].long(),
+            {
+                kind: Predictions(
+                    tensors[f"{kind}/classes"].long(),
+                    tensors[f"{kind}/confidences"].float(),
+                    tensors[f"{kind}/owners"].tolist(),
+                )
+                for kind in kinds
+            },
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the file.
+
+        Raises:
+            FedkdError: it cannot be written.
+        """
+        tensors = {"labels": self.labels.to(torch.int16)}
+        for kind, predictions in self.models.items():
+            most = max(1, MOST_ANSWERS // max(1, len(self.labels)))
+            tensors[f"{kind}/classes"] = predictions.classes[:most].to(torch.int16).contiguous()
+            confidences = predictions.confidences[:most].to(torch.float16)
+            tensors[f"{kind}/confidences"] = confidences.contiguous()
+            tensors[f"{kind}/owners"] = torch.tensor(predictions.owners[:most])
+        replace_file(folder / FILE, save(tensors))
+
+    def correct(self, kind: str) -> Tensor:
+        """Say who was right: bool ``[M, N]``."""
+        return self.models[kind].classes == self.labels
+
+
+def save_models(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the models of a central run, ``<model>/<seed>/<name>``, to its folder.
+
+    Raises:
+        FedkdError: the file cannot be written.
+    """
+    replace_file(folder / MODELS, save({n: t.contiguous() for n, t in tensors.items()}))
+
+
+def reliability(confidences: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, list[Any]]:
+    """Sort answers into bins of confidence of equal width (Guo et al. 2017, section 2).
+
+    Args:
+        confidences: 0..1, any shape.
+        correct: bool, of the same shape.
+        bins: how many; bin m holds those in ((m − 1)/bins, m/bins].
+
+    Returns:
+        By bin: ``count``, and the means ``confidence`` and ``accuracy``, `None` where it is empty.
+    """
+    confidences, correct = confidences.flatten().double(), correct.flatten()
+    place = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    sums = [
+        torch.bincount(place, weights=values, minlength=bins)
+        for values in (confidences, correct.double())
+    ]
+    confidence, accuracy = (
+        [float(s / n) if n else None for s, n in zip(each, count, strict=True)] for each in sums
+    )
+    return {"count": count.tolist(), "confidence": confidence, "accuracy": accuracy}
+
+
+def expected_calibration_error(bins: Mapping[str, Sequence[Any]]) -> float:
+    """Return Σ n_m/n · |accuracy_m − confidence_m| over the bins of `reliability` (equation 3)."""
+    total = sum(bins["count"])
+    return float(
+        sum(
+            count / total * abs(accuracy - confidence)
+            for count, confidence, accuracy in zip(
+                bins["count"], bins["confidence"], bins["accuracy"], strict=True
+            )
+            if count
+        )
+    )
