@@ -425,7 +425,7 @@ class Federation:
             return
         if self._knowledge_round == row["round"] and isinstance(self._knowledge, SoftLabels):
             said = detailed(self._knowledge, self._server.world.public_truth)
-            self._folder.append_knowledge({"round": row["round"], **said})
+            self._folder.append("knowledge.jsonl", {"round": row["round"], **said})
         self._folder.append_round(row)
 
     def _knowledge_fields(self) -> dict[str, Any]:

@@ -151,13 +151,14 @@ class RunFolder:
 
     def append_round(self, row: Row) -> None:
         """Append a round's record and force it to the disk."""
-        self._append("rounds.jsonl", row)
+        self.append("rounds.jsonl", row)
 
-    def append_knowledge(self, said: Mapping[str, Any]) -> None:
-        """Append to ``knowledge.jsonl`` what the soft labels of a round say."""
-        self._append("knowledge.jsonl", said)
+    def append(self, name: str, value: Mapping[str, Any]) -> None:
+        """Append an object to a file of JSON lines and force it to the disk.
 
-    def _append(self, name: str, value: Mapping[str, Any]) -> None:
+        Raises:
+            FedkdError: the file cannot be written.
+        """
         line = json.dumps(value, allow_nan=False)
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:

@@ -74,7 +74,7 @@ def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
         counts: models by architecture; default the clients that a round of it runs in one process.
     """
     world = world_of(experiment)
-    counts = counts or _clients_at_once(experiment)
+    counts = counts or clients_at_once(experiment)
     if experiment.plan != AUTO:
         return tuple(Choice(n, world.plan(n, experiment.plan), "as asked for") for n, _ in counts)
     threads = _threads(experiment)
@@ -86,7 +86,7 @@ def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
         torch.set_num_threads(before)
 
 
-def _clients_at_once(experiment: Experiment) -> Counts:
+def clients_at_once(experiment: Experiment) -> Counts:
     """Return by architecture how many of its models are run at once, in one process."""
     clients = range(experiment.num_clients)
     names = Counter(experiment.student_of(k) for k in clients)

@@ -1,0 +1,314 @@
+"""Choosing α, τ and the like by cross-validation on training data, never on the test set.
+
+Every point of a grid is trained for every seed and fold: on the training images without the fold, and
+measured on the fold. Points that differ in α, τ, step size or epochs alone are more models in one stack,
+so that a grid costs little more than its largest part. What is finished is on disk: a sweep that was
+interrupted, or is asked for more seeds or points, goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Self
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, Scalar, kebab, snake
+from fedkd.records import RunFolder
+from fedkd.trials import Keys, Of, Progress, SweepFolder, Trials, silent
+
+AT_ONCE = 8
+"""Points of a search that are chosen before any of them is known: enough for a stack."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the grid.
+
+    Attributes:
+        keys: its values by key.
+        accuracies: on the held-out images, ``[S][F]``.
+    """
+
+    keys: Keys
+    accuracies: list[list[float]]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over seeds and folds."""
+        return mean(mean(folds) for folds in self.accuracies)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation (n − 1) over the seeds of the mean over the folds; `None` for one seed."""
+        means = [mean(folds) for folds in self.accuracies]
+        return stdev(means) if len(means) > 1 else None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kebab(key)} = {value}" for key, value in self.keys.items())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep.
+
+    Attributes:
+        path: its folder.
+        experiment: what all points share.
+        of: whose accuracy.
+        grid: values by key; of a search, the (low, high) of each.
+        is_search: whether the points were drawn from ranges, by Optuna.
+        seeds: S seeds.
+        folds: F.
+        points: in the order of the grid, or of the search.
+    """
+
+    path: Path
+    experiment: Experiment
+    of: Of
+    grid: dict[str, list[Scalar]]
+    is_search: bool
+    seeds: list[int]
+    folds: int
+    points: list[Point]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a sweep's folder.
+
+        Raises:
+            FedkdError: there is no finished sweep in it.
+        """
+        folder = SweepFolder(Path(path))
+        said, done = folder.record(), folder.done()
+        points = [
+            Point(keys, done.table(keys, said["seeds"], said["folds"])) for keys in said["points"]
+        ]
+        return cls(
+            folder.path,
+            RunFolder.existing(folder.path).experiment,
+            said["of"],
+            said["grid"],
+            said["is_search"],
+            said["seeds"],
+            said["folds"],
+            points,
+        )
+
+    @property
+    def best(self) -> Point:
+        """The point of the highest accuracy; the first of equals."""
+        return max(self.points, key=lambda point: point.accuracy)
+
+    @property
+    def flat(self) -> list[Point]:
+        """The region around the best point in which it hardly matters where one is.
+
+        Points that are worse than the best by no more than one standard error of the difference,
+        paired over seeds and folds, and that are joined to it by steps from one value of one key to
+        the next. (Folds share training images, so that the standard error is too small rather than
+        too large.) Of a search, points in no order: all that are not worse.
+        """
+        good = [point for point in self.points if self._is_as_good(point)]
+        return good if self.is_search else _joined_to(self.best, good, self.grid)
+
+    def _is_as_good(self, point: Point) -> bool:
+        pairs = zip(self.best.accuracies, point.accuracies, strict=True)
+        differences = [a - b for x, y in pairs for a, b in zip(x, y, strict=True)]
+        error = stdev(differences) / len(differences) ** 0.5
+        return bool(mean(differences) <= error)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything that ``--json`` prints."""
+        flat = self.flat
+
+        def said(point: Point) -> dict[str, Any]:
+            kept = {"accuracy": point.accuracy, "spread": point.spread}
+            return {"keys": point.keys, **kept, "accuracies": point.accuracies}
+
+        return {
+            "path": str(self.path),
+            "of": self.of,
+            "grid": self.grid,
+            "seeds": self.seeds,
+            "folds": self.folds,
+            "points": [said(point) for point in self.points],
+            "best": said(self.best),
+            "flat": [point.keys for point in flat],
+        }
+
+
+def sweep(
+    experiment: Experiment,
+    grid: Mapping[str, Sequence[Scalar]],
+    seeds: Sequence[int] | None = None,
+    folds: int = 3,
+    *,
+    of: Of = "federation",
+    progress: Progress = silent,
+) -> Sweep:
+    """Train every point of a grid for every seed and fold, and measure it on the fold.
+
+    Args:
+        experiment: what all points share.
+        grid: values by key, such as ``{"alpha": [0.3, 0.7], "tau": [1, 5]}``.
+        seeds: default the experiment's.
+        folds: F ≥ 2, parts of the training images, each held out once.
+        of: ``"federation"``: the mean over its clients; ``"central"``: the student distilled from
+            the pooled teacher.
+        progress: told what is going on and how far it is, 0..1.
+
+    Raises:
+        FedkdError: a key or value is not right; nothing has been trained then.
+    """
+    values = _typed(experiment, grid)
+    trials = Trials(experiment, of, _seeds(experiment, seeds), folds, progress)
+    points = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    trials.check(points)
+    trials.begin(values, is_search=False)
+    trials.evaluate(points)
+    return Sweep.load(trials.finish(points))
+
+
+def search(
+    experiment: Experiment,
+    ranges: Mapping[str, tuple[float, float]],
+    trials: int,
+    seeds: Sequence[int] | None = None,
+    folds: int = 3,
+    *,
+    of: Of = "federation",
+    progress: Progress = silent,
+) -> Sweep:
+    """Let Optuna choose the points: for more keys than a grid can hold.
+
+    The sampler (TPE, Watanabe 2023) is seeded, so that an interrupted search asks for the same points
+    again and finds them done. Points are asked for eight at a time, which train in one stack.
+
+    Args:
+        experiment: what all points share.
+        ranges: (low, high) by key; on a logarithmic scale where high ≥ 10 low > 0; whole numbers where
+            the key is one.
+        trials: points to try.
+        seeds: see `sweep`.
+        folds: see `sweep`.
+        of: see `sweep`.
+        progress: see `sweep`.
+
+    Raises:
+        FedkdError: a key or range is not right, or Optuna is not installed.
+    """
+    if trials < 1:
+        raise FedkdError(f"trials = {trials}: must be ≥ 1")
+    study = _study(experiment.seed)
+    values = _typed(experiment, ranges)
+    for key, bounds in values.items():
+        if len(bounds) != 2 or not all(type(b) in (int, float) for b in bounds):
+            raise FedkdError(f"{kebab(key)} = {bounds}: a range is LOW..HIGH, two numbers")
+        if float(bounds[0]) >= float(bounds[1]):
+            raise FedkdError(f"{kebab(key)} = {bounds[0]}..{bounds[1]}: LOW must be below HIGH")
+    work = Trials(experiment, of, _seeds(experiment, seeds), folds, progress)
+    work.check([{key: bounds[end] for key, bounds in values.items()} for end in (0, 1)])
+    work.begin(values, is_search=True)
+    points: list[Keys] = []
+    while len(points) < trials:
+        asked = [study.ask() for _ in range(min(AT_ONCE, trials - len(points)))]
+        new = [{key: _suggested(trial, key, b) for key, b in values.items()} for trial in asked]
+        work.evaluate(new, len(points) / trials, len(new) / trials)
+        for trial, keys in zip(asked, new, strict=True):
+            study.tell(trial, Point(keys, work.table(keys)).accuracy)
+        points += new
+    distinct = [keys for n, keys in enumerate(points) if keys not in points[:n]]
+    return Sweep.load(work.finish(distinct))
+
+
+def _study(seed: int) -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise FedkdError("a search needs Optuna: pip install 'fedkd[optuna]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+
+
+def _suggested(trial: Any, key: str, bounds: Sequence[Any]) -> Scalar:
+    """Ask for a value of a key between its bounds."""
+    low, high = bounds
+    is_log = 0 < 10 * low <= high
+    suggest = trial.suggest_int if type(low) is int else trial.suggest_float
+    value: Scalar = suggest(key, low, high, log=is_log)
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def _seeds(experiment: Experiment, seeds: Sequence[int] | None) -> list[int]:
+    found = [experiment.seed] if seeds is None else list(seeds)
+    if not found or len(set(found)) < len(found):
+        raise FedkdError(f"seeds = {found}: at least one, and none of them twice")
+    return found
+
+
+def _typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[str, list[Scalar]]:
+    """Validate each value by itself, and give it its type: it may be text, as on the command line."""
+    found: dict[str, list[Scalar]] = {}
+    for name, given in grid.items():
+        key = snake(name)
+        if key in _FIXED:
+            raise FedkdError(f"{kebab(key)} cannot be swept: a sweep sets it itself")
+        values = [getattr(Experiment.load(("the grid", {name: value})), key) for value in given]
+        if not values or len(set(values)) < len(values):
+            raise FedkdError(f"{kebab(key)} = {list(given)}: at least one value, and none twice")
+        found[key] = values
+    if not found:
+        raise FedkdError("the grid is empty: name keys and values, as in alpha=0.3,0.7 tau=1,5")
+    return found
+
+
+_FIXED = ("seed", "fold", "name", "run_dir", "data_dir", "engine", "plan")
+
+
+def parse(text: str) -> tuple[dict[str, list[Scalar]], bool]:
+    """Read a grid such as ``alpha=0.3,0.7 tau=1,5``, or ranges such as ``alpha=0.1..0.9``.
+
+    Returns:
+        Values (or bounds) by key, as text; and whether they are ranges.
+
+    Raises:
+        FedkdError: it is neither.
+    """
+    found: dict[str, list[Scalar]] = {}
+    ranges = set()
+    for pair in text.split():
+        key, equals, values = pair.partition("=")
+        if not (key and equals and values):
+            raise FedkdError(
+                f"vary = '{pair}': must be KEY=VALUE,VALUE,... or KEY=LOW..HIGH, with spaces between keys"
+            )
+        if snake(key) in found:
+            raise FedkdError(f"vary = '{text}': {key} stands there twice")
+        found[snake(key)] = list(values.split(".." if ".." in values else ","))
+        ranges.add(".." in values)
+    if len(ranges) > 1:
+        raise FedkdError(f"vary = '{text}': either values or ranges, not both")
+    return found, ranges == {True}
+
+
+def _joined_to(
+    best: Point, points: Sequence[Point], grid: Mapping[str, Sequence[Scalar]]
+) -> list[Point]:
+    """Return the points that single steps along the grid join to the best, by way of each other."""
+
+    def place(point: Point) -> tuple[int, ...]:
+        return tuple(list(values).index(point.keys[key]) for key, values in grid.items())
+
+    def are_neighbours(a: Point, b: Point) -> bool:
+        return sum(abs(x - y) for x, y in zip(place(a), place(b), strict=True)) == 1
+
+    found, left = [best], [point for point in points if point is not best]
+    for point in found:  # grows on the way
+        near = [other for other in left if are_neighbours(point, other)]
+        found += near
+        left = [other for other in left if other not in near]
+    return [point for point in points if point in found]

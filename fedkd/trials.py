@@ -1,0 +1,371 @@
+"""Points of a sweep in training: each for every seed and fold, many in one stack, all of it resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Literal
+
+import torch
+
+from fedkd.allocator import keep_freed_memory
+from fedkd.baseline import check_central
+from fedkd.callbacks import Callback
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, Scalar
+from fedkd.pooled import Pooled, accuracies
+from fedkd.preflight import check
+from fedkd.records import Row, Run, RunFolder, environment, write_json
+from fedkd.runner import run, run_side_by_side
+from fedkd.sources import digest
+from fedkd.stack import STACKABLE
+from fedkd.tuning import Counts, clients_at_once, planned
+from fedkd.world import check_models, resolve_device, world_of
+
+Of = Literal["federation", "central"]
+"""Whose accuracy: the mean over a federation's clients, or the central distilled student's."""
+
+Keys = dict[str, Scalar]
+"""A point: values by key, as in Python."""
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on and how far it is, 0..1."""
+
+MODELS_AT_ONCE = 2000
+"""Models of an architecture in one stack: enough to fill a device, few enough for its memory."""
+
+_RECORD, _POINTS, _RUNS = "sweep.json", "points.jsonl", "runs"
+
+
+def silent(_: str, __: float) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point for one seed and fold.
+
+    Attributes:
+        keys: of the point.
+        seed: of everything random.
+        fold: the part held out, 1..F.
+    """
+
+    keys: Keys
+    seed: int
+    fold: int
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What tells it from others."""
+        return (*sorted(self.keys.items()), self.seed, self.fold)
+
+
+class Done:
+    """Accuracies by cell."""
+
+    def __init__(self) -> None:
+        self._accuracies: dict[tuple[Any, ...], float] = {}
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell.name in self._accuracies
+
+    def add(self, cell: Cell, accuracy: float) -> None:
+        """Take note of a cell."""
+        self._accuracies[cell.name] = accuracy
+
+    def table(self, keys: Keys, seeds: Sequence[int], folds: int) -> list[list[float]]:
+        """Return a point's accuracies ``[S][F]``.
+
+        Raises:
+            FedkdError: not all are known.
+        """
+        cells = [[Cell(keys, seed, fold) for fold in range(1, folds + 1)] for seed in seeds]
+        if not all(cell in self for row in cells for cell in row):
+            raise FedkdError("the sweep is unfinished: run it again, and it goes on")
+        return [[self._accuracies[cell.name] for cell in row] for row in cells]
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of a sweep: ``sweep.json`` says what is swept, ``points.jsonl`` what is done."""
+
+    path: Path
+
+    def record(self) -> dict[str, Any]:
+        """Return what is swept.
+
+        Raises:
+            FedkdError: nothing is, here.
+        """
+        try:
+            return dict(json.loads((self.path / _RECORD).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            raise FedkdError(f"{self.path} holds no sweep: no {_RECORD} to be read") from None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Say what is swept."""
+        write_json(self.path / _RECORD, dict(record))
+
+    def done(self) -> Done:
+        """Return what is done; a line that was cut off is not."""
+        found, path = Done(), self.path / _POINTS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                said = json.loads(line)
+                cell = Cell(said["keys"], said["seed"], int(said["fold"].partition("/")[0]))
+                found.add(cell, said["accuracy"])
+            except (ValueError, KeyError):
+                continue
+        return found
+
+    def append(self, cell: Cell, folds: int, accuracy: float, failure: str | None) -> None:
+        """Write down that a cell is done, and what ended it early."""
+        said = {"keys": cell.keys, "seed": cell.seed, "fold": f"{cell.fold}/{folds}"}
+        RunFolder(self.path).append(_POINTS, {**said, "accuracy": accuracy, "failure": failure})
+
+
+class Trials:
+    """Points in training.
+
+    Args:
+        experiment: what they share.
+        of: whose accuracy.
+        seeds: S seeds.
+        folds: F.
+        progress: told how far the work is.
+
+    Raises:
+        FedkdError: too few folds, or a fold was asked for already.
+    """
+
+    def __init__(
+        self, experiment: Experiment, of: Of, seeds: Sequence[int], folds: int, progress: Progress
+    ) -> None:
+        if folds < 2:
+            raise FedkdError(f"folds = {folds}: must be ≥ 2, as each is held out from the others")
+        if of not in ("federation", "central"):
+            raise FedkdError(f"of = '{of}': must be federation or central")
+        if experiment.fold != "none":
+            raise FedkdError(f"fold = '{experiment.fold}': a sweep sets it itself, fold by fold")
+        self._experiment, self._of = experiment, of
+        self._seeds, self._folds = list(seeds), folds
+        self._progress = progress
+        self._share = (0.0, 1.0)
+        self._done = Done()
+
+    def check(self, points: Sequence[Keys]) -> None:
+        """Check everything that can be, before any work.
+
+        Raises:
+            FedkdError: a point is not right.
+        """
+        for keys in points:
+            for seed in self._seeds:
+                experiment = self._cell_experiment(Cell(keys, seed, 1)).replace(name=None)
+                if self._of == "central":
+                    check_central(experiment)
+                    check_models(experiment, world_of(experiment), ("student", "teacher"))
+                else:
+                    check(experiment)
+
+    def begin(self, grid: Mapping[str, Sequence[Scalar]], *, is_search: bool) -> None:
+        """Make the folder, or go on in that of the same sweep.
+
+        Raises:
+            FedkdError: the folder belongs to something else.
+        """
+        self._said = {
+            "of": self._of,
+            "grid": {key: list(values) for key, values in grid.items()},
+            "is_search": is_search,
+            "seeds": self._seeds,
+            "folds": self._folds,
+            "points": [],
+        }
+        self.folder = self._earlier() or self._made()
+        self.folder.write(self._said)
+        self._done = self.folder.done()
+
+    def evaluate(self, points: Sequence[Keys], start: float = 0.0, share: float = 1.0) -> None:
+        """Train what is not done yet of some points, and write down each accuracy.
+
+        Args:
+            points: all seeds and folds of them.
+            start: share of the whole work that is done, 0..1.
+            share: of the whole work that these points are.
+        """
+        keep_freed_memory()
+        cells = [
+            Cell(keys, seed, fold)
+            for fold in range(1, self._folds + 1)
+            for seed in self._seeds
+            for keys in points
+        ]
+        missing = [
+            cell for cell in dict((c.name, c) for c in cells).values() if cell not in self._done
+        ]
+        finished = len(cells) - len(missing)
+        for batch in self._batches(missing):
+            self._share = (start + share * finished / len(cells), share * len(batch) / len(cells))
+            for cell, outcome in zip(batch, self._measured(batch), strict=True):
+                # Nothing is learnt at a step size at which numbers are no longer finite.
+                failure = str(outcome) if isinstance(outcome, FedkdError) else None
+                accuracy = 0.0 if isinstance(outcome, FedkdError) else outcome
+                self.folder.append(cell, self._folds, accuracy, failure)
+                self._done.add(cell, accuracy)
+            finished += len(batch)
+
+    def table(self, keys: Keys) -> list[list[float]]:
+        """Return a point's accuracies ``[S][F]``."""
+        return self._done.table(keys, self._seeds, self._folds)
+
+    def finish(self, points: Sequence[Keys]) -> Path:
+        """Write down that these points are all, and return the folder."""
+        self.folder.write({**self._said, "points": list(points)})
+        return self.folder.path
+
+    # --- Folders ---
+
+    def _earlier(self) -> SweepFolder | None:
+        """Return the folder of the same sweep, of these or other points and seeds."""
+        name, parent = self._experiment.name, Path(self._experiment.run_dir)
+        if name is not None and not (parent / name).exists():
+            return None
+        for path in [parent / name] if name is not None else sorted(parent.glob("sweep-*")):
+            if self._is_same(path):
+                return SweepFolder(path)
+            if name is not None:
+                raise FedkdError(
+                    f"name = '{name}': {path} exists and holds another sweep, or one of other code; "
+                    "choose another name, or remove the folder"
+                )
+        return None
+
+    def _is_same(self, path: Path) -> bool:
+        if not (path / _RECORD).is_file():
+            return False
+        said, folder = SweepFolder(path).record(), RunFolder.existing(path)
+        same = all(said[key] == self._said[key] for key in ("of", "folds", "is_search"))
+        own = {"name": None, "run_dir": "runs", "seed": 0}
+        is_equal = folder.experiment.replace(**own) == self._experiment.replace(**own)
+        return same and is_equal and folder.sources == digest(self._experiment)
+
+    def _made(self) -> SweepFolder:
+        experiment = self._experiment
+        folder = RunFolder.create(experiment, f"sweep-{experiment.dataset.replace(':', '.')}")
+        device = str(resolve_device(experiment.device))
+        said = {"sources": digest(experiment)}
+        surroundings = environment(device, torch.get_num_threads())
+        folder.write_experiment(experiment, {**surroundings, **said})
+        return SweepFolder(folder.path)
+
+    # --- Training ---
+
+    def _cell_experiment(self, cell: Cell) -> Experiment:
+        fold = f"{cell.fold}/{self._folds}"
+        return self._experiment.replace(**cell.keys, seed=cell.seed, fold=fold)
+
+    def _batches(self, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+        """Deal cells into stacks: those that differ in what may differ in one, on the same shards."""
+        groups: dict[Experiment, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(self._kind(cell), []).append(cell)
+        for kind, group in groups.items():
+            size = 1
+            if self._of == "central":
+                size = MODELS_AT_ONCE
+            elif kind.engine == "cohort" and not kind.num_workers:
+                size = max(1, MODELS_AT_ONCE // kind.clients_per_round)
+            for first in range(0, len(group), size):
+                yield group[first : first + size]
+
+    def _kind(self, cell: Cell) -> Experiment:
+        """Return what a stack's cells have in common."""
+        defaults = {key: Experiment.model_fields[key].default for key in STACKABLE}
+        experiment = self._cell_experiment(cell)
+        if self._of == "central":  # whose rows may differ
+            return experiment.replace(**defaults, seed=0)
+        return experiment.replace(**defaults, seed=0, partition_seed=experiment.split_seed)
+
+    def _measured(self, cells: Sequence[Cell]) -> Sequence[float | FedkdError]:
+        if self._of == "central":
+            return self._centrally(cells)
+        return [self._accuracy(found) for found in self._in_federations(cells)]
+
+    def _accuracy(self, found: Run | Exception) -> float | FedkdError:
+        if isinstance(found, Run):
+            return found.accuracy
+        if isinstance(found, FedkdError):
+            return found
+        raise found
+
+    def _tell(self, what: str, done: float) -> None:
+        start, share = self._share
+        self._progress(what, start + share * done)
+
+    def _centrally(self, cells: Sequence[Cell]) -> list[float]:
+        """Distil all cells' students side by side."""
+        experiments = [self._cell_experiment(cell) for cell in cells]
+        first = self._kind(cells[0])
+        plan = self._plan(
+            cells[0], ((first.teacher, len(self._seeds)), (first.student, len(cells)))
+        )
+        what = f"fold {cells[0].fold} of {self._folds}: {len(cells)} students"
+
+        def told(phase: str, done: float) -> None:
+            self._tell(what, done / 2 if phase == "teacher" else 0.5 + done / 2)
+
+        pooled = Pooled([experiment.replace(plan=plan) for experiment in experiments], told)
+        pooled.train_teachers()
+        pooled.train_students()
+        test = pooled.world.test
+        return accuracies(pooled.students.classify(test), test)
+
+    def _in_federations(self, cells: Sequence[Cell]) -> list[Run | Exception]:
+        """Run all cells' federations, side by side where there are several."""
+        at_once = clients_at_once(self._kind(cells[0]))
+        plan = self._plan(cells[0], tuple((name, n * len(cells)) for name, n in at_once))
+        experiments = [self._cell_experiment(cell).replace(plan=plan) for cell in cells]
+        runs_folder = self.folder.path / _RUNS
+        rmtree(runs_folder, ignore_errors=True)  # of a sweep that was interrupted
+        placed = [
+            experiment.replace(name=f"{number}", run_dir=str(runs_folder))
+            for number, experiment in enumerate(experiments)
+        ]
+        told = _Rounds(
+            f"fold {cells[0].fold} of {self._folds}: {len(cells)} federations",
+            sum(experiment.num_server_rounds for experiment in experiments),
+            self._tell,
+        )
+        found = run_side_by_side(placed, [told]) if len(placed) > 1 else [_alone(placed[0], told)]
+        rmtree(runs_folder, ignore_errors=True)
+        return found
+
+    def _plan(self, cell: Cell, counts: Counts) -> str:
+        """Choose one plan for a whole stack, of models by architecture, measured once for all folds."""
+        return planned(self._kind(Cell(cell.keys, cell.seed, 1)), counts).plan
+
+
+def _alone(experiment: Experiment, told: Callback) -> Run | Exception:
+    try:
+        return run(experiment, [told])
+    except FedkdError as error:
+        return error
+
+
+class _Rounds(Callback):
+    """Tells how many rounds of all federations are done."""
+
+    def __init__(self, what: str, total: int, tell: Progress) -> None:
+        self._what, self._total, self._tell = what, total, tell
+        self._seen = 0
+
+    def on_round_end(self, row: Row) -> None:
+        """Count a round."""
+        self._seen += 1
+        self._tell(self._what, self._seen / self._total)
