@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from fedkd.comparison import Comparison, compare
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
+    from fedkd.exporting import Export, export
     from fedkd.knowledge import SoftLabels, Weights
     from fedkd.records import CentralRun, Run
+    from fedkd.reports import report
     from fedkd.runner import run
     from fedkd.strategy import DistillationStrategy
+    from fedkd.sweeps import Sweep, sweep
 
 __version__ = "0.1.0"
 
@@ -29,13 +32,18 @@ _HOME = {
     "Comparison": "comparison",
     "DistillationStrategy": "strategy",
     "Experiment": "experiment",
+    "Export": "exporting",
     "FedkdError": "errors",
     "Run": "records",
     "SoftLabels": "knowledge",
     "Weights": "knowledge",
+    "Sweep": "sweeps",
     "central": "baseline",
     "compare": "comparison",
+    "export": "exporting",
+    "report": "reports",
     "run": "runner",
+    "sweep": "sweeps",
 }
 
 __all__ = [
@@ -44,15 +52,20 @@ __all__ = [
     "Comparison",
     "DistillationStrategy",
     "Experiment",
+    "Export",
     "FedkdError",
     "Run",
     "SoftLabels",
+    "Sweep",
     "Weights",
     "central",
     "compare",
     "data",
+    "export",
     "losses",
+    "report",
     "run",
+    "sweep",
     "testing",
 ]
 

@@ -1,23 +1,17 @@
 """The command line: the same keys as everywhere else, checked in the same place.
 
-Flags are derived from `Experiment`, taken as text and validated by it alone, together with a preset
-and a file, so that an error is worded once and names the flag or file behind each value. Results go
-to stdout, progress and errors to stderr. PyTorch is imported by the commands that need it, not here.
+Results go to stdout, progress and errors to stderr. PyTorch is imported by the commands that need it, not
+here. What they take is in `fedkd.options`.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, make_dataclass
-from dataclasses import field as dataclass_field
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Parameter
 from cyclopts.exceptions import (
     CycloptsError,
     MissingArgumentError,
@@ -28,16 +22,17 @@ from cyclopts.exceptions import (
 
 from fedkd import __version__
 from fedkd.errors import FedkdError, nearest
-from fedkd.experiment import AUTO, Experiment, accepted, kebab, read_toml, snake
-from fedkd.presets import PRESETS, preset
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from fedkd.display import Steps
-
-Source = tuple[str, Mapping[str, object]]
-"""Where keys came from, and the keys."""
+from fedkd.experiment import Experiment, accepted, kebab, snake
+from fedkd.options import (
+    DEFAULTS,
+    OUTPUT,
+    TEXT,
+    WORK,
+    AnyOutput,
+    AnyStart,
+    Seeds,
+    chosen_seeds,
+)
 
 app = App(
     name="fedkd",
@@ -50,155 +45,25 @@ app = App(
 )
 
 
-# --- What every command takes ---------------------------------------------------------------------
-
-_WORK = Group("What to run", sort_key=0)
-_START = Group(
-    "Where to start from (flags win over the file, the file over the preset)", sort_key=5
-)
-_OUTPUT = Group("Output", sort_key=90)
-_SECTIONS = {
-    "dataset": Group("Data", sort_key=10),
-    "student": Group("Models", sort_key=20),
-    "strategy": Group("Method", sort_key=30),
-    "local_epochs": Group("Training", sort_key=40),
-    "seed": Group("Running", sort_key=50),
-}
-"""The keys' panels in the help, each by its first key."""
-
-Seeds = Annotated[
-    str | None,
-    Parameter(
-        name="--seeds",
-        group=_WORK,
-        metavar="0,1,2",
-        help="seeds separated by commas [whole numbers ≥ 0; default the key seed]",
-    ),
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """Where an experiment comes from; the flags themselves are added below."""
-
-    preset: Annotated[
-        str | None,
-        Parameter(
-            group=_START, metavar="NAME", help=f"ready-made experiment [{', '.join(PRESETS)}]"
-        ),
-    ] = None
-    config: Annotated[
-        str | None,
-        Parameter(
-            group=_START, metavar="FILE", help="TOML file of the keys below, such as alpha = 0.5"
-        ),
-    ] = None
-    smoke: Annotated[
-        bool,
-        Parameter(group=_START, negative="", help="shrink all sizes: seconds, on the same data"),
-    ] = False
-
-    def sources(self) -> list[Source]:
-        """Return the preset, the file and each flag with its keys; later ones win."""
-        found: list[Source] = []
-        if self.preset is not None:
-            keys = preset(self.preset).model_dump(exclude_unset=True)
-            found.append((f"--preset {self.preset}", keys))
-        if self.config is not None:
-            found.append(read_toml(self.config))
-        for name in Experiment.model_fields:
-            if (text := getattr(self, name)) is not None:
-                found.append((f"--{kebab(name)}", {name: text}))
-        return found
-
-    @contextmanager
-    def experiment(self) -> Iterator[Experiment]:
-        """Validate the experiment for the block; errors in it name the source of each value."""
-        sources = self.sources()
-        try:
-            experiment = Experiment.load(*sources)
-            yield experiment.smoke() if self.smoke else experiment
-        except FedkdError as error:
-            raise FedkdError(with_sources(str(error), sources)) from error
-
-
-def _flags() -> Iterator[tuple[str, object, Any]]:
-    """Turn each key into a flag that takes text: `Experiment` alone says what is right."""
-    section = _SECTIONS["dataset"]
-    for name, key in Experiment.model_fields.items():
-        section = _SECTIONS.get(name, section)
-        default = AUTO if key.default is None else key.default
-        text = str(default).lower() if isinstance(default, bool) else f"{default}"
-        about = f"{key.description} [{accepted(key)}; default {text}]"
-        flag = Parameter(f"--{kebab(name)}", group=section, help=about, metavar="VALUE")
-        yield name, Annotated[str | None, flag], dataclass_field(default=None)
-
-
-if TYPE_CHECKING:
-    Start = _Start
-else:
-    Start = make_dataclass(
-        "Start",
-        _flags(),
-        bases=(_Start,),
-        namespace={"__module__": __name__},
-        frozen=True,
-        kw_only=True,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """What is printed."""
-
-    json: Annotated[
-        bool, Parameter(group=_OUTPUT, negative="", help="the result as JSON, no text on stdout")
-    ] = False
-    quiet: Annotated[
-        bool, Parameter(group=_OUTPUT, negative="", help="the result in a line, no progress")
-    ] = False
-
-    def progress(self, plan: Callable[[], Mapping[str, str]]) -> Steps:
-        """Return a display of progress, which begins with the plan."""
-        from fedkd.display import Steps
-
-        return Steps(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
-
-    def result(
-        self,
-        value: object,
-        brief: Iterable[str],
-        full: Iterable[RenderableType | Mapping[str, object]],
-    ) -> None:
-        """Print the result in the form asked for."""
-        from fedkd.display import write
-
-        if self.json:
-            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        elif self.quiet:
-            write("\n".join(brief))
-        else:
-            for number, part in enumerate(full):
-                if number:
-                    write("")
-                write(part)
-
-
-AnyStart = Annotated[Start, Parameter(name="*")]
-AnyOutput = Annotated[Output, Parameter(name="*")]
-_DEFAULTS = Start()
-_TEXT = Output()
-
-
-# --- Commands -------------------------------------------------------------------------------------
-
-
 @app.command
-def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
+def run(
+    *,
+    track: Annotated[
+        str | None,
+        Parameter(
+            group=OUTPUT,
+            metavar="NAME",
+            help="follow the run in tensorboard, wandb, or both separated by a comma [default neither]",
+        ),
+    ] = None,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
+) -> None:
     """Run a federation and write its run folder."""
     with start.experiment() as experiment:
-        from fedkd import callbacks, display, preflight, runner
+        from fedkd import callbacks, display, preflight, runner, trackers
 
+        followers = [] if track is None else trackers.trackers(track)
         strategy = preflight.check(experiment)
         rounds = experiment.num_server_rounds
         with output.progress(lambda: display.run_plan(experiment, strategy)) as steps:
@@ -206,7 +71,7 @@ def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
             shown = callbacks.EachRound(
                 lambda row: steps.show(display.round_line(row, rounds), row["round"] / rounds)
             )
-            done = runner.run(experiment, [shown])
+            done = runner.run(experiment, [shown, *followers])
     output.result(
         {"path": str(done.path), **done.result},
         [display.run_line(done)],
@@ -219,12 +84,12 @@ def run(*, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
 
 
 @app.command
-def central(*, seeds: Seeds = None, start: AnyStart = _DEFAULTS, output: AnyOutput = _TEXT) -> None:
+def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutput = TEXT) -> None:
     """Train a teacher on the pooled data, a student alone and a student distilled from it."""
     with start.experiment() as experiment:
         from fedkd import baseline, display
 
-        chosen = _seeds(seeds, experiment)
+        chosen = chosen_seeds(seeds, experiment)
         with output.progress(lambda: display.central_plan(experiment, chosen)) as steps:
             done = baseline.central(experiment, chosen, progress=steps.show)
     output.result(
@@ -240,22 +105,22 @@ def compare(
     methods: Annotated[
         str | None,
         Parameter(
-            group=_WORK,
+            group=WORK,
             metavar="A,B,C",
             help="strategies, teacher, student-alone, student-distilled, separated by commas "
             "[default all three, LocalOnly, FedAvg, FedMD, DSFL]",
         ),
     ] = None,
     seeds: Seeds = None,
-    start: AnyStart = _DEFAULTS,
-    output: AnyOutput = _TEXT,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
 ) -> None:
     """Run methods side by side on the same shards, public set and initial weights."""
     with start.experiment() as experiment:
         from fedkd import comparison, display
 
         names = None if methods is None else methods.split(",")
-        chosen = _seeds(seeds, experiment)
+        chosen = chosen_seeds(seeds, experiment)
         with output.progress(lambda: display.compare_plan(experiment)) as steps:
             done = comparison.compare(experiment, names, chosen, progress=steps.show)
     brief = [f"{entry.label}: {display.spread(entry.accuracies)}" for entry in done.entries]
@@ -263,7 +128,159 @@ def compare(
 
 
 @app.command
-def strategies(*, output: AnyOutput = _TEXT) -> None:
+def sweep(
+    *,
+    vary: Annotated[
+        str,
+        Parameter(
+            group=WORK,
+            metavar="GRID",
+            help="keys and values, such as 'alpha=0.1,0.5,0.9 tau=1,5 learning-rate=0.001,0.01'; or, "
+            "with --trials, ranges, such as 'alpha=0.1..0.9 tau=1..20'",
+        ),
+    ],
+    of: Annotated[
+        str,
+        Parameter(
+            group=WORK,
+            metavar="WHAT",
+            help="whose accuracy counts [federation: mean over its clients; central: the student "
+            "distilled from the pooled teacher; default federation]",
+        ),
+    ] = "federation",
+    folds: Annotated[
+        int,
+        Parameter(
+            group=WORK,
+            metavar="F",
+            help="parts of the training images, each held out once and measured on; the test set is "
+            "never touched [whole number ≥ 2; default 3]",
+        ),
+    ] = 3,
+    trials: Annotated[
+        int | None,
+        Parameter(
+            group=WORK,
+            metavar="N",
+            help="points that Optuna chooses from the ranges [whole number ≥ 1; default none: a grid]",
+        ),
+    ] = None,
+    seeds: Seeds = None,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Choose alpha, tau and the like by cross-validation on the training images."""
+    with start.experiment() as experiment:
+        from fedkd import display, sweeps
+
+        chosen = chosen_seeds(seeds, experiment)
+        grid, are_ranges = sweeps.parse(vary)
+        if are_ranges != (trials is not None):
+            raise FedkdError(
+                f"vary = '{vary}': values make a grid, ranges (LOW..HIGH) a search, which needs --trials"
+            )
+        with output.progress(
+            lambda: display.sweep_plan(experiment, vary, chosen, folds, of)
+        ) as steps:
+            if trials is None:
+                done = sweeps.sweep(experiment, grid, chosen, folds, of=of, progress=steps.show)
+            else:
+                done = sweeps.search(
+                    experiment, grid, trials, chosen, folds, of=of, progress=steps.show
+                )
+    output.result(
+        done.as_json(), [f"{done.best}: {done.accuracy_text}"], [done.table(), done.facts()]
+    )
+
+
+@app.command
+def report(
+    *folders: Annotated[
+        str,
+        Parameter(
+            metavar="FOLDER",
+            help="folders of runs, comparisons and sweeps [default: all in runs/]",
+        ),
+    ],
+    file: Annotated[
+        str,
+        Parameter(
+            name="--output", group=WORK, metavar="FILE", help="the page [default report.html]"
+        ),
+    ] = "report.html",
+    figures: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="FOLDER",
+            help="write every figure as SVG and PNG there too, and the tables as Markdown and LaTeX",
+        ),
+    ] = None,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Write one page about runs, comparisons and sweeps: tables, figures, findings."""
+    from fedkd import reports
+
+    path = reports.report(folders, file, figures)
+    facts = {"report": str(path), **({"figures": figures} if figures is not None else {})}
+    output.result(facts, [str(path)], [facts])
+
+
+@app.command
+def export(
+    run: Annotated[str, Parameter(metavar="RUN", help="run folder, such as runs/dsfl-mnist-seed0")],
+    /,
+    *,
+    to: Annotated[
+        str,
+        Parameter(
+            group=WORK,
+            metavar="FORM",
+            help="the form of the file [torch-export, onnx, int8; default torch-export]",
+        ),
+    ] = "torch-export",
+    model: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="MODEL",
+            help="which model [of a federated run student (default) or teacher; of a central run "
+            "student-distilled (default), student-alone or teacher]",
+        ),
+    ] = None,
+    client: Annotated[
+        int | None,
+        Parameter(
+            group=WORK,
+            metavar="K",
+            help="of a federated run, whose [default the first that took part in the closing exchange]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        Parameter(group=WORK, metavar="S", help="of a central run, which [default the first]"),
+    ] = None,
+    file: Annotated[
+        str | None,
+        Parameter(
+            name="--output",
+            group=WORK,
+            metavar="FILE",
+            help="where to [default RUN/exports/MODEL-OWNER with the form's ending]",
+        ),
+    ] = None,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Export a trained model of a run as a file for deployment, verified, with a card."""
+    from fedkd import exporting
+
+    done = exporting.export(run, to, model=model, client=client, seed=seed, output=file)
+    value = {"path": str(done.path), "card": str(done.card_path), **done.card}
+    output.result(value, [f"{done.path}: {done.facts['accuracy']}"], [done.facts])
+
+
+@app.command
+def strategies(*, output: AnyOutput = TEXT) -> None:
     """List the strategies with what they declare."""
     from fedkd import display, registry
 
@@ -280,7 +297,7 @@ def cite(
     run: Annotated[str, Parameter(metavar="RUN", help="run folder, such as runs/dsfl-mnist-seed0")],
     /,
     *,
-    output: AnyOutput = _TEXT,
+    output: AnyOutput = TEXT,
 ) -> None:
     """Print the BibTeX of what a run used: strategy, data, codec, Flower, distillation."""
     from fedkd.citations import citations
@@ -303,16 +320,16 @@ def check(
     strategy_config: Annotated[
         str,
         Parameter(
-            group=_WORK,
+            group=WORK,
             metavar="VALUE",
             help="its settings as key=value pairs separated by spaces [default none]",
         ),
     ] = "none",
     engines: Annotated[
         bool,
-        Parameter(group=_WORK, negative="", help="compare both engines as well, which starts Ray"),
+        Parameter(group=WORK, negative="", help="compare both engines as well, which starts Ray"),
     ] = False,
-    output: AnyOutput = _TEXT,
+    output: AnyOutput = TEXT,
 ) -> None:
     """Check what is true of every strategy, and say what to change in this one."""
     from fedkd import display, registry, testing
@@ -341,12 +358,12 @@ def data(
     data_dir: Annotated[
         str | None,
         Parameter(
-            group=_WORK,
+            group=WORK,
             metavar="FOLDER",
             help="data cache [default $FEDKD_DATA_DIR, then your cache folder]",
         ),
     ] = None,
-    output: AnyOutput = _TEXT,
+    output: AnyOutput = TEXT,
 ) -> None:
     """List the data sets, or load one."""
     from fedkd import display
@@ -390,39 +407,6 @@ def _exit(text: str, code: int) -> NoReturn:
 
 # --- Errors ---------------------------------------------------------------------------------------
 
-_MENTION = re.compile(
-    r"\b(?P<key>[a-z]+(?:-[a-z]+)*)(?: =)? (?P<value>'[^']*'|(?<== )[^\s:;,()']++)(?! \(from )"
-)
-"""A key with its value in the text of an error, the source of which is not named."""
-
-
-def with_sources(text: str, sources: Sequence[Source]) -> str:
-    """Name the sources of the values in an error raised below the command line, or a contradiction.
-
-    What raises it knows keys and values, but not flags and files. The first mention of each key with
-    (a part of) its value is followed by where that came from, unless that is there.
-    """
-    origins: dict[str, tuple[object, str]] = {
-        kebab(name): (key.default, "the default") for name, key in Experiment.model_fields.items()
-    }
-    for where, keys in sources:
-        origins |= {kebab(name): (value, f"from {where}") for name, value in keys.items()}
-
-    def add(mention: re.Match[str]) -> str:
-        key, value = mention["key"], mention["value"].strip("'")
-        if key not in origins or not _is_part(value, origins[key][0]):
-            return mention[0]
-        return f"{mention[0]} ({origins.pop(key)[1]})"
-
-    return _MENTION.sub(add, text)
-
-
-def _is_part(text: str, value: object) -> bool:
-    """Say whether `text` is `value`, or a part of it: one model of a list, the file of file:class."""
-    with suppress(ValueError):
-        return float(text) == float(str(value))
-    return text.lower() in str(value).lower()
-
 
 def _usage(error: CycloptsError) -> str:
     """Say in one line what is wrong with the arguments."""
@@ -460,13 +444,3 @@ def _unknown_option(error: UnknownOptionError, command: str) -> str:
     except FedkdError as unknown:
         return str(unknown)
     return f"unknown option {flag}{hint}"
-
-
-def _seeds(text: str | None, experiment: Experiment) -> list[int]:
-    """Read a comma list of seeds, each checked as the key ``seed`` is, which is the default."""
-    if text is None:
-        return [experiment.seed]
-    seeds = [Experiment.load(("--seeds", {"seed": part.strip()})).seed for part in text.split(",")]
-    if len(set(seeds)) < len(seeds):
-        raise FedkdError(f"seeds = '{text}' (from --seeds): each must be named once")
-    return seeds

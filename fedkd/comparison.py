@@ -1,78 +1,53 @@
-"""Central and federated methods side by side, on the same shards, public set and initial weights."""
+"""Central and federated methods side by side, on the same shards, public set and initial weights.
+
+Runs that are there already are not made again, so that a comparison which was interrupted goes on, and
+one with another method or seed costs that method or seed. The comparison's own record only says which
+runs it is made of: every number is computed from their folders.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import mean, stdev
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
-from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
-from fedkd.baseline import central, check_central
-from fedkd.errors import FedkdError, nearest
+from fedkd import tables
+from fedkd.comparison_record import Record
+from fedkd.differences import Bools, difference, right, with_differences
+from fedkd.entries import (
+    Difference,
+    Entry,
+    as_row,
+    central_entry,
+    curve,
+    default_target,
+    federated_entry,
+    with_gaps,
+    with_target,
+)
+from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import SoftLabels
-from fedkd.plans import without
-from fedkd.preflight import check
-from fedkd.records import CentralRun, Run, RunFolder, gap_closed
-from fedkd.registry import find, strategies
-from fedkd.runner import run
+from fedkd.jobs import Job, check_jobs, make, threads, threads_each
+from fedkd.methods import (
+    CENTRAL,
+    LOCAL,
+    Method,
+    canonical,
+    check_all,
+    default_methods,
+    federated,
+    label,
+    pooled,
+    variant,
+)
+from fedkd.records import CentralRun, Run
+from fedkd.reuse import Shelf, common_plan, joined
 from fedkd.tuning import planned
-
-CENTRAL = ("teacher", "student-alone", "student-distilled")
-"""Methods of the central baseline; all others are strategies."""
-
-LOCAL = "LocalOnly"
-_LABELS = {
-    "student-alone": "student alone",
-    "student-distilled": "student distilled",
-    LOCAL: "local only",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method of a comparison.
-
-    Attributes:
-        method: its name, as in `CENTRAL` or of a strategy.
-        accuracies: test accuracy per seed, 0..1: the mean over clients after the closing exchange, or
-            of the central model.
-        worst: accuracy of the worst client, mean over seeds, or `None` for a central model.
-        best: of the best client.
-        server_accuracies: of the server's model per seed, where it keeps one.
-        bytes_up: payload bytes of all clients over a run, mean over seeds, or `None`.
-        bytes_down: likewise.
-        seconds: of a run, mean over seeds.
-        gap_closed: (method − local only) / (student distilled − local only), or `None`.
-    """
-
-    method: str
-    accuracies: list[float]
-    worst: float | None
-    best: float | None
-    server_accuracies: list[float] | None
-    bytes_up: float | None
-    bytes_down: float | None
-    seconds: float
-    gap_closed: float | None = None
-
-    @property
-    def label(self) -> str:
-        """What it is called in tables."""
-        return _LABELS.get(self.method, self.method.split(":")[-1])
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over the seeds."""
-        return mean(self.accuracies)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds (n − 1), or `None` for one seed."""
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+from fedkd.verdicts import rivals, sentence
 
 
 @dataclass(frozen=True)
@@ -80,259 +55,275 @@ class Comparison:
     """Methods × seeds on the same data.
 
     Attributes:
+        path: its folder, which holds ``comparison.json``.
+        experiment: what all methods share, as it was asked for.
         entries: one a method, in the order asked for.
         seeds: of every method.
         test_size: test images behind every accuracy.
         runs: the federated runs by method, one a seed.
-        central: the central baseline, if any of its methods was asked for.
+        central: the central baseline, if any of its methods was asked for; its path is `None` where
+            its seeds lie in several folders.
+        central_folders: by seed, where it lies.
+        reference: the method that the others are compared with.
+        target: accuracy 0..1 of which the entries say when it was reached, or `None`.
+        target_reason: why it is that one, or `None` if it was asked for.
+        reused: runs that were there already; a central baseline counts once a seed.
+        remark: how many runs were made at once, and why, where several were asked for.
     """
 
+    path: Path
+    experiment: Experiment
     entries: list[Entry]
     seeds: list[int]
     test_size: int
     runs: dict[str, list[Run]]
     central: CentralRun | None
+    central_folders: dict[int, Path]
+    reference: str
+    target: float | None
+    target_reason: str | None
+    reused: int
+    remark: str | None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a comparison's folder and the run folders that it names, beside it or elsewhere.
+
+        Raises:
+            FedkdError: there is no comparison, or one of its runs is gone.
+        """
+        return cls(**_assembled(Record.read(Path(path))))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """One plain dict a method."""
-        return [
-            {**vars(e), "label": e.label, "accuracy": e.accuracy, "spread": e.spread}
-            for e in self.entries
-        ]
+        return [as_row(entry) for entry in self.entries]
 
-    def __getitem__(self, method: str) -> Entry:
-        name = _canonical(method)
+    def __getitem__(self, method: Method) -> Entry:
+        name = canonical(method)
         return next(entry for entry in self.entries if entry.method == name)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What it comes to: a sentence a method, and one on the two methods that matter most.
+
+        See `fedkd.verdicts.rivals`.
+        """
+        found = [entry.sentence for entry in self.entries if entry.sentence is not None]
+        if (pair := rivals(self.entries, self.reference)) is not None:
+            ours, theirs = self[pair[0]], self[pair[1]]
+            found.append(sentence(ours, theirs, self.difference(*pair), self.target))
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known to read the tables."""
+        found = tables.notes(self.entries, len(self.seeds), self.target, self.target_reason)
+        count = len(self.seeds) * (len(self.runs) + (self.central is not None))
+        if self.reused:
+            found.append(f"{self.reused} of {count} runs were there already.")
+        return [*found, self.remark + "."] if self.remark is not None else found
+
+    def difference(self, method: Method, reference: Method) -> Difference:
+        """Return one method minus another, with how sure that is; the docs say what it covers."""
+        ours, theirs = self[method], self[reference]
+        return difference(ours, theirs, *map(self._right, (ours, theirs)))
+
+    def _right(self, entry: Entry) -> Bools | None:
+        return right(entry.method, self.runs.get(entry.method, ()), self.central_folders)
 
     def as_json(self) -> dict[str, Any]:
         """Return everything that ``--json`` prints."""
         paths = {method: [str(run.path) for run in runs] for method, runs in self.runs.items()}
         return {
+            "path": str(self.path),
             "seeds": self.seeds,
             "test_size": self.test_size,
+            "reference": self.reference,
+            "target": self.target,
+            "target_reason": self.target_reason,
+            "reused": self.reused,
+            "remark": self.remark,
             "methods": self.rows,
+            "sentences": self.sentences,
+            "notes": self.notes,
             "runs": paths,
+            "central": {str(seed): str(path) for seed, path in self.central_folders.items()},
         }
 
-    def table(self) -> Table:
-        """Return the comparison as a table of at most 80 columns, accuracies in percent.
+    def table(self) -> Group:
+        """Return both tables, one above the other, at most 100 columns wide."""
+        return Group(self.accuracy_table(), self.cost_table())
 
-        ``clients`` spans the worst and the best client, ``gap`` is the gap closed, bytes are those of
-        all clients over a run. The server has a column where its model differs from the clients'.
-        """
-        seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}"
-        table = Table(
-            title=f"Test accuracy in %, {seeds}, {self.test_size:,} test images",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        rows = [_cells(entry) for entry in self.entries]
-        if all(
-            abs(mean(e.server_accuracies or e.accuracies) - e.accuracy) < 1e-9 for e in self.entries
-        ):
-            rows = [{**row, "server": None} for row in rows]
-        columns = [name for name in rows[0] if any(row[name] for row in rows)]
-        for name in columns:
-            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row[name] or "–" for name in columns))
-        return table
+    def accuracy_table(self) -> Table:
+        """Return accuracies and differences, in percent and percentage points."""
+        seeds = _seeds(self.seeds)
+        title = f"Test accuracy in %, {seeds}, {self.test_size:,} test images"
+        return tables.accuracy_table(self.entries, title, self.reference)
+
+    def cost_table(self) -> Table:
+        """Return bytes, rounds and seconds."""
+        clients = self.experiment.num_clients
+        title = f"Payload of all {clients:,} clients and seconds, means of {_seeds(self.seeds)}"
+        return tables.cost_table(self.entries, title, self.target)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+
+
+# --- Making the runs ------------------------------------------------------------------------------
 
 
 def compare(
     experiment: Experiment,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[Method] | None = None,
     seeds: Sequence[int] | None = None,
     *,
+    reference: Method | None = None,
+    target: float | None = None,
+    jobs: int = 1,
     progress: Callable[[str, float], None] = lambda _, __: None,
 ) -> Comparison:
     """Run methods on the same shards, public set, client samples and initial weights.
 
+    Finished runs in ``run-dir`` are taken where the same code made them of the same experiment.
+
     Args:
         experiment: what all methods share. Its strategy is not used, its ``strategy-config`` only by
-            the method that it names.
-        methods: names of strategies, and ``teacher``, ``student-alone``, ``student-distilled``; see
-            `default_methods`.
+            the method that it names. Its name is the comparison's, and the beginning of its runs'.
+        methods: names or classes of strategies, and ``teacher``, ``student-alone``,
+            ``student-distilled``; see `fedkd.methods.default_methods`.
         seeds: of all methods; default the experiment's.
+        reference: the method that the others are compared with; default LocalOnly if it is compared,
+            else the first.
+        target: accuracy, 0..1 or in percent, of which to say when it is reached; default see
+            `fedkd.entries.default_target`.
+        jobs: runs made at once, in processes of their own, when they fit into memory. The numbers are
+            those of one after another.
         progress: told what is going on and how far it is, 0..1.
 
     Raises:
-        FedkdError: a method or key is not right; nothing has been run then.
+        FedkdError: a method or key is not right, and nothing has been run then; or a run went wrong:
+            finished ones stay, and the same call goes on from them.
     """
     seeds = [experiment.seed] if seeds is None else list(seeds)
-    names = [_canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
-    _check_all(experiment, names, seeds)
-    is_central = any(name in CENTRAL for name in names)
-    baseline = central(_pooled(experiment), seeds, progress=progress) if is_central else None
-    experiment = planned(experiment)  # one plan for all federations: its bits are not the method's
-    runs = {
-        name: [_run(experiment, name, seed, progress) for seed in seeds]
-        for name in names
-        if name not in CENTRAL
-    }
-    entries = [
-        _central_entry(name, baseline) if baseline and name in CENTRAL else _entry(name, runs[name])
-        for name in names
-    ]
-    return Comparison(_with_gaps(entries), seeds, _test_size(baseline, runs), runs, baseline)
+    names = [canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
+    check_jobs(experiment, jobs)
+    check_all(experiment, names, seeds)
+    chosen = _reference(names, reference)
+    share = _share(target)
+    Record.check(experiment)
+    folders, reused, remark = _made(experiment, names, seeds, jobs, progress)
+    record = Record(experiment, names, seeds, chosen, share, *folders, reused, remark)
+    return Comparison(**_assembled(record.written()))
 
 
-def default_methods(experiment: Experiment) -> list[str]:
-    """Return what is compared unless asked otherwise: the central baseline only where there is one."""
-    federated = [LOCAL, "FedAvg", "FedMD", "DSFL"]
-    single = experiment.teacher != "none" and "," not in experiment.teacher + experiment.student
-    return [*CENTRAL, *federated] if single else federated
+def _reference(names: Sequence[str], wanted: Method | None) -> str:
+    if wanted is None:
+        return LOCAL if LOCAL in names else names[0]
+    name = canonical(wanted)
+    if name not in names:
+        raise FedkdError(f"reference = '{wanted}': must be one of the methods: {', '.join(names)}")
+    return name
 
 
-def _check_all(experiment: Experiment, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Check every run of a comparison before the first."""
-    labels = [name.split(":")[-1].lower() for name in names]  # what run folders are called by
-    for what, values in (("methods", labels), ("seeds", [str(seed) for seed in seeds])):
-        if not values or len(set(values)) < len(values):
-            raise FedkdError(f"{what} = '{','.join(values)}': at least one, and none of them twice")
-    if experiment.strategy_config != "none" and _canonical(experiment.strategy) not in names:
-        raise FedkdError(
-            f"strategy-config = '{experiment.strategy_config}' belongs to strategy = "
-            f"'{experiment.strategy}', which is not compared; set strategy to the method it is for"
-        )
-    if any(name in CENTRAL for name in names):
-        check_central(_pooled(experiment))
-        RunFolder.check(_pooled(experiment))
-    for name in names:
-        for seed in seeds:
-            if name not in CENTRAL:
-                check(_variant(experiment, name, seed))
-
-
-def _test_size(baseline: CentralRun | None, runs: Mapping[str, Sequence[Run]]) -> int:
-    return baseline.test_size if baseline else int(next(iter(runs.values()))[0].result["test_size"])
-
-
-def _canonical(method: str) -> str:
-    plain = method.strip().lower().replace(" ", "-").replace("_", "-")
-    if plain in CENTRAL:
-        return plain
-    if plain in ("local", "local-only"):
-        return LOCAL
-    if ":" in plain:
-        find(method.strip())
-        return method.strip()
-    known = {*CENTRAL, *strategies()}
-    try:
-        return find(plain).name()
-    except FedkdError:
-        raise FedkdError(
-            f"methods: no method '{method}'{nearest(plain, known)}; there are {', '.join(sorted(known))}"
-        ) from None
-
-
-def _variant(experiment: Experiment, method: str, seed: int) -> Experiment:
-    """Return the experiment as one method runs it."""
-    label = method.split(":")[-1].lower()
-    strategy = find(method)
-    has_labels = strategy.uploads() is SoftLabels
-    observes = strategy.facts.server_model != "none"
-    serves_alone = (
-        experiment.server_model not in f"{experiment.student},{experiment.teacher}".split(",")
-    )
-    drops = serves_alone and not observes
-    return experiment.replace(
-        strategy=method,
-        plan=without(experiment.plan, experiment.server_model) if drops else experiment.plan,
-        # Settings and the server's model belong to the methods that know them.
-        strategy_config=experiment.strategy_config
-        if _canonical(experiment.strategy) == method
-        else "none",
-        server_model=experiment.server_model if observes else "none",
-        codec=experiment.codec if has_labels else "auto",
-        seed=seed,
-        name=f"{experiment.name}-{label}-seed{seed}" if experiment.name else None,
-    )
-
-
-def _run(
-    experiment: Experiment, method: str, seed: int, progress: Callable[[str, float], None]
-) -> Run:
-    what = f"{_LABELS.get(method, method)}, seed {seed}"
-    rounds = experiment.num_server_rounds
-    return run(
-        _variant(experiment, method, seed), lambda row: progress(what, row["round"] / rounds)
-    )
-
-
-def _pooled(experiment: Experiment) -> Experiment:
-    """Return the central baseline's experiment: as many epochs as the clients train in all."""
-    rounds = experiment.num_server_rounds
-    return experiment.replace(
-        local_epochs=rounds * experiment.local_epochs,
-        distill_epochs=rounds * experiment.distill_epochs,
-        name=f"{experiment.name}-central" if experiment.name else None,
-    )
-
-
-def _central_entry(name: str, baseline: CentralRun) -> Entry:
-    accuracies = {
-        "teacher": baseline.teacher_accuracies,
-        "student-alone": baseline.student_alone_accuracies,
-        "student-distilled": baseline.student_accuracies,
-    }[name]
-    seconds = sum(baseline.seconds.values()) / len(accuracies)
-    return Entry(name, accuracies, None, None, None, None, None, seconds)
-
-
-def _entry(name: str, runs: Sequence[Run]) -> Entry:
-    servers = [r.server_accuracy for r in runs if r.server_accuracy is not None]
-    clients = [[a for a in r.client_accuracy if a is not None] for r in runs]
-    return Entry(
-        name,
-        [r.accuracy for r in runs],
-        mean(min(each) for each in clients),
-        mean(max(each) for each in clients),
-        servers or None,
-        mean(r.bytes_up for r in runs),
-        mean(r.bytes_down for r in runs),
-        mean(r.result["seconds"] for r in runs),
-    )
-
-
-def _with_gaps(entries: Sequence[Entry]) -> list[Entry]:
-    by_name = {entry.method: entry.accuracy for entry in entries}
-    low, high = by_name.get(LOCAL), by_name.get("student-distilled")
-    if low is None or high is None:
-        return list(entries)
-    return [
-        entry
-        if entry.method in (*CENTRAL, LOCAL)
-        else replace(entry, gap_closed=gap_closed(entry.accuracy, low, high))
-        for entry in entries
-    ]
-
-
-def _cells(entry: Entry) -> dict[str, str | None]:
-    spread = "" if entry.spread is None else f" ± {100 * entry.spread:.1f}"
-    servers = entry.server_accuracies
-    return {
-        "method": entry.label,
-        "accuracy": f"{100 * entry.accuracy:.1f}{spread}",
-        "clients": None
-        if entry.worst is None or entry.best is None
-        else f"{100 * entry.worst:.1f}–{100 * entry.best:.1f}",
-        "server": f"{100 * mean(servers):.1f}" if servers else None,
-        "gap": None if entry.gap_closed is None else f"{100 * entry.gap_closed:.0f} %",
-        "up": _size(entry.bytes_up),
-        "down": _size(entry.bytes_down),
-        "seconds": f"{entry.seconds:.1f}",
-    }
-
-
-def _size(count: float | None) -> str | None:
-    """Write a number of bytes with a unit (powers of 1000)."""
-    if count is None:
+def _share(target: float | None) -> float | None:
+    """Read an accuracy that is given as a fraction or, above 1, in percent."""
+    if target is None:
         return None
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+    share = target / 100 if target > 1 else target
+    if not 0 < share <= 1:
+        raise FedkdError(f"target = {target:g}: must be an accuracy, > 0 and ≤ 1, or in percent")
+    return share
+
+
+Folders = tuple[dict[str, list[Path]], dict[int, Path]]
+"""Run folders of each strategy by seed, and of the central baseline."""
+
+
+def _made(
+    experiment: Experiment,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    at_once: int,
+    progress: Callable[[str, float], None],
+) -> tuple[Folders, int, str | None]:
+    """Make the runs that are not there; return all folders, how many were, and the jobs' remark."""
+    shelf = Shelf(experiment.run_dir)
+    wanted = [(name, seed) for name in federated(names) for seed in seeds]
+    there = {key: found for key in wanted if (found := shelf.federated(variant(experiment, *key)))}
+    has_central = any(name in CENTRAL for name in names)
+    central = shelf.central(pooled(experiment)) if has_central else {}
+    central = {seed: central[seed] for seed in seeds if seed in central}
+    missing = [key for key in wanted if key not in there]
+    jobs = _central_jobs(experiment, seeds, central) if has_central else []
+    if missing:
+        with threads(threads_each(at_once)):
+            # One plan for all federations: its bits are not the method's.
+            shared = planned(common_plan(experiment, [f for fs in there.values() for f in fs]))
+        jobs += [Job(f"{label(n)}, seed {s}", _free(variant(shared, n, s))) for n, s in missing]
+    paths, remark = make(jobs, at_once, progress)
+    central |= {seed: path for job, path in zip(jobs, paths, strict=True) for seed in job.seeds}
+    made = dict(zip(missing, paths[len(paths) - len(missing) :], strict=True))
+    runs = {
+        name: [made[key] if (key := (name, seed)) in made else there[key][0] for seed in seeds]
+        for name in federated(names)
+    }
+    reused = len(there) + len(central) - sum(len(job.seeds) for job in jobs)
+    return (runs, {seed: central[seed] for seed in seeds if has_central}), reused, remark
+
+
+def _central_jobs(
+    experiment: Experiment, seeds: Sequence[int], there: Mapping[int, Path]
+) -> list[Job]:
+    """Return the central baseline of the seeds that there is none of: one cohort."""
+    missing = tuple(seed for seed in seeds if seed not in there)
+    shared = common_plan(pooled(experiment), there.values())
+    return [Job("central baseline", _free(shared), missing)] if missing else []
+
+
+def _free(experiment: Experiment) -> Experiment:
+    """Number the name of a run whose folder is taken, as by one that was interrupted."""
+    name, number = experiment.name, 1
+    while experiment.name and (Path(experiment.run_dir) / experiment.name).exists():
+        number += 1
+        experiment = experiment.replace(name=f"{name}-{number}")
+    return experiment
+
+
+# --- From run folders to numbers -------------------------------------------------------------------
+
+
+def _assembled(record: Record) -> dict[str, Any]:
+    """Compute a comparison's attributes from its record and run folders."""
+    runs = {name: [Run.load(path) for path in paths] for name, paths in record.runs.items()}
+    baseline = joined(record.central) if record.central else None
+    points = {n: [curve(run, record.counted[n]) for run in each] for n, each in runs.items()}
+    entries = [
+        central_entry(name, baseline)
+        if baseline and name in CENTRAL
+        else federated_entry(name, runs[name], record.counted[name])
+        for name in record.methods
+    ]
+    target, why = record.target, None
+    if target is None:
+        target, why = default_target(entries, points) or (None, None)
+    entries = [with_target(e, points.get(e.method), target) for e in with_gaps(entries)]
+    answers = {n: right(n, runs.get(n, ()), record.central) for n in record.methods}
+    sizes = [run.result["test_size"] for each in runs.values() for run in each[:1]]
+    return {
+        "path": record.path,
+        "experiment": record.experiment,
+        "entries": with_differences(entries, record.reference, target, answers),
+        "seeds": record.seeds,
+        "test_size": baseline.test_size if baseline else int(sizes[0]),
+        "runs": runs,
+        "central": baseline,
+        "central_folders": record.central,
+        "reference": record.reference,
+        "target": target,
+        "target_reason": why,
+        "reused": record.reused,
+        "remark": record.remark,
+    }

@@ -168,6 +168,24 @@ def central_plan(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]
     }
 
 
+def sweep_plan(
+    experiment: Experiment,
+    vary: str,
+    seeds: Sequence[int],
+    folds: int,
+    of: str,
+) -> dict[str, str]:
+    """Say what a sweep is about to do."""
+    held_out = experiment.replace(fold=f"1/{folds}")
+    shared = central_plan(held_out, seeds) if of == "central" else compare_plan(held_out)
+    strategy = {} if of == "central" else {"strategy": experiment.strategy}
+    return {
+        **{name: text for name, text in shared.items() if name != "seeds"},
+        **strategy,
+        "sweep": f"{vary}, {len(seeds)} seed{'s' * (len(seeds) != 1)}, {folds} folds",
+    }
+
+
 def _weights(experiment: Experiment, world: World) -> str:
     return effective_weights(
         experiment.alpha, experiment.tau, experiment.kl_reduction, world.num_classes
@@ -175,7 +193,8 @@ def _weights(experiment: Experiment, world: World) -> str:
 
 
 def _images(experiment: Experiment, train: int, test: int) -> str:
-    return f"{experiment.dataset}, {train:,} training and {test:,} test images"
+    held = "test images" if experiment.fold == "none" else f"of them held out ({experiment.fold})"
+    return f"{experiment.dataset}, {train:,} training and {test:,} {held}"
 
 
 def _public(experiment: Experiment, world: World) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import compress
 from time import monotonic
 
 import torch
@@ -466,16 +467,29 @@ class Stack:
     def _examine(self) -> None:
         """Test all models at the end: what they answer stays with the client, as `tested` finds it."""
         for role, cohort in self.cohorts.items():
+            trained = [
+                role == "student" or self._is_trained(role, row) for row in range(len(cohort))
+            ]
+            if not any(trained):
+                continue
             answers = cohort.answer(self.world.test)
             if role == "student":
                 if self.by_means:
                     classes = self._by_means("student").to(torch.int16)
                     answers = Answers(classes, torch.full_like(answers.confidences, torch.nan))
                 self._record_predicted("accuracy", answers.classes)
-            for memory, classes, confidences in zip(self.memories, *answers, strict=True):
+            for memory, classes, confidences in compress(
+                zip(self.memories, *answers, strict=True), trained
+            ):
                 kept = {"classes": classes, "confidences": confidences.to(torch.float16)}
                 _remember(memory, f"{TESTED}{role}", kept)
         self._record_training_accuracy()
+
+    def _is_trained(self, role: str, row: int) -> bool:
+        """Whether a local teacher is one: some strategies have no use for it."""
+        initial = self.world.initial_state(self._architecture(role), self.experiments[row].seed)
+        params = self.cohorts[role].params
+        return any(not torch.equal(tensor[row], initial[name]) for name, tensor in params.items())
 
     def _record_training_accuracy(self) -> None:
         """Record the students' accuracy on their own private images."""

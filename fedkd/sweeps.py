@@ -15,10 +15,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Self
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, Scalar, kebab, snake
 from fedkd.records import RunFolder
 from fedkd.trials import Keys, Of, Progress, SweepFolder, Trials, silent
+
+SHOWN = 10
+"""Points in a table that is no map; all are in the folder."""
 
 AT_ONCE = 8
 """Points of a search that are chosen before any of them is known: enough for a stack."""
@@ -121,6 +127,63 @@ class Sweep:
         error = stdev(differences) / len(differences) ** 0.5
         return bool(mean(differences) <= error)
 
+    @property
+    def accuracy_text(self) -> str:
+        """The best point's accuracy in percent, with its spread over seeds."""
+        return _percent(self.best)
+
+    def table(self) -> Table:
+        """Return held-out accuracies in %: by two keys as a map, else the best points in order.
+
+        ``*`` marks the best point, ``~`` those of the flat region around it.
+        """
+        whose = "clients" if self.of == "federation" else "central student distilled"
+        title = f"Held-out accuracy in %: {whose}, {_count(self.seeds, 'seed')}, {self.folds} folds"
+        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        varied = [key for key, values in self.grid.items() if len(values) > 1]
+        if len(varied) == 2 and not self.is_search:
+            self._fill_map(table, *varied)
+        else:
+            self._fill_list(table)
+        return table
+
+    def facts(self) -> dict[str, str]:
+        """Say what was chosen, and how to go on."""
+        flags = " ".join(f"--{kebab(key)} {value}" for key, value in self.best.keys.items())
+        others = len(self.flat) - 1
+        return {
+            "best": f"{self.best} ({self.accuracy_text} %)",
+            "flat": f"{others} other point{'s' * (others != 1)} within one standard error of it"
+            + (f": {'; '.join(map(str, self.flat_others[:3]))}" if others else "")
+            + (" …" if others > 3 else ""),
+            "go on": f"with {flags}, on the test set",
+            "folder": str(self.path),
+        }
+
+    @property
+    def flat_others(self) -> list[Point]:
+        """The flat region without the best point."""
+        return [point for point in self.flat if point is not self.best]
+
+    def _marked(self, point: Point) -> str:
+        mark = "*" if point is self.best else "~" if point in self.flat else " "
+        return f"{_percent(point)} {mark}"
+
+    def _fill_map(self, table: Table, down: str, across: str) -> None:
+        table.add_column(f"{kebab(down)} \\ {kebab(across)}")
+        for value in self.grid[across]:
+            table.add_column(str(value), justify="right")
+        for value in self.grid[down]:
+            row = [p for p in self.points if p.keys[down] == value]
+            table.add_row(str(value), *(self._marked(point) for point in row))
+
+    def _fill_list(self, table: Table) -> None:
+        for key in self.grid:
+            table.add_column(kebab(key), justify="right")
+        table.add_column("accuracy", justify="right")
+        for point in sorted(self.points, key=lambda p: -p.accuracy)[:SHOWN]:
+            table.add_row(*map(str, point.keys.values()), self._marked(point))
+
     def as_json(self) -> dict[str, Any]:
         """Return everything that ``--json`` prints."""
         flat = self.flat
@@ -147,7 +210,7 @@ def sweep(
     seeds: Sequence[int] | None = None,
     folds: int = 3,
     *,
-    of: Of = "federation",
+    of: str = "federation",
     progress: Progress = silent,
 ) -> Sweep:
     """Train every point of a grid for every seed and fold, and measure it on the fold.
@@ -175,12 +238,12 @@ def sweep(
 
 def search(
     experiment: Experiment,
-    ranges: Mapping[str, tuple[float, float]],
+    ranges: Mapping[str, Sequence[Scalar]],
     trials: int,
     seeds: Sequence[int] | None = None,
     folds: int = 3,
     *,
-    of: Of = "federation",
+    of: str = "federation",
     progress: Progress = silent,
 ) -> Sweep:
     """Let Optuna choose the points: for more keys than a grid can hold.
@@ -293,6 +356,15 @@ def parse(text: str) -> tuple[dict[str, list[Scalar]], bool]:
     if len(ranges) > 1:
         raise FedkdError(f"vary = '{text}': either values or ranges, not both")
     return found, ranges == {True}
+
+
+def _percent(point: Point) -> str:
+    spread = "" if point.spread is None else f" ± {100 * point.spread:.1f}"
+    return f"{100 * point.accuracy:.1f}{spread}"
+
+
+def _count(values: Sequence[object], what: str) -> str:
+    return f"{len(values)} {what}{'s' * (len(values) != 1)}"
 
 
 def _joined_to(

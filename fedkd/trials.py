@@ -144,7 +144,7 @@ class Trials:
     """
 
     def __init__(
-        self, experiment: Experiment, of: Of, seeds: Sequence[int], folds: int, progress: Progress
+        self, experiment: Experiment, of: str, seeds: Sequence[int], folds: int, progress: Progress
     ) -> None:
         if folds < 2:
             raise FedkdError(f"folds = {folds}: must be ≥ 2, as each is held out from the others")
@@ -206,9 +206,8 @@ class Trials:
             for seed in self._seeds
             for keys in points
         ]
-        missing = [
-            cell for cell in dict((c.name, c) for c in cells).values() if cell not in self._done
-        ]
+        distinct = {cell.name: cell for cell in cells}.values()
+        missing = [cell for cell in distinct if cell not in self._done]
         finished = len(cells) - len(missing)
         for batch in self._batches(missing):
             self._share = (start + share * finished / len(cells), share * len(batch) / len(cells))

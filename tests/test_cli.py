@@ -17,9 +17,10 @@ import pytest
 from sklearn.datasets import load_digits
 
 import fedkd
-from fedkd.cli import Source, main, with_sources
+from fedkd.cli import main
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment, accepted, kebab
+from fedkd.options import Source, with_sources
 from fedkd.records import Run
 
 COMMAND = [sys.executable, "-c", "from fedkd.cli import main; main()"]

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ET
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
+from scipy.stats import binomtest
 
 import fedkd
-from fedkd.comparison import default_methods
-from fedkd.plots import accuracy_by_round
+from fedkd import tested
+from fedkd.comparison import Comparison
+from fedkd.entries import Entry, Point, counted, curve, default_target, reached
+from fedkd.methods import default_methods
+from fedkd.records import CentralRun, Run, RunFolder
+from fedkd.registry import find
+from fedkd.tables import notes
+from strategies import DSFL
 
 EXPERIMENT = fedkd.Experiment(
     dataset="digits",
@@ -29,12 +46,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+BOTH = EXPERIMENT.replace(strategy="DSFL", strategy_config="sharpening=mean", name="both")
+METHODS = ["teacher", "student-alone", "student distilled", "local", "fedavg", "ds-fl"]
+
+
 @pytest.fixture(scope="module")
 def comparison(folder: Path) -> fedkd.Comparison:
-    experiment = EXPERIMENT.replace(run_dir=str(folder), strategy="DSFL", name="both")
-    experiment = experiment.replace(strategy_config="sharpening=mean")
-    methods = ["teacher", "student-alone", "student distilled", "local", "fedavg", "ds-fl"]
-    return fedkd.compare(experiment, methods, [0, 3])
+    return fedkd.compare(BOTH.replace(run_dir=str(folder)), METHODS, [0, 3])
+
+
+@pytest.fixture
+def copy(comparison: fedkd.Comparison, folder: Path, tmp_path: Path) -> Path:
+    """Return a copy of all folders, in which something may be changed."""
+    return shutil.copytree(folder, tmp_path / "moved" / "runs")
+
+
+def made(folder: Path) -> set[str]:
+    """Return the names of the run folders in a folder."""
+    return {path.parent.name for path in folder.glob("*/experiment.toml")}
 
 
 def test_each_method_is_the_run_it_would_be_alone(
@@ -99,6 +128,7 @@ def test_a_comparison_is_json_and_lies_in_run_folders(
     ]
     assert parsed["test_size"] == 359
     assert {path.name for path in folder.iterdir()} == {
+        "both",
         "both-central",
         *(f"both-{m}-seed{s}" for m in ("localonly", "fedavg", "dsfl") for s in (0, 3)),
     }
@@ -114,18 +144,6 @@ def test_a_method_that_is_none_is_named_before_any_work(
     with pytest.raises(fedkd.FedkdError, match=reason):
         fedkd.compare(EXPERIMENT.replace(run_dir=str(tmp_path)), ["LocalOnly", method])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_plot_holds_every_label(tmp_path: Path) -> None:
-    path = accuracy_by_round(
-        {"DSFL": [(1, 0.31), (2, 0.57)], "FedAvg": [(1, 0.2), (2, 0.4)]},
-        {"teacher": 0.94},
-        tmp_path / "a.svg",
-    )
-    text = path.read_text()
-    ET.fromstring(text)
-    for label in ("DSFL", "FedAvg", "teacher 94.0", "test accuracy in %"):
-        assert f"<!-- {label} -->" in text
 
 
 @pytest.mark.parametrize(
@@ -152,3 +170,382 @@ def test_without_a_single_teacher_only_the_federated_methods_are_compared() -> N
     assert default_methods(EXPERIMENT.replace(teacher="none")) == federated
     assert default_methods(EXPERIMENT.replace(student="mlp-8,mlp-9")) == federated
     assert default_methods(EXPERIMENT)[3:] == federated
+
+
+# --- The comparison's own record ------------------------------------------------------------------
+
+
+def test_a_comparison_is_rebuilt_from_its_run_folders(comparison: fedkd.Comparison) -> None:
+    again = Comparison.load(comparison.path)
+    assert again == comparison
+    assert again.as_json() == comparison.as_json()
+    record = json.loads((comparison.path / "comparison.json").read_text())
+    assert record["runs"]["DSFL"] == ["../both-dsfl-seed0", "../both-dsfl-seed3"]
+    assert "accuracies" not in str(record)
+
+
+def test_runs_may_be_moved(comparison: fedkd.Comparison, copy: Path) -> None:
+    moved = Comparison.load(copy / "both")
+    assert moved.rows == comparison.rows
+    assert moved.sentences == comparison.sentences
+    assert {run.path.parent for run in moved.runs["FedAvg"]} == {copy}
+
+
+def test_what_is_no_comparison_is_refused(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(fedkd.FedkdError, match=r"nowhere holds no comparison: comparison\.json"):
+        Comparison.load(tmp_path / "nowhere")
+    shutil.rmtree(copy / "both-fedavg-seed3")
+    with pytest.raises(fedkd.FedkdError, match="both-fedavg-seed3 holds no finished run"):
+        Comparison.load(copy / "both")
+    (copy / "both" / "comparison.json").write_text('{"experiment": {}}')
+    with pytest.raises(fedkd.FedkdError, match="no record of this version"):
+        Comparison.load(copy / "both")
+
+
+def test_a_name_of_something_else_is_refused_before_any_work(copy: Path) -> None:
+    before = made(copy)
+    for keys in ({"tau": 2.0}, {"name": "both-central"}):
+        with pytest.raises(fedkd.FedkdError, match=r"name = 'both.*choose another name"):
+            fedkd.compare(BOTH.replace(run_dir=str(copy), **keys), ["DSFL"], [0])
+    assert made(copy) == before
+
+
+# --- Runs that are there already ------------------------------------------------------------------
+
+
+def test_finished_runs_are_not_made_again(comparison: fedkd.Comparison, copy: Path) -> None:
+    before = made(copy)
+    again = fedkd.compare(BOTH.replace(run_dir=str(copy)), METHODS, [0, 3])
+    assert again.rows == comparison.rows
+    assert again.reused == 8
+    assert "8 of 8 runs were there already." in again.notes
+    assert made(copy) == before
+
+
+def test_only_what_is_missing_is_made(comparison: fedkd.Comparison, copy: Path) -> None:
+    before = made(copy)
+    more = fedkd.compare(
+        EXPERIMENT.replace(run_dir=str(copy), profile=True),
+        ["student-distilled", "fedmd", "fedavg", "ds-fl"],
+        [3, 5, 0],
+    )
+    # DSFL has its default settings here. The central baseline is made of the new seed only.
+    assert made(copy) - before == {
+        "central-digits",
+        *(f"fedmd-digits-seed{seed}" for seed in (0, 3, 5)),
+        *(f"dsfl-digits-seed{seed}" for seed in (0, 3, 5)),
+        "fedavg-digits-seed5",
+    }
+    assert more.reused == 4
+    assert more.path == copy / "compare-digits"
+    assert CentralRun.load(copy / "central-digits").seeds == [5]
+    first, last = comparison["student-distilled"].accuracies
+    assert more["student-distilled"].accuracies[::2] == [last, first]
+    assert more["FedAvg"].accuracies[::2] == comparison["FedAvg"].accuracies[::-1]
+    assert more.central is not None
+    assert more.central.path is None
+    assert len(more.central.training["teacher"]["loss"]) == 3
+    assert Comparison.load(more.path) == more
+
+
+def test_a_run_of_other_code_or_half_a_run_is_made_again_and_left_alone(copy: Path) -> None:
+    other, half = copy / "both-localonly-seed0", copy / "both-fedavg-seed0"
+    toml = (other / "experiment.toml").read_text()
+    (other / "experiment.toml").write_text(re.sub("# sources: .", "# sources: x", toml))
+    (half / "result.json").unlink()
+    again = fedkd.compare(BOTH.replace(run_dir=str(copy)), ["dsfl", "local", "fedavg"], [0, 3])
+    assert again.reused == 4
+    names = {method: [run.path.name for run in runs] for method, runs in again.runs.items()}
+    assert names == {
+        "DSFL": ["both-dsfl-seed0", "both-dsfl-seed3"],
+        "LocalOnly": ["both-localonly-seed0-2", "both-localonly-seed3"],
+        "FedAvg": ["both-fedavg-seed0-2", "both-fedavg-seed3"],
+    }
+    assert not (half / "result.json").exists()
+
+
+@pytest.mark.parametrize("keys", [{"tau": 2.0}, {"batch_size": 61}, {"plan": "loop"}])
+def test_another_experiment_is_another_run(copy: Path, keys: dict[str, Any]) -> None:
+    again = fedkd.compare(
+        EXPERIMENT.replace(run_dir=str(copy), **keys), ["student-alone", "local"], [0]
+    )
+    assert again.reused == 0
+
+
+STRATEGY = """
+import fedkd
+from fedkd.strategy import Facts
+
+class Mine(fedkd.DistillationStrategy):
+    facts = Facts(paper="none", up="4 P C", down="4 P C")
+
+    def aggregate(self, labels):
+        return labels.mean_logits() * {factor}
+"""
+
+
+def test_a_users_strategy_is_run_again_if_its_file_has_changed(tmp_path: Path) -> None:
+    file = tmp_path / "mine_for_reuse.py"
+    experiment = EXPERIMENT.replace(run_dir=str(tmp_path / "runs"), num_server_rounds=1)
+    reused = []
+    for factor in (1, 1, 3):
+        if factor != 1 or not file.exists():
+            file.write_text(STRATEGY.format(factor=factor))
+        reused.append(fedkd.compare(experiment, [f"{file}:Mine"]).reused)
+    assert reused == [0, 1, 0]
+
+
+NET = """
+from torch import nn
+
+def net(input_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+"""
+
+
+def test_a_users_model_is_run_again_as_nobody_knows_whether_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net_for_reuse.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    experiment = EXPERIMENT.replace(run_dir=str(tmp_path / "runs"), student="net_for_reuse:net")
+    experiment = experiment.replace(num_server_rounds=1)
+    assert [fedkd.compare(experiment, ["local"]).reused for _ in range(2)] == [0, 0]
+    known = experiment.replace(client_code="net_for_reuse")
+    assert [fedkd.compare(known, ["local"]).reused for _ in range(2)] == [0, 1]
+
+
+CALL = """
+import sys, fedkd
+experiment = fedkd.Experiment.load(fedkd.experiment.read_toml(sys.argv[1]))
+print("begun", flush=True)
+fedkd.compare(experiment, ["teacher", "local", "fedavg", "dsfl"], [0, 1])
+"""
+
+
+def test_a_comparison_that_was_killed_goes_on(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    experiment = EXPERIMENT.replace(run_dir=str(runs), num_server_rounds=3, name="killed")
+    lines = [f"{key} = {json.dumps(value)}" for key, value in experiment.flat().items()]
+    (tmp_path / "e.toml").write_text("\n".join(lines))
+    process = subprocess.Popen([sys.executable, "-c", CALL, str(tmp_path / "e.toml")])
+    deadline = time.monotonic() + 100
+    while len(list(runs.glob("*/result.json"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.parent.name for path in runs.glob("*/result.json")}
+    assert 3 <= len(finished) < 7
+    stamps = {name: (runs / name / "result.json").stat().st_mtime_ns for name in finished}
+
+    methods = ["teacher", "local", "fedavg", "dsfl"]
+    ended = fedkd.compare(experiment, methods, [0, 1])
+    assert ended.reused == len(finished) + 1  # the central baseline has two seeds
+    assert {n: (runs / n / "result.json").stat().st_mtime_ns for n in finished} == stamps
+    (plan,) = {run.experiment.plan for each in ended.runs.values() for run in each}
+    whole = experiment.replace(run_dir=str(tmp_path / "whole"), name=None, plan=plan)
+    straight = fedkd.compare(whole, methods[1:], [0, 1])
+    for method in methods[1:]:
+        assert ended[method].client_accuracies == straight[method].client_accuracies
+        assert ended[method].bytes_to_target == straight[method].bytes_to_target
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def test_differences_are_those_of_clients_and_of_answers(comparison: fedkd.Comparison) -> None:
+    """Written out from result.json and the kept answers, with scipy's test."""
+    entry = comparison["DSFL"]
+    assert comparison.reference == "LocalOnly"
+    assert comparison["local"].difference is None
+    assert entry.difference is not None
+    ours, theirs = comparison.runs["DSFL"], comparison.runs["LocalOnly"]
+    by_seed = []
+    for mine, their in zip(ours, theirs, strict=True):
+        pairs = zip(mine.client_accuracy, their.client_accuracy, strict=True)
+        by_seed.append(sum((a or 0.0) - (b or 0.0) for a, b in pairs) / 3)
+    assert entry.difference.mean == pytest.approx(sum(by_seed) / 2)
+    assert entry.difference.mean == pytest.approx(entry.accuracy - comparison["LocalOnly"].accuracy)
+    assert entry.difference.low is not None
+    assert entry.difference.high is not None
+    assert entry.difference.low <= entry.difference.mean <= entry.difference.high
+    assert _won(ours, theirs) == (entry.difference.images_won, entry.difference.images_lost)
+    assert entry.difference.p_value == pytest.approx(binomtest(*_k_of_n(ours, theirs)).pvalue)
+
+
+def _won(ours: list[Run], theirs: list[Run]) -> tuple[int, int]:
+    shares = []
+    for runs in (ours, theirs):
+        kept = [tested.Tested.load(run.path) for run in runs]
+        rows = [k.models["student"].classes == k.labels for k in kept if k is not None]
+        assert torch.cat(rows).shape == (6, 359)
+        shares.append(torch.cat(rows).sum(0))
+    return int((shares[0] > shares[1]).sum()), int((shares[0] < shares[1]).sum())
+
+
+def _k_of_n(ours: list[Run], theirs: list[Run]) -> tuple[int, int]:
+    won, lost = _won(ours, theirs)
+    return won, won + lost
+
+
+def test_two_central_models_of_one_seed_are_compared_by_mcnemars_test(copy: Path) -> None:
+    one = fedkd.compare(
+        BOTH.replace(run_dir=str(copy), name=None, strategy_config="none"),
+        ["teacher", "student-alone"],
+        [3],
+        reference="student-alone",
+    )
+    kept = tested.Tested.load(one.central_folders[3])
+    assert kept is not None
+    row = kept.models["teacher"].owners.index(3)
+    teacher, student = (
+        kept.models[kind].classes[row] == kept.labels for kind in ("teacher", "student-alone")
+    )
+    only_teacher = int((teacher & ~student).sum())
+    discordant = int((teacher != student).sum())
+    difference = one["teacher"].difference
+    assert difference is not None
+    assert difference.p_value == pytest.approx(binomtest(only_teacher, discordant).pvalue)
+    assert (difference.low, difference.high) == (None, None)
+    assert one.notes[0] == "No interval: one seed, and no clients that differ."
+
+
+def test_without_answers_on_the_test_images_p_is_not_available(copy: Path) -> None:
+    (copy / "both-fedavg-seed3" / "tested.safetensors").unlink()
+    again = Comparison.load(copy / "both")
+    difference = again["FedAvg"].difference
+    assert difference is not None
+    assert difference.p_value is None
+    assert difference.low is not None
+    assert any(note.startswith("p is n/a") for note in again.notes)
+
+
+@pytest.mark.parametrize("teacher", ["none", "mlp-11"])
+@pytest.mark.parametrize("strategy", ["DSFL", "FedMD", "FedAvg", "FD", "Cronus", "LocalOnly"])
+def test_a_point_is_where_a_shorter_run_would_have_ended(
+    tmp_path: Path, strategy: str, teacher: str
+) -> None:
+    experiment = EXPERIMENT.replace(strategy=strategy, run_dir=str(tmp_path), plan="stacked")
+    experiment = experiment.replace(teacher=teacher, num_server_rounds=3)
+    run, shorter = fedkd.run(experiment), fedkd.run(experiment.replace(num_server_rounds=2))
+    points = curve(run, counted(find(strategy), has_teacher=teacher != "none"))
+    assert [point.round for point in points] == [1, 2, 3]
+    assert points[1].accuracy == pytest.approx(shorter.accuracy, abs=1e-12)
+    assert points[1].payload == shorter.bytes_up + shorter.bytes_down
+    assert points[2].accuracy == run.accuracy
+    assert points[2].payload == run.bytes_up + run.bytes_down
+    third = reached(points, run.accuracy)
+    assert third is not None
+    assert third.accuracy >= run.accuracy
+    assert reached(points, 1.01) is None
+
+
+def test_the_target_is_what_all_who_send_reach_unless_local_only_does(
+    comparison: fedkd.Comparison,
+) -> None:
+    entries = {entry.method: entry for entry in comparison.entries}
+    low = replace(entries["LocalOnly"], accuracies=[0.31, 0.29])
+    fedavg = replace(entries["FedAvg"], accuracies=[0.6, 0.7])
+    dsfl = replace(entries["DSFL"], accuracies=[0.8, 0.85])
+    points = {
+        "FedAvg": [[_point(0.5), _point(0.6)], [_point(0.579), _point(0.51)]],
+        "DSFL": [[_point(0.8)], [_point(0.85)]],
+    }
+    target, why = default_target([low, fedavg, dsfl], points) or (0, "")
+    assert target == 0.57
+    assert why.startswith("the highest whole percent")
+    target, why = default_target([replace(low, accuracies=[0.6, 0.6]), fedavg, dsfl], points) or (
+        0,
+        "",
+    )
+    assert target == 0.74  # 0.9 · 0.825 = 0.7425
+    assert why.startswith("nine tenths")
+    assert default_target([low, entries["teacher"]], {}) is None
+
+
+def _point(accuracy: float) -> Point:
+    return Point(1, accuracy, 1)
+
+
+def test_a_gap_that_is_none_is_said_once(comparison: fedkd.Comparison) -> None:
+    entries = [replace(e, gap_closed=None) for e in comparison.entries]
+    found = [
+        replace(e, accuracies=[0.1, 0.1]) if e.method == "student-distilled" else e for e in entries
+    ]
+    local = next(entry for entry in found if entry.method == "LocalOnly")
+    said = [note for note in notes(found, 2, None, None) if "gap" in note]
+    assert said == [
+        "The gap closed is n/a: student distilled (10 %) is not better than local only "
+        f"({100 * round(local.accuracy, 3):g} %)."
+    ]
+    assert not [note for note in comparison.notes if "n/a" in note]
+
+
+# --- What is asked for ----------------------------------------------------------------------------
+
+
+def test_reference_and_target_are_as_asked(copy: Path) -> None:
+    experiment = BOTH.replace(run_dir=str(copy), name=None)
+    one = fedkd.compare(experiment, [DSFL, "local"], [0], reference=DSFL, target=35)
+    assert (one.reference, one.target, one.target_reason) == ("DSFL", 0.35, None)
+    local = one["LocalOnly"]
+    assert local.sentence is not None
+    assert re.match(r"Local only sends nothing and ends .* than DSFL", local.sentence)
+    assert one["DSFL"].sentence is None
+    assert Comparison.load(one.path) == one
+    again = fedkd.compare(experiment, ["dsfl", "fedavg"], [0], target=0.35)
+    assert again.reference == "DSFL"  # the first, without local only
+    assert again["DSFL"].rounds_to_target == one["DSFL"].rounds_to_target
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "reason"),
+    [
+        ({}, {"reference": "fedavg"}, "reference = 'fedavg'.*LocalOnly, DSFL"),
+        ({}, {"target": 0}, "target = 0: must be"),
+        ({}, {"target": 100.5}, r"target = 100\.5: must be"),
+        ({}, {"jobs": 0}, "jobs = 0: must be whole number ≥ 1"),
+        ({"engine": "flower"}, {"jobs": 2}, "jobs = 2 contradicts engine = 'flower'.*set jobs = 1"),
+        ({"num_workers": 2}, {"jobs": 2}, "jobs = 2 contradicts num-workers"),
+        ({"student": "__main__:net"}, {"jobs": 2}, "jobs = 2 contradicts student = '__main__:net'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_any_work(
+    tmp_path: Path, keys: dict[str, Any], arguments: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(fedkd.FedkdError, match=reason):
+        fedkd.compare(
+            EXPERIMENT.replace(run_dir=str(tmp_path), **keys), ["local", "DSFL"], [0], **arguments
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_strategy_with_settings_is_named_by_its_class(tmp_path: Path) -> None:
+    with pytest.raises(fedkd.FedkdError, match="settings go to strategy-config"):
+        fedkd.compare(EXPERIMENT.replace(run_dir=str(tmp_path)), [DSFL()])  # type: ignore[list-item]
+
+
+def test_the_tables_are_at_most_100_wide_and_say_what_the_entries_say(
+    comparison: fedkd.Comparison,
+) -> None:
+    out = StringIO()
+    Console(file=out, width=200).print(comparison.table())
+    lines = out.getvalue().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 100
+    entry: Entry = comparison["DSFL"]
+    assert entry.difference is not None
+    assert entry.spread is not None
+    (accuracy, cost) = [line for line in lines if line.strip().startswith("DSFL ")]
+    assert f"{100 * entry.accuracy:.1f} ± {100 * entry.spread:.1f}" in accuracy
+    assert f"{100 * entry.difference.mean:+.1f}".replace("-", "−") in accuracy
+    assert f"{(entry.bytes_up or 0) / 1000:.1f} kB" in cost
+    assert "− local only" in out.getvalue()
+    assert any(line.startswith(" teacher") and "–" in line for line in lines)
+
+
+def test_where_runs_lie_is_read_from_their_folders(comparison: fedkd.Comparison) -> None:
+    run = comparison.runs["DSFL"][0]
+    assert RunFolder(run.path).experiment.strategy_config == "sharpening=mean"
+    assert comparison.central is not None
+    assert comparison.central.path == comparison.central_folders[0]

@@ -1,0 +1,136 @@
+"""A comparison's own record: which runs it is made of, and what was asked of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from os.path import normpath, relpath
+from pathlib import Path
+from typing import Any
+
+from fedkd.entries import Counted, counted
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.methods import variant
+from fedkd.records import RunFolder, write_json
+from fedkd.registry import find
+from fedkd.strategy import DistillationStrategy
+
+FILE = "comparison.json"
+
+_BESIDES = {"name", "run_dir", "data_dir", "seed", "profile"}
+"""Keys in which a comparison may differ from one of the same name."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``comparison.json`` holds.
+
+    Attributes:
+        experiment: what all methods share, as it was asked for.
+        methods: their names.
+        seeds: of every method.
+        reference: the method that the others are compared with.
+        target: as it was asked for, or `None` for the default.
+        runs: folders by strategy, one a seed.
+        central: folders of the central baseline by seed.
+        reused: runs that were there already; a central baseline counts once a seed.
+        remark: what there is to say of runs made at once.
+        counted: by strategy, which accuracy tells when the target is reached.
+        path: the comparison's folder.
+    """
+
+    experiment: Experiment
+    methods: list[str]
+    seeds: list[int]
+    reference: str
+    target: float | None
+    runs: dict[str, list[Path]]
+    central: dict[int, Path]
+    reused: int
+    remark: str | None
+    counted: dict[str, Counted] = field(default_factory=dict)
+    path: Path = Path()
+
+    @staticmethod
+    def check(experiment: Experiment) -> None:
+        """Refuse a name of something else; the same comparison may be written again.
+
+        Raises:
+            FedkdError: the folder is there, and holds no comparison of this experiment.
+        """
+        if experiment.name is None:
+            return
+        folder = Path(experiment.run_dir) / experiment.name
+        try:
+            known = Record.read(folder).experiment if folder.exists() else experiment
+        except FedkdError:
+            return RunFolder.check(experiment)
+        if known.model_dump(exclude=_BESIDES) != experiment.model_dump(exclude=_BESIDES):
+            raise FedkdError(
+                f"name = '{experiment.name}': {folder} compares methods on another experiment; choose "
+                "another name, or remove the folder"
+            )
+
+    def written(self) -> Record:
+        """Fill in what the methods say of themselves, write it to its folder, and return it."""
+        experiment = self.experiment
+        has_teacher = experiment.teacher != "none"
+        found = {n: counted(_strategy(experiment, n), has_teacher=has_teacher) for n in self.runs}
+        known = Path(experiment.run_dir) / (experiment.name or "")
+        if experiment.name is None or not known.exists():
+            default = f"compare-{experiment.dataset.replace(':', '.')}"
+            known = RunFolder.create(experiment, default).path
+        record = replace(self, counted=found, path=known)
+        write_json(known / FILE, record.as_json())
+        return record
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record, with paths as seen from its folder."""
+        seen = {m: [relpath(path, self.path) for path in paths] for m, paths in self.runs.items()}
+        return {
+            "experiment": self.experiment.flat(),
+            "methods": self.methods,
+            "seeds": self.seeds,
+            "reference": self.reference,
+            "target": self.target,
+            "runs": seen,
+            "central": {str(s): relpath(path, self.path) for s, path in self.central.items()},
+            "counted": {method: vars(each) for method, each in self.counted.items()},
+            "reused": self.reused,
+            "remark": self.remark,
+        }
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Read a comparison's folder.
+
+        Raises:
+            FedkdError: there is none in it.
+        """
+        try:
+            found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        except OSError:
+            raise FedkdError(f"{folder} holds no comparison: {FILE} is missing") from None
+        except ValueError as error:
+            raise FedkdError(f"{folder / FILE} is not valid JSON ({error})") from None
+        try:
+            return cls._of(found, folder)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise FedkdError(f"{folder / FILE} is no record of this version ({error!r})") from None
+
+    @classmethod
+    def _of(cls, found: dict[str, Any], folder: Path) -> Record:
+        def seen(path: str) -> Path:
+            return Path(normpath(folder / path))
+
+        found["experiment"] = Experiment.load((str(folder / FILE), found["experiment"]))
+        found["runs"] = {m: [seen(path) for path in paths] for m, paths in found["runs"].items()}
+        found["central"] = {int(seed): seen(path) for seed, path in found["central"].items()}
+        found["counted"] = {m: Counted(**each) for m, each in found["counted"].items()}
+        return cls(**found, path=folder)
+
+
+def _strategy(experiment: Experiment, method: str) -> DistillationStrategy:
+    given = variant(experiment, method, experiment.seed)
+    return find(method, given.strategy_config)

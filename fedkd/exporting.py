@@ -1,0 +1,248 @@
+"""Deploying: a trained model of a run as one file that works without fedkd, verified, with a card.
+
+The file is written, loaded again and run on all test images beside the original before it gets its
+name, so that a file that is there is one that works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.errors import FedkdError, nearest
+from fedkd.export_card import Verified, as_markdown, card_of, facts_of
+from fedkd.export_forms import FORMS, Form, FromPixels, Predictor, check_packages
+from fedkd.latency import latencies
+from fedkd.randomness import permutation
+from fedkd.records import replace_file, write_json
+from fedkd.references import in_one_line
+from fedkd.trained import Trained, find
+
+TOLERANCE = 1e-4
+"""Largest difference of logits for which rounding in float32 accounts, per unit of the largest logit:
+networks of 20 layers stay below a tenth of it."""
+
+CALIBRATION = 512
+"""Images that the ranges of 8-bit activations are taken from, or fewer where there are fewer."""
+
+BATCHES = (1, 64)
+"""Images at a time of which the latency is measured."""
+
+REPEATS = 31
+"""Calls of each model that count."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that was exported.
+
+    Attributes:
+        path: of the file.
+        card: what the JSON beside it holds; the Markdown says the same.
+    """
+
+    path: Path
+    card: dict[str, Any] = field(repr=False)
+
+    @property
+    def card_path(self) -> Path:
+        """The card as Markdown."""
+        return _beside(self.path, ".md")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return int(self.card["file"]["bytes"])
+
+    @property
+    def accuracy(self) -> float:
+        """Of the file on the run's test images, 0..1."""
+        return float(self.card["accuracy"]["file"])
+
+    @property
+    def largest_difference(self) -> float:
+        """Largest absolute difference between its logits and those of the original."""
+        return float(self.card["accuracy"]["largest_difference"])
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The card in a few lines, for a terminal."""
+        return {"file": str(self.path), "card": str(self.card_path), **facts_of(self.card)}
+
+
+def export(
+    run_folder: str | Path,
+    to: str = "torch-export",
+    *,
+    model: str | None = None,
+    client: int | None = None,
+    seed: int | None = None,
+    output: str | Path | None = None,
+) -> Export:
+    """Export a trained model of a finished run.
+
+    The program takes images as they are, uint8 ``[B, c, h, w]`` for any B, and gives logits
+    ``[B, C]``; scaling and normalisation are inside.
+
+    Args:
+        run_folder: of a federated or central run.
+        to: ``"torch-export"``, ``"onnx"``, or ``"int8"``: ONNX with weights and activations of 8
+            bits, calibrated on training and public images.
+        model: of a federated run ``"student"`` (default) or the client's ``"teacher"``; of a central
+            run ``"student-distilled"`` (default), ``"student-alone"`` or ``"teacher"``.
+        client: of a federated run; by default the first that took part in the closing exchange.
+        seed: of a central run; by default the first.
+        output: the file; by default ``<run folder>/exports/<model>-<owner>`` and the form's ending.
+            What is there is replaced. The card goes beside it (``.md``, ``.json``).
+
+    Raises:
+        FedkdError: the run has no such model, a package is missing, the model cannot be exported, or
+            the file does not give what the original gives. There is no new file then.
+    """
+    form = _form(to)
+    trained = find(run_folder, model, client, seed)
+    path = _path(trained, form, output)
+    pixels, of = calibration_images(trained)
+    original = FromPixels(trained.module(), trained.world.test.mean, trained.world.test.std)
+    with _scratch(path) as scratch:
+        draft = Path(scratch) / path.name
+        _write(form, to, original, trained, draft, pixels)
+        predictor = form.load(draft)
+        verified = verify(trained, predictor)
+        _refuse_difference(verified, form, to)
+        card = card_of(
+            trained,
+            to=to,
+            runtime=form.runtime,
+            file=path.name,
+            content=draft.read_bytes(),
+            verified=verified,
+            calibration=None if form.is_exact else {"images": len(pixels), "of": of},
+            seconds=_seconds(trained, predictor, original),
+            repeats=REPEATS,
+        )
+        draft.replace(path)
+    write_json(_beside(path, ".json"), card)
+    replace_file(_beside(path, ".md"), as_markdown(card).encode())
+    return Export(path, card)
+
+
+def calibration_images(trained: Trained) -> tuple[Tensor, str]:
+    """Draw training and public images, uint8 ``[M, c, h, w]``, and say which; never test images.
+
+    A client holds its own and the public ones. Those of another data set are left out: they would
+    stretch the ranges.
+    """
+    world, experiment = trained.world, trained.experiment
+    held, of = [world.train.pixels[trained.rows]], "training images"
+    if trained.kind == "federated":
+        of += f" of {trained.owner}"
+        if experiment.public == "train":
+            held.append(world.public.pixels)
+            of += " and public images"
+    pixels = torch.cat(held)
+    drawn = pixels[permutation(len(pixels), experiment.seed, "calibration")[:CALIBRATION]]
+    return drawn, of
+
+
+def verify(trained: Trained, predictor: Predictor) -> Verified:
+    """Run a program and the original on all test images of the run.
+
+    The original is the cohort that tested it in the run, and normalises by itself. The first image
+    goes alone, the others in hundreds: batches of several sizes.
+    """
+    test = trained.world.test
+    assert test.labels is not None
+    expected = trained.cohort().predict(test)[0]
+    parts = [test.pixels[:1], *test.pixels[1:].split(100)]
+    logits = torch.cat([predictor(part) for part in parts if len(part)])
+    return Verified(logits, expected, test.labels)
+
+
+def _form(to: str) -> Form:
+    if to not in FORMS:
+        raise FedkdError(f"to = '{to}'{nearest(to, FORMS)}: must be {', '.join(FORMS)}")
+    check_packages(to)
+    return FORMS[to]
+
+
+def _path(trained: Trained, form: Form, output: str | Path | None) -> Path:
+    name = f"{trained.model}-{trained.owner.replace(' ', '')}{form.ending}"
+    path = trained.folder.path / "exports" / name if output is None else Path(output)
+    if not path.name.endswith(form.ending) or path.name == form.ending:
+        raise FedkdError(f"output = '{output}': the file's name must end in {form.ending}")
+    if path.is_dir():
+        raise FedkdError(f"output = '{output}': is a folder; name a file in it")
+    return path
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _scratch(path: Path) -> TemporaryDirectory[str]:
+    """Make a folder on the file's own disk, from which it moves to its place in one step."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return TemporaryDirectory(prefix=".export-", dir=path.parent)
+    except OSError as error:
+        raise FedkdError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _write(
+    form: Form, to: str, model: FromPixels, trained: Trained, path: Path, pixels: Tensor
+) -> None:
+    what = f"to = '{to}': the {trained.model} '{trained.architecture}'"
+    try:
+        form.write(model, trained.world.input_shape, path, pixels)
+    except FedkdError as error:
+        raise FedkdError(f"{what}: {error}") from error
+    except Exception as error:  # an exporter may choke on anything that a user's model does
+        raise FedkdError(f"{what} cannot be exported: {in_one_line(error)}") from error
+
+
+def _refuse_difference(verified: Verified, form: Form, to: str) -> None:
+    """Refuse a program that does not compute what the original does.
+
+    Raises:
+        FedkdError: its logits are others, or the original's are not numbers.
+    """
+    if not bool(verified.expected.isfinite().all()):
+        raise FedkdError("the model's logits are not all finite: its training diverged")
+    allowed = TOLERANCE * max(1.0, float(verified.expected.abs().max()))
+    if not bool(verified.logits.isfinite().all()) or (
+        form.is_exact and verified.largest_difference > allowed
+    ):
+        raise FedkdError(
+            f"to = '{to}': the logits of the file differ from the original's by up to "
+            f"{verified.largest_difference:.3g}, and {allowed:.3g} would be rounding; the file is "
+            "removed"
+        )
+
+
+def _seconds(
+    trained: Trained, predictor: Predictor, original: FromPixels
+) -> dict[int, dict[str, float]]:
+    """Measure the file, the original and the teacher's architecture in PyTorch, by batch size."""
+    contenders: dict[str, Predictor] = {"file": predictor, "original": _in_pytorch(original)}
+    if trained.teacher != "none" and trained.model != "teacher":
+        test = trained.world.test
+        teacher = FromPixels(trained.world.model(trained.teacher), test.mean, test.std)
+        contenders["teacher"] = _in_pytorch(teacher)
+    pixels = trained.world.test.pixels
+    sizes = {size: pixels[torch.arange(size) % len(pixels)] for size in BATCHES}
+    return {size: latencies(contenders, batch, REPEATS) for size, batch in sizes.items()}
+
+
+def _in_pytorch(module: nn.Module) -> Predictor:
+    def predict(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = module(pixels)
+        return logits
+
+    return predict

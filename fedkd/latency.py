@@ -1,0 +1,51 @@
+"""How long models take for a batch, measured side by side."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+from torch import Tensor
+
+WARM_UP = 3
+"""Calls of each before the first that counts."""
+
+
+def latencies(
+    contenders: Mapping[str, Callable[[Tensor], object]], batch: Tensor, repeats: int
+) -> dict[str, float]:
+    """Return the median seconds of each contender for one batch.
+
+    They take turns, so that what else the machine does meets all of them alike.
+
+    Args:
+        contenders: by name, called with the batch.
+        batch: images.
+        repeats: calls of each that count, odd.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(WARM_UP + repeats):
+        for name, contender in contenders.items():
+            started = perf_counter()
+            contender(batch)
+            if turn >= WARM_UP:
+                spent[name].append(perf_counter() - started)
+    return {name: median(times) for name, times in spent.items()}
+
+
+def machine() -> str:
+    """Name this machine's processor, its number of cores and its system."""
+    name = platform.processor() or platform.machine()
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        models = [
+            line.partition(":")[2].strip()
+            for line in table.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"

@@ -1,0 +1,211 @@
+"""What every command of the command line takes: where the experiment comes from, and what is printed.
+
+Flags are derived from `Experiment`, taken as text and validated by it alone, together with a preset
+and a file, so that an error is worded once and names the flag or file behind each value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, make_dataclass
+from dataclasses import field as dataclass_field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import AUTO, Experiment, accepted, kebab, read_toml
+from fedkd.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fedkd.display import Steps
+
+Source = tuple[str, Mapping[str, object]]
+"""Where keys came from, and the keys."""
+
+WORK = Group("What to run", sort_key=0)
+_START = Group(
+    "Where to start from (flags win over the file, the file over the preset)", sort_key=5
+)
+OUTPUT = Group("Output", sort_key=90)
+_SECTIONS = {
+    "dataset": Group("Data", sort_key=10),
+    "student": Group("Models", sort_key=20),
+    "strategy": Group("Method", sort_key=30),
+    "local_epochs": Group("Training", sort_key=40),
+    "seed": Group("Running", sort_key=50),
+}
+"""The keys' panels in the help, each by its first key."""
+
+Seeds = Annotated[
+    str | None,
+    Parameter(
+        name="--seeds",
+        group=WORK,
+        metavar="0,1,2",
+        help="seeds separated by commas [whole numbers ≥ 0; default the key seed]",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """Where an experiment comes from; the flags themselves are added below."""
+
+    preset: Annotated[
+        str | None,
+        Parameter(
+            group=_START, metavar="NAME", help=f"ready-made experiment [{', '.join(PRESETS)}]"
+        ),
+    ] = None
+    config: Annotated[
+        str | None,
+        Parameter(
+            group=_START, metavar="FILE", help="TOML file of the keys below, such as alpha = 0.5"
+        ),
+    ] = None
+    smoke: Annotated[
+        bool,
+        Parameter(group=_START, negative="", help="shrink all sizes: seconds, on the same data"),
+    ] = False
+
+    def sources(self) -> list[Source]:
+        """Return the preset, the file and each flag with its keys; later ones win."""
+        found: list[Source] = []
+        if self.preset is not None:
+            keys = preset(self.preset).model_dump(exclude_unset=True)
+            found.append((f"--preset {self.preset}", keys))
+        if self.config is not None:
+            found.append(read_toml(self.config))
+        for name in Experiment.model_fields:
+            if (text := getattr(self, name)) is not None:
+                found.append((f"--{kebab(name)}", {name: text}))
+        return found
+
+    @contextmanager
+    def experiment(self) -> Iterator[Experiment]:
+        """Validate the experiment for the block; errors in it name the source of each value."""
+        sources = self.sources()
+        try:
+            experiment = Experiment.load(*sources)
+            yield experiment.smoke() if self.smoke else experiment
+        except FedkdError as error:
+            raise FedkdError(with_sources(str(error), sources)) from error
+
+
+def _flags() -> Iterator[tuple[str, object, Any]]:
+    """Turn each key into a flag that takes text: `Experiment` alone says what is right."""
+    section = _SECTIONS["dataset"]
+    for name, key in Experiment.model_fields.items():
+        section = _SECTIONS.get(name, section)
+        default = AUTO if key.default is None else key.default
+        text = str(default).lower() if isinstance(default, bool) else f"{default}"
+        about = f"{key.description} [{accepted(key)}; default {text}]"
+        flag = Parameter(f"--{kebab(name)}", group=section, help=about, metavar="VALUE")
+        yield name, Annotated[str | None, flag], dataclass_field(default=None)
+
+
+if TYPE_CHECKING:
+    Start = _Start
+else:
+    Start = make_dataclass(
+        "Start",
+        _flags(),
+        bases=(_Start,),
+        namespace={"__module__": __name__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is printed."""
+
+    json: Annotated[
+        bool, Parameter(group=OUTPUT, negative="", help="the result as JSON, no text on stdout")
+    ] = False
+    quiet: Annotated[
+        bool, Parameter(group=OUTPUT, negative="", help="the result in a line, no progress")
+    ] = False
+
+    def progress(self, plan: Callable[[], Mapping[str, str]]) -> Steps:
+        """Return a display of progress, which begins with the plan."""
+        from fedkd.display import Steps
+
+        return Steps(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
+
+    def result(
+        self,
+        value: object,
+        brief: Iterable[str],
+        full: Iterable[RenderableType | Mapping[str, object]],
+    ) -> None:
+        """Print the result in the form asked for."""
+        from fedkd.display import write
+
+        if self.json:
+            sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        elif self.quiet:
+            write("\n".join(brief))
+        else:
+            for number, part in enumerate(full):
+                if number:
+                    write("")
+                write(part)
+
+
+AnyStart = Annotated[Start, Parameter(name="*")]
+AnyOutput = Annotated[Output, Parameter(name="*")]
+DEFAULTS = Start()
+TEXT = Output()
+
+
+_MENTION = re.compile(
+    r"\b(?P<key>[a-z]+(?:-[a-z]+)*)(?: =)? (?P<value>'[^']*'|(?<== )[^\s:;,()']++)(?! \(from )"
+)
+"""A key with its value in the text of an error, the source of which is not named."""
+
+
+def with_sources(text: str, sources: Sequence[Source]) -> str:
+    """Name the sources of the values in an error raised below the command line, or a contradiction.
+
+    What raises it knows keys and values, but not flags and files. The first mention of each key with
+    (a part of) its value is followed by where that came from, unless that is there.
+    """
+    origins: dict[str, tuple[object, str]] = {
+        kebab(name): (key.default, "the default") for name, key in Experiment.model_fields.items()
+    }
+    for where, keys in sources:
+        origins |= {kebab(name): (value, f"from {where}") for name, value in keys.items()}
+
+    def add(mention: re.Match[str]) -> str:
+        key, value = mention["key"], mention["value"].strip("'")
+        if key not in origins or not _is_part(value, origins[key][0]):
+            return mention[0]
+        return f"{mention[0]} ({origins.pop(key)[1]})"
+
+    return _MENTION.sub(add, text)
+
+
+def _is_part(text: str, value: object) -> bool:
+    """Say whether `text` is `value`, or a part of it: one model of a list, the file of file:class."""
+    with suppress(ValueError):
+        return float(text) == float(str(value))
+    return text.lower() in str(value).lower()
+
+
+def chosen_seeds(text: str | None, experiment: Experiment) -> list[int]:
+    """Read a comma list of seeds, each checked as the key ``seed`` is, which is the default."""
+    if text is None:
+        return [experiment.seed]
+    seeds = [Experiment.load(("--seeds", {"seed": part.strip()})).seed for part in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise FedkdError(f"seeds = '{text}' (from --seeds): each must be named once")
+    return seeds

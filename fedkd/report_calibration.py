@@ -1,0 +1,103 @@
+"""Reliability diagrams from records: of models that were tested, and of soft labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedkd import methods, plots
+from fedkd.records import Run
+from fedkd.report_parts import Drawing, knowledge_of
+from fedkd.tested import Tested, expected_calibration_error, reliability
+
+_KIND_OF = {
+    "teacher": "teacher",
+    "student": "student",
+    "student-alone": "alone",
+    "student-distilled": "student",
+}
+
+
+def drawing(panels: Mapping[str, Sequence[plots.Reliability]], whose: str, on: str) -> Drawing:
+    """Return the figure of some panels.
+
+    Args:
+        panels: lines by the panel's title.
+        whose: answers that are taken together, in words.
+        on: images on which models were tested, in words, with what else is to be said.
+    """
+    caption = (
+        f"Accuracy against confidence in 15 bins of equal width, {whose} together; the dotted diagonal "
+        "is calibrated, below it a model is too sure. A marker's area: the answers in its bin. Numbers: "
+        f"expected calibration error in %; {on}"
+    )
+    said = [
+        f"{title}: {', '.join(each.label for each in lines)}" for title, lines in panels.items()
+    ]
+    described = f"Expected calibration error in %: {'; '.join(said)}."
+    figure = plots.reliability(panels)
+    return Drawing("reliability", "Reliability", caption, figure, described)
+
+
+def of_models(
+    folders: Iterable[Path], seeds: Sequence[int] | None = None
+) -> list[plots.Reliability]:
+    """Return the lines of the models that runs of one method kept the answers of.
+
+    Args:
+        folders: of the runs.
+        seeds: those of a baseline that count; all if not said.
+    """
+    kept = [tested for folder in folders if (tested := Tested.load(folder)) is not None]
+    kinds = [kind for kind in _KIND_OF if any(kind in tested.models for tested in kept)]
+    lines = []
+    for kind in kinds:
+        parts = [_answers(tested, kind, seeds) for tested in kept if kind in tested.models]
+        confidences, correct = (torch.cat(part) for part in zip(*parts, strict=True))
+        if len(confidences):
+            bins = reliability(confidences, correct)
+            lines.append(_line(methods.label(kind), bins, _KIND_OF[kind]))
+    return lines
+
+
+def _answers(tested: Tested, kind: str, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Return confidences and whether they were right, of all answers that have a confidence."""
+    found = tested.models[kind]
+    counts = torch.tensor([seeds is None or owner in seeds for owner in found.owners])
+    there = ~found.confidences.isnan() & counts[:, None]
+    return found.confidences[there], tested.correct(kind)[there]
+
+
+def of_aggregate(runs: Sequence[Run]) -> list[plots.Reliability]:
+    """Return the line of the last soft labels, all seeds together."""
+    last = [said[-1]["reliability"] for run in runs if (said := knowledge_of(run.path))]
+    kept = [bins for bins in last if bins]
+    return [_line("aggregate", _together(kept), "aggregate")] if kept else []
+
+
+def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Join the bins of several sets of answers."""
+    columns = range(len(parts[0]["count"]))
+    count = [sum(part["count"][m] for part in parts) for m in columns]
+
+    def joined(name: str) -> list[float | None]:
+        sums = [sum(p["count"][m] * (p[name][m] or 0) for p in parts) for m in columns]
+        return [s / n if n else None for s, n in zip(sums, count, strict=True)]
+
+    return {"count": count, "confidence": joined("confidence"), "accuracy": joined("accuracy")}
+
+
+def _line(label: str, bins: Mapping[str, Any], kind: Any) -> plots.Reliability:
+    error = 100 * expected_calibration_error(bins)
+    percent = {
+        name: [nan if value is None else 100 * value for value in bins[name]]
+        for name in ("confidence", "accuracy")
+    }
+    total = sum(bins["count"])
+    share = [count / total for count in bins["count"]]
+    return plots.Reliability(f"{label} {error:.1f}", **percent, share=share, kind=kind)

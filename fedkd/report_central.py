@@ -1,0 +1,57 @@
+"""The figures of a central baseline that stands alone."""
+
+from __future__ import annotations
+
+from math import nan
+
+from fedkd import methods, plots, report_calibration
+from fedkd.plots import Curve
+from fedkd.records import CentralRun
+from fedkd.report_parts import Drawing, Missing, Shown, central_accuracies, spread_over, tested_on
+
+
+def of_central(run: CentralRun) -> list[Shown]:
+    """Return the figures of a baseline that stands alone."""
+    assert run.path is not None
+    on = tested_on(run.experiment, run.test_size)
+    lines = report_calibration.of_models([run.path])
+    calibration: Shown = Missing("Reliability", "the run kept no answers, in tested.safetensors")
+    if lines:
+        calibration = report_calibration.drawing({"central": lines}, "all seeds", f"{on}.")
+    return [_accuracies(run, on), _losses(run), calibration]
+
+
+def _accuracies(run: CentralRun, on: str) -> Drawing:
+    percent = {
+        label: [100 * value for value in values]
+        for label, values in central_accuracies(run).items()
+    }
+    count = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "one seed"
+    return Drawing(
+        "accuracy",
+        "Accuracy of the central models",
+        f"One marker a seed ({count}), a bar at the mean; {on}.",
+        plots.points(percent, xlabel="test accuracy in %"),
+        ", ".join(f"{label} {sum(v) / len(v):.1f} %" for label, v in percent.items()) + ".",
+    )
+
+
+def _losses(run: CentralRun) -> Shown:
+    title = "Training loss by epoch"
+    drawn = [
+        Curve(
+            methods.label(kind),
+            range(1, len(said["loss"][0]) + 1),
+            [[nan if loss is None else loss for loss in row] for row in said["loss"]],
+            slot,
+        )
+        for slot, (kind, said) in enumerate(run.training.items())
+    ]
+    if not drawn:
+        return Missing(title, "the run did not record it")
+    figure = plots.curves(drawn, {}, xlabel="epoch", ylabel="training loss")
+    caption = (
+        f"Mean training loss of each epoch; {spread_over(len(run.seeds))}. The losses are not the same: "
+        "teacher and student alone learn from labels, the student distilled from soft labels too."
+    )
+    return Drawing("loss", title, caption, figure)

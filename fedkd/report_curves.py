@@ -1,0 +1,84 @@
+"""Which accuracy a federation had when: the mean, the server's, and each client's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedkd.entries import Counted, Point, counted, curve
+from fedkd.errors import FedkdError
+from fedkd.records import Row, Run
+from fedkd.registry import strategy_of
+
+Points = dict[int, float]
+"""Accuracy 0..1 by round."""
+
+
+def students(run: Run) -> list[Point]:
+    """Return the students' mean test accuracy after each round, and the bytes until then."""
+    return curve(run, counted_of(run))
+
+
+def counted_of(run: Run) -> Counted:
+    """Say which accuracy of a round is that of the closing exchange.
+
+    Of a strategy that is not to be found any more, it is taken from what its rounds recorded.
+    """
+    experiment = run.experiment
+    try:
+        return counted(strategy_of(experiment), has_teacher=experiment.teacher != "none")
+    except FedkdError:
+        digests = any("accuracy_after_digest" in row for row in run.rounds)
+        field = "accuracy_after_digest" if digests else "accuracy_after_revisit"
+        return Counted(field, later=digests, delivered=digests)
+
+
+def server(run: Run) -> Points:
+    """Return the test accuracy of the server's own model by round; empty where clients become it."""
+    final = run.server_accuracy
+    if final is None or all(a is None or abs(a - final) < 1e-9 for a in run.client_accuracy):
+        return {}
+    points = {row["round"]: row.get("server_accuracy") for row in run.rounds}
+    there = {number: value for number, value in points.items() if value is not None}
+    return {**there, len(run.rounds): final}
+
+
+def each_client(run: Run) -> list[Points]:
+    """Return what `students` is the mean of, by client; empty where all become the server's model."""
+    field = counted_of(run)
+    if field.field == "server_accuracy":
+        return []
+    points: list[Points] = [{} for _ in run.client_accuracy]
+    for row, following in zip(run.rounds, run.rounds[1:], strict=False):
+        holder = following if field.later else row
+        for client, value in _by_client(holder, field.field).items():
+            points[client][row["round"]] = value
+    for client, accuracy in enumerate(run.client_accuracy):
+        if accuracy is not None:
+            points[client][len(run.rounds)] = accuracy
+    return points
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The clients' students in the first round that tested them: accuracies ``[K]``, `None` for some."""
+
+    round: int
+    accuracies: list[float | None]
+
+
+def beginning(run: Run) -> Beginning | None:
+    """Return where the clients began, if any round tested their students."""
+    alone = run.experiment.teacher == "none"
+    fields = ["accuracy_after_revisit"] if alone else []
+    for row in run.rounds:
+        for field in [*fields, counted_of(run).field]:
+            if found := _by_client(row, field):
+                each = [found.get(k) for k in range(len(run.client_accuracy))]
+                return Beginning(row["round"], each)
+    return None
+
+
+def _by_client(row: Row, field: str) -> dict[int, float]:
+    """Return a field's values in a round by client."""
+    values = zip(row["answered"], row.get(f"client_{field}", ()), strict=False)
+    return {client: value for client, value in values if value is not None}

@@ -1,0 +1,372 @@
+"""The figures of federated runs on the same data, each with a caption; or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import log, nan
+from statistics import mean, median
+
+from fedkd import plots, report_calibration, report_curves
+from fedkd.methods import LOCAL
+from fedkd.plots import Curve
+from fedkd.records import Run
+from fedkd.report_curves import Points
+from fedkd.report_parts import (
+    MOST_PANELS,
+    Drawing,
+    Missing,
+    Shown,
+    central_accuracies,
+    knowledge_of,
+    left_out,
+    shards_of,
+    slug,
+    spread_over,
+    tested_on,
+)
+from fedkd.report_sources import Federations, dealt
+
+_PHASES = ("load", "transfer", "digest", "revisit", "predict", "send", "encode", "aggregate")
+
+
+def of_federations(group: Federations) -> list[Shown]:
+    """Return all figures of federated runs on the same data."""
+    view = _View(group)
+    return [
+        _by_round(view),
+        _by_bytes(view),
+        _shards(view),
+        _clients(view),
+        *_soft_labels(view),
+        _entropy(view),
+        _reliability(view),
+        _seconds(view),
+    ]
+
+
+class _View:
+    """What several figures of the same runs need."""
+
+    def __init__(self, group: Federations) -> None:
+        self.group = group
+        first = next(iter(group.runs.values()))[0]
+        self.experiment = first.experiment
+        self.local = next((label for label, runs in group.runs.items() if _is_local(runs)), None)
+        self.methods = {label: runs for label, runs in group.runs.items() if label != self.local}
+        self.slots = {label: slot for slot, label in enumerate(self.methods)}
+        self.on = tested_on(self.experiment, first.result["test_size"])
+        self.first = first
+
+    @property
+    def lines(self) -> dict[str, float]:
+        """Constants in percent by label: the central models, and local only."""
+        found = central_accuracies(self.group.central) if self.group.central else {}
+        if self.local is not None:
+            found[self.local] = [run.accuracy for run in self.group.runs[self.local]]
+        means = {label: 100 * mean(values) for label, values in found.items()}
+        return {f"{label} {value:.1f}": value for label, value in means.items()}
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds a curve is of, and what a band is."""
+        return spread_over(max(len(found) for found in self.group.runs.values()))
+
+
+def _is_local(runs: Sequence[Run]) -> bool:
+    return runs[0].experiment.strategy == LOCAL
+
+
+def _by_round(view: _View) -> Shown:
+    thin = len(view.methods) == 1
+    drawn = []
+    for label, runs in view.methods.items():
+        slot = view.slots[label]
+        clients = report_curves.each_client(runs[0]) if thin and len(runs) == 1 else []
+        drawn.append(_curve(label, _students(runs), slot, clients))
+        if any(served := [report_curves.server(run) for run in runs]):
+            drawn.append(_curve(f"{label}, server", served, slot, dashed=True))
+    lines = view.lines
+    if not drawn:  # local only, alone
+        runs = view.group.runs[view.local or ""]
+        drawn = [_curve(view.local or "", _students(runs), 0)]
+        lines = {}
+    figure = plots.curves(drawn, lines, xlabel="round", ylabel="test accuracy in %")
+    thin_said = " Thin lines: single clients." if any(curve.thin for curve in drawn) else ""
+    dashed = " Dashed: the server's own model." if any(curve.dashed for curve in drawn) else ""
+    level = " Grey lines: methods without rounds, at their end." if lines else ""
+    caption = (
+        "Test accuracy of the students, mean over clients, holding the knowledge of each round; "
+        f"{view.seeds}; {view.on}.{thin_said}{dashed}{level}"
+    )
+    return Drawing("accuracy-by-round", "Accuracy by round", caption, figure, _ends(drawn, lines))
+
+
+def _students(runs: Sequence[Run]) -> list[Points]:
+    """Return the students' accuracy by round, of each run."""
+    return [{p.round: p.accuracy for p in report_curves.students(run)} for run in runs]
+
+
+def _curve(
+    label: str,
+    points: Sequence[Points],
+    slot: int,
+    clients: Sequence[Points] = (),
+    *,
+    dashed: bool = False,
+) -> Curve:
+    """Return the curve of accuracies by round, in percent, one a seed."""
+    x = sorted({number for each in points for number in each})
+    return Curve(
+        label,
+        x,
+        [[100 * each.get(number, nan) for number in x] for each in points],
+        slot,
+        dashed,
+        [[100 * each.get(number, nan) for number in x] for each in clients],
+    )
+
+
+def _ends(drawn: Sequence[Curve], lines: Mapping[str, float]) -> str:
+    """Say where curves end, in words."""
+    ends = [f"{c.label} {mean(row[-1] for row in c.values):.1f} %" for c in drawn]
+    return f"At the end: {', '.join([*ends, *(f'{name} %' for name in lines)])}."
+
+
+def _by_bytes(view: _View) -> Shown:
+    title = "Accuracy by bytes"
+    drawn = []
+    for label, runs in view.methods.items():
+        points = [report_curves.students(run) for run in runs]
+        sent = [{point.round: float(point.payload) for point in each} for each in points]
+        accuracies = _curve(label, _students(runs), view.slots[label])
+        x = [mean(each[int(t)] for each in sent if int(t) in each) for t in accuracies.x]
+        if all(x):
+            drawn.append(Curve(label, x, accuracies.values, accuracies.slot))
+    if not drawn:
+        return Missing(title, "no run sends anything")
+    figure = plots.curves(
+        drawn,
+        view.lines,
+        xlabel="payload bytes, up and down, all clients (log)",
+        ylabel="test accuracy in %",
+        scale="bytes",
+    )
+    caption = (
+        "The same accuracies against all payload bytes sent until then, both ways and all clients "
+        f"together; one marker a round; {view.seeds}; {view.on}."
+    )
+    said = ", ".join(f"{curve.label} {round(curve.x[-1]):,} bytes" for curve in drawn)
+    return Drawing("accuracy-by-bytes", title, caption, figure, f"In all: {said}.")
+
+
+def _shards(view: _View) -> Shown:
+    title = "Label distribution of the shards"
+    for run in (run for runs in view.group.runs.values() for run in runs):
+        if (found := shards_of(run.path)) is not None:
+            break
+    else:
+        return Missing(title, "no run left a shards.json")
+    counts, classes = found["counts"], found["classes"]
+    sizes = [sum(row) for row in counts]
+    figure = plots.shards(counts, classes)
+    if len(counts) <= plots.FEW_CLIENTS:
+        largest = max(map(max, counts))
+        how = f"Area: private images of a class that a client holds; the largest bubble is {largest:,}"
+    else:
+        how = (
+            "Shade: share of a client's private images, from none, 0 %, to full, 100 %; below, the sizes "
+            "of the shards"
+        )
+    caption = (
+        f"{how}. {len(sizes)} clients with {min(sizes):,} to {max(sizes):,} images, "
+        f"{dealt(run.experiment)}, seed {run.experiment.seed}."
+    )
+    return Drawing("shards", title, caption, figure)
+
+
+def _clients(view: _View) -> Shown:
+    title = "Clients before and after"
+    if not view.methods:
+        return Missing(title, "there is nothing but local training")
+    panels, before = [], ""
+    for label, runs in view.methods.items():
+        start = _before(view, runs[0])
+        if start is None:
+            continue
+        before, values = start
+        pairs = [
+            (100 * a, 100 * b)
+            for a, b in zip(values, runs[0].client_accuracy, strict=True)
+            if a is not None and b is not None
+        ]
+        if pairs:
+            first, last = zip(*pairs, strict=True)
+            panels.append(plots.Clients(label, first, last, view.slots[label]))
+    if not panels:
+        return Missing(title, "no round tested clients")
+    shown = panels[:MOST_PANELS]
+    gains = "; ".join(_gain(panel) for panel in shown)
+    caption = (
+        f"Each client's test accuracy {before} (open) and at the end (filled), sorted by the first; "
+        f"seed {view.first.experiment.seed}; {view.on}. Clients that gain: {gains}."
+        f"{left_out([panel.label for panel in panels[MOST_PANELS:]])}"
+    )
+    return Drawing("clients", title, caption, plots.clients(shown, before=before))
+
+
+def _before(view: _View, run: Run) -> tuple[str, Sequence[float | None]] | None:
+    """Return what a run's clients are compared with, and their accuracies 0..1."""
+    for local in view.group.runs.get(view.local or "", ()):
+        same = len(local.client_accuracy) == len(run.client_accuracy)
+        if local.experiment.seed == run.experiment.seed and same:
+            return "trained alone", local.client_accuracy
+    start = report_curves.beginning(run)
+    return None if start is None else (f"in round {start.round}", start.accuracies)
+
+
+def _gain(panel: plots.Clients) -> str:
+    changes = [b - a for a, b in zip(panel.before, panel.after, strict=True)]
+    gaining = sum(change > 0 for change in changes)
+    return f"{panel.label} {gaining} of {len(changes)} (median {median(changes):+.1f} points)"
+
+
+def _soft_labels(view: _View) -> list[Shown]:
+    title = "Mean soft labels"
+    found: list[Shown] = []
+    for label, runs in view.methods.items():
+        said = knowledge_of(runs[0].path)
+        if not said or not any(said[-1]["by_class"]):
+            continue
+        last = said[-1]
+        classes = (shards_of(runs[0].path) or {}).get("classes") or [
+            str(c) for c in range(len(last["by_class"]))
+        ]
+        rows = "true class" if last["by"] == "label" else "most probable class"
+        caption = (
+            f"What the clients were last taught by {label} (round {last['round']}, seed "
+            f"{runs[0].experiment.seed}): mean probability in % at temperature 1, by the {rows} of the "
+            "public image. Shade: from none, 0 %, to full, 100 %."
+        )
+        figure = plots.soft_labels(last["by_class"], classes)
+        key = f"soft-labels-{slug(label)}"
+        found.append(Drawing(key, f"{title}: {label}", caption, figure))
+    return found or [Missing(title, "no run left soft labels in a knowledge.jsonl")]
+
+
+def _entropy(view: _View) -> Shown:
+    title = "Entropy of the soft labels"
+    drawn = [
+        Curve(
+            f"{label}, at τ = {runs[0].experiment.tau:g}" if tempered else label,
+            *_field_by_round(runs, f"knowledge_entropy{'_at_tau' if tempered else ''}"),
+            view.slots[label],
+            tempered,
+        )
+        for label, runs in view.methods.items()
+        for tempered in (False, True)
+    ]
+    drawn = [curve for curve in drawn if curve.x]
+    if not drawn:
+        return Missing(title, "no run recorded it")
+    classes = _class_count(view)
+    lines = {f"ln {classes}, nothing known": log(classes)} if classes else {}
+    figure = plots.curves(drawn, lines, xlabel="round", ylabel="entropy in nats")
+    caption = (
+        "Mean entropy of the aggregated soft labels at temperature 1, dashed at the temperature of the "
+        f"loss, τ; {view.seeds}. Low: sure; ln of the number of classes: uniform."
+    )
+    return Drawing("entropy", title, caption, figure)
+
+
+def _class_count(view: _View) -> int | None:
+    for runs in view.group.runs.values():
+        if said := shards_of(runs[0].path):
+            return len(said["classes"])
+    return None
+
+
+def _field_by_round(runs: Sequence[Run], field: str) -> tuple[list[float], list[list[float]]]:
+    """Return rounds ``[T]`` and a field's values ``[S][T]``."""
+    found = [
+        {row["round"]: row[field] for row in run.rounds if row.get(field) is not None}
+        for run in runs
+    ]
+    x = sorted({number for each in found for number in each})
+    return x, [[each.get(number, nan) for number in x] for each in found]
+
+
+def _reliability(view: _View) -> Shown:
+    group = view.group
+    panels: dict[str, list[plots.Reliability]] = {}
+    if group.central is not None:
+        central = report_calibration.of_models(group.central_folders, group.central.seeds)
+        panels["central"] = central
+    for label, runs in group.runs.items():
+        aggregate = report_calibration.of_aggregate(runs)
+        panels[label] = aggregate + report_calibration.of_models([run.path for run in runs])
+    panels = {label: lines for label, lines in panels.items() if lines}
+    if not panels:
+        return Missing("Reliability", "no run kept its models' answers, in tested.safetensors")
+    kept = _most_telling(panels)
+    left = [label for label in panels if label not in kept]
+    shown = {label: lines for label, lines in panels.items() if label in kept}
+    on = f"the aggregate, the last soft labels, on public images, all others on {view.on}."
+    return report_calibration.drawing(shown, "all models and seeds", f"{on}{left_out(left)}")
+
+
+def _most_telling(panels: Mapping[str, Sequence[plots.Reliability]]) -> list[str]:
+    """Choose the panels to show: the baseline's, then those with soft labels."""
+
+    def rank(label: str) -> int:
+        kinds = {line.kind for line in panels[label]}
+        return 0 if "alone" in kinds else 1 if "aggregate" in kinds else 2
+
+    return sorted(panels, key=rank)[:MOST_PANELS]
+
+
+def _seconds(view: _View) -> Shown:
+    bars = _worth_a_colour(
+        {label: _means([_spent(run) for run in runs]) for label, runs in view.group.runs.items()}
+    )
+    several = max(len(runs) for runs in view.group.runs.values()) > 1
+    over = "mean over seeds, " if several else ""
+    caption = (
+        f"Seconds in all rounds by phase, {over}summed over clients; encode: messages, both ways; "
+        "aggregate: the server."
+    )
+    said = ", ".join(f"{label} {sum(bar.values()):.1f}" for label, bar in bars.items())
+    figure = plots.seconds(bars)
+    return Drawing("seconds", "Time by phase", caption, figure, f"Seconds in all: {said}.")
+
+
+def _spent(run: Run) -> dict[str, float]:
+    """Return the seconds of a run's phases."""
+    spent: dict[str, float] = {}
+    for row in run.rounds:
+        for phase, seconds in row["seconds"].items():
+            if phase != "round" and not phase.startswith("part "):
+                spent[phase] = spent.get(phase, 0.0) + seconds
+    return spent
+
+
+def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean seconds by phase."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: mean(part.get(name, 0.0) for part in parts) for name in names}
+
+
+def _worth_a_colour(bars: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Order the phases, and sum up as "other" those that are nowhere a fiftieth of the longest bar."""
+    least = max(sum(bar.values()) for bar in bars.values()) / 50
+    found = dict.fromkeys(phase for bar in bars.values() for phase in bar)
+    phases = sorted(found, key=lambda phase: [*_PHASES, *found].index(phase))
+    small = {p for p in phases if all(bar.get(p, 0.0) < least for bar in bars.values())}
+    if len(small) < 2:
+        return {label: {p: bar.get(p, 0.0) for p in phases} for label, bar in bars.items()}
+    return {
+        label: {
+            **{p: bar.get(p, 0.0) for p in phases if p not in small},
+            "other": sum(bar.get(p, 0.0) for p in small),
+        }
+        for label, bar in bars.items()
+    }

@@ -1,0 +1,99 @@
+"""What the figures of a report have in common: their form, and what their captions say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkd import methods
+from fedkd.experiment import Experiment
+from fedkd.methods import CENTRAL
+from fedkd.records import CentralRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_PANELS = 6
+"""Panels of a figure; the methods after those are left out, and the caption says so."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page.
+
+    Attributes:
+        key: names its file, and with its section its anchor.
+        title: what it shows, in a few words.
+        caption: how to read it: units, seeds, test images.
+        figure: as drawn by `fedkd.plots`.
+        described: the numbers that are to be seen, for those who cannot see them.
+    """
+
+    key: str
+    title: str
+    caption: str
+    figure: Figure
+    described: str = ""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A figure that the records do not give, and why."""
+
+    title: str
+    reason: str
+
+
+Shown = Drawing | Missing
+
+
+def spread_over(seeds: int) -> str:
+    """Say in words what is averaged."""
+    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+
+
+def seeds_said(seeds: Sequence[int]) -> str:
+    """Name seeds, or count them where they are many."""
+    if len(seeds) > 8:
+        return f"{len(seeds)} seeds"
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def tested_on(experiment: Experiment, count: int) -> str:
+    """Say on which images accuracies were measured."""
+    if experiment.fold != "none":
+        return f"{count:,} held-out training images (fold {experiment.fold})"
+    return f"{count:,} test images"
+
+
+def central_accuracies(run: CentralRun) -> dict[str, list[float]]:
+    """Return test accuracies 0..1 per seed by the model's label."""
+    found = (run.teacher_accuracies, run.student_alone_accuracies, run.student_accuracies)
+    return dict(zip(map(methods.label, CENTRAL), found, strict=True))
+
+
+def shards_of(folder: Path) -> dict[str, Any] | None:
+    """Read ``shards.json`` of a run, if it left one."""
+    path = folder / "shards.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def knowledge_of(folder: Path) -> list[dict[str, Any]]:
+    """Read ``knowledge.jsonl`` of a run, one object a round; empty where it left none."""
+    path = folder / "knowledge.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def left_out(names: Sequence[str]) -> str:
+    """Say which methods a figure has no room for."""
+    return f" Left out: {', '.join(names)}." if names else ""
+
+
+def slug(label: str) -> str:
+    """Return a text for file names and anchors."""
+    return "-".join("".join(c if c.isalnum() else " " for c in label.lower()).split()) or "method"

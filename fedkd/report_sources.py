@@ -1,0 +1,255 @@
+"""From folders to what a report shows: comparisons, federations on the same data, baselines, sweeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedkd.comparison import Comparison
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, kebab
+from fedkd.methods import label
+from fedkd.records import CentralRun, Run, RunFolder
+from fedkd.sweeps import Sweep
+
+RUNS = "runs"
+"""Where folders are looked for when none is named."""
+
+DATA_KEYS = (
+    "dataset", "train_size", "test_size", "public", "public_size", "public_labels", "partition",
+    "partition_alpha", "classes_per_client", "min_partition_size", "num_clients", "fold",
+)  # fmt: skip
+"""What makes test accuracies of two federations comparable."""
+
+_CENTRAL_KEYS = ("dataset", "train_size", "test_size", "public", "public_size", "fold")
+_TECHNICAL_KEYS = (
+    "name", "run_dir", "data_dir", "plan", "device", "num_workers", "ray_address", "client_code",
+    "client_cpus", "client_gpus", "round_timeout", "profile", "evaluate_phases", "evaluate_every",
+    "seed", "partition_seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Federations:
+    """Federated runs on the same data, and the central baseline beside them.
+
+    Attributes:
+        title: what they are called.
+        runs: by the method's label, a run a seed.
+        central: the baseline, where there is one.
+        central_folders: where it lies.
+        comparison: the comparison that they are, where they are one.
+    """
+
+    title: str
+    runs: dict[str, list[Run]]
+    central: CentralRun | None = None
+    central_folders: tuple[Path, ...] = ()
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What was found.
+
+    Attributes:
+        federations: comparisons first, then runs by data.
+        centrals: baselines that stand alone.
+        sweeps: by folder.
+        skipped: what is in the folder and not shown, each with the reason.
+    """
+
+    federations: list[Federations]
+    centrals: list[CentralRun]
+    sweeps: list[Sweep]
+    skipped: list[str] = field(default_factory=list)
+
+
+def find(folders: Sequence[str | Path] = ()) -> Sources:
+    """Read folders of runs, baselines, comparisons and sweeps, or all that is in a folder of such.
+
+    Raises:
+        FedkdError: a folder that was named is nothing of this or is not finished, or nothing is there.
+    """
+    comparisons: list[Comparison] = []
+    runs: list[Run] = []
+    centrals: list[CentralRun] = []
+    sweeps: list[Sweep] = []
+    skipped: list[str] = []
+    for path, named in _listed(folders or (RUNS,)):
+        try:
+            match _read(path):
+                case Comparison() as found:
+                    comparisons.append(found)
+                case CentralRun() as found:
+                    centrals.append(found)
+                case Run() as found:
+                    runs.append(found)
+                case found:
+                    sweeps.append(found)
+        except FedkdError as error:
+            if named:
+                raise
+            skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+    sources = _sorted(comparisons, runs, centrals, sweeps, skipped)
+    if not (sources.federations or sources.centrals or sources.sweeps):
+        said = f"; not shown: {'; '.join(skipped)}" if skipped else ""
+        where = ", ".join(map(str, folders)) or f"{RUNS}/"
+        raise FedkdError(f"folders = {where}: no finished run to report on{said}")
+    return sources
+
+
+def _listed(folders: Iterable[str | Path]) -> list[tuple[Path, bool]]:
+    """Return each folder with whether it was named, those in a folder of runs in their place."""
+    listed: dict[Path, bool] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FedkdError(f"folders: there is no folder {folder}")
+        if _is_ours(folder):
+            listed[folder] = True
+            continue
+        inside = sorted(path for path in folder.iterdir() if path.is_dir())
+        if not any(map(_is_ours, inside)):
+            raise FedkdError(
+                f"folders: {folder} is no folder of a run, comparison or sweep, and none is in it"
+            )
+        for path in inside:
+            listed.setdefault(path, False)
+    return list(listed.items())
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("experiment.toml", "comparison.json"))
+
+
+def _read(folder: Path) -> Comparison | CentralRun | Run | Sweep:
+    """Read a folder, whatever it is of.
+
+    Raises:
+        FedkdError: it is of nothing that is known, or not finished.
+    """
+    if (folder / "comparison.json").is_file():
+        return Comparison.load(folder)
+    if (folder / "sweep.json").is_file():
+        return Sweep.load(folder)
+    RunFolder.existing(folder)
+    if (folder / "rounds.jsonl").is_file():
+        run = Run.load(folder)
+        _ = run.experiment  # of a version that had other keys: say so here
+        return run
+    if not (folder / "result.json").is_file():
+        raise FedkdError(f"{folder} holds no finished run: result.json is missing")
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise FedkdError(f"{folder}: a record is not valid JSON ({error})") from None
+    if "teacher_accuracies" not in result:
+        raise FedkdError(f"{folder} holds no finished run: rounds.jsonl is missing")
+    return CentralRun.load(folder)
+
+
+# --- What belongs together ------------------------------------------------------------------------
+
+
+def _sorted(
+    comparisons: Sequence[Comparison],
+    runs: Sequence[Run],
+    centrals: Sequence[CentralRun],
+    sweeps: list[Sweep],
+    skipped: list[str],
+) -> Sources:
+    """Put runs on the same data together; those of a comparison are shown there."""
+    compared = {path.resolve() for comparison in comparisons for path in _folders(comparison)}
+    alone = [run for run in runs if run.path.resolve() not in compared]
+    baselines = [c for c in centrals if c.path is None or c.path.resolve() not in compared]
+    federations = [_compared(comparison) for comparison in comparisons]
+    together, left = _together(alone, baselines)
+    return Sources([*federations, *together], left, sweeps, skipped)
+
+
+def _folders(comparison: Comparison) -> list[Path]:
+    """Return the run folders of a comparison."""
+    paths = [run.path for runs in comparison.runs.values() for run in runs]
+    return [*paths, *comparison.central_folders.values()]
+
+
+def _compared(comparison: Comparison) -> Federations:
+    runs = {label(method): list(found) for method, found in comparison.runs.items()}
+    folders = tuple(dict.fromkeys(comparison.central_folders.values()))
+    return Federations(comparison.path.name, runs, comparison.central, folders, comparison)
+
+
+def _together(
+    runs: Sequence[Run], centrals: Sequence[CentralRun]
+) -> tuple[list[Federations], list[CentralRun]]:
+    """Group runs by their data, each with a baseline on it, and return the baselines left."""
+    groups: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        key = tuple(getattr(run.experiment, name) for name in DATA_KEYS)
+        groups.setdefault(key, []).append(run)
+    left = list(centrals)
+    federations = []
+    for group in groups.values():
+        central = next((c for c in left if _goes_with(c, group)), None)
+        if central is not None:
+            left.remove(central)
+        folders = (central.path,) if central is not None and central.path is not None else ()
+        federations.append(Federations(_title(group), by_method(group), central, folders))
+    return federations, left
+
+
+def _goes_with(central: CentralRun, runs: Sequence[Run]) -> bool:
+    """Say whether a baseline is of the data and the student of runs."""
+    if central.path is None:
+        return False
+    first, second = RunFolder(central.path).experiment, runs[0].experiment
+    return first.student == second.student and all(
+        getattr(first, key) == getattr(second, key) for key in _CENTRAL_KEYS
+    )
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].path.name
+    first = runs[0].experiment
+    return f"{first.dataset}, {first.num_clients} clients, {dealt(first)}"
+
+
+def dealt(experiment: Experiment) -> str:
+    """Say how private images were dealt."""
+    return {
+        "iid": "dealt at random",
+        "dirichlet": f"Dirichlet {experiment.partition_alpha:g}",
+        "shard": f"{experiment.classes_per_client} sorted shards each",
+        "pathological": f"{experiment.classes_per_client} classes each",
+    }[experiment.partition]
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return runs by a label of their method, one a seed; a repeated run has a label of its own."""
+    experiments = [run.experiment for run in runs]
+    found: dict[str, list[Run]] = {}
+    for run, experiment in zip(runs, experiments, strict=True):
+        alike = [each for each in experiments if each.strategy == experiment.strategy]
+        plain = _label(experiment, alike)
+        own, number = plain, 1
+        while any(r.experiment.seed == experiment.seed for r in found.get(own, ())):
+            number += 1
+            own = f"{plain} #{number}"
+        found.setdefault(own, []).append(run)
+    return found
+
+
+def _label(experiment: Experiment, alike: Sequence[Experiment]) -> str:
+    """Name a method by its strategy and by what differs among runs of the same strategy."""
+    name = label(experiment.strategy)
+    differing = [
+        key
+        for key in Experiment.model_fields
+        if key not in (*_TECHNICAL_KEYS, "strategy")
+        and len({str(getattr(each, key)) for each in alike}) > 1
+    ]
+    said = ", ".join(f"{kebab(key)} {getattr(experiment, key)}" for key in differing)
+    return f"{name} ({said})" if said else name

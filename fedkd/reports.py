@@ -1,0 +1,386 @@
+"""A report: one HTML file that shows what runs gave, made from their folders alone.
+
+No script, no network, no date: the same folders give the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedkd import __version__, plots, report_experiment, report_svg, report_sweeps, report_tables
+from fedkd.comparison import Comparison
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, kebab
+from fedkd.findings import Finding, findings
+from fedkd.records import CentralRun, Run, replace_file
+from fedkd.report_central import of_central
+from fedkd.report_figures import of_federations
+from fedkd.report_parts import (
+    Drawing,
+    Missing,
+    Shown,
+    seeds_said,
+    shards_of,
+    slug,
+    tested_on,
+)
+from fedkd.report_sources import Federations, Sources, dealt, find
+from fedkd.report_tables import Table
+from fedkd.sweeps import Sweep
+
+LIGHT = {
+    "paper": plots.PAPER,
+    "ink": plots.INK,
+    "muted": plots.MUTED,
+    "rule": plots.RULE,
+    "heat": plots.HEAT,
+    "on_heat": plots.ON_HEAT,
+    "curves": plots.COLOURS,
+}
+"""Colours of the page on white: those of the figures."""
+
+
+def report(
+    folders: Sequence[str | Path] = (),
+    output: str | Path = "report.html",
+    figures: str | Path | None = None,
+) -> Path:
+    """Write a report on runs, baselines, comparisons and sweeps as one HTML file.
+
+    Args:
+        folders: their folders, or folders of such; all that is in ``runs/`` if none is named.
+        output: the file, which is replaced.
+        figures: a folder for every figure as SVG and PNG, and the tables as Markdown and LaTeX.
+
+    Returns:
+        `output`.
+
+    Raises:
+        FedkdError: a folder that was named holds nothing finished, or nothing is there, or a file
+            cannot be written.
+    """
+    return write(find(folders), output, figures)
+
+
+def write(sources: Sources, output: str | Path, figures: str | Path | None = None) -> Path:
+    """Write a report on what `fedkd.report_sources.find` found; see `report`."""
+    path = Path(output)
+    sections = _sections(sources)
+    if figures is not None:
+        _write_files(sections, Path(figures))
+    if not path.parent.is_dir():
+        raise FedkdError(f"output = {path}: there is no folder {path.parent}")
+    replace_file(path, page(sections, sources.skipped).encode())
+    return path
+
+
+# --- Sections -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is shown of one comparison, group of runs, baseline or sweep."""
+
+    title: str
+    facts: str
+    shown: list[Shown]
+    experiments: list[Experiment]
+    commands: list[list[str]]
+    folders: list[Path]
+    tables: list[Table] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    findings: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """The figures that there are."""
+        return [each for each in self.shown if isinstance(each, Drawing)]
+
+    @property
+    def missing(self) -> list[str]:
+        """A line for each reason why figures are not there."""
+        reasons: dict[str, list[str]] = {}
+        for each in self.shown:
+            if isinstance(each, Missing):
+                reasons.setdefault(each.reason, []).append(each.title)
+        return [f"Not shown: {', '.join(t)} ({reason})." for reason, t in reasons.items()]
+
+
+def _sections(sources: Sources) -> list[Section]:
+    return [
+        *map(_of_federations, sources.federations),
+        *map(_of_central, sources.centrals),
+        *map(_of_sweep, sources.sweeps),
+    ]
+
+
+def _of_federations(group: Federations) -> Section:
+    runs = [run for found in group.runs.values() for run in found]
+    comparison = group.comparison
+    folders = [*group.central_folders, *(run.path for run in runs)]
+    return Section(
+        title=group.title,
+        facts=_facts(group),
+        shown=of_federations(group),
+        experiments=[run.experiment for run in runs],
+        commands=[_compare_command(comparison)] if comparison else _run_commands(group),
+        folders=folders,
+        tables=report_tables.of_comparison(comparison)
+        if comparison
+        else [report_tables.of_runs(group)],
+        sentences=comparison.sentences if comparison else [],
+        findings=_found(group),
+    )
+
+
+def _facts(group: Federations) -> str:
+    """Say in a line what the runs have in common."""
+    first = next(iter(group.runs.values()))[0]
+    experiment = first.experiment
+    seeds = sorted({run.experiment.seed for runs in group.runs.values() for run in runs})
+    names = {"student": experiment.student, "teacher": experiment.teacher}
+    parts = [
+        experiment.dataset,
+        f"{experiment.num_clients} clients, {dealt(experiment)}",
+        _public(first),
+        ", ".join(f"{role} {name}" for role, name in names.items() if name != "none"),
+        _counted(sorted({len(r.rounds) for rs in group.runs.values() for r in rs}), "round"),
+        seeds_said(seeds),
+        tested_on(experiment, first.result["test_size"]),
+    ]
+    return " · ".join(parts)
+
+
+def _public(run: Run) -> str:
+    experiment = run.experiment
+    said = shards_of(run.path)
+    counts = said["public"] if said else None
+    count = f"{sum(counts):,} " if counts else f"{experiment.public_size or ''} ".lstrip()
+    where = "" if experiment.public == "train" else f" of {experiment.public}"
+    return f"{count}public images{where} {'with' if experiment.public_labels else 'without'} labels"
+
+
+def _counted(values: Sequence[int], what: str) -> str:
+    listed = ", ".join(f"{value:,}" for value in values)
+    return f"{listed} {what}{'s' * (list(values) != [1])}"
+
+
+def _compare_command(comparison: Comparison) -> list[str]:
+    """Return the command that makes a comparison again."""
+    options = {
+        "methods": ",".join(entry.method for entry in comparison.entries),
+        "seeds": ",".join(map(str, comparison.seeds)),
+        "reference": comparison.reference,
+    }
+    if comparison.target is not None and comparison.target_reason is None:
+        options["target"] = f"{comparison.target:g}"
+    return report_experiment.command("compare", comparison.experiment, options, ("seed",))
+
+
+def _run_commands(group: Federations) -> list[list[str]]:
+    runs = [run for found in group.runs.values() for run in found]
+    central = [] if group.central is None else [_central_command(group.central)]
+    return [*central, *(report_experiment.command("run", run.experiment, {}) for run in runs)]
+
+
+def _central_command(run: CentralRun) -> list[str]:
+    assert run.path is not None
+    seeds = ",".join(map(str, run.seeds))
+    experiment = run.experiment
+    return report_experiment.command("central", experiment, {"seeds": seeds}, ("seed",))
+
+
+def _of_central(run: CentralRun) -> Section:
+    assert run.path is not None
+    experiment = run.experiment
+    facts = [
+        experiment.dataset,
+        f"teacher {experiment.teacher} ({run.parameters['teacher']:,} parameters)",
+        f"student {experiment.student} ({run.parameters['student']:,} parameters)",
+        seeds_said(run.seeds),
+        tested_on(experiment, run.test_size),
+    ]
+    return Section(
+        title=run.path.name,
+        facts=" · ".join(facts),
+        shown=of_central(run),
+        experiments=[experiment],
+        commands=[_central_command(run)],
+        folders=[run.path],
+        tables=[report_tables.of_central(run)],
+        findings=_joined([("", run)]),
+    )
+
+
+def _of_sweep(sweep: Sweep) -> Section:
+    experiment = sweep.experiment
+    whose = (
+        "central student" if sweep.of == "central" else f"{experiment.strategy}, the clients' mean"
+    )
+    facts = [
+        experiment.dataset,
+        whose,
+        f"{len(sweep.points)} points",
+        f"{sweep.folds} folds",
+        seeds_said(sweep.seeds),
+    ]
+    grid = " ".join(
+        f"{kebab(key)}={('..' if sweep.is_search else ',').join(map(str, values))}"
+        for key, values in sweep.grid.items()
+    )
+    options = {"vary": grid, "of": sweep.of, "folds": str(sweep.folds)}
+    options["seeds"] = ",".join(map(str, sweep.seeds))
+    if sweep.is_search:
+        options["trials"] = str(len(sweep.points))
+    return Section(
+        title=sweep.path.name,
+        facts=" · ".join(facts),
+        shown=report_sweeps.of_sweep(sweep),
+        experiments=[experiment],
+        commands=[report_experiment.command("sweep", experiment, options, ("seed", *sweep.grid))],
+        folders=[sweep.path],
+        tables=[report_sweeps.table(sweep)],
+    )
+
+
+# --- Findings -------------------------------------------------------------------------------------
+
+
+def _found(group: Federations) -> list[dict[str, str]]:
+    central: list[tuple[str, Run | CentralRun]] = []
+    if group.central is not None:
+        central = [("central", group.central)]
+    return _joined([*central, *((name, run) for name, runs in group.runs.items() for run in runs)])
+
+
+def _joined(runs: Iterable[tuple[str, Run | CentralRun]]) -> list[dict[str, str]]:
+    """Return what was found, once for all runs of a method that have the same problem."""
+    found: dict[tuple[str, str, str], list[tuple[Finding, str]]] = {}
+    for name, run in runs:
+        for each in findings(run):
+            seed = str(run.experiment.seed) if isinstance(run, Run) else ""
+            found.setdefault((name, each.problem, each.suggestion), []).append((each, seed))
+    return [
+        {
+            "problem": problem,
+            "runs": ", ".join(filter(None, [name, _of_seeds([seed for _, seed in each])])),
+            "evidence": each[0][0].evidence,
+            "suggestion": suggestion,
+        }
+        for (name, problem, suggestion), each in found.items()
+    ]
+
+
+def _of_seeds(seeds: Sequence[str]) -> str:
+    there = [seed for seed in seeds if seed]
+    if not there:
+        return ""
+    first = f", evidence of seed {there[0]}" if len(there) > 1 else ""
+    return f"seed{'s' * (len(there) > 1)} {', '.join(there)}{first}"
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
+    """Return the HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("fedkd", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    title = sections[0].title if len(sections) == 1 else "fedkd report"
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        lead=_lead(sections),
+        sections=_numbered(sections),
+        skipped=skipped,
+        light=LIGHT,
+        version=__version__,
+    )
+
+
+def _lead(sections: Sequence[Section]) -> str:
+    if len(sections) == 1:
+        return sections[0].facts
+    return f"{len(sections)} experiments."
+
+
+def _numbered(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """Return sections as the template takes them, the figures numbered through."""
+    number = 0
+    ready = []
+    for anchor, section in zip(_slugs(sections), sections, strict=True):
+        drawn = []
+        for each in section.drawings:
+            number += 1
+            name = f"{anchor}-{each.key}"
+            said = f"{each.caption} {each.described}".strip()
+            svg = report_svg.inline(each.figure, f"{name}-svg", each.title, said)
+            drawn.append({"anchor": name, "number": number, "title": each.title,
+                          "caption": each.caption, "svg": svg})  # fmt: skip
+        ready.append(
+            {
+                "anchor": anchor,
+                "figures": drawn,
+                "differing": report_experiment.differing(section.experiments),
+                "all_keys": report_experiment.keys(section.experiments),
+                "versions": _versions(section.folders),
+                **{name: getattr(section, name) for name in _AS_THEY_ARE},
+            }
+        )
+    return ready
+
+
+_AS_THEY_ARE = (
+    "title", "facts", "sentences", "tables", "findings", "missing", "commands", "folders",
+)  # fmt: skip
+
+
+def _versions(folders: Iterable[Path]) -> str:
+    """Say what the runs were made with: one text for all of the same, else one each."""
+    said: dict[str, list[str]] = {}
+    for folder in folders:
+        if (folder / "experiment.toml").is_file():
+            versions = report_experiment.versions(folder)
+            text = ", ".join(f"{name} {value}" for name, value in versions.items())
+            said.setdefault(text, []).append(folder.name)
+    if len(said) == 1:
+        return next(iter(said))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
+
+
+def _slugs(sections: Sequence[Section]) -> list[str]:
+    """Return an anchor for each section."""
+    found: list[str] = []
+    for section in sections:
+        plain = own = slug(section.title)
+        number = 1
+        while own in found:
+            number += 1
+            own = f"{plain}-{number}"
+        found.append(own)
+    return found
+
+
+def _write_files(sections: Sequence[Section], folder: Path) -> None:
+    """Write every figure as SVG and PNG, and every table as Markdown and LaTeX."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedkdError(f"figures = {folder}: cannot be made ({error.strerror})") from None
+    for name, section in zip(_slugs(sections), sections, strict=True):
+        prefix = f"{name}-" if len(sections) > 1 else ""
+        for each in section.drawings:
+            report_svg.save(each.figure, folder / f"{prefix}{each.key}")
+        for table in section.tables:
+            replace_file(folder / f"{prefix}{table.key}.md", table.markdown().encode())
+            replace_file(folder / f"{prefix}{table.key}.tex", table.latex().encode())

@@ -1,0 +1,169 @@
+"""Find runs that need not be made again: finished ones of the same experiment by the same code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import AUTO, Experiment
+from fedkd.records import CentralRun, RunFolder
+from fedkd.references import is_importable
+from fedkd.registry import recorded, strategy_of
+from fedkd.sources import digest
+from fedkd.world import resolve_device
+
+_NO_NUMBERS = ("name", "run_dir", "data_dir", "profile")
+"""Keys that change no number of a record but its seconds."""
+
+_NOT_CENTRAL = (
+    "seed", "strategy", "strategy_config", "server_model", "num_server_rounds", "fraction_train",
+    "public_per_round", "codec", "evaluate_phases", "evaluate_every", "quorum", "round_timeout",
+    "client_code", "engine", "num_workers", "ray_address", "client_cpus", "client_gpus",
+)  # fmt: skip
+"""Keys that the central baseline does not read; its seeds stand in the result."""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished run.
+
+    Attributes:
+        path: its folder.
+        experiment: what was run, with the device that was found.
+        central_seeds: of a central baseline, else none.
+    """
+
+    path: Path
+    experiment: Experiment
+    central_seeds: tuple[int, ...]
+
+
+class Shelf:
+    """The finished runs in a folder that could have been made by this code here and now.
+
+    The digest of the sources and the version of PyTorch must be the same. A run is left out where the
+    digest does not tell whether a user's own code is still the same: a strategy in a script or
+    notebook, and data sets and models whose modules ``client-code`` does not name.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        folders = sorted(p.parent for p in Path(run_dir).glob("*/result.json"))
+        self._runs = [run for folder in folders if (run := _read(folder)) is not None]
+
+    def federated(self, wanted: Experiment) -> list[Path]:
+        """Return the folders of finished runs of a federated experiment."""
+        asked = wanted.replace(**recorded(wanted, strategy_of(wanted)))
+        found = (run for run in self._runs if not run.central_seeds)
+        return [run.path for run in found if _same(asked, run.experiment, ())]
+
+    def central(self, wanted: Experiment) -> dict[int, Path]:
+        """Return the folder of each seed for which there is a central baseline."""
+        return {
+            seed: run.path
+            for run in reversed(self._runs)
+            if _same(wanted, run.experiment, _NOT_CENTRAL)
+            for seed in run.central_seeds
+        }
+
+
+def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
+    """Return the experiment with the plan of most runs that it goes on from.
+
+    A plan decides the last bits: runs that are still to be made take the plan of those that are there.
+    """
+    if experiment.plan != AUTO:
+        return experiment
+    plans = Counter(RunFolder(path).experiment.plan for path in reused)
+    return experiment.replace(plan=plans.most_common(1)[0][0]) if plans else experiment
+
+
+def _read(folder: Path) -> _Finished | None:
+    """Return a finished run, or `None` for what is none or was made by other code."""
+    try:
+        text = (folder / "experiment.toml").read_text(encoding="utf-8")
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        said = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
+        if said.get("torch") != version("torch") or "sources" not in said:
+            return None
+        experiment = RunFolder(folder).experiment
+        if not _is_covered(experiment) or said["sources"] != digest(experiment):
+            return None
+        seeds = tuple(result["seeds"]) if "seeds" in result else ()
+        return _Finished(folder, experiment.replace(device=said["device"]), seeds)
+    except (OSError, ValueError, KeyError):  # half a record, or keys of another version
+        return None
+
+
+def _is_covered(experiment: Experiment) -> bool:
+    """Whether the digest covers all code of the user that the experiment names."""
+    named = f"{experiment.dataset},{experiment.public},{experiment.student},{experiment.teacher},"
+    parts = [part.strip() for part in (named + experiment.server_model).split(",")]
+    own = {part.partition(":")[0] for part in parts if ":" in part}
+    modules = experiment.client_modules
+    return own <= set(modules) and all(is_importable(module) for module in modules)
+
+
+def _same(wanted: Experiment, found: Experiment, besides: Sequence[str]) -> bool:
+    """Compare what may change numbers; a plan that was left open may be any."""
+    wanted = wanted.replace(device=str(resolve_device(wanted.device)))
+    left_out = {*_NO_NUMBERS, *besides, *(("plan",) if wanted.plan == AUTO else ())}
+    return wanted.model_dump(exclude=left_out) == found.model_dump(exclude=left_out)
+
+
+# --- The central baseline, which holds several seeds ----------------------------------------------
+
+
+def joined(folders: Mapping[int, Path]) -> CentralRun:
+    """Return one central baseline from the folders that hold its seeds, in the order of the seeds.
+
+    Its path is that of the folder if there is but one, else `None`.
+
+    Raises:
+        FedkdError: a folder holds no finished central baseline, or not of that seed.
+    """
+    paths = list(dict.fromkeys(folders.values()))
+    runs = {path: CentralRun.load(path) for path in paths}
+    for seed, path in folders.items():
+        if seed not in runs[path].seeds:
+            raise FedkdError(f"{path} holds no central baseline of seed {seed}")
+    parts = [_part(runs[path], seed) for seed, path in folders.items()]
+    first = parts[0]
+    values: dict[str, Any] = {name: _appended([p[name] for p in parts]) for name in first}
+    values |= {"path": paths[0] if len(paths) == 1 else None}
+    return CentralRun(**values)
+
+
+_WHOLE = ("parameters", "test_size")
+
+
+def _part(run: CentralRun, seed: int) -> dict[str, Any]:
+    """Return what a central baseline says of one of its seeds, all others left out."""
+    number, count = run.seeds.index(seed), len(run.seeds)
+    values = {field.name: getattr(run, field.name) for field in fields(run)}
+    values["seconds"] = {what: spent / count for what, spent in run.seconds.items()}
+    kept = ("path", "seconds", *_WHOLE)
+    return {n: v if n in kept else _entry(v, number) for n, v in values.items()}
+
+
+def _entry(value: Any, number: int) -> Any:
+    """Keep one seed of a list by seed, also where such lists lie in dicts."""
+    if isinstance(value, Mapping):
+        return {name: _entry(each, number) for name, each in value.items()}
+    return None if value is None else value[number : number + 1]
+
+
+def _appended(values: Sequence[Any]) -> Any:
+    """Put seeds together again: lists one after another, seconds added up, the rest as in the first."""
+    first = values[0]
+    if isinstance(first, dict) and first:
+        return {name: _appended([value[name] for value in values]) for name in first}
+    if isinstance(first, list):
+        return [entry for value in values for entry in value]
+    return sum(values) if isinstance(first, float) else first

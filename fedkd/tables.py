@@ -1,0 +1,162 @@
+"""A comparison as two tables that fit into 100 columns, and what one has to know to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fedkd.entries import Difference, Entry
+from fedkd.methods import CENTRAL, DISTILLED, LOCAL, label
+from fedkd.verdicts import percent, size
+
+Cells = Mapping[str, str | None]
+"""A row by column; `None` where the column means nothing for it."""
+
+
+def accuracy_table(entries: Sequence[Entry], title: str, reference: str) -> Table:
+    """Return accuracies in percent and differences in percentage points; a method a row.
+
+    ``clients`` spans the worst and the best client, ``gap`` is the gap closed. The server has a column
+    where its model differs from the clients'.
+    """
+    rows = [{**_accuracy_cells(entry, reference)} for entry in entries]
+    if _about_gap(entries):
+        rows = [
+            {**row, "gap": "n/a" if _may_close_gap(entry) else None}
+            for row, entry in zip(rows, entries, strict=True)
+        ]
+    if all(abs(mean(e.server_accuracies or e.accuracies) - e.accuracy) < 1e-9 for e in entries):
+        rows = [{**row, "server": None} for row in rows]
+    return _table(title, rows)
+
+
+def cost_table(entries: Sequence[Entry], title: str, target: float | None) -> Table:
+    """Return payload bytes, rounds and bytes to the target, and seconds; a method a row."""
+    return _table(title, [_cost_cells(entry, target) for entry in entries])
+
+
+def _accuracy_cells(entry: Entry, reference: str) -> dict[str, str | None]:
+    spread = "" if entry.spread is None else f" ± {100 * entry.spread:.1f}"
+    servers = entry.server_accuracies
+    return {
+        "method": entry.label,
+        "accuracy": f"{100 * entry.accuracy:.1f}{spread}",
+        "clients": None
+        if entry.worst is None or entry.best is None
+        else f"{100 * entry.worst:.1f}–{100 * entry.best:.1f}",
+        "server": f"{100 * mean(servers):.1f}" if servers else None,
+        "gap": None
+        if entry.gap_closed is None
+        else f"{100 * entry.gap_closed:.0f} %".replace("-", "−"),
+        **_difference_cells(entry.difference, f"− {label(reference)}"),
+    }
+
+
+def _difference_cells(difference: Difference | None, column: str) -> dict[str, str | None]:
+    if difference is None:
+        return {column: None, "95 % interval": None, "p (images)": None}
+    low, high, p = difference.low, difference.high, difference.p_value
+    return {
+        column: _signed(difference.mean),
+        "95 % interval": "n/a"
+        if low is None or high is None
+        else f"{_signed(low)} to {_signed(high)}",
+        "p (images)": "n/a" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
+    }
+
+
+def _signed(difference: float) -> str:
+    """Write a difference in percentage points."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def _cost_cells(entry: Entry, target: float | None) -> dict[str, str | None]:
+    to = "" if target is None else f"to {percent(target)}"
+    reach = _reach_cells(entry) if target is not None else (None, None)
+    return {
+        "method": entry.label,
+        "up": None if entry.bytes_up is None else size(entry.bytes_up),
+        "down": None if entry.bytes_down is None else size(entry.bytes_down),
+        f"rounds {to}": reach[0],
+        f"bytes {to}": reach[1],
+        "seconds": f"{entry.seconds:.1f}",
+    }
+
+
+def _reach_cells(entry: Entry) -> tuple[str | None, str | None]:
+    """Write rounds and bytes to the target, means over the seeds if all reach it."""
+    if entry.rounds_to_target is None or entry.bytes_to_target is None:
+        return None, None
+    rounds = [count for count in entry.rounds_to_target if count is not None]
+    if len(rounds) < len(entry.rounds_to_target):
+        return (
+            f"{len(rounds)} of {len(entry.rounds_to_target)} seeds" if rounds else "never"
+        ), None
+    payload = mean(count for count in entry.bytes_to_target if count is not None)
+    return f"{mean(rounds):.1f}".removesuffix(".0"), size(payload)
+
+
+def _table(title: str, rows: Sequence[Cells]) -> Table:
+    """Return a table of the columns that say something."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    for name in columns:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] or "–" for name in columns))
+    return table
+
+
+def notes(
+    entries: Sequence[Entry], seeds: int, target: float | None, target_reason: str | None
+) -> list[str]:
+    """Say what has to be known to read the tables: what is n/a and why, and what intervals are over."""
+    found = [_about_interval(entries, seeds), _about_tests(entries), _about_gap(entries)]
+    if target is not None and target_reason is not None:
+        found.append(f"Target {percent(target)}: {target_reason}.")
+    return [note for note in found if note is not None]
+
+
+def _about_interval(entries: Sequence[Entry], seeds: int) -> str | None:
+    differences = [e.difference for e in entries if e.difference is not None]
+    if not differences:
+        return None
+    if all(difference.low is None for difference in differences):
+        return "No interval: one seed, and no clients that differ."
+    if seeds == 1:
+        return "Intervals are over clients only, with one seed: how much a seed matters is not in them."
+    few = (
+        f"; with {seeds} seeds they are too narrow where seeds matter more than clients"
+        if seeds < 5
+        else ""
+    )
+    return f"Intervals are over seeds and clients{few}."
+
+
+def _about_tests(entries: Sequence[Entry]) -> str | None:
+    differences = [e.difference for e in entries if e.difference is not None]
+    if not differences:
+        return None
+    if any(difference.p_value is None for difference in differences):
+        return "p is n/a where runs did not keep their answers on the test images."
+    return "p: exact sign test over the test images; it takes the trained models as given."
+
+
+def _about_gap(entries: Sequence[Entry]) -> str | None:
+    by_name = {entry.method: entry for entry in entries}
+    low, high = by_name.get(LOCAL), by_name.get(DISTILLED)
+    if low is None or high is None or high.accuracy > low.accuracy:
+        return None
+    if not any(map(_may_close_gap, entries)):
+        return None
+    return (
+        f"The gap closed is n/a: {label(DISTILLED)} ({percent(round(high.accuracy, 3))}) is not better "
+        f"than {label(LOCAL)} ({percent(round(low.accuracy, 3))})."
+    )
+
+
+def _may_close_gap(entry: Entry) -> bool:
+    return entry.method not in (*CENTRAL, LOCAL)

@@ -1,0 +1,242 @@
+"""The trained models of a finished run, read back from its folder.
+
+Which one is taken never depends on an accuracy: that would be choosing on the test set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fedkd.cohort import Cohort, State
+from fedkd.errors import FedkdError, nearest
+from fedkd.experiment import Experiment
+from fedkd.plans import Plan
+from fedkd.records import RunFolder
+from fedkd.statefiles import StateFiles
+from fedkd.world import World, world_of
+
+MODELS = "models.safetensors"
+"""A central run's models: tensors ``<model>/<seed>/<parameter>``."""
+
+_RECORDED = {
+    "teacher": "teacher_accuracies",
+    "student-alone": "student_alone_accuracies",
+    "student-distilled": "student_accuracies",
+}
+"""A central run's models, and where their accuracies by seed are in ``result.json``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained model of a finished run, on the CPU.
+
+    Attributes:
+        folder: of the run.
+        kind: ``"federated"`` or ``"central"``.
+        model: which it is: student, teacher, student-alone or student-distilled.
+        owner: whose it is, such as ``"client 3"`` or ``"seed 0"``.
+        chosen: why this owner's.
+        architecture: its name.
+        teacher: the architecture of the teacher of the run or of this client, or ``"none"``.
+        state: parameters and buffers by name.
+        experiment: of the run, on the CPU, with the owner's seed.
+        world: its data.
+        rows: the training images that its owner holds labels of, int64 indices into ``world.train``.
+        recorded: its accuracy in the run's result, 0..1.
+        seeds: of a central run, all of them.
+    """
+
+    folder: RunFolder
+    kind: str
+    model: str
+    owner: str
+    chosen: str
+    architecture: str
+    teacher: str
+    state: State
+    experiment: Experiment
+    world: World
+    rows: Tensor
+    recorded: float | None
+    seeds: tuple[int, ...] = ()
+
+    def module(self) -> nn.Module:
+        """Return the model in evaluation mode.
+
+        Raises:
+            FedkdError: the architecture has other parameters than the ones kept.
+        """
+        module = self.world.model(self.architecture).eval().requires_grad_(False)
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        found = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        if found != {name: tuple(tensor.shape) for name, tensor in named.items()}:
+            raise FedkdError(
+                f"{self.folder.path}: the {self.model} of {self.owner} has other parameters than "
+                f"'{self.architecture}' has now; its code has changed since the run"
+            )
+        for name, tensor in named.items():  # tied ones are named once, as in the state
+            tensor.copy_(self.state[name])
+        return module
+
+    def cohort(self) -> Cohort:
+        """Return the model as the run itself would test it, in float32."""
+        return Cohort.of(self.world.model(self.architecture), [self.state], Plan(stacked=False))
+
+
+def find(
+    run_folder: str | Path,
+    model: str | None = None,
+    client: int | None = None,
+    seed: int | None = None,
+) -> Trained:
+    """Find a trained model in the folder of a finished run.
+
+    Args:
+        run_folder: of a federated or a central run.
+        model: of a federated run ``"student"`` (default) or the client's own ``"teacher"``; of a
+            central run ``"student-distilled"`` (default), ``"student-alone"`` or ``"teacher"``.
+        client: of a federated run, whose; by default the first that took part in the closing
+            exchange.
+        seed: of a central run, which; by default the first.
+
+    Raises:
+        FedkdError: the run is not finished, has no such model, or its files cannot be read.
+    """
+    folder = RunFolder.existing(run_folder)
+    result = _result(folder.path)
+    experiment = folder.experiment.replace(device="cpu")
+    if "client_accuracy" in result:
+        if seed is not None:
+            raise FedkdError(f"seed = {seed}: a federated run has one seed; name a client instead")
+        return _of_client(folder, experiment, result, model or "student", client)
+    if "seeds" not in result:
+        raise FedkdError(f"{folder.path} holds neither a federated nor a central run")
+    if client is not None:
+        raise FedkdError(f"client = {client}: a central run has no clients; name a seed instead")
+    return _of_seed(folder, experiment, result, model or "student-distilled", seed)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise FedkdError(f"{folder} holds no finished run: result.json is missing") from None
+    except json.JSONDecodeError as error:
+        raise FedkdError(f"{folder}: result.json is not valid JSON ({error})") from None
+    return result
+
+
+def _check_model(model: str, accepted: Sequence[str]) -> None:
+    if model not in accepted:
+        raise FedkdError(
+            f"model = '{model}'{nearest(model, accepted)}: this run keeps {', '.join(accepted)}"
+        )
+
+
+# --- A federated run ------------------------------------------------------------------------------
+
+
+def _of_client(
+    folder: RunFolder,
+    experiment: Experiment,
+    result: dict[str, Any],
+    model: str,
+    client: int | None,
+) -> Trained:
+    chosen = "asked for"
+    if client is None:
+        client = next(k for k, a in enumerate(result["client_accuracy"]) if a is not None)
+        chosen = (
+            "the first client that took part in the closing exchange; no accuracy was looked at"
+        )
+    if not 0 <= client < experiment.num_clients:
+        last = experiment.num_clients - 1
+        raise FedkdError(f"client = {client}: this run has clients 0 to {last}")
+    teacher = experiment.teacher_of(client)
+    _check_model(model, ["student"] if teacher == "none" else ["student", "teacher"])
+    world = world_of(experiment)
+    return Trained(
+        folder=folder,
+        kind="federated",
+        model=model,
+        owner=f"client {client}",
+        chosen=chosen,
+        architecture=experiment.student_of(client) if model == "student" else teacher,
+        teacher=teacher,
+        state=_last_state(folder.path, experiment, result, client, model),
+        experiment=experiment,
+        world=world,
+        rows=world.shards[client],
+        recorded=result["client_accuracy"][client] if model == "student" else None,
+    )
+
+
+def _last_state(
+    folder: Path, experiment: Experiment, result: dict[str, Any], client: int, model: str
+) -> State:
+    """Return what a client had after the closing exchange, which is one round more than the others."""
+    closing = experiment.num_server_rounds + 1
+    kept = StateFiles(folder / "clients", experiment.architecture_period).load({client: closing})
+    reason = result["dropped"].get(str(client))
+    if reason is not None or not len(kept):
+        why = reason or f"{folder}/clients holds no state of it"
+        raise FedkdError(
+            f"client = {client}: it took no part in the closing exchange ({why}); name another"
+        )
+    return {name: tensor[0] for name, tensor in kept.models[model].items()}
+
+
+# --- A central run --------------------------------------------------------------------------------
+
+
+def _of_seed(
+    folder: RunFolder, experiment: Experiment, result: dict[str, Any], model: str, seed: int | None
+) -> Trained:
+    _check_model(model, list(_RECORDED))
+    seeds: list[int] = result["seeds"]
+    chosen = "asked for"
+    if seed is None:
+        seed, chosen = seeds[0], "the first seed; no accuracy was looked at"
+    if seed not in seeds:
+        raise FedkdError(f"seed = {seed}: this run has seeds {', '.join(map(str, seeds))}")
+    experiment = experiment.replace(seed=seed)
+    world = world_of(experiment)
+    return Trained(
+        folder=folder,
+        kind="central",
+        model=model,
+        owner=f"seed {seed}",
+        chosen=chosen,
+        architecture=experiment.teacher if model == "teacher" else experiment.student,
+        teacher=experiment.teacher,
+        state=_saved_state(folder.path / MODELS, f"{model}/{seed}/"),
+        experiment=experiment,
+        world=world,
+        rows=world.pooled,
+        recorded=result[_RECORDED[model]][seeds.index(seed)],
+        seeds=tuple(seeds),
+    )
+
+
+def _saved_state(path: Path, prefix: str) -> State:
+    """Read the tensors of one model out of a central run's file."""
+    if not path.is_file():
+        raise FedkdError(
+            f"{path.parent} holds no {path.name}: the fedkd that ran it did not keep models yet; run "
+            "`fedkd central` again"
+        )
+    state: State = {}
+    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    if not state:
+        raise FedkdError(f"{path} cannot be read, or holds nothing under {prefix}")
+    return state

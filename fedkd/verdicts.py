@@ -1,0 +1,142 @@
+"""What a comparison of two methods comes to, in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from fedkd.entries import Difference, Entry
+from fedkd.methods import DISTILLED, LOCAL, label, subject
+
+
+def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float | None) -> str:
+    """Say how one method compares with another: bytes to the target, and where it ends.
+
+    Args:
+        ours: the method that the sentence is about.
+        theirs: the one it is compared with.
+        difference: ours minus theirs.
+        target: accuracy 0..1, or `None` where there is none.
+    """
+    cost = _cost(ours, theirs, target)
+    named = cost is not None and theirs.label in cost
+    end = _end(difference, "" if named else f" than {theirs.label}", theirs.label)
+    said = f"{subject(ours.method)} {'' if cost is None else f'{cost} and '}{end}"
+    return f"{said} ({_certainty(difference, len(ours.accuracies))}){_gap(ours, theirs)}."
+
+
+# --- What it costs --------------------------------------------------------------------------------
+
+
+def _cost(ours: Entry, theirs: Entry, target: float | None) -> str | None:
+    """Compare bytes, where there are some: to the target if both send, else in all."""
+    if ours.sent is None:
+        return None
+    if ours.sent and theirs.sent and target is not None:
+        return _race(ours, theirs, percent(target))
+    if ours.sent:
+        return f"sends {size(ours.sent)}"
+    return "sends nothing" if theirs.sent else None
+
+
+def _race(ours: Entry, theirs: Entry, target: str) -> str:
+    """Compare when two methods that both send something reach the target."""
+    mine, their = _successes(ours), _successes(theirs)
+    count, name = len(ours.accuracies), theirs.label
+    if mine == count and their == count:
+        return f"reaches {target} with {_ratio(_bytes(ours), _bytes(theirs), name)}"
+    if mine == count:
+        they = f"{name} does with {their} of {count} seeds only" if their else f"{name} does not"
+        return f"reaches {target}, which {they},"
+    if mine == 0:
+        they = f"{name} does" + (f" with {their} of {count} seeds" if their < count else "")
+        return f"does not reach {target}, {f'which {they}' if their else f'nor does {name}'},"
+    they = "all" if their == count else str(their or "none")
+    return f"reaches {target} with {mine} of {count} seeds only ({name} with {they})"
+
+
+def _successes(entry: Entry) -> int:
+    return sum(rounds is not None for rounds in entry.rounds_to_target or ())
+
+
+def _bytes(entry: Entry) -> float:
+    return mean(count for count in entry.bytes_to_target or () if count is not None)
+
+
+def _ratio(ours: float, theirs: float, name: str) -> str:
+    """Put bytes beside another method's, of which there are some."""
+    ratio = ours / theirs
+    if ours == theirs:
+        return f"as many bytes as {name}"
+    if 0.995 <= ratio < 1.005:
+        return f"about as many bytes as {name}"
+    if ratio < 0.1:
+        return f"1/{1 / ratio:,.0f} of {name}'s bytes"
+    if ratio < 1.995:
+        return f"{100 * ratio:.0f} % of {name}'s bytes"
+    return f"{ratio:,.{0 if ratio >= 9.95 else 1}f} times {name}'s bytes"
+
+
+# --- Where it ends --------------------------------------------------------------------------------
+
+
+def _end(difference: Difference, than: str, name: str) -> str:
+    points = f"{100 * abs(difference.mean):.1f}"
+    if points == "0.0":
+        return f"ends level{f' with {name}' if than else ''}"
+    return f"ends {points} pp {'higher' if difference.mean > 0 else 'lower'}{than}"
+
+
+def _certainty(difference: Difference, seeds: int) -> str:
+    """Write the interval in the direction of the difference, and over what it is."""
+    over = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    if difference.low is None or difference.high is None:
+        return f"{over}, no interval"
+    low, high = round(100 * difference.low, 1), round(100 * difference.high, 1)
+    clients = "" if seeds > 1 else " over clients"
+    if low < 0 < high:
+        ends = f"from {-low:.1f} lower to {high:.1f} higher"
+    else:
+        low, high = sorted((abs(low), abs(high)))
+        ends = f"{low:.1f}–{high:.1f}"
+    return f"95 % interval {ends}{clients}, {over}"
+
+
+def _gap(ours: Entry, theirs: Entry) -> str:
+    """Add the gap closed where the sentence begins at local only."""
+    gap = ours.gap_closed
+    if theirs.method != LOCAL or gap is None or gap <= 0:
+        return ""
+    return f", closing {100 * gap:.0f} % of the gap to {label(DISTILLED)}"
+
+
+def rivals(entries: Sequence[Entry], reference: str) -> tuple[str, str] | None:
+    """Return the two methods of which the reader wants to know, besides the reference, who is better.
+
+    The most accurate that sends something, and FedAvg, or else the next most accurate.
+    """
+    sending = [e for e in entries if e.sent and e.method != reference]
+    ranked = [e.method for e in sorted(sending, key=lambda e: -e.accuracy)]
+    others = [name for name in ranked if name != "FedAvg"]
+    if "FedAvg" in ranked and others:
+        return others[0], "FedAvg"
+    return (ranked[0], ranked[1]) if len(ranked) > 1 else None
+
+
+# --- Numbers as text ------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """Write a share in percent, with the decimals that it has (at most two)."""
+    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes with a unit (powers of 1000)."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.2f} GB"
