@@ -31,6 +31,8 @@ from fedkd.options import (
     AnyOutput,
     AnyStart,
     Seeds,
+    chosen_accuracy,
+    chosen_count,
     chosen_seeds,
 )
 
@@ -112,6 +114,33 @@ def compare(
         ),
     ] = None,
     seeds: Seeds = None,
+    reference: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="METHOD",
+            help="method that the others are compared with [default LocalOnly if it is one of them, "
+            "else the first]",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="ACCURACY",
+            help="accuracy of which to say when it is reached [0.85 or 85%; default what all that send "
+            "something reach]",
+        ),
+    ] = None,
+    jobs: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="N",
+            help="runs made at once, in processes of their own, when they fit [whole number ≥ 1; "
+            "default 1]",
+        ),
+    ] = None,
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
@@ -121,10 +150,20 @@ def compare(
 
         names = None if methods is None else methods.split(",")
         chosen = chosen_seeds(seeds, experiment)
+        share, at_once = chosen_accuracy(target), chosen_count(jobs)
         with output.progress(lambda: display.compare_plan(experiment)) as steps:
-            done = comparison.compare(experiment, names, chosen, progress=steps.show)
+            done = comparison.compare(
+                experiment,
+                names,
+                chosen,
+                reference=reference,
+                target=share,
+                jobs=at_once,
+                progress=steps.show,
+            )
     brief = [f"{entry.label}: {display.spread(entry.accuracies)}" for entry in done.entries]
-    output.result(done.as_json(), brief, [done.table()])
+    said = ["\n".join(lines) for lines in (done.notes, done.sentences) if lines]
+    output.result(done.as_json(), brief, [done.table(), *said, {"folder": str(done.path)}])
 
 
 @app.command

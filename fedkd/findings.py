@@ -28,7 +28,7 @@ LITTLE = 0.3
 """Share of the way from the most frequent class to all right, on own training images; see `_gain`."""
 
 HALFWAY = 0.7
-"""The same for a run that is still learning, and for central models."""
+"""The same for a federation that is still learning."""
 
 NEAR_CHANCE = 3.0
 """Test accuracy, in multiples of 1/C, below which a student has learnt nothing for sure."""
@@ -63,7 +63,7 @@ APART = 0.3
 NOT_FINITE = "not finite"
 """What stands in the reason for which a reply with NaN or infinity is refused."""
 
-RATES = {"adam": (1e-4, 0.02, 1e-3), "adamw": (1e-4, 0.02, 1e-3), "sgd": (1e-2, 0.99, 0.1)}
+RATES = {"adam": (1e-4, 0.02, 1e-3), "adamw": (1e-4, 0.02, 1e-3), "sgd": (1e-2, 1.0, 0.1)}
 """Ordinary learning rates by optimiser, of SGD divided by 1 − momentum: lowest, highest, one to try."""
 
 
@@ -489,27 +489,26 @@ def _central_learning(run: CentralRun, model: str, labels: Sequence[int]) -> _Le
 
 def _central_failure(experiment: Experiment, model: str, learning: _Learning) -> Finding | None:
     """Explain a model that has not learnt its own training images from hard labels."""
-    if learning.late <= UNLEARNED_CENTRALLY or learning.gain >= HALFWAY:
+    if learning.late <= UNLEARNED_CENTRALLY:
         return None
+    nothing = learning.gain < LITTLE
     evidence = (
-        f"{_spoken(model)}: {learning.evidence}, {learning.gain:.0%} of the way to all "
-        "own training images right"
+        f"{_spoken(model)}: {learning.evidence}, {learning.gain:.0%} of the way to all own training "
+        "images right"
     )
-    if (
-        learning.late > UNLEARNED
-        and learning.gain < LITTLE
-        and _rate_too_high(experiment, learning)
-    ):
+    if learning.late > UNLEARNED and nothing and _rate_too_high(experiment, learning):
         return _too_high(experiment, evidence)
     if len(learning.losses) < FEW or learning.fall >= STILL_FALLING:
-        key = "local" if model == "teacher" else "distill"
-        epochs = experiment.local_epochs if model == "teacher" else experiment.distill_epochs
+        key, epochs = (
+            ("local-epochs", experiment.local_epochs)
+            if model == "teacher"
+            else ("distill-epochs", experiment.distill_epochs)
+        )
         said = f"{evidence}{learning.falling}"
-        return Finding("too-few-epochs", "too few epochs", said, f"{key}-epochs = {4 * epochs}")
+        return Finding("too-few-epochs", "too few epochs", said, f"{key} = {4 * epochs}")
     low = _rate(experiment) < RATES[experiment.optimizer][0]
-    return (
-        _flat(experiment, experiment.student_of(0), evidence) if low or model != "teacher" else None
-    )
+    small = nothing and model != "teacher"
+    return _flat(experiment, experiment.student_of(0), evidence) if low or small else None
 
 
 def _harmful(run: CentralRun, uniform: float) -> Finding | None:

@@ -209,3 +209,23 @@ def chosen_seeds(text: str | None, experiment: Experiment) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise FedkdError(f"seeds = '{text}' (from --seeds): each must be named once")
     return seeds
+
+
+def chosen_accuracy(text: str | None) -> float | None:
+    """Read an accuracy, as a fraction or in percent."""
+    if text is None:
+        return None
+    try:
+        return float(text.rstrip("% ")) / (100 if "%" in text else 1)
+    except ValueError:
+        raise FedkdError(
+            f"target = '{text}' (from --target): must be such as 0.85 or 85%"
+        ) from None
+
+
+def chosen_count(text: str | None) -> int:
+    """Read how many runs are made at once."""
+    try:
+        return 1 if text is None else int(text)
+    except ValueError:
+        raise FedkdError(f"jobs = '{text}' (from --jobs): must be whole number ≥ 1") from None

@@ -96,7 +96,7 @@ def _prepared(
         **recorded(experiment, strategy),
     )
     surroundings = environment(named.device, torch.get_num_threads())
-    sources = {"sources": digest(experiment)}
+    sources = {"sources": digest(named)}
     said = {**surroundings, **sources, **described(experiment), **_codec(experiment, strategy)}
     folder.write_experiment(named, said)
     return folder, named

@@ -142,7 +142,7 @@ class Clients:
     ) -> None:
         folder = tempfile.mkdtemp(prefix="fedkd-tests-clients-")
         weakref.finalize(self, shutil.rmtree, folder)
-        self._honest = cohort._Clients(experiment.replace(name="clients", run_dir=folder))
+        self._honest = cohort.Clients(experiment.replace(name="clients", run_dir=folder))
         self._meddle = meddle or (lambda order, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
         world = world_of(experiment)

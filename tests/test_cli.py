@@ -87,8 +87,8 @@ WRONG = {
     "central --seedss 1": "unknown option --seedss (did you mean '--seeds'?)",
     "strategies --alpha 1": "unknown option --alpha; `fedkd strategies --help` lists them",
     "rum --alpha 1": (
-        "unknown command 'rum' (did you mean 'run'?); there are run, central, compare, strategies, "
-        "cite, check, data"
+        "unknown command 'rum' (did you mean 'run'?); there are run, central, compare, sweep, report, "
+        "export, strategies, cite, check, data"
     ),
     "run alpha=0.5": (
         "unexpected argument 'alpha=0.5' (did you mean '--alpha 0.5'?); `fedkd run --help` lists "

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedkd import models
-from fedkd.cohort import Cohort, Side, State, initial_state
+from fedkd.cohort import NORM_EVERY, Cohort, Fitted, Side, State, initial_state
 from fedkd.errors import FedkdError
 from fedkd.images import Images
 from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
@@ -887,3 +887,187 @@ def test_progress_rises_to_one(plan: Plan) -> None:
     assert told == sorted(told)
     assert 0 < told[0] < 1
     assert told[-1] == 1
+
+
+# --- What is told of a fit -----------------------------------------------------------------------
+
+EPOCHS_OF = [3, 1, 2, 5, 1, 2, 4]
+TAUGHT_BY = [1, 0, 1, 2, 2, 0, 1]
+"""Seven students of three teachers."""
+
+
+@dataclass
+class Told:
+    """What a plain loop has to tell of a client: losses and gradient norms, step by step."""
+
+    state: State
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+
+@cache
+def told_plainly(model: str, name: Name, k: int) -> Told:
+    """Distil teacher `TAUGHT_BY[k]` into client k for `EPOCHS_OF[k]` epochs."""
+    module = fresh(MODELS[model], k)
+    optimizer = plain_optimizer(name, module.parameters(), float(LEARNING_RATE[k]))
+    side = PlainSide(
+        "public", shard(k), partial(distilling_loss, k=k), soft_labels(3, N)[TAUGHT_BY[k]]
+    )
+    drawn, told = batches(side, k, F64), Told({})
+    module.train()
+    for _ in range(EPOCHS_OF[k] * -(-SIZES[k] // B)):
+        optimizer.zero_grad()
+        loss = side.loss(module, *next(drawn))
+        grads = torch.autograd.grad(loss, list(module.parameters()))
+        told.norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
+        for parameter, grad in zip(module.parameters(), grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        told.losses.append(float(loss.detach()))
+    told.state = {n: t.detach() for n, t in module.state_dict().items()}
+    return told
+
+
+def distilled(
+    model: str, name: Name, clients: Sequence[int], plan: Plan, dtype: torch.dtype = F64
+) -> tuple[Cohort, Fitted]:
+    """Distil three teachers into some of the seven clients, each with numbers of its own."""
+    cohort, index = cohort_of(MODELS[model], clients, plan, dtype), torch.tensor(clients)
+    side = Side(
+        "public",
+        images(dtype),
+        [shard(k) for k in clients],
+        {kl: ALPHA[index], ce: 1 - ALPHA[index]},
+        soft_labels(3, N).to(dtype),
+        torch.tensor(TAUGHT_BY)[index],
+    )
+    fitted = cohort.fit(
+        [side],
+        epochs=[EPOCHS_OF[k] for k in clients],
+        batch_size=B,
+        optimizer=optimizer_of(name, clients),
+        streams=[stream(k) for k in clients],
+        numbers={"tau": TAU[index]},
+    )
+    return cohort, fitted
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=plan_name)
+@pytest.mark.parametrize(
+    ("model", "name"), [("mlp", "adam"), ("mlp", "sgd"), ("normed", "adamw"), ("small-cnn", "sgd")]
+)
+def test_students_of_different_teachers_and_epochs_equal_plain_loops(
+    model: str, name: Name, plan: Plan
+) -> None:
+    clients = [3, 1, 6, 0, 5, 4, 2]
+    # One image of one batch under batch norm: see SEVEN_NORMED.
+    clients = [k for k in clients if not (model == "normed" and SIZES[k] == 1)]
+    cohort, fitted = distilled(model, name, clients, plan)
+    most = max(EPOCHS_OF[k] * -(-SIZES[k] // B) for k in clients)
+    assert fitted.loss_by_step.shape == (len(clients), most)
+    assert fitted.gradient_norm_by_step.shape == (len(clients), -(-most // NORM_EVERY))
+    for i, k in enumerate(clients):
+        told = told_plainly(model, name, k)
+        steps = len(told.losses)
+        assert_equal_states(cohort.state(i), told.state, 1e-9)
+        assert fitted.loss_by_step[i, :steps].tolist() == pytest.approx(told.losses, abs=1e-9)
+        assert bool(fitted.loss_by_step[i, steps:].isnan().all())
+        measured = told.norms[::NORM_EVERY]
+        given = fitted.gradient_norm_by_step[i]
+        assert given[: len(measured)].tolist() == pytest.approx(measured, rel=1e-7)
+        assert bool(given[len(measured) :].isnan().all())
+        assert float(fitted.losses[i]) == pytest.approx(sum(told.losses) / steps, abs=1e-9)
+        mean = sum(measured) / len(measured)
+        assert float(fitted.gradient_norms[i]) == pytest.approx(mean, rel=1e-7)
+        assert mean > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_what_is_told_of_a_dense_client_does_not_depend_on_the_others(name: Name) -> None:
+    """To the last bit, in float32: steps, losses and norms."""
+    _, together = distilled("mlp", name, SEVEN, STACKED_ALL, torch.float32)
+    for clients, plan in (
+        *(([k], STACKED_1) for k in SEVEN),
+        ([6, 2, 4], STACKED_ALL),
+        ([6, 5, 4, 3, 2, 1, 0], STACKED_2),
+        ([6, 5, 4, 3, 2, 1, 0], LANES_2),
+    ):
+        _, fitted = distilled("mlp", name, clients, plan, torch.float32)
+        for i, k in enumerate(clients):
+            steps = len(told_plainly("mlp", name, k).losses)
+            for of, length in (("loss_by_step", steps), ("gradient_norm_by_step", -(-steps // 8))):
+                given, expected = getattr(fitted, of)[i], getattr(together, of)[k]
+                assert torch.equal(given[:length], expected[:length]), (of, clients, k)
+            assert float(fitted.losses[i]) == float(together.losses[k])
+            assert float(fitted.gradient_norms[i]) == float(together.gradient_norms[k])
+
+
+def test_a_convolutional_client_is_told_the_same_one_by_one() -> None:
+    _, together = distilled("small-cnn", "adam", [0, 1, 2], LOOP, torch.float32)
+    _, alone = distilled("small-cnn", "adam", [1], LOOP, torch.float32)
+    assert float(alone.gradient_norms[0]) == float(together.gradient_norms[1])
+    assert float(alone.losses[0]) == float(together.losses[1])
+
+
+class _Scaled(nn.Module):
+    """A net with a parameter of no dimension, as a learnt temperature is, and one that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(64, C)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.unused = nn.Parameter(torch.ones(5))
+        self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.frozen * self.scale * self.dense(x.flatten(1))
+        return z
+
+
+@pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
+def test_a_parameter_may_be_a_number_or_have_no_part_in_the_loss(plan: Plan) -> None:
+    clients = [2, 0, 4]
+    cohort = cohort_of(_Scaled, clients, plan)
+    fitted = cohort.fit(
+        [private_side(clients)],
+        epochs=1,
+        batch_size=B,
+        optimizer=optimizer_of("sgd", clients),
+        streams=[stream(k) for k in clients],
+    )
+    for i, k in enumerate(clients):
+        side = PlainSide("private", shard(k), hard_loss)
+        module = fresh(_Scaled, k)
+        x, y, _ = next(batches(side, k, F64))
+        used = [module.dense.weight, module.dense.bias, module.scale]
+        grads = torch.autograd.grad(hard_loss(module, x, y, x), used)
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        assert float(fitted.gradient_norm_by_step[i, 0]) == pytest.approx(float(norm), rel=1e-9)
+        expected, _ = train_plainly(module, k, [side], "sgd", epochs=1)
+        assert_equal_states(cohort.state(i), expected, 1e-9)
+
+
+@pytest.mark.parametrize("plan", [STACKED_2, LOOP, LANES_2], ids=plan_name)
+@pytest.mark.parametrize("model", ["mlp", "normed"])
+def test_answers_are_the_largest_probability_and_its_class(model: str, plan: Plan) -> None:
+    clients = [4, 1, 2]
+    cohort = cohort_of(MODELS[model], clients, plan)
+    fit(cohort, clients, [private_side(clients)])
+    classes, confidences = cohort.answer(images())
+    for i in range(3):
+        module = MODELS[model]().to(F64).eval()
+        module.load_state_dict(cohort.state(i))
+        p = module(inputs()).softmax(-1)
+        assert torch.equal(classes[i].long(), p.argmax(-1))
+        torch.testing.assert_close(confidences[i], p.max(-1).values.detach(), rtol=0, atol=1e-12)
+    assert torch.equal(classes, cohort.classify(images()))
+
+
+def test_answers_of_extreme_models_are_certain_and_finite() -> None:
+    cohort = cohort_of(MODELS["linear"], [0, 1], STACKED_2, torch.float32)
+    for tensor in cohort.params.values():
+        tensor *= 1e6
+    classes, confidences = cohort.answer(images(torch.float32))
+    assert bool(confidences.isfinite().all())
+    assert float(confidences.median()) == 1
+    assert torch.equal(classes, cohort.classify(images(torch.float32)))

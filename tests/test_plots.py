@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 
@@ -53,9 +53,10 @@ def test_a_curve_is_the_mean_over_seeds_and_its_band_one_standard_deviation() ->
         ylabel="test accuracy in %",
     )
     line = lines_of(figure)["DSFL"]
-    assert line.get_ydata() == pytest.approx(values.mean(0))
+    assert np.asarray(line.get_ydata()) == pytest.approx(values.mean(0))
     (band,) = figure.axes[0].collections
-    reached = {tuple(point) for point in np.round(band.get_paths()[0].vertices, 6)}
+    outline = np.asarray(band.get_paths()[0].vertices)
+    reached = {tuple(point) for point in np.round(outline, 6).tolist()}
     for x, mean, std in zip((1, 2, 3), values.mean(0), values.std(0, ddof=1), strict=True):
         assert (x, round(mean - std, 6)) in reached
         assert (x, round(mean + std, 6)) in reached
@@ -316,5 +317,6 @@ def test_numbers_can_be_read_on_every_shade(theme: dict[str, tuple[float, ...]])
 def test_the_width_fits_a_phone() -> None:
     figure = drawn()
     assert figure.get_size_inches()[0] == plots.WIDTH
-    smallest = min(t.get_fontsize() for t in figure.findobj(Text) if isinstance(t, Text))
+    texts: list[Any] = figure.findobj(Text)
+    smallest = min(text.get_fontsize() for text in texts)
     assert smallest * 370 / (72 * plots.WIDTH) > 9  # px

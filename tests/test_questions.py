@@ -160,12 +160,12 @@ def test_a_gain_is_paired_by_seed() -> None:
     ("gains", "said"),
     [
         (
-            (5, 10, 31),
+            (5, 12, 31),
             "beats local training by 10 points or more at 1 and 0.1 (+5.0 ± 0.0 points at IID",
         ),
         ((5, 9, 9), "beats local training by 10 points or more nowhere in the grid (+5.0"),
         ((11, 12, 13), "beats local training by 10 points or more everywhere in the grid (+11.0"),
-        ((-5, 9, 10), "beats local training by 10 points or more only at 0.1 (-5.0"),
+        ((-5, 9, 12), "beats local training by 10 points or more only at 0.1 (-5.0"),
     ],
 )
 def test_how_non_iid(gains: Sequence[float], said: str) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ make 1e-7 of it in most numbers and 1e-4 in the calibration error, where a confi
 
 ONE_IMAGE = 1 / 61
 """An image on the border between two classes may fall to the other side."""
+
+RARE_IMAGE = 0.1
+"""The same where an image of a class counts by how much of that class the client has."""
 
 DIFFERENT: list[dict[str, Any]] = [
     {"alpha": 0.5, "tau": 3.0, "learning_rate": 0.003, "local_epochs": 2, "seed": 7},
@@ -66,7 +70,9 @@ ROUGH = ("seconds", "environment", "wire_bytes")
 
 def assert_close(name: str, given: Any, expected: Any, exactly: bool) -> None:
     if isinstance(expected, float) and not exactly:
-        within = ONE_IMAGE if "accuracy" in name or name == "agreement" else CLOSE * abs(expected)
+        within = CLOSE * abs(expected)
+        if "accuracy" in name or name == "agreement":
+            within = RARE_IMAGE if "own" in name else ONE_IMAGE
         assert given == pytest.approx(expected, abs=max(within, 1e-6)), name
     elif isinstance(expected, list):
         assert len(given) == len(expected), name
@@ -266,8 +272,9 @@ def test_whatever_is_raised_while_clients_train_nobody_waits_for_ever(
                 meeting.leave()
 
     threads = in_daemons(*(lambda n=n: federation(n) for n in range(3)))
+    until = monotonic() + 2
     for thread in threads:
-        thread.join(5)
+        thread.join(max(0, until - monotonic()))
     assert [type(error) for error in ended] == [raised] * 3
 
 
@@ -346,7 +353,7 @@ def test_another_engine_is_refused(keys: dict[str, Any], tmp_path: Path) -> None
 
 def test_two_runs_of_one_name_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     base = shared(tmp_path, strategy="LocalOnly", num_server_rounds=1, name="mine")
-    with pytest.raises(FedkdError, match="name = 'mine'"):
+    with pytest.raises(FedkdError, match="mine"):
         run_side_by_side([base, base.replace(seed=2)])
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ from federation_tools import tiny
 
 import fedkd
 from fedkd import tuning
-from fedkd.cohort import Cohort
+from fedkd.cohort import Cohort, Fitted
 from fedkd.experiment import Experiment, read_toml
 from fedkd.plans import Plan
 from fedkd.records import Run
@@ -141,7 +141,7 @@ def test_measuring_takes_few_steps_and_leaves_no_trace(monkeypatch: pytest.Monke
     steps: list[int] = []
     fit = Cohort.fit
 
-    def counted(self: Cohort, sides: Sequence[Any], **keys: Any) -> torch.Tensor:
+    def counted(self: Cohort, sides: Sequence[Any], **keys: Any) -> Fitted:
         assert len(self) == len(sides[0].rows)
         steps.extend(keys["epochs"] * -(-len(rows) // keys["batch_size"]) for rows in sides[0].rows)
         return fit(self, sides, **keys)

@@ -36,8 +36,7 @@ def run(
     """Run a federation in this process, or from it, and write its records to `folder`."""
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(experiment)) if experiment.num_workers else None
-        here = partial(answers, experiment, store_of(experiment, experiment.clients_per_round))
-        clients = Clients(experiment, workers.answers if workers else here)
+        clients = Clients(experiment, workers.answers if workers else None)
         grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
         stack.enter_context(task_identity())
         strategy.open(grid, experiment, folder, on_round).run()
@@ -48,12 +47,13 @@ class Clients:
 
     Args:
         experiment: the run.
-        answers: answers the messages of some of them.
+        others: answer the messages of some of them; default: in this process, by themselves.
     """
 
-    def __init__(self, experiment: Experiment, answers: Answers) -> None:
+    def __init__(self, experiment: Experiment, others: Answers | None = None) -> None:
         self._experiment = experiment
-        self._answers = answers
+        here = partial(answers, experiment, store_of(experiment, experiment.clients_per_round))
+        self._answers = others or here
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
         """Answer all messages of an exchange."""
