@@ -60,8 +60,8 @@ HARM = 0.15
 APART = 0.3
 """The same by which one architecture of several lies behind the best."""
 
-NOT_FINITE = "not finite"
-"""What stands in the reason for which a reply with NaN or infinity is refused."""
+NOT_FINITE = ("not finite", "NaN or infinity")
+"""What stands in the reasons for which replies are refused that hold such numbers."""
 
 RATES = {"adam": (1e-4, 0.02, 1e-3), "adamw": (1e-4, 0.02, 1e-3), "sgd": (1e-2, 1.0, 0.1)}
 """Ordinary learning rates by optimiser, of SGD divided by 1 − momentum: lowest, highest, one to try."""
@@ -139,9 +139,10 @@ class _Learning:
     def fall(self) -> float:
         """Relative fall of the loss in 100 steps, from the third before the last; 0 if it rose."""
         n = self._window
-        if len(self.losses) < 2 * n or self.late <= 0:
+        before = _mean(self.losses[-2 * n : -n]) if len(self.losses) >= 2 * n else 0.0
+        if before <= 0:
             return 0.0
-        ratio = self.late / _mean(self.losses[-2 * n : -n])
+        ratio = self.late / before
         return float(1 - min(1.0, ratio) ** (100 / (n * self.steps)))
 
     @property
@@ -280,11 +281,12 @@ def _of_federation(run: Run) -> Finding | None:
 def _refused(run: Run) -> str | None:
     """Say how many replies were not finite, if in some round half of them were not."""
     for row in run.rounds:
-        lost = sum(NOT_FINITE in reason for reason in row["dropped"].values())
-        if 2 * lost >= len(row["sampled"]):
+        reasons = row["dropped"].values()
+        lost = [reason for reason in reasons if any(said in reason for said in NOT_FINITE)]
+        if 2 * len(lost) >= len(row["sampled"]):
             return (
-                f"{lost} of {len(row['sampled'])} replies to round {row['round']} were refused: "
-                f"{NOT_FINITE}"
+                f"{len(lost)} of {len(row['sampled'])} replies to round {row['round']} were refused "
+                f"({lost[0]})"
             )
     return None
 

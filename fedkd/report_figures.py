@@ -69,7 +69,8 @@ class _View:
     @property
     def seeds(self) -> str:
         """How many seeds a curve is of, and what a band is."""
-        return spread_over(max(len(found) for found in self.group.runs.values()))
+        counts = {len(found) for found in self.group.runs.values()}
+        return spread_over(max(counts), exactly=len(counts) == 1)
 
 
 def _is_local(runs: Sequence[Run]) -> bool:
@@ -190,7 +191,7 @@ def _clients(view: _View) -> Shown:
         return Missing(title, "there is nothing but local training")
     panels, before = [], ""
     for label, runs in view.methods.items():
-        start = _before(view, runs[0])
+        start = None if _is_local(runs) else _before(view, runs[0])
         if start is None:
             continue
         before, values = start
@@ -207,8 +208,8 @@ def _clients(view: _View) -> Shown:
     shown = panels[:MOST_PANELS]
     gains = "; ".join(_gain(panel) for panel in shown)
     caption = (
-        f"Each client's test accuracy {before} (open) and at the end (filled), sorted by the first; "
-        f"seed {view.first.experiment.seed}; {view.on}. Clients that gain: {gains}."
+        f"Each client's test accuracy before (open: {before}) and at the end (filled), sorted by the "
+        f"first; seed {view.first.experiment.seed}; {view.on}. Clients that gain: {gains}."
         f"{left_out([panel.label for panel in panels[MOST_PANELS:]])}"
     )
     return Drawing("clients", title, caption, plots.clients(shown, before=before))
@@ -219,9 +220,9 @@ def _before(view: _View, run: Run) -> tuple[str, Sequence[float | None]] | None:
     for local in view.group.runs.get(view.local or "", ()):
         same = len(local.client_accuracy) == len(run.client_accuracy)
         if local.experiment.seed == run.experiment.seed and same:
-            return "trained alone", local.client_accuracy
+            return view.local or "", local.client_accuracy
     start = report_curves.beginning(run)
-    return None if start is None else (f"in round {start.round}", start.accuracies)
+    return None if start is None else (f"round {start.round}", start.accuracies)
 
 
 def _gain(panel: plots.Clients) -> str:

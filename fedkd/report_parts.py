@@ -50,9 +50,10 @@ class Missing:
 Shown = Drawing | Missing
 
 
-def spread_over(seeds: int) -> str:
-    """Say in words what is averaged."""
-    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+def spread_over(seeds: int, *, exactly: bool = True) -> str:
+    """Say in words what is averaged: so many seeds, or at most so many."""
+    count = f"{'' if exactly else 'up to '}{seeds} seeds"
+    return f"mean ± standard deviation over {count}" if seeds > 1 else "one seed"
 
 
 def seeds_said(seeds: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
@@ -16,6 +17,9 @@ from fedkd.sweeps import Sweep
 
 RUNS = "runs"
 """Where folders are looked for when none is named."""
+
+MOST_LABEL = 26
+"""Characters of a method's label: what a figure has room for."""
 
 DATA_KEYS = (
     "dataset", "train_size", "test_size", "public", "public_size", "public_labels", "partition",
@@ -41,6 +45,7 @@ class Federations:
         central: the baseline, where there is one.
         central_folders: where it lies.
         comparison: the comparison that they are, where they are one.
+        notes: what the labels leave unsaid.
     """
 
     title: str
@@ -48,6 +53,7 @@ class Federations:
     central: CentralRun | None = None
     central_folders: tuple[Path, ...] = ()
     comparison: Comparison | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,8 @@ def _together(
         if central is not None:
             left.remove(central)
         folders = (central.path,) if central is not None and central.path is not None else ()
-        federations.append(Federations(_title(group), by_method(group), central, folders))
+        methods, notes = by_method(group)
+        federations.append(Federations(_title(group), methods, central, folders, notes=notes))
     return federations, left
 
 
@@ -227,29 +234,52 @@ def dealt(experiment: Experiment) -> str:
     }[experiment.partition]
 
 
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return runs by a label of their method, one a seed; a repeated run has a label of its own."""
-    experiments = [run.experiment for run in runs]
-    found: dict[str, list[Run]] = {}
-    for run, experiment in zip(runs, experiments, strict=True):
-        alike = [each for each in experiments if each.strategy == experiment.strategy]
-        plain = _label(experiment, alike)
-        own, number = plain, 1
-        while any(r.experiment.seed == experiment.seed for r in found.get(own, ())):
+def by_method(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
+    """Return runs by a label of their method, one a seed, and what the labels leave unsaid.
+
+    Runs of a strategy that differ in other keys too have the difference in their label; where that is
+    long, a letter in its place, and the difference is said. A repeated run has a label of its own.
+    """
+    found: dict[tuple[str, str, int], list[Run]] = {}
+    for run in runs:
+        experiment = run.experiment
+        alike = [r.experiment for r in runs if r.experiment.strategy == experiment.strategy]
+        which = label(experiment.strategy), _difference(experiment, alike)
+        number = 1
+        while any(r.experiment.seed == experiment.seed for r in found.get((*which, number), ())):
             number += 1
-            own = f"{plain} #{number}"
-        found.setdefault(own, []).append(run)
-    return found
+        found.setdefault((*which, number), []).append(run)
+    labels = _labels(list(found))
+    notes = [
+        f"{labels[key]}: {difference or 'as by default'}{f', run no. {key[2]}' * (key[2] > 1)}."
+        for key in found
+        if (difference := key[1]) not in labels[key]
+    ]
+    return {labels[key]: each for key, each in found.items()}, notes
 
 
-def _label(experiment: Experiment, alike: Sequence[Experiment]) -> str:
-    """Name a method by its strategy and by what differs among runs of the same strategy."""
-    name = label(experiment.strategy)
+def _difference(experiment: Experiment, alike: Sequence[Experiment]) -> str:
+    """Say in which keys an experiment differs from others of the same strategy."""
     differing = [
         key
         for key in Experiment.model_fields
         if key not in (*_TECHNICAL_KEYS, "strategy")
         and len({str(getattr(each, key)) for each in alike}) > 1
     ]
-    said = ", ".join(f"{kebab(key)} {getattr(experiment, key)}" for key in differing)
-    return f"{name} ({said})" if said else name
+    return ", ".join(f"{kebab(key)} {getattr(experiment, key)}" for key in differing)
+
+
+def _labels(keys: Sequence[tuple[str, str, int]]) -> dict[tuple[str, str, int], str]:
+    """Return a label for each name, difference and number of a repetition."""
+    plain = {
+        key: f"{key[0]}{f' ({key[1]})' * bool(key[1])}{f' #{key[2]}' * (key[2] > 1)}"
+        for key in keys
+    }
+    long = {name for (name, _, _), text in plain.items() if len(text) > MOST_LABEL}
+    seen: dict[str, int] = {}
+    for key in keys:
+        if key[0] in long:
+            seen[key[0]] = number = seen.get(key[0], -1) + 1
+            mark = ascii_uppercase[number] if number < 26 else str(number + 1)
+            plain[key] = f"{key[0][: MOST_LABEL - 4]} {mark}"
+    return plain

@@ -141,10 +141,10 @@ def of_runs(group: Federations) -> Table:
     means = [mean(run.accuracy for run in runs) for runs in group.runs.values()]
     best = len(central) + means.index(max(means)) if len(means) > 1 else None
     most = max(len(runs) for runs in group.runs.values())
-    count = f"means of {most} seeds" if most > 1 else "1 seed"
+    count = "means over seeds" if most > 1 else "1 seed"
     first = next(iter(group.runs.values()))[0]
     title = f"What the runs gave, {count}, {tested_on(first.experiment, first.result['test_size'])}"
-    return from_cells(title, rows, best, [NOTE])
+    return from_cells(title, rows, best, [NOTE, *group.notes])
 
 
 def _cells(runs: Sequence[Run]) -> dict[str, str]:

@@ -327,9 +327,12 @@ def index(folder: Path) -> str:
     """Return the list of all questions that were answered in `folder`."""
     lines = [
         "# Questions of the field, measured\n",
-        "Each is one script of `simulations/`; the answers are computed from the tables. They hold for "
-        "these small settings,\nwhich the pages describe, and no further. Nothing was tuned on the "
-        "test set: grids are reported whole.\n",
+        "Each is one script of `simulations/`; the answers are computed from the tables, differences are "
+        "means ± standard deviations\nover paired seeds. They hold for these small settings, which the "
+        "pages describe, and no further. Nothing was tuned, and grids\nare reported whole. All keys but "
+        "those asked about are the same: α = 0.9, τ = 3, which suits FedMD badly ([α and τ]"
+        "(alpha_and_tau.md)).\nDS-FL's students are tested after a last digest, FedMD's after a last "
+        "pass over their shards, as these methods end; part of\nthe distance between the two is that.\n",
         "| question | answer | table and figure | repeated by | measured |",
         "|---|---|---|---|---|",
     ]

@@ -1038,6 +1038,7 @@ def test_a_parameter_may_be_a_number_or_have_no_part_in_the_loss(plan: Plan) -> 
     for i, k in enumerate(clients):
         side = PlainSide("private", shard(k), hard_loss)
         module = fresh(_Scaled, k)
+        assert isinstance(module, _Scaled)
         x, y, _ = next(batches(side, k, F64))
         used = [module.dense.weight, module.dense.bias, module.scale]
         grads = torch.autograd.grad(hard_loss(module, x, y, x), used)

@@ -188,14 +188,18 @@ def test_rounds_with_new_soft_labels_have_a_line(runs: dict[str, Run]) -> None:
         lines = knowledge_of(run)
         fields = [[f for f in row if f.startswith("knowledge_e")] for row in run.rounds]
         if name == "FedAvg":
-            assert lines == [] and fields == [[], [], []]
+            assert lines == []
+            assert fields == [[], [], []]
             continue
         assert [line["round"] for line in lines] == [1, 2, 3]
         for line, row in zip(lines, run.rounds, strict=True):
             reliability = line["reliability"]
             count = sum(reliability["count"])
             assert sum(line["entropy_histogram"]) == count
-            right = sum(n * (a or 0) for n, a in zip(reliability["count"], reliability["accuracy"], strict=True))
+            right = sum(
+                n * (a or 0)
+                for n, a in zip(reliability["count"], reliability["accuracy"], strict=True)
+            )
             assert right / count == pytest.approx(row["knowledge_accuracy"])
             assert 0 < row["knowledge_entropy"] < row["knowledge_entropy_at_tau"] < log(10)
             assert line["by"] == "label"  # which the simulator knows also where the clients do not

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedkd
 from fedkd.experiment import Experiment
@@ -35,7 +36,12 @@ BASE = {
 }
 CENTRAL = {"teacher": "mlp-200", "local_epochs": 6, "distill_epochs": 6, "alpha": 0.7, "tau": 5.0}
 SGD = {"optimizer": "sgd", "learning_rate": 0.1}
-CFD = {"strategy": "CFD", "server_model": "mlp-64"}
+CFD = {
+    "strategy": "CFD",
+    "server_model": "mlp-64",
+    "num_server_rounds": 3,
+    "distill_epochs": 10,
+}
 ONCE = {"num_server_rounds": 1, "local_epochs": 1, "distill_epochs": 1}
 
 FAILING: list[tuple[str, dict[str, Any]]] = [
@@ -52,7 +58,7 @@ FAILING: list[tuple[str, dict[str, Any]]] = [
     ("too-few-rounds", ONCE),
     ("too-few-rounds", {**ONCE, "num_server_rounds": 2, "strategy": "FedAvg"}),
     ("tau-too-hard", {**SGD, "tau": 0.03, "alpha": 1.0, "evaluate_phases": "all"}),
-    ("tau-too-soft", {**CFD, "tau": 100.0, "distill_epochs": 10}),
+    ("tau-too-soft", {**CFD, "tau": 100.0}),
 ]
 FAILING_CENTRALLY: list[tuple[str, dict[str, Any]]] = [
     ("student-too-small", {"student": "mlp-2"}),
@@ -63,7 +69,6 @@ FAILING_CENTRALLY: list[tuple[str, dict[str, Any]]] = [
 ]
 HEALTHY: list[dict[str, Any]] = [
     {},
-    {"partition_alpha": 0.1, "seed": 1},
     {"partition": "iid", "seed": 2, "evaluate_every": 3},
     {"tau": 0.1, "alpha": 0.7, "evaluate_phases": "all"},
     {"tau": 1000.0},
@@ -75,8 +80,8 @@ HEALTHY: list[dict[str, Any]] = [
     {"strategy": "LocalOnly", "partition": "pathological", "num_server_rounds": 6},
     {"strategy": "Cronus", "partition_alpha": 0.1, "seed": 1, "evaluate_phases": "all"},
     {"strategy": "SelectiveFD", "partition_alpha": 0.1, "seed": 2},
-    {"strategy": "SCARLET", "fraction_train": 0.5, "num_server_rounds": 8},
-    {**CFD, "tau": 1.0, "distill_epochs": 10},
+    {"strategy": "SCARLET", "fraction_train": 0.5, "num_server_rounds": 6},
+    {**CFD, "tau": 1.0},
     {"teacher": "mlp-64", "evaluate_phases": "all"},
     {"teacher": "mlp-64", "num_server_rounds": 1, "local_epochs": 5},
     {"student": "mlp-20,mlp-37", "learning_rate": 0.005},
@@ -370,7 +375,7 @@ def test_a_few_bad_replies_are_no_finding(
 
 
 def test_replies_that_are_not_finite_point_at_the_learning_rate(tmp_path: Path) -> None:
-    refused = dict.fromkeys(("0", "2"), "sends metrics that are not finite numbers")
+    refused = {"0": "sends metrics that are not finite numbers", "2": "holds NaN or infinity"}
     run = records(
         tmp_path,
         [0.3] * 3,
@@ -556,10 +561,11 @@ def table() -> Iterator[str]:
     heads = "late loss | first loss / ln C | gradient norm | gain | agreement | test accuracy"
     yield f"| run | {heads} | found |\n|{'---|' * 8}"
     with tempfile.TemporaryDirectory() as folder:
-        for kind, keys in [*FAILING, *((None, keys) for keys in HEALTHY)]:
-            for seed in [keys.get("seed", 0)] if kind is None else [0, 1, 2]:
-                run = federated(folder, keys, seed)
-                yield _line(f"{named(keys)} seed={seed}", measured(run), run)
+        healthy = [("", keys, keys.get("seed", 0)) for keys in HEALTHY]
+        for _, keys, seed in [*_each_seed(), *healthy]:
+            run = federated(folder, keys, seed)
+            told = {key: value for key, value in keys.items() if key != "seed"}
+            yield _line(f"{named(told)} seed={seed}", measured(run), run)
         heads = "late loss alone | accuracy on own images, alone | distilled | entropy at τ / ln C"
         yield f"\n| central run, seeds 0, 1, 2 | {heads} | test accuracy | found |"
         yield f"|{'---|' * 7}"
@@ -574,5 +580,6 @@ def _line(label: str, columns: list[str], run: Run | CentralRun) -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     for line in table():
         print(line, flush=True)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from federation_tools import tiny
+from flwr.app import RecordDict
 from torch import Tensor
 
 import fedkd
 from fedkd import data, world
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.images import Images
 from fedkd.messages import decode_experiment, experiment_record
 from fedkd.world import World, who_holds_what, world_of
 
@@ -41,7 +43,7 @@ def folds(count: int, **keys: Any) -> list[World]:
     return [world_of(tiny(fold=f"{i}/{count}", **keys)) for i in range(1, count + 1)]
 
 
-def labels(images: world.Images) -> Tensor:
+def labels(images: Images) -> Tensor:
     assert images.labels is not None
     return images.labels
 
@@ -115,15 +117,15 @@ def test_public_set_and_shards_share_out_what_is_left(keys: dict[str, Any]) -> N
 
 
 def test_clients_elsewhere_are_told_the_fold() -> None:
-    from flwr.app import RecordDict
-
     experiment = tiny(fold="2/5")
     told = decode_experiment(RecordDict({"experiment": experiment_record(experiment)}))
     assert told.fold == "2/5"
     assert torch.equal(world_of(told).train.pixels, world_of(experiment).train.pixels)
 
 
-@pytest.mark.parametrize("fold", ["0/3", "4/3", "1/1", "1", "2/3/4", "1/-2", "auto", "-1/3", "01/2"])
+@pytest.mark.parametrize(
+    "fold", ["0/3", "4/3", "1/1", "1", "2/3/4", "1/-2", "auto", "-1/3", "01/2"]
+)
 def test_other_folds_are_refused(fold: str) -> None:
     with pytest.raises(FedkdError, match=f"fold = '{fold}'.*none, or I/N"):
         tiny(fold=fold)
@@ -194,9 +196,7 @@ def test_images_of_the_fold_are_not_trained_on(
     with_garbage(monkeypatch, "train", rows)
     after = trained(experiment.replace(name="after"))
     measured = ("accuracy", "own_accuracy", "client_accuracy", "client_own", "server_accuracy")
-    for row, other in zip(
-        [*before[0], before[1]], [*after[0], after[1]], strict=True
-    ):
+    for row, other in zip([*before[0], before[1]], [*after[0], after[1]], strict=True):
         assert without(row, *measured) == without(other, *measured)
         assert row != other
     assert before[1]["training_accuracy"] == after[1]["training_accuracy"]

@@ -240,10 +240,19 @@ def test_labelled_or_unlabelled_compares_each_with_its_own_control() -> None:
 def test_alpha_and_tau() -> None:
     lines: Cells = {"α = 0.3": [[60, 62], [50, 51]], "α = 0.9": [[69, 71], [69.5, 70]]}
     text = say(result_of("alpha_and_tau", ["1", "20"], lines))
-    assert "it is 50.5 % (α = 0.3, τ = 20) to 70.0 % (α = 0.9, τ = 1)" in text
+    assert "is 50.5 % (α = 0.3, τ = 20) to 70.0 % (α = 0.9, τ = 1, at the edge of the grid)" in text
     assert "are 2 of 4 pairs (α = 0.9, τ = 1; α = 0.9, τ = 20)" in text
     # By hand: means by τ are 65.5 and 60.125, by α 55.75 and 69.875.
     assert "τ moves the accuracy by 5.4 points and α by 14.1" in text
+
+
+def test_alpha_and_tau_says_nothing_of_edges_where_the_best_is_inside() -> None:
+    lines: Cells = {f"α = {a:g}": [[60, 60]] * 3 for a in (0.1, 0.9)}
+    lines["α = 0.9"] = [[61, 61], [62, 62], [61, 61]]
+    lines["α = 1"] = [[60, 60]] * 3
+    text = say(result_of("alpha_and_tau", ["1", "5", "20"], lines))
+    assert "to 62.0 % (α = 0.9, τ = 5); within" in text
+    assert "are 3 of 9 pairs (" in text
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,20 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import fedkd
-from fedkd import report_curves, report_experiment, report_sources, report_sweeps, sweeps
+from fedkd import (
+    report_calibration,
+    report_curves,
+    report_experiment,
+    report_sources,
+    report_sweeps,
+    sweeps,
+    tested,
+)
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import Run
@@ -240,12 +250,22 @@ def test_a_repeated_run_and_one_with_another_key_have_labels_of_their_own(runs: 
     other = Path(shutil.copytree(first, runs / "other"))
     text = (other / "experiment.toml").read_text(encoding="utf-8")
     (other / "experiment.toml").write_text(text.replace("tau = 5.0", "tau = 2.5"), encoding="utf-8")
-    assert list(report_sources.by_method([Run.load(p) for p in (first, twin)])) == [
-        "DSFL",
-        "DSFL #2",
-    ]
-    labels = report_sources.by_method([Run.load(p) for p in (first, other)])
+    twins, _ = report_sources.by_method([Run.load(p) for p in (first, twin)])
+    assert list(twins) == ["DSFL", "DSFL #2"]
+    labels, notes = report_sources.by_method([Run.load(p) for p in (first, other)])
     assert list(labels) == ["DSFL (tau 5.0)", "DSFL (tau 2.5)"]
+    assert not notes
+
+
+def test_labels_that_are_long_become_letters_and_are_explained(runs: Path) -> None:
+    first = next(runs.glob("dsfl-*"))
+    other = Path(shutil.copytree(first, runs / "other"))
+    text = (other / "experiment.toml").read_text(encoding="utf-8")
+    changed = text.replace("tau = 5.0", "tau = 2.5").replace("batch-size = 64", "batch-size = 32")
+    (other / "experiment.toml").write_text(changed, encoding="utf-8")
+    labels, notes = report_sources.by_method([Run.load(p) for p in (first, other)])
+    assert list(labels) == ["DSFL A", "DSFL B"]
+    assert notes == ["DSFL A: batch-size 64, tau 5.0.", "DSFL B: batch-size 32, tau 2.5."]
 
 
 def test_records_that_are_not_there_leave_figures_out_and_say_so(
@@ -404,7 +424,58 @@ def test_clients_are_compared_with_their_first_test_where_nobody_trained_alone(
     assert start is not None
     assert start.round == 2  # the teacher trains in round 1, the student digests in round 2
     assert start.accuracies == run.rounds[1]["client_accuracy_after_digest"]
-    assert "test accuracy in round 2 (open)" in Page(report([folder], tmp_path / "r.html")).text
+    assert "before (open: round 2)" in Page(report([folder], tmp_path / "r.html")).text
+
+
+# --- Calibration ----------------------------------------------------------------------------------
+
+
+def test_calibration_is_over_all_models_and_seeds_without_those_that_have_no_confidence(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 7, 41)
+    confidences, right = [], []
+    for seed in (0, 1, 2):
+        classes = np.where(rng.random((3, 41)) < 0.6, labels, (labels + 1) % 7)
+        sure = rng.random((3, 41)).astype(np.float16).astype(np.float32)
+        sure[1, :5] = np.nan
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        answers = tested.Predictions(torch.tensor(classes), torch.tensor(sure), [seed, 1, 2])
+        tested.Tested(torch.tensor(labels), {"student": answers}).save(folder)
+        counts = ~np.isnan(sure) & np.array([[seed in (1, 2)], [True], [True]])
+        confidences.append(sure[counts])
+        right.append((classes == labels)[counts])
+    folders = [tmp_path / f"run-{seed}" for seed in (0, 1, 2)]
+    (line,) = report_calibration.of_models(folders, [1, 2])
+    sure, hits = np.concatenate(confidences), np.concatenate(right)
+    place = np.clip(np.ceil(sure * 15) - 1, 0, 14).astype(int)
+    bins = [place == m for m in range(15)]
+    error = sum(abs(hits[b].mean() - sure[b].mean()) * b.mean() for b in bins if b.any())
+    assert line.label == f"student {100 * error:.1f}"
+    assert line.share == pytest.approx([b.mean() for b in bins])
+    accuracies = [100 * hits[b].mean() if b.any() else np.nan for b in bins]
+    assert line.accuracy == pytest.approx(accuracies, nan_ok=True)
+
+
+def test_the_aggregate_is_weighted_by_the_answers_of_each_seed(runs: Path) -> None:
+    folders = sorted(runs.glob("dsfl-*"))
+    for folder, count, accuracy in zip(
+        folders, ([1, 0], [3, 4]), ([0.5, None], [0.9, 0.25]), strict=True
+    ):
+        bins = {
+            "count": count,
+            "confidence": [0.4, None if not count[1] else 0.8],
+            "accuracy": accuracy,
+        }
+        (folder / "knowledge.jsonl").write_text(
+            json.dumps({"round": 1, "reliability": bins}) + "\n", encoding="utf-8"
+        )
+    (line,) = report_calibration.of_aggregate([Run.load(folder) for folder in folders])
+    assert line.accuracy == pytest.approx([100 * (0.5 + 3 * 0.9) / 4, 25.0])
+    error = 4 / 8 * abs((0.5 + 3 * 0.9) / 4 - 0.4) + 4 / 8 * abs(0.25 - 0.8)
+    assert line.label == f"aggregate {100 * error:.1f}"
 
 
 # --- Sweeps ---------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_bins_are_those_of_a_plain_loop(bins: int) -> None:
         ]
         assert said["count"][m] == len(inside)
         if not inside:
-            assert said["confidence"][m] is None and said["accuracy"][m] is None
+            assert (said["confidence"][m], said["accuracy"][m]) == (None, None)
             continue
         sure, right = (float(np.mean(each)) for each in zip(*inside, strict=True))
         assert said["confidence"][m] == pytest.approx(sure)
@@ -114,19 +114,21 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tested.safetensors"]
 
 
-def test_a_run_that_kept_nothing_has_none_and_a_file_that_is_broken_is_named(tmp_path: Path) -> None:
+def test_a_run_that_kept_nothing_has_none_and_a_file_that_is_broken_is_named(
+    tmp_path: Path,
+) -> None:
     assert tested.Tested.load(tmp_path) is None
     (tmp_path / "tested.safetensors").write_bytes(b"half a file")
     with pytest.raises(FedkdError, match=r"tested\.safetensors cannot be read"):
         tested.Tested.load(tmp_path)
 
 
-def test_of_many_models_the_first_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_models_the_first_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tested, "MOST_ANSWERS", 25)
     classes = torch.arange(35).view(5, 7)
-    given = tested.Tested(torch.arange(7), {"student": Predictions(classes, classes.float(), [9, 8, 7, 6, 5])})
+    given = tested.Tested(
+        torch.arange(7), {"student": Predictions(classes, classes.float(), [9, 8, 7, 6, 5])}
+    )
     given.save(tmp_path)
     found = tested.Tested.load(tmp_path)
     assert found is not None
@@ -173,7 +175,9 @@ def test_answers_are_the_accuracies_of_the_run(keys: dict[str, Any], tmp_path: P
     found = assert_agrees(run)
     confidences = found.models["student"].confidences
     assert bool(((confidences >= 0.1 - 1e-3) & (confidences <= 1)).all())
-    teachers = [k for k in range(run.experiment.num_clients) if run.experiment.teacher_of(k) != "none"]
+    teachers = [
+        k for k in range(run.experiment.num_clients) if run.experiment.teacher_of(k) != "none"
+    ]
     if teachers:
         assert found.models["teacher"].owners == teachers
         different = found.models["teacher"].classes != found.models["student"].classes[teachers]
