@@ -6,7 +6,7 @@ the same images in the same order from the same initial weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -113,8 +113,8 @@ def _trained(pooled: Pooled) -> tuple[CentralRun, Tested]:
         test_size=len(test),
         seconds=pooled.seconds,
         training=_training(pooled, teaching, learning),
-        soft_label_entropy=pooled.soft_label_entropies(at_tau=False)[count:],
-        soft_label_entropy_at_tau=pooled.soft_label_entropies(at_tau=True)[count:],
+        soft_label_entropy=_finite(pooled.soft_label_entropies(at_tau=False)[count:]),
+        soft_label_entropy_at_tau=_finite(pooled.soft_label_entropies(at_tau=True)[count:]),
     )
     kept = {
         model: Predictions(each.classes.cpu(), each.confidences.cpu(), seeds)
@@ -163,10 +163,12 @@ def _by_epoch(values: Tensor, steps: int, epochs: int, every: int) -> list[list[
     """
     epoch = torch.arange(values.shape[1]) * every // steps
     means = [values[:, (epoch == e).to(values.device)].mean(1).tolist() for e in range(epochs)]
-    return [
-        [value if isfinite(value) else None for value in model]
-        for model in zip(*means, strict=True)
-    ]
+    return [_finite(model) for model in zip(*means, strict=True)]
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    """Replace what JSON cannot say."""
+    return [value if isfinite(value) else None for value in values]
 
 
 def _saved(

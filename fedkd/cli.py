@@ -63,7 +63,7 @@ def run(
 ) -> None:
     """Run a federation and write its run folder."""
     with start.experiment() as experiment:
-        from fedkd import callbacks, display, preflight, runner, trackers
+        from fedkd import callbacks, display, findings, preflight, runner, trackers
 
         followers = [] if track is None else trackers.trackers(track)
         strategy = preflight.check(experiment)
@@ -74,13 +74,15 @@ def run(
                 lambda row: steps.show(display.round_line(row, rounds), row["round"] / rounds)
             )
             done = runner.run(experiment, [shown, *followers])
+    found = findings.findings(done)
     output.result(
-        {"path": str(done.path), **done.result},
-        [display.run_line(done)],
+        {"path": str(done.path), **done.result, "findings": [each.as_json() for each in found]},
+        [display.run_line(done), *map(str, found)],
         [
             display.rounds_table(done),
             *([display.run_profile(done)] if experiment.profile else []),
             display.run_facts(done),
+            *map(str, found),
         ],
     )
 
@@ -89,15 +91,20 @@ def run(
 def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutput = TEXT) -> None:
     """Train a teacher on the pooled data, a student alone and a student distilled from it."""
     with start.experiment() as experiment:
-        from fedkd import baseline, display
+        from fedkd import baseline, display, findings
 
         chosen = chosen_seeds(seeds, experiment)
         with output.progress(lambda: display.central_plan(experiment, chosen)) as steps:
             done = baseline.central(experiment, chosen, progress=steps.show)
+    found = findings.findings(done)
     output.result(
-        {"path": str(done.path), **done.as_json()},
-        [display.central_line(done)],
-        [display.central_table(done), display.central_facts(done)],
+        {
+            "path": str(done.path),
+            **done.as_json(),
+            "findings": [each.as_json() for each in found],
+        },
+        [display.central_line(done), *map(str, found)],
+        [display.central_table(done), display.central_facts(done), *map(str, found)],
     )
 
 
@@ -259,8 +266,12 @@ def report(
 ) -> None:
     """Write one page about runs, comparisons and sweeps: tables, figures, findings."""
     from fedkd import reports
+    from fedkd.reporting import sources
 
-    path = reports.report(folders, file, figures)
+    found = sources.find(folders)
+    path = reports.write(found, file, figures)
+    for line in found.skipped:
+        print(line, file=sys.stderr)
     facts = {"report": str(path), **({"figures": figures} if figures is not None else {})}
     output.result(facts, [str(path)], [facts])
 

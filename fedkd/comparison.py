@@ -15,10 +15,9 @@ from typing import Any, Self
 from rich.console import Group
 from rich.table import Table
 
-from fedkd import tables
-from fedkd.comparison_record import Record
-from fedkd.differences import Bools, difference, right, with_differences
-from fedkd.entries import (
+from fedkd.comparing import tables
+from fedkd.comparing.differences import Bools, difference, right, with_differences
+from fedkd.comparing.entries import (
     Difference,
     Entry,
     as_row,
@@ -29,10 +28,8 @@ from fedkd.entries import (
     with_gaps,
     with_target,
 )
-from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment
-from fedkd.jobs import Job, check_jobs, make, threads, threads_each
-from fedkd.methods import (
+from fedkd.comparing.jobs import Job, check_jobs, make, threads, threads_each
+from fedkd.comparing.methods import (
     CENTRAL,
     LOCAL,
     Method,
@@ -44,10 +41,13 @@ from fedkd.methods import (
     pooled,
     variant,
 )
+from fedkd.comparing.record import Record
+from fedkd.comparing.reuse import Shelf, common_plan, joined
+from fedkd.comparing.verdicts import rivals, sentence
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
 from fedkd.records import CentralRun, Run
-from fedkd.reuse import Shelf, common_plan, joined
 from fedkd.tuning import planned
-from fedkd.verdicts import rivals, sentence
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Comparison:
     def sentences(self) -> list[str]:
         """What it comes to: a sentence a method, and one on the two methods that matter most.
 
-        See `fedkd.verdicts.rivals`.
+        See `fedkd.comparing.verdicts.rivals`.
         """
         found = [entry.sentence for entry in self.entries if entry.sentence is not None]
         if (pair := rivals(self.entries, self.reference)) is not None:
@@ -193,12 +193,12 @@ def compare(
         experiment: what all methods share. Its strategy is not used, its ``strategy-config`` only by
             the method that it names. Its name is the comparison's, and the beginning of its runs'.
         methods: names or classes of strategies, and ``teacher``, ``student-alone``,
-            ``student-distilled``; see `fedkd.methods.default_methods`.
+            ``student-distilled``; see `fedkd.comparing.methods.default_methods`.
         seeds: of all methods; default the experiment's.
         reference: the method that the others are compared with; default LocalOnly if it is compared,
             else the first.
         target: accuracy, 0..1 or in percent, of which to say when it is reached; default see
-            `fedkd.entries.default_target`.
+            `fedkd.comparing.entries.default_target`.
         jobs: runs made at once, in processes of their own, when they fit into memory. The numbers are
             those of one after another.
         progress: told what is going on and how far it is, 0..1.

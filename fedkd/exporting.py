@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.errors import FedkdError, nearest
-from fedkd.export_card import Verified, as_markdown, card_of, facts_of
-from fedkd.export_forms import FORMS, Form, FromPixels, Predictor, check_packages
-from fedkd.latency import latencies
+from fedkd.exports.card import Verified, as_markdown, card_of, facts_of
+from fedkd.exports.forms import FORMS, Form, FromPixels, Predictor, check_packages
+from fedkd.exports.latency import latencies
+from fedkd.exports.trained import Trained, find
 from fedkd.randomness import permutation
 from fedkd.records import replace_file, write_json
 from fedkd.references import in_one_line
-from fedkd.trained import Trained, find
 
 TOLERANCE = 1e-4
 """Largest difference of logits for which rounding in float32 accounts, per unit of the largest logit:

@@ -413,12 +413,19 @@ class Federation:
         self._write(row)
         self._on_round(row)
         if self._lost >= LOST_ROUNDS:
-            reasons = sorted(set(exchange.dropped.values()))
             raise FedkdError(
                 f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
-                f"{LOST_ROUNDS} rounds running; the clients' reasons: {'; '.join(reasons)}"
+                f"{LOST_ROUNDS} rounds running; {self._reasons(exchange.dropped.values())}"
             )
         return row
+
+    def _reasons(self, said: Iterable[str]) -> str:
+        """Sum up why clients were dropped, and what to try where their numbers grew out of bounds."""
+        reasons, rate = sorted(set(said)), self._experiment.learning_rate
+        text = f"the clients' reasons: {'; '.join(reasons)}"
+        if any("not finite" in reason or "NaN or infinity" in reason for reason in reasons):
+            text += f"; training diverged at learning-rate = {rate:g}: try {rate / 10:g}"
+        return text
 
     def _write(self, row: Row) -> None:
         if self._folder is None:
@@ -568,12 +575,11 @@ class Federation:
         if not any(row["accepted"] for row in self.rows):
             said = {reason for row in self.rows for reason in row["dropped"].values()}
             raise FedkdError(
-                f"no round had a quorum of {self._experiment.quorum}; the clients' reasons: "
-                f"{'; '.join(sorted(said))}"
+                f"no round had a quorum of {self._experiment.quorum}; {self._reasons(said)}"
             )
         if not exchange.reports:
-            reasons = "; ".join(sorted(set(exchange.dropped.values())))
-            raise FedkdError(f"no client answered the closing exchange: {reasons}")
+            reasons = self._reasons(exchange.dropped.values())
+            raise FedkdError(f"no client answered the closing exchange; {reasons}")
         final = {report.client: report.metrics for report in exchange.reports}
         clients = range(self._experiment.num_clients)
         device = str(self._server.world.train.device)

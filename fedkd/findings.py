@@ -333,8 +333,8 @@ def _not_learning(
         return None
     experiment = run.experiment
     evidence = (
-        f"{learning.evidence}, accuracy {run.result['training_accuracy']:.2f} on own training and "
-        f"{run.accuracy:.2f} on test images"
+        f"{learning.evidence}, accuracy {run.result['training_accuracy']:.1%} on own training and "
+        f"{run.accuracy:.1%} on test images"
     )
     if nothing and _rate_too_high(experiment, learning):
         return _too_high(experiment, evidence)
@@ -382,8 +382,8 @@ def _left_behind(run: Run, nothing_below: float) -> Finding | None:
     return _flat(
         experiment,
         worst,
-        f"accuracy {found[worst][0]:.2f} on own training and {found[worst][1]:.2f} on test images, of "
-        f"{best} {found[best][0]:.2f} and {found[best][1]:.2f}",
+        f"accuracy {found[worst][0]:.1%} on own training and {found[worst][1]:.1%} on test images, of "
+        f"{best} {found[best][0]:.1%} and {found[best][1]:.1%}",
     )
 
 
@@ -403,7 +403,7 @@ def _too_few_rounds(run: Run, rows: Sequence[Row], learning: _Learning) -> Findi
         "too-few-rounds",
         "too few rounds",
         f"{learning.evidence}{learning.falling}, {took_part:.3g} × {learning.steps:.0f} steps a client, "
-        f"accuracy {run.result['training_accuracy']:.2f} on own training and {run.accuracy:.2f} on test "
+        f"accuracy {run.result['training_accuracy']:.1%} on own training and {run.accuracy:.1%} on test "
         "images",
         f"num-server-rounds = {4 * experiment.num_server_rounds}",
     )
@@ -420,8 +420,8 @@ def _no_pupil(run: Run, rows: Sequence[Row], learning: _Learning, nothing: bool)
     return _flat(
         experiment,
         experiment.student_of(0),
-        f"teachers' {learning.evidence}; students agree with {agreement:.2f} of what they digest, "
-        f"accuracy {run.result['training_accuracy']:.2f} on own training images",
+        f"teachers' {learning.evidence}; students agree with {agreement:.1%} of what they digest, "
+        f"accuracy {run.result['training_accuracy']:.1%} on own training images",
     )
 
 
@@ -437,8 +437,8 @@ def _ignores_knowledge(run: Run, rows: Sequence[Row], uniform: float) -> Finding
         return None
     return _too_hard(
         f"entropy of the soft labels {entropy:.2g} at tau = {tau:g} of ln C = {uniform:.2f}, students "
-        f"agree with {agreement:.2f} of them, accuracy {run.accuracy:.2f} of students and "
-        f"{accuracy:.2f} of the soft labels"
+        f"agree with {agreement:.1%} of them, accuracy {run.accuracy:.1%} of students and "
+        f"{accuracy:.1%} of the soft labels"
     )
 
 
@@ -525,7 +525,7 @@ def _harmful(run: CentralRun, uniform: float) -> Finding | None:
         return None
     evidence = (
         f"entropy of the soft labels {entropy:.2g} at tau = {tau:g} of ln C = {uniform:.2f}, accuracy on "
-        f"own training images {distilled:.2f} distilled and {alone:.2f} alone"
+        f"own training images {distilled:.1%} distilled and {alone:.1%} alone"
     )
     if tau < 1 and entropy < SHARP * uniform:
         return _too_hard(evidence)

@@ -3,7 +3,7 @@
 All have one width, at which their text is readable in a column of a page and on a phone. Colours are
 Okabe and Ito's, which colour-blind readers can tell apart, and never alone: each method has a marker
 of its own. Cells of maps are one colour over the background, more of it where the value is higher, so
-that `fedkd.report_svg` can show every figure in light and in dark.
+that `fedkd.reporting.svg` can show every figure in light and in dark.
 """
 
 from __future__ import annotations

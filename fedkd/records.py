@@ -280,7 +280,8 @@ class CentralRun:
         training: by model (``teacher``, ``student-alone``, ``student-distilled``): mean ``loss`` and
             ``gradient_norm`` of each epoch, ``[S][E]`` (`None` where not finite or not measured), and
             ``accuracy`` on its own training images, ``[S]``.
-        soft_label_entropy: mean entropy in nats of the teachers' soft labels, ``[S]``.
+        soft_label_entropy: mean entropy in nats of the teachers' soft labels, ``[S]`` (`None` where not
+            finite).
         soft_label_entropy_at_tau: the same at the temperature τ.
     """
 
@@ -294,8 +295,8 @@ class CentralRun:
     test_size: int
     seconds: dict[str, float]
     training: dict[str, dict[str, Any]] = field(repr=False)
-    soft_label_entropy: list[float]
-    soft_label_entropy_at_tau: list[float]
+    soft_label_entropy: list[float | None]
+    soft_label_entropy_at_tau: list[float | None]
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

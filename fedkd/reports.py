@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkd import __version__, plots, report_experiment, report_svg, report_sweeps, report_tables
+from fedkd import __version__, plots
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.findings import Finding, findings
 from fedkd.records import CentralRun, Run, replace_file
-from fedkd.report_central import of_central
-from fedkd.report_figures import of_federations
-from fedkd.report_parts import (
+from fedkd.reporting import experiment as report_experiment
+from fedkd.reporting import svg as report_svg
+from fedkd.reporting import sweeps as report_sweeps
+from fedkd.reporting import tables as report_tables
+from fedkd.reporting.central import of_central
+from fedkd.reporting.figures import of_federations
+from fedkd.reporting.parts import (
     Drawing,
     Missing,
     Shown,
@@ -27,8 +31,8 @@ from fedkd.report_parts import (
     slug,
     tested_on,
 )
-from fedkd.report_sources import Federations, Sources, dealt, find
-from fedkd.report_tables import Table
+from fedkd.reporting.sources import Federations, Sources, dealt, find
+from fedkd.reporting.tables import Table
 from fedkd.sweeps import Sweep
 
 LIGHT = {
@@ -66,7 +70,7 @@ def report(
 
 
 def write(sources: Sources, output: str | Path, figures: str | Path | None = None) -> Path:
-    """Write a report on what `fedkd.report_sources.find` found; see `report`."""
+    """Write a report on what `fedkd.reporting.sources.find` found; see `report`."""
     path = Path(output)
     sections = _sections(sources)
     if figures is not None:
@@ -290,7 +294,7 @@ def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("fedkd", ""),
+        loader=PackageLoader("fedkd.reporting", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

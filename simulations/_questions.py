@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
-from time import monotonic
+from time import process_time
 from typing import NamedTuple
 
 from rich.console import Console
@@ -83,7 +83,7 @@ class Result:
         at: where a line's points lie on a logarithmic axis ``[points]``, if they do not stand in a row.
         place: what that axis is.
         ordered: whether a line may join the points.
-        measured: date, machine, versions and minutes.
+        measured: date, machine, versions and CPU minutes.
     """
 
     name: str
@@ -168,7 +168,7 @@ class Question:
             (self.grid(), SEEDS) if not smoke else (_shrunk(self.smoke(self.grid())), (0,))
         )
         points = list(dict.fromkeys(point for row in grid.values() for point in row))
-        started = monotonic()
+        started = process_time()
         found = _measure(grid, seeds, self.name)
         (test_size,) = {outcome.test_size for outcome in found.values()}
         nothing = Outcome([], 0.0, test_size)
@@ -261,7 +261,7 @@ def _measured(started: float) -> str:
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {names[0] if names else platform.machine()}, "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"{(monotonic() - started) / 60:.0f} minutes"
+        f"{(process_time() - started) / 60:.0f} CPU minutes"
     )
 
 
@@ -372,11 +372,11 @@ def draw(result: Result, path: Path) -> None:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedkd"}):
         figure = Figure(figsize=(7, 4.6), layout="constrained")
         axes = figure.add_subplot()
-        for number, (label, cells) in enumerate(result.lines.items()):
+        for number, (line, cells) in enumerate(result.lines.items()):
             beside = 0.05 * (
                 number - (len(result.lines) - 1) / 2
             )  # so that bars do not cover each other
-            places = result.at.get(label, [place + beside for place in range(len(cells))])
+            places = result.at.get(line, [place + beside for place in range(len(cells))])
             shown = [(x, [100 * a for a in c]) for x, c in zip(places, cells, strict=True) if c]
             axes.errorbar(
                 [x for x, _ in shown],
@@ -384,7 +384,7 @@ def draw(result: Result, path: Path) -> None:
                 [stdev(c) if len(c) > 1 else 0.0 for _, c in shown],
                 color=COLOURS[number % 7], marker=MARKERS[number % 7], ms=5, capsize=3,
                 ls="-" if result.ordered else "none",
-                label=label,
+                label=line,
             )  # fmt: skip
         if result.at:
             axes.set_xscale("log")
@@ -392,7 +392,8 @@ def draw(result: Result, path: Path) -> None:
         else:
             axes.set_xticks(range(len(result.points)), result.points)
             if max(map(len, result.points)) > 12:
-                axes.tick_params(axis="x", labelrotation=20)
+                for label in axes.get_xticklabels():
+                    label.set(rotation=30, ha="right")
         axes.set(xlabel=result.place or result.x, ylabel="test accuracy in %")
         axes.grid(alpha=0.3)
         figure.legend(loc="outside upper left", ncols=3, frameon=False)

@@ -4,7 +4,7 @@ mnist-5k, ten clients (Dirichlet 0.3), 800 unlabelled public images of ten class
 eight rounds. Soft labels cross in both directions as float32, float16, or whole numbers on the simplex
 of 8, 4, 2 or 1 bits; as they are, and sending only what changed, packed (simplex: range coding, which
 needs `pip install 'fedkd[codec]'`; floats: deflate). Bits are the uplink's payload for one label of one
-sample, mean over all clients and rounds. DS-FL and FedMD, three seeds. No download; eight minutes on
+sample, mean over all clients and rounds. DS-FL and FedMD, three seeds. No download; four minutes on
 one core:
 
     python simulations/bits_per_label.py --write docs/questions

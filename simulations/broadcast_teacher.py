@@ -5,12 +5,10 @@
 
 - the server: an `mlp-64` trained on the public set alone; its logits go to all, nothing comes back;
 - local teachers: an `mlp-64` on each shard, whose labels DS-FL combines (students see no private image);
-- the students themselves: DS-FL without local teachers;
-- both (FedGEMS, the published neighbour): the server's `mlp-64` also learns from the clients;
-- nobody: clients train on the public labels and on their shards;
+- the students themselves (DS-FL), or both (FedGEMS, the published neighbour), or nobody (labels alone);
 - out of reach: `mlp-64` on the pooled data, distilled into an `mlp-20` there.
 
-Eight rounds, about 60 public steps a round for every size, three seeds. No download; eight minutes on
+Eight rounds, about 60 public steps a round for every size, three seeds. No download; three minutes on
 one core:
 
     python simulations/broadcast_teacher.py --write docs/questions
@@ -75,13 +73,14 @@ def answer(result: Result) -> str:
     points = result.points
     gains = [result.gain(SERVER, LOCAL, point) for point in points]
     extra = [result.gain(SERVER, NOBODY, point) for point in points]
+    few, many = points[0], points[-1]
     return (
         "Students of a teacher at the server end above students of local teachers "
-        f"{where(points, [gain.mean > 0 for gain in gains])} ({gains[0].words} with {points[0]} public "
-        f"images, {gains[-1].words} with {points[-1]}). Its soft labels are worth a point or more "
-        f"over the labels that it learnt itself {where(points, [gain.mean >= 1 for gain in extra])} "
-        f"({extra[0].words} clients without a teacher with {points[0]}, {extra[-1].words} with "
-        f"{points[-1]})."
+        f"{where(points, [gain.mean > 0 for gain in gains])} (for {few} public images: "
+        f"{gains[0].words} them; for {many}: {gains[-1].words} them). Its soft labels are worth a point "
+        "or more over the labels that it learnt itself "
+        f"{where(points, [gain.mean >= 1 for gain in extra])} (for {few} images: {extra[0].words} clients "
+        f"without a teacher; for {many}: {extra[-1].words} them)."
     )
 
 

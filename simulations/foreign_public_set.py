@@ -3,7 +3,7 @@
 Private images of mnist-5k or Fashion-MNIST (3,200 among ten clients, Dirichlet 0.3), and 800 unlabelled
 public images: held-out ones of the same data set, of the other one, or noise (independent uniform
 pixels). Students `mlp-20`, eight rounds, DS-FL and FedMD; three seeds. Needs Fashion-MNIST and MNIST
-(downloaded once, or in $FEDKD_DATA_DIR), with `--smoke` neither; six minutes on one core:
+(downloaded once, or in $FEDKD_DATA_DIR), with `--smoke` neither; three minutes on one core:
 
     python simulations/foreign_public_set.py --write docs/questions
 """

@@ -3,7 +3,7 @@
 2,000 private images of mnist-5k among ten clients (Dirichlet 0.3), students `mlp-20`, eight rounds, and
 10 to 2,000 unlabelled public images. A digest makes about as many steps whatever the size, 60 a round
 (batches of at most 64), so that a small public set is not also a shorter training. Three seeds. No
-download; six minutes on one core:
+download; three minutes on one core:
 
     python simulations/how_few_public_images.py --write docs/questions
 """

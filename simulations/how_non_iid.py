@@ -3,7 +3,7 @@
 mnist-5k, ten clients of about 320 images, 800 unlabelled public images, students `mlp-20`, eight rounds
 of 5 local and 5 digest epochs. The shards go from IID over Dirichlet 10 to 0.05. Local training alone,
 DS-FL (mean of probabilities, sharpened), FedMD (mean of logits) and FedAvg, tested on all classes alike
-and on each client's own mix of classes; three seeds. No download; four minutes on one core:
+and on each client's own mix of classes; three seeds. No download; three minutes on one core:
 
     python simulations/how_non_iid.py --write docs/questions
 """
@@ -42,7 +42,8 @@ def _sentence(result: Result, method: str) -> str:
         f"{method} beats local training by 10 points or more "
         f"{where(points, [gain.mean >= 10 for gain in gains])} "
         f"({gains[0]} points at {points[0]}, {gains[-1]} at {points[-1]}); tested on its own mix of "
-        f"classes a client is worse off than alone {where(points, [gain.mean < 0 for gain in own])} "
+        f"classes a client is a point or more worse off than alone "
+        f"{where(points, [gain.mean <= -1 for gain in own])} "
         f"({own[0]} points at {points[0]}, {own[-1]} at {points[-1]})."
     )
 

@@ -5,7 +5,7 @@ without labels. With labels, FedMD begins by training on them, and every digest 
 cross-entropy to them. The control has the labels and no exchange: in each round every client trains on
 the public labels, then on its shard, and ends on the one that its method ends on (DS-FL the public set,
 FedMD the shard). Students `mlp-20`, eight rounds; about 60 public steps a round for every size; three
-seeds. No download; four minutes on one core:
+seeds. No download; three minutes on one core:
 
     python simulations/labelled_or_unlabelled.py --write docs/questions
 """

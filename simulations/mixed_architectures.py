@@ -3,7 +3,7 @@
 mnist-5k, nine clients (Dirichlet 0.3), 800 unlabelled public images, eight rounds. Three networks: a
 linear one (7,850 parameters), `mlp-20` (16,330) and a small convolutional one (5,338, defined here). All
 clients have one of them, or three clients each have each. DS-FL and FedMD beside local training, three
-seeds; the mixture's clients also by network. No download; three minutes on one core:
+seeds; the mixture's clients also by network. No download; four minutes on one core:
 
     python simulations/mixed_architectures.py --write docs/questions
 """

@@ -21,12 +21,12 @@ from scipy.stats import binomtest
 
 import fedkd
 from fedkd import tested
+from fedkd.comparing.entries import Entry, Point, counted, curve, default_target, reached
+from fedkd.comparing.methods import default_methods
+from fedkd.comparing.tables import notes
 from fedkd.comparison import Comparison
-from fedkd.entries import Entry, Point, counted, curve, default_target, reached
-from fedkd.methods import default_methods
 from fedkd.records import CentralRun, Run, RunFolder
 from fedkd.registry import find
-from fedkd.tables import notes
 from strategies import DSFL
 
 EXPERIMENT = fedkd.Experiment(

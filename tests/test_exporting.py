@@ -25,14 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fedkd
-from fedkd import exporting, latency
+from fedkd import exporting
 from fedkd.data import load
-from fedkd.export_card import as_markdown, wilson
-from fedkd.export_forms import FORMS, FromPixels
 from fedkd.exporting import Export, export
+from fedkd.exports import latency
+from fedkd.exports.card import as_markdown, wilson
+from fedkd.exports.forms import FORMS, FromPixels
+from fedkd.exports.trained import MODELS, find
 from fedkd.models import build
 from fedkd.records import Run
-from fedkd.trained import MODELS, find
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 needs_onnx = pytest.mark.skipif(

@@ -473,7 +473,7 @@ def test_a_loss_that_is_not_finite_points_at_the_learning_rate(
     made: CentralRun, model: str
 ) -> None:
     made.training[model]["loss"] = [[1.9, 0.4, 0.2], [1.9, None, None]]
-    made.soft_label_entropy_at_tau[1] = None  # type: ignore[call-overload]
+    made.soft_label_entropy_at_tau[1] = None
     (found,) = findings(made)
     assert found.kind == "learning-rate-too-high"
     assert model.replace("-", " ") in found.evidence
@@ -551,7 +551,9 @@ def measured_centrally(run: CentralRun) -> list[str]:
     alone, distilled = (
         sum(said[m]["accuracy"]) / len(run.seeds) for m in ("student-alone", "student-distilled")
     )
-    entropy = sum(run.soft_label_entropy_at_tau) / len(run.seeds) / uniform
+    entropy = (
+        sum(value or 0.0 for value in run.soft_label_entropy_at_tau) / len(run.seeds) / uniform
+    )
     columns = (sum(late) / len(late), alone, distilled, entropy, run.student_accuracy)
     return [f"{value:.2f}" for value in columns]
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import fedkd
-from fedkd import capacity, jobs
-from fedkd.jobs import Job, fitting, make
+from fedkd.comparing import capacity, jobs
+from fedkd.comparing.jobs import Job, fitting, make
 
 EXPERIMENT = fedkd.Experiment(
     dataset="digits",
@@ -43,7 +43,7 @@ def makers(parent: int) -> list[int]:
 def is_there(number: int) -> bool:
     """Whether a process makes runs, as far as one that has ended shows its command no more."""
     try:
-        return "fedkd.jobs" in Path(f"/proc/{number}/cmdline").read_text()
+        return "fedkd.comparing.jobs" in Path(f"/proc/{number}/cmdline").read_text()
     except OSError:
         return False
 
@@ -170,7 +170,7 @@ def test_where_free_memory_is_not_known_as_many_run_as_asked() -> None:
 def test_memory_is_measured() -> None:
     """A process that fills 300 MB has held 300 MB more, and its parent's peak is not its own."""
     code = (
-        "from fedkd.capacity import peak_bytes; a = peak_bytes(); b = b'x' * 300_000_000;"
+        "from fedkd.comparing.capacity import peak_bytes; a = peak_bytes(); b = b'x' * 300_000_000;"
         "print(a, peak_bytes())"
     )
     filled = b"x" * 900_000_000

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 
-from fedkd import plots, report_svg
+from fedkd import plots
 from fedkd.plots import Clients, Curve, Reliability
+from fedkd.reporting import svg as report_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

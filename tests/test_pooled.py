@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from federation_tools import tiny
+from safetensors.torch import load_file
 from scipy.special import softmax
 from scipy.stats import entropy as scipy_entropy
 
@@ -179,9 +180,15 @@ def test_a_run_comes_back_from_its_folder(run: fedkd.CentralRun) -> None:
     assert json.loads((run.path / "shards.json").read_text())["test"]
 
 
-def test_models_of_a_run_are_those_that_were_tested(run: fedkd.CentralRun) -> None:
-    from safetensors.torch import load_file
+def test_a_run_whose_teacher_is_as_large_as_its_student_can_be_repeated(tmp_path: Path) -> None:
+    """From its own record, in which each architecture's plan stands once."""
+    keys = {**BASE, "teacher": "mlp-8", "run_dir": str(tmp_path)}
+    first = fedkd.central(tiny(**keys), [0, 1])
+    again = fedkd.central(first.experiment.replace(name=None), [0, 1])
+    assert again.student_accuracies == first.student_accuracies
 
+
+def test_models_of_a_run_are_those_that_were_tested(run: fedkd.CentralRun) -> None:
     assert run.path is not None
     tensors, world = load_file(run.path / "models.safetensors"), world_of(run.experiment)
     pixels = (world.test.pixels.double() / 255 - world.test.mean[0]) / world.test.std[0]

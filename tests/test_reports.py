@@ -28,8 +28,8 @@ from fedkd import (
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import Run
-from fedkd.report_parts import Drawing
-from fedkd.report_tables import Table
+from fedkd.reporting.parts import Drawing
+from fedkd.reporting.tables import Table
 from fedkd.reports import report
 
 BASE = fedkd.Experiment(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from fedkd import significance
-from fedkd.significance import (
+from fedkd.comparing import significance
+from fedkd.comparing.significance import (
     bootstrap,
     images_won,
     mean_difference,

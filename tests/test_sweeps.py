@@ -417,7 +417,7 @@ def test_a_point_that_diverges_is_the_worst_and_says_why(tmp_path: Path) -> None
     base = federation(tmp_path, strategy="FedAvg", optimizer="sgd", local_epochs=5)
     grid: Grid = {"learning_rate": [0.3, 10.0], "weight_decay": [0.0, 1.0]}
     found = sweep(base.replace(num_server_rounds=4), grid, folds=2)
-    assert found.points[3].accuracy == 0 < 0.2 < found.points[0].accuracy
+    assert found.points[3].accuracy == 0 < 0.15 < found.points[0].accuracy
     assert found.best is found.points[0]
     for line in lines(found.path):
         if line["keys"] == found.points[3].keys:

@@ -11,8 +11,8 @@ from rich.table import Table as RichTable
 from fedkd.comparison import Comparison
 from fedkd.plots import size
 from fedkd.records import CentralRun, Run
-from fedkd.report_parts import central_accuracies, tested_on
-from fedkd.report_sources import Federations
+from fedkd.reporting.parts import central_accuracies, tested_on
+from fedkd.reporting.sources import Federations
 
 NONE = "–"
 

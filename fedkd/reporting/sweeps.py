@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from fedkd import plots
 from fedkd.experiment import Scalar, kebab
 from fedkd.plots import Curve
-from fedkd.report_parts import Drawing, Missing, Shown
-from fedkd.report_tables import Table, from_cells, percent
+from fedkd.reporting.parts import Drawing, Missing, Shown
+from fedkd.reporting.tables import Table, from_cells, percent
 from fedkd.sweeps import Point, Sweep
 
 if TYPE_CHECKING:

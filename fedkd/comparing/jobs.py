@@ -23,9 +23,9 @@ from typing import IO, Any
 
 import torch
 
-from fedkd import capacity
 from fedkd.baseline import central
 from fedkd.callbacks import EachRound
+from fedkd.comparing import capacity
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.references import in_one_line
@@ -178,7 +178,8 @@ def serve() -> None:
 
 
 _SERVE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fedkd.jobs import serve; serve()"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from fedkd.comparing.jobs import serve; serve()"
 )
 
 Answers = SimpleQueue[tuple["_Maker", dict[str, Any] | None]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedkd.entries import Counted, Point, counted, curve
+from fedkd.comparing.entries import Counted, Point, counted, curve
 from fedkd.errors import FedkdError
 from fedkd.records import Row, Run
 from fedkd.registry import strategy_of

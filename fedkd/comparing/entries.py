@@ -13,7 +13,7 @@ from math import floor
 from statistics import mean, stdev
 from typing import Any
 
-from fedkd.methods import CENTRAL, DISTILLED, LOCAL, label
+from fedkd.comparing.methods import CENTRAL, DISTILLED, LOCAL, label
 from fedkd.phases import Fit, Load, Phase, closing
 from fedkd.records import CentralRun, Run, gap_closed
 from fedkd.strategy import DistillationStrategy

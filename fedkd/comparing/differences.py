@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd import significance
-from fedkd.entries import Difference, Entry
-from fedkd.methods import CENTRAL
+from fedkd.comparing import significance
+from fedkd.comparing.entries import Difference, Entry
+from fedkd.comparing.methods import CENTRAL
+from fedkd.comparing.verdicts import sentence
 from fedkd.records import Run
 from fedkd.tested import Tested
-from fedkd.verdicts import sentence
 
 Bools = NDArray[np.bool_]
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from math import log, nan
 from statistics import mean, median
 
-from fedkd import plots, report_calibration, report_curves
-from fedkd.methods import LOCAL
+from fedkd import plots
+from fedkd.comparing.methods import LOCAL
 from fedkd.plots import Curve
 from fedkd.records import Run
-from fedkd.report_curves import Points
-from fedkd.report_parts import (
+from fedkd.reporting import calibration as report_calibration
+from fedkd.reporting import curves as report_curves
+from fedkd.reporting.curves import Points
+from fedkd.reporting.parts import (
     MOST_PANELS,
     Drawing,
     Missing,
@@ -24,7 +26,7 @@ from fedkd.report_parts import (
     spread_over,
     tested_on,
 )
-from fedkd.report_sources import Federations, dealt
+from fedkd.reporting.sources import Federations, dealt
 
 _PHASES = ("load", "transfer", "digest", "revisit", "predict", "send", "encode", "aggregate")
 

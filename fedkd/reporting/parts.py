@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkd import methods
+from fedkd.comparing import methods
+from fedkd.comparing.methods import CENTRAL
 from fedkd.experiment import Experiment
-from fedkd.methods import CENTRAL
 from fedkd.records import CentralRun
 
 if TYPE_CHECKING:

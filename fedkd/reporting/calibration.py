@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd import methods, plots
+from fedkd import plots
+from fedkd.comparing import methods
 from fedkd.records import Run
-from fedkd.report_parts import Drawing, knowledge_of
+from fedkd.reporting.parts import Drawing, knowledge_of
 from fedkd.tested import Tested, expected_calibration_error, reliability
 
 _KIND_OF = {

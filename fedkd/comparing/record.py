@@ -8,10 +8,10 @@ from os.path import normpath, relpath
 from pathlib import Path
 from typing import Any
 
-from fedkd.entries import Counted, counted
+from fedkd.comparing.entries import Counted, counted
+from fedkd.comparing.methods import variant
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.methods import variant
 from fedkd.records import RunFolder, write_json
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
+from fedkd.comparing.methods import label
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
-from fedkd.methods import label
 from fedkd.records import CentralRun, Run, RunFolder
 from fedkd.sweeps import Sweep
 

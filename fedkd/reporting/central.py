@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from math import nan
 
-from fedkd import methods, plots, report_calibration
+from fedkd import plots
+from fedkd.comparing import methods
 from fedkd.plots import Curve
 from fedkd.records import CentralRun
-from fedkd.report_parts import Drawing, Missing, Shown, central_accuracies, spread_over, tested_on
+from fedkd.reporting import calibration as report_calibration
+from fedkd.reporting.parts import (
+    Drawing,
+    Missing,
+    Shown,
+    central_accuracies,
+    spread_over,
+    tested_on,
+)
 
 
 def of_central(run: CentralRun) -> list[Shown]:

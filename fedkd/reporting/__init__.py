@@ -1,0 +1,1 @@
+"""What a report is made of: sections from run folders, figures, tables, the page."""
