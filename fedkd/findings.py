@@ -515,9 +515,10 @@ def _central_failure(experiment: Experiment, model: str, learning: _Learning) ->
 
 def _harmful(run: CentralRun, uniform: float) -> Finding | None:
     """Find a τ with which distillation costs the student what it can do alone."""
-    if any(entropy is None for entropy in run.soft_label_entropy_at_tau):
+    known = [entropy for entropy in run.soft_label_entropy_at_tau if entropy is not None]
+    if len(known) < len(run.seeds):
         return None
-    tau, entropy = run.experiment.tau, _mean(run.soft_label_entropy_at_tau)
+    tau, entropy = run.experiment.tau, _mean(known)
     alone, distilled = (
         _mean(run.training[model]["accuracy"]) for model in ("student-alone", "student-distilled")
     )

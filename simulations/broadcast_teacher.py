@@ -77,10 +77,10 @@ def answer(result: Result) -> str:
     return (
         "Students of a teacher at the server end above students of local teachers "
         f"{where(points, [gain.mean > 0 for gain in gains])} (for {few} public images: "
-        f"{gains[0].words} them; for {many}: {gains[-1].words} them). Its soft labels are worth a point "
-        "or more over the labels that it learnt itself "
-        f"{where(points, [gain.mean >= 1 for gain in extra])} (for {few} images: {extra[0].words} clients "
-        f"without a teacher; for {many}: {extra[-1].words} them)."
+        f"{gains[0].words} them; for {many}: {gains[-1].words} them). "
+        "Its soft labels are worth a point or more over the labels that it learnt itself "
+        f"{where(points, [gain.mean >= 1 for gain in extra])} (for {few} images: "
+        f"{extra[0].words} clients without a teacher; for {many}: {extra[-1].words} them)."
     )
 
 

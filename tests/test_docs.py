@@ -39,7 +39,19 @@ def test_the_readmes_python_runs(
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", "docs/central.md", "docs/flower.md", "docs/write-a-strategy.md"]
+    "path",
+    [
+        "README.md",
+        "docs/central.md",
+        "docs/compare.md",
+        "docs/export.md",
+        "docs/findings.md",
+        "docs/flower.md",
+        "docs/report.md",
+        "docs/sweep.md",
+        "docs/trackers.md",
+        "docs/write-a-strategy.md",
+    ],
 )
 def test_the_commands_in_the_docs_are_spelt_right(
     path: str, capsys: pytest.CaptureFixture[str]
@@ -57,7 +69,7 @@ def test_the_commands_in_the_docs_are_spelt_right(
 
 
 def test_every_link_in_the_docs_leads_somewhere() -> None:
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), (path.name, target)
