@@ -395,9 +395,11 @@ class _Trace:
 
 def _norms(grads: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm ``[active]`` of each model's gradient, ``[active, ...]`` by parameter."""
-    norms = torch.zeros_like(grads[0].flatten(1)[:, 0])
+    norms = torch.zeros_like(grads[0].reshape(len(grads[0]), -1)[:, 0])
     for grad in grads:
-        norms = torch.hypot(norms, torch.linalg.vector_norm(grad.flatten(1), dim=1))
+        # Contiguous, as the order in which numbers are added is theirs in memory.
+        rows = grad.contiguous().view(len(grad), -1)
+        norms = torch.hypot(norms, torch.linalg.vector_norm(rows, dim=1))
     return norms
 
 

@@ -59,14 +59,15 @@ def detailed(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
     member = one_hot(rows, classes).double()
     counts = member.sum(0)
     sums = member.T @ probabilities
-    bits = entropy(logits).histc(HISTOGRAM_BINS, 0, log(classes))
+    most = log(classes)  # which rounding may exceed
+    entropies = entropy(logits).clamp(0, most).histc(HISTOGRAM_BINS, 0, most)
     return {
         "by_class": [
             [round(value, 6) for value in (total / count).tolist()] if count else None
             for total, count in zip(sums, counts, strict=True)
         ],
         "by": "predicted" if truth is None else "label",
-        "entropy_histogram": [int(count) for count in bits],
+        "entropy_histogram": [int(count) for count in entropies],
         "reliability": None if truth is None else reliability(*_right(logits, rows)),
     }
 

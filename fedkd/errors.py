@@ -19,3 +19,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     matches = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
     return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""
+
+
+class DivergedError(FedkdError):
+    """Training went where numbers are no longer finite."""

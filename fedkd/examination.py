@@ -29,7 +29,7 @@ def collected(memories: Memories, closing: Mapping[int, int], labels: Tensor) ->
     kinds = {name for memory in found.values() for name in memory if name.startswith(TESTED)}
     models = {kind.removeprefix(TESTED): _predictions(kind, found) for kind in sorted(kinds)}
     for kind in kinds:
-        rmtree(memories.folder / kind)
+        rmtree(memories.folder / kind, ignore_errors=True)  # a client may be late
     with suppress(OSError):  # other memories are there, or none at all
         memories.folder.rmdir()
     return Tested(labels, models) if models else None

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedkd.checks import check_report, with_known_metrics
 from fedkd.codecs import Reference
 from fedkd.diagnostics import described, detailed
-from fedkd.errors import FedkdError
+from fedkd.errors import DivergedError, FedkdError
 from fedkd.examination import collected
 from fedkd.experiment import Experiment
 from fedkd.knowledge import (
@@ -413,19 +413,21 @@ class Federation:
         self._write(row)
         self._on_round(row)
         if self._lost >= LOST_ROUNDS:
-            raise FedkdError(
+            what = (
                 f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
-                f"{LOST_ROUNDS} rounds running; {self._reasons(exchange.dropped.values())}"
+                f"{LOST_ROUNDS} rounds running"
             )
+            raise self._failure(what, exchange.dropped.values())
         return row
 
-    def _reasons(self, said: Iterable[str]) -> str:
-        """Sum up why clients were dropped, and what to try where their numbers grew out of bounds."""
+    def _failure(self, what: str, said: Iterable[str]) -> FedkdError:
+        """Say why clients were dropped, and what to try where their numbers grew out of bounds."""
         reasons, rate = sorted(set(said)), self._experiment.learning_rate
-        text = f"the clients' reasons: {'; '.join(reasons)}"
+        text = f"{what}; the clients' reasons: {'; '.join(reasons)}"
         if any("not finite" in reason or "NaN or infinity" in reason for reason in reasons):
-            text += f"; training diverged at learning-rate = {rate:g}: try {rate / 10:g}"
-        return text
+            advice = f"training diverged at learning-rate = {rate:g}: try {rate / 10:g}"
+            return DivergedError(f"{text}; {advice}")
+        return FedkdError(text)
 
     def _write(self, row: Row) -> None:
         if self._folder is None:
@@ -574,12 +576,11 @@ class Federation:
         exchange = self._received(replies)
         if not any(row["accepted"] for row in self.rows):
             said = {reason for row in self.rows for reason in row["dropped"].values()}
-            raise FedkdError(
-                f"no round had a quorum of {self._experiment.quorum}; {self._reasons(said)}"
-            )
+            raise self._failure(f"no round had a quorum of {self._experiment.quorum}", said)
         if not exchange.reports:
-            reasons = self._reasons(exchange.dropped.values())
-            raise FedkdError(f"no client answered the closing exchange; {reasons}")
+            raise self._failure(
+                "no client answered the closing exchange", exchange.dropped.values()
+            )
         final = {report.client: report.metrics for report in exchange.reports}
         clients = range(self._experiment.num_clients)
         device = str(self._server.world.train.device)

@@ -39,7 +39,7 @@ TRAIN, HELLO = "train.fedkd", "query.hello"
 
 
 _SECONDS = "seconds "
-"""Metrics that a server records; a client may send more."""
+"""Begins the names under which a client reports how long it took."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import tomli_w
 
@@ -159,10 +159,12 @@ class RunFolder:
         Raises:
             FedkdError: the file cannot be written.
         """
-        line = json.dumps(value, allow_nan=False)
+        line = json.dumps(value, allow_nan=False).encode() + b"\n"
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with (self.path / name).open("ab+") as file:
+                if file.tell() and not _ends_a_line(file):  # whoever wrote it last was cut off
+                    file.write(b"\n")
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -192,6 +194,11 @@ def _reading(folder: Path) -> Iterator[None]:
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     with _reading(folder):
         return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _ends_a_line(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def _names(name: str | None, default: str) -> Iterable[str]:

@@ -9,7 +9,8 @@ import torch
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.callbacks import Callback, Callbacks
-from fedkd.experiment import Experiment
+from fedkd.errors import FedkdError
+from fedkd.experiment import AUTO, Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.preflight import check, default_name
 from fedkd.records import Run, RunFolder, environment
@@ -66,13 +67,17 @@ def run_side_by_side(
     Raises:
         FedkdError: an experiment is not right, or differs in other keys; nothing has been written.
     """
+    if not experiments:
+        return []
     keep_freed_memory()
     strategies = [check(experiment) for experiment in experiments]
+    together = import_module("fedkd.engines.together")
+    experiments = _with_one_plan(experiments)
+    together.check_alike(experiments)
     prepared = [
         _prepared(experiment, strategy)
         for experiment, strategy in zip(experiments, strategies, strict=True)
     ]
-    together = import_module("fedkd.engines.together")
     with Callbacks(callbacks) as told:
         planned = [
             together.Planned(strategy, named, folder, told.on_round_end)
@@ -81,6 +86,19 @@ def run_side_by_side(
         ended = together.run_together(planned)
     return [
         error or Run.load(folder.path) for error, (folder, _) in zip(ended, prepared, strict=True)
+    ]
+
+
+def _with_one_plan(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """Choose a plan that was left open once for all, and refuse two runs of one folder."""
+    names = [(experiment.run_dir, experiment.name) for experiment in experiments if experiment.name]
+    if len(set(names)) < len(names):
+        twice = next(name for n, (_, name) in enumerate(names) if names[n] in names[:n])
+        raise FedkdError(f"name = '{twice}': two runs side by side cannot have one folder")
+    plan = planned(experiments[0]).plan
+    return [
+        experiment.replace(plan=plan) if experiment.plan == AUTO else experiment
+        for experiment in experiments
     ]
 
 

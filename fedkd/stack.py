@@ -493,12 +493,19 @@ class Stack:
 
     def _record_training_accuracy(self) -> None:
         """Record the students' accuracy on their own private images."""
-        train, students = self.world.train, self.cohorts["student"]
+        train = self.world.train
         assert train.labels is not None
         for row, (metrics, shard) in enumerate(zip(self.metrics, self.shards, strict=True)):
             rows = shard.to(train.device)
-            right = students.only(row).classify(train, rows)[0] == train.labels[rows]
+            right = self._classified(row, train, rows) == train.labels[rows]
             metrics["training_accuracy"] = float(right.double().mean())
+
+    def _classified(self, row: int, images: Images, rows: Tensor) -> Tensor:
+        """Return the classes ``[N]`` that a client's student says, by means where it goes by them."""
+        means = self.knowledge[row]
+        if self.by_means and isinstance(means, ClassMeans):
+            return means.nearest(self._outputs(row, "student", means.of, images, rows))
+        return self.cohorts["student"].only(row).classify(images, rows)[0]
 
     def _record_predicted(self, name: str, predicted: Tensor) -> None:
         """Record accuracy on the test set, and weighted by the client's own label distribution.
@@ -517,7 +524,7 @@ class Stack:
         accuracy = right.correct.sum(1) / right.total.sum()
         for metrics, a, o in zip(self.metrics, accuracy.tolist(), own.tolist(), strict=True):
             metrics[name] = a
-            metrics["own_accuracy"] = o
+            metrics["own_accuracy"] = min(1.0, o)  # shares add up to 1 but for rounding
 
 
 def experiment_term(name: str, experiment: Experiment) -> Term:

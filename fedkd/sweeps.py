@@ -90,6 +90,10 @@ class Sweep:
         """
         folder = SweepFolder(Path(path))
         said, done = folder.record(), folder.done()
+        if not said["points"]:
+            raise FedkdError(
+                f"{folder.path}: the search is unfinished; run it again and it goes on"
+            )
         points = [
             Point(keys, done.table(keys, said["seeds"], said["folds"])) for keys in said["points"]
         ]
@@ -231,7 +235,7 @@ def sweep(
     trials = Trials(experiment, of, _seeds(experiment, seeds), folds, progress)
     points = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     trials.check(points)
-    trials.begin(values, is_search=False)
+    trials.begin(values, points, is_search=False)
     trials.evaluate(points)
     return Sweep.load(trials.finish(points))
 
@@ -275,7 +279,7 @@ def search(
             raise FedkdError(f"{kebab(key)} = {bounds[0]}..{bounds[1]}: LOW must be below HIGH")
     work = Trials(experiment, of, _seeds(experiment, seeds), folds, progress)
     work.check([{key: bounds[end] for key, bounds in values.items()} for end in (0, 1)])
-    work.begin(values, is_search=True)
+    work.begin(values, [], is_search=True)
     points: list[Keys] = []
     while len(points) < trials:
         asked = [study.ask() for _ in range(min(AT_ONCE, trials - len(points)))]
@@ -302,8 +306,8 @@ def _suggested(trial: Any, key: str, bounds: Sequence[Any]) -> Scalar:
     low, high = bounds
     is_log = 0 < 10 * low <= high
     suggest = trial.suggest_int if type(low) is int else trial.suggest_float
-    value: Scalar = suggest(key, low, high, log=is_log)
-    return value if isinstance(value, int) else float(f"{value:.4g}")
+    value = suggest(key, low, high, log=is_log)
+    return int(value) if type(low) is int else min(high, max(low, float(f"{value:.4g}")))
 
 
 def _seeds(experiment: Experiment, seeds: Sequence[int] | None) -> list[int]:
@@ -320,7 +324,10 @@ def _typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict
         key = snake(name)
         if key in _FIXED:
             raise FedkdError(f"{kebab(key)} cannot be swept: a sweep sets it itself")
-        values = [getattr(Experiment.load(("the grid", {name: value})), key) for value in given]
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise FedkdError(f"{kebab(key)} = {given!r} (from the grid): must be a list of values")
+        base = ("the experiment", experiment.flat())
+        values = [getattr(Experiment.load(base, ("the grid", {name: v})), key) for v in given]
         if not values or len(set(values)) < len(values):
             raise FedkdError(f"{kebab(key)} = {list(given)}: at least one value, and none twice")
         found[key] = values
@@ -372,8 +379,13 @@ def _joined_to(
 ) -> list[Point]:
     """Return the points that single steps along the grid join to the best, by way of each other."""
 
+    def in_order(values: Sequence[Scalar]) -> list[Scalar]:
+        return sorted(
+            values, key=lambda v: (isinstance(v, str), str(v) if isinstance(v, str) else v)
+        )
+
     def place(point: Point) -> tuple[int, ...]:
-        return tuple(list(values).index(point.keys[key]) for key, values in grid.items())
+        return tuple(in_order(values).index(point.keys[key]) for key, values in grid.items())
 
     def are_neighbours(a: Point, b: Point) -> bool:
         return sum(abs(x - y) for x, y in zip(place(a), place(b), strict=True)) == 1

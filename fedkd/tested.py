@@ -23,7 +23,7 @@ FILE = "tested.safetensors"
 MODELS = "models.safetensors"
 
 MOST_ANSWERS = 100_000_000
-"""Models × images kept of a run; 3 bytes each. Of larger populations the first models are kept."""
+"""Models × images kept of a run; 4 bytes each. Of larger populations the first models are kept."""
 
 BINS = 15
 """Bins of confidence (Guo et al. 2017, section 4)."""

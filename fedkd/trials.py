@@ -14,7 +14,7 @@ import torch
 from fedkd.allocator import keep_freed_memory
 from fedkd.baseline import check_central
 from fedkd.callbacks import Callback
-from fedkd.errors import FedkdError
+from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment, Scalar
 from fedkd.pooled import Pooled, accuracies
 from fedkd.preflight import check
@@ -34,7 +34,7 @@ Keys = dict[str, Scalar]
 Progress = Callable[[str, float], None]
 """Called with what is going on and how far it is, 0..1."""
 
-MODELS_AT_ONCE = 2000
+MODELS_AT_ONCE = 500
 """Models of an architecture in one stack: enough to fill a device, few enough for its memory."""
 
 _RECORD, _POINTS, _RUNS = "sweep.json", "points.jsonl", "runs"
@@ -164,17 +164,29 @@ class Trials:
         Raises:
             FedkdError: a point is not right.
         """
+        for seed in self._seeds:
+            for fold in range(1, self._folds + 1):
+                self._check(Cell(points[0], seed, fold))
         for keys in points:
-            for seed in self._seeds:
-                experiment = self._cell_experiment(Cell(keys, seed, 1)).replace(name=None)
-                if self._of == "central":
-                    check_central(experiment)
-                    check_models(experiment, world_of(experiment), ("student", "teacher"))
-                else:
-                    check(experiment)
+            self._check(Cell(keys, self._seeds[0], 1))
 
-    def begin(self, grid: Mapping[str, Sequence[Scalar]], *, is_search: bool) -> None:
+    def _check(self, cell: Cell) -> None:
+        experiment = self._cell_experiment(cell).replace(name=None)
+        if self._of == "central":
+            check_central(experiment)
+            check_models(experiment, world_of(experiment), ("student", "teacher"))
+        else:
+            check(experiment)
+
+    def begin(
+        self, grid: Mapping[str, Sequence[Scalar]], points: Sequence[Keys], *, is_search: bool
+    ) -> None:
         """Make the folder, or go on in that of the same sweep.
+
+        Args:
+            grid: values by key, or bounds.
+            points: all there will be, or none that is known yet.
+            is_search: whether they are chosen on the way.
 
         Raises:
             FedkdError: the folder belongs to something else.
@@ -185,7 +197,7 @@ class Trials:
             "is_search": is_search,
             "seeds": self._seeds,
             "folds": self._folds,
-            "points": [],
+            "points": list(points),
         }
         self.folder = self._earlier() or self._made()
         self.folder.write(self._said)
@@ -213,8 +225,8 @@ class Trials:
             self._share = (start + share * finished / len(cells), share * len(batch) / len(cells))
             for cell, outcome in zip(batch, self._measured(batch), strict=True):
                 # Nothing is learnt at a step size at which numbers are no longer finite.
-                failure = str(outcome) if isinstance(outcome, FedkdError) else None
-                accuracy = 0.0 if isinstance(outcome, FedkdError) else outcome
+                failure = str(outcome) if isinstance(outcome, DivergedError) else None
+                accuracy = 0.0 if isinstance(outcome, DivergedError) else outcome
                 self.folder.append(cell, self._folds, accuracy, failure)
                 self._done.add(cell, accuracy)
             finished += len(batch)
@@ -246,12 +258,14 @@ class Trials:
         return None
 
     def _is_same(self, path: Path) -> bool:
-        if not (path / _RECORD).is_file():
+        try:
+            said, folder = SweepFolder(path).record(), RunFolder.existing(path)
+            before = folder.experiment
+        except FedkdError:  # no sweep, or one of another version
             return False
-        said, folder = SweepFolder(path).record(), RunFolder.existing(path)
-        same = all(said[key] == self._said[key] for key in ("of", "folds", "is_search"))
+        same = all(said.get(key) == self._said[key] for key in ("of", "folds", "is_search"))
         own = {"name": None, "run_dir": "runs", "seed": 0}
-        is_equal = folder.experiment.replace(**own) == self._experiment.replace(**own)
+        is_equal = before.replace(**own) == self._experiment.replace(**own)
         return same and is_equal and folder.sources == digest(self._experiment)
 
     def _made(self) -> SweepFolder:
@@ -291,15 +305,15 @@ class Trials:
             return experiment.replace(**defaults, seed=0)
         return experiment.replace(**defaults, seed=0, partition_seed=experiment.split_seed)
 
-    def _measured(self, cells: Sequence[Cell]) -> Sequence[float | FedkdError]:
+    def _measured(self, cells: Sequence[Cell]) -> Sequence[float | DivergedError]:
         if self._of == "central":
             return self._centrally(cells)
         return [self._accuracy(found) for found in self._in_federations(cells)]
 
-    def _accuracy(self, found: Run | Exception) -> float | FedkdError:
+    def _accuracy(self, found: Run | Exception) -> float | DivergedError:
         if isinstance(found, Run):
             return found.accuracy
-        if isinstance(found, FedkdError):
+        if isinstance(found, DivergedError):
             return found
         raise found
 
@@ -353,7 +367,7 @@ class Trials:
 def _alone(experiment: Experiment, told: Callback) -> Run | Exception:
     try:
         return run(experiment, [told])
-    except FedkdError as error:
+    except DivergedError as error:
         return error
 
 

@@ -74,7 +74,7 @@ def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
         counts: models by architecture; default the clients that a round of it runs in one process.
     """
     world = world_of(experiment)
-    counts = counts or clients_at_once(experiment)
+    counts = _largest(counts or clients_at_once(experiment))
     if experiment.plan != AUTO:
         return tuple(Choice(n, world.plan(n, experiment.plan), "as asked for") for n, _ in counts)
     threads = _threads(experiment)
@@ -84,6 +84,14 @@ def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
         return tuple(_choose(experiment, world, name, count, threads) for name, count in counts)
     finally:
         torch.set_num_threads(before)
+
+
+def _largest(counts: Counts) -> Counts:
+    """Name each architecture once: teacher and student may be of the same."""
+    found: dict[str, int] = {}
+    for name, count in counts:
+        found[name] = max(count, found.get(name, 0))
+    return tuple(found.items())
 
 
 def clients_at_once(experiment: Experiment) -> Counts:

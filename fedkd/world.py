@@ -235,12 +235,13 @@ def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
     assert train.labels is not None
     number, count = (int(part) for part in fold.split("/"))
     labels = train.labels.cpu()
-    fold_of = torch.empty_like(labels)
+    fold_of, dealt = torch.empty_like(labels), 0
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
         drawn = permutation(len(rows), "fold", label)
-        # Classes begin at different folds, so that what does not divide evenly is spread over them.
-        fold_of[rows[drawn]] = (torch.arange(len(rows)) + label) % count
+        # A class goes on where the one before it ended: all folds are equally large, within one image.
+        fold_of[rows[drawn]] = (torch.arange(len(rows)) + dealt) % count
+        dealt += len(rows)
     chosen = (fold_of == number - 1).to(train.device)
     if not chosen.any() or chosen.all():
         raise FedkdError(f"fold = '{fold}': {len(labels)} training images have no such part")

@@ -54,14 +54,30 @@ def run_together(federations: Sequence[Planned]) -> list[Exception | None]:
     Raises:
         FedkdError: their clients cannot train side by side.
     """
-    kinds = {alike(each.experiment) for each in federations}
-    if len(kinds) > 1:
-        keys = ", ".join(map(kebab, STACKABLE))
-        raise FedkdError(f"side by side run experiments that differ in {keys} and seed alone")
+    check_alike([each.experiment for each in federations])
     meeting = _Meeting(len(federations))
     with task_identity(), ThreadPoolExecutor(len(federations)) as threads:
         started = [threads.submit(_run, each, meeting, n) for n, each in enumerate(federations)]
-        return [future.result() for future in started]
+        try:
+            return [future.result() for future in started]
+        except BaseException:  # Ctrl-C, or somebody's code that exits
+            meeting.stop()
+            raise
+
+
+def check_alike(experiments: Sequence[Experiment]) -> None:
+    """Refuse experiments whose clients cannot train side by side.
+
+    Raises:
+        FedkdError: says in what they may differ, or which engine they need.
+    """
+    keys = ", ".join(map(kebab, STACKABLE))
+    if len({alike(experiment) for experiment in experiments}) > 1:
+        raise FedkdError(f"side by side run experiments that differ in {keys} and seed alone")
+    if experiments[0].engine != "cohort" or experiments[0].num_workers:
+        raise FedkdError(
+            "side by side run federations of engine = 'cohort' with num-workers = 0 alone"
+        )
 
 
 def alike(experiment: Experiment) -> Experiment:
@@ -74,10 +90,11 @@ def alike(experiment: Experiment) -> Experiment:
 def _run(planned: Planned, meeting: _Meeting, number: int) -> Exception | None:
     """Run one of the federations; its turn comes when all others wait."""
     experiment = planned.experiment
-    answers = partial(meeting.answers, number, experiment, store_of(experiment))
-    grid = LocalGrid(Clients(experiment, answers).handle, num_clients=experiment.num_clients)
     with meeting.turn:
         try:
+            answers = partial(meeting.answers, number, experiment, store_of(experiment))
+            clients = Clients(experiment, answers)
+            grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
             planned.strategy.open(grid, experiment, planned.folder, planned.on_round).run()
         except Exception as error:
             return error
@@ -97,7 +114,8 @@ class _Meeting:
         self.turn = Condition()
         self._present = size
         self._sent: dict[int, Sent] = {}
-        self._answered: dict[int, list[RecordDict | Failure] | Exception] = {}
+        self._answered: dict[int, list[RecordDict | Failure] | BaseException] = {}
+        self._is_over = False
 
     def answers(
         self,
@@ -109,9 +127,11 @@ class _Meeting:
         """Wait for all others, and return the answers of a federation's clients."""
         self._sent[number] = Sent(experiment, store, contents)
         self._answer_if_all_are_here()
-        self.turn.wait_for(lambda: number in self._answered)
+        self.turn.wait_for(lambda: number in self._answered or self._is_over)
+        if self._is_over:
+            raise FedkdError("the federations beside this one were stopped")
         found = self._answered.pop(number)
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         return found
 
@@ -119,14 +139,19 @@ class _Meeting:
         """Be waited for no longer."""
         self._present -= 1
         self._answer_if_all_are_here()
+        self.turn.notify_all()
+
+    def stop(self) -> None:
+        """Have all federations end as soon as the running one has answers or leaves."""
+        self._is_over = True  # without the turn, which whoever runs holds until then
 
     def _answer_if_all_are_here(self) -> None:
-        if not self._sent or len(self._sent) < self._present:
+        if self._is_over or not self._sent or len(self._sent) < self._present:
             return
         numbers = sorted(self._sent)  # not in the order in which the threads came
         sent = [self._sent.pop(number) for number in numbers]
         try:
             self._answered.update(zip(numbers, answers_together(sent), strict=True))
-        except Exception as error:
+        except BaseException as error:  # nobody may wait for ever
             self._answered.update(dict.fromkeys(numbers, error))
         self.turn.notify_all()
