@@ -77,7 +77,7 @@ def run(
     found = findings.findings(done)
     output.result(
         {"path": str(done.path), **done.result, "findings": [each.as_json() for each in found]},
-        [display.run_line(done), *map(str, found)],
+        [display.run_line(done)],
         [
             display.rounds_table(done),
             *([display.run_profile(done)] if experiment.profile else []),
@@ -103,7 +103,7 @@ def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutpu
             **done.as_json(),
             "findings": [each.as_json() for each in found],
         },
-        [display.central_line(done), *map(str, found)],
+        [display.central_line(done)],
         [display.central_table(done), display.central_facts(done), *map(str, found)],
     )
 

@@ -168,7 +168,7 @@ class _Learning:
         """Say how steeply the loss ends."""
         if len(self.losses) == 1:
             return ""
-        return f", falling by {100 * self.fall:.0f} % in 100 steps"
+        return f", falling by {_percent(self.fall)} in 100 steps"
 
 
 def _rate(experiment: Experiment) -> float:
@@ -333,8 +333,8 @@ def _not_learning(
         return None
     experiment = run.experiment
     evidence = (
-        f"{learning.evidence}, accuracy {run.result['training_accuracy']:.1%} on own training and "
-        f"{run.accuracy:.1%} on test images"
+        f"{learning.evidence}, accuracy {_percent(run.result['training_accuracy'])} on own training and "
+        f"{_percent(run.accuracy)} on test images"
     )
     if nothing and _rate_too_high(experiment, learning):
         return _too_high(experiment, evidence)
@@ -382,8 +382,8 @@ def _left_behind(run: Run, nothing_below: float) -> Finding | None:
     return _flat(
         experiment,
         worst,
-        f"accuracy {found[worst][0]:.1%} on own training and {found[worst][1]:.1%} on test images, of "
-        f"{best} {found[best][0]:.1%} and {found[best][1]:.1%}",
+        f"accuracy {_percent(found[worst][0])} on own training and {_percent(found[worst][1])} on test images, of "
+        f"{best} {_percent(found[best][0])} and {_percent(found[best][1])}",
     )
 
 
@@ -403,7 +403,7 @@ def _too_few_rounds(run: Run, rows: Sequence[Row], learning: _Learning) -> Findi
         "too-few-rounds",
         "too few rounds",
         f"{learning.evidence}{learning.falling}, {took_part:.3g} × {learning.steps:.0f} steps a client, "
-        f"accuracy {run.result['training_accuracy']:.1%} on own training and {run.accuracy:.1%} on test "
+        f"accuracy {_percent(run.result['training_accuracy'])} on own training and {_percent(run.accuracy)} on test "
         "images",
         f"num-server-rounds = {4 * experiment.num_server_rounds}",
     )
@@ -420,8 +420,8 @@ def _no_pupil(run: Run, rows: Sequence[Row], learning: _Learning, nothing: bool)
     return _flat(
         experiment,
         experiment.student_of(0),
-        f"teachers' {learning.evidence}; students agree with {agreement:.1%} of what they digest, "
-        f"accuracy {run.result['training_accuracy']:.1%} on own training images",
+        f"teachers' {learning.evidence}; students agree with {_percent(agreement)} of what they digest, "
+        f"accuracy {_percent(run.result['training_accuracy'])} on own training images",
     )
 
 
@@ -437,8 +437,8 @@ def _ignores_knowledge(run: Run, rows: Sequence[Row], uniform: float) -> Finding
         return None
     return _too_hard(
         f"entropy of the soft labels {entropy:.2g} at tau = {tau:g} of ln C = {uniform:.2f}, students "
-        f"agree with {agreement:.1%} of them, accuracy {run.accuracy:.1%} of students and "
-        f"{accuracy:.1%} of the soft labels"
+        f"agree with {_percent(agreement)} of them, accuracy {_percent(run.accuracy)} of students and "
+        f"{_percent(accuracy)} of the soft labels"
     )
 
 
@@ -495,7 +495,7 @@ def _central_failure(experiment: Experiment, model: str, learning: _Learning) ->
         return None
     nothing = learning.gain < LITTLE
     evidence = (
-        f"{_spoken(model)}: {learning.evidence}, {learning.gain:.0%} of the way to all own training "
+        f"{_spoken(model)}: {learning.evidence}, {_percent(learning.gain)} of the way to all own training "
         "images right"
     )
     if learning.late > UNLEARNED and nothing and _rate_too_high(experiment, learning):
@@ -526,11 +526,15 @@ def _harmful(run: CentralRun, uniform: float) -> Finding | None:
         return None
     evidence = (
         f"entropy of the soft labels {entropy:.2g} at tau = {tau:g} of ln C = {uniform:.2f}, accuracy on "
-        f"own training images {distilled:.1%} distilled and {alone:.1%} alone"
+        f"own training images {_percent(distilled)} distilled and {_percent(alone)} alone"
     )
     if tau < 1 and entropy < SHARP * uniform:
         return _too_hard(evidence)
     return _too_soft(evidence) if tau > 1 and entropy > SOFT * uniform else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _spoken(model: str) -> str:

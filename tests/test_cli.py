@@ -20,6 +20,7 @@ import fedkd
 from fedkd.cli import main
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment, accepted, kebab
+from fedkd.findings import findings
 from fedkd.options import Source, with_sources
 from fedkd.records import Run
 
@@ -377,6 +378,9 @@ def test_run_spells_out_the_losses(
 def test_run_as_json_is_the_result_and_nothing_else(cli: Cli) -> None:
     result = cli.json("run", *SMALL, "--num-clients", "2")
     done = Run.load(result.pop("path"))
+    found = findings(done)
+    assert found[0].kind == "too-few-rounds"
+    assert result.pop("findings") == [each.as_json() for each in found]
     assert result == done.result
     assert len(result["client_accuracy"]) == 2
 
