@@ -101,7 +101,11 @@ class Comparison:
 
     def __getitem__(self, method: Method) -> Entry:
         name = canonical(method)
-        return next(entry for entry in self.entries if entry.method == name)
+        for entry in self.entries:
+            if entry.method == name:
+                return entry
+        there = ", ".join(entry.method for entry in self.entries)
+        raise FedkdError(f"method = '{name}' is not compared here; there are {there}")
 
     @property
     def sentences(self) -> list[str]:

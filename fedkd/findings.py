@@ -8,7 +8,6 @@ Thresholds lie between runs that were made to fail and healthy ones; `docs/findi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from math import ceil, log
 from typing import Any
 
 from fedkd.experiment import Experiment
-from fedkd.records import CentralRun, Row, Run
+from fedkd.records import CentralRun, Row, Run, read_shards
 
 UNLEARNED = 0.9
 """Late loss in a federation, relative, above which clients have learnt nothing of their shards."""
@@ -246,21 +245,13 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def _counts(run: Run | CentralRun) -> dict[str, Any] | None:
-    """Read ``shards.json``, which older runs lack."""
-    path = run.path / "shards.json" if run.path is not None else None
-    if path is None or not path.is_file():
-        return None
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
 # --- A federation ---------------------------------------------------------------------------------
 
 
 def _of_federation(run: Run) -> Finding | None:
     if (refused := _refused(run)) is not None:
         return _too_high(run.experiment, refused)
-    counts = _counts(run)
+    counts = read_shards(run.path)
     if counts is None or run.result.get("training_accuracy") is None:
         return None
     rows = [row for row in run.rounds if row["accepted"] and row["answered"]]
@@ -382,8 +373,8 @@ def _left_behind(run: Run, nothing_below: float) -> Finding | None:
     return _flat(
         experiment,
         worst,
-        f"accuracy {_percent(found[worst][0])} on own training and {_percent(found[worst][1])} on test images, of "
-        f"{best} {_percent(found[best][0])} and {_percent(found[best][1])}",
+        f"accuracy {_percent(found[worst][0])} on own training and {_percent(found[worst][1])} on test "
+        f"images, of {best} {_percent(found[best][0])} and {_percent(found[best][1])}",
     )
 
 
@@ -403,8 +394,8 @@ def _too_few_rounds(run: Run, rows: Sequence[Row], learning: _Learning) -> Findi
         "too-few-rounds",
         "too few rounds",
         f"{learning.evidence}{learning.falling}, {took_part:.3g} × {learning.steps:.0f} steps a client, "
-        f"accuracy {_percent(run.result['training_accuracy'])} on own training and {_percent(run.accuracy)} on test "
-        "images",
+        f"accuracy {_percent(run.result['training_accuracy'])} on own training and "
+        f"{_percent(run.accuracy)} on test images",
         f"num-server-rounds = {4 * experiment.num_server_rounds}",
     )
 
@@ -456,7 +447,7 @@ def _last(rows: Sequence[Row], name: str) -> float | None:
 
 
 def _of_central(run: CentralRun) -> Finding | None:
-    counts = _counts(run)
+    counts = read_shards(run.path)
     if counts is None:
         return None
     experiment = run.experiment
@@ -495,8 +486,8 @@ def _central_failure(experiment: Experiment, model: str, learning: _Learning) ->
         return None
     nothing = learning.gain < LITTLE
     evidence = (
-        f"{_spoken(model)}: {learning.evidence}, {_percent(learning.gain)} of the way to all own training "
-        "images right"
+        f"{_spoken(model)}: {learning.evidence}, {_percent(learning.gain)} of the way to all own "
+        "training images right"
     )
     if learning.late > UNLEARNED and nothing and _rate_too_high(experiment, learning):
         return _too_high(experiment, evidence)
@@ -522,7 +513,8 @@ def _harmful(run: CentralRun, uniform: float) -> Finding | None:
     alone, distilled = (
         _mean(run.training[model]["accuracy"]) for model in ("student-alone", "student-distilled")
     )
-    if alone - distilled < HARM:
+    # Distillation also keeps a student from learning its images by heart, which is no harm.
+    if alone - distilled < HARM or run.student_accuracy >= run.student_alone_accuracy:
         return None
     evidence = (
         f"entropy of the soft labels {entropy:.2g} at tau = {tau:g} of ln C = {uniform:.2f}, accuracy on "

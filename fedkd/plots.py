@@ -163,7 +163,7 @@ def _curve(axes: Axes, curve: Curve) -> None:
     for row in curve.thin:
         axes.plot(curve.x, row, color=tint, lw=0.7, alpha=0.35, zorder=1.6)
     means, spreads = _over_seeds(curve.values)
-    if len(curve.values) > 1:
+    if len(curve.values) > 1 and not curve.dashed:  # a second band of one colour says nothing
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
         axes.fill_between(curve.x, low, high, color=tint, alpha=0.18, lw=0, zorder=1.8)
@@ -612,6 +612,8 @@ def dots(
             there = [value for value in x if isfinite(value)]
             if there and min(there) > 0 and max(there) >= 10 * min(there):
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(lambda *_: "")
             axes.set_xlabel(key)
             axes.grid()
         figure.supylabel("held-out accuracy in %", fontsize=SIZE)

@@ -191,9 +191,30 @@ def _reading(folder: Path) -> Iterator[None]:
         raise FedkdError(f"{folder}: a record is not valid JSON ({error})") from None
 
 
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    with _reading(folder):
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object of a run folder.
+
+    Raises:
+        FedkdError: the file is missing or damaged.
+    """
+    with _reading(path.parent):
         return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Read a file of one object a line of a run folder.
+
+    Raises:
+        FedkdError: the file is missing or damaged.
+    """
+    with _reading(path.parent):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_shards(folder: Path | None) -> dict[str, Any] | None:
+    """Read who holds how many images of which class, or return `None` where a run does not say."""
+    path = None if folder is None else folder / "shards.json"
+    return read_json(path) if path is not None and path.is_file() else None
 
 
 def _ends_a_line(file: IO[bytes]) -> bool:
@@ -234,10 +255,8 @@ class Run:
             FedkdError: there is no finished run in it.
         """
         folder = Path(path)
-        with _reading(folder):
-            lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
-            return cls(folder, rows, _read_json(folder / "result.json", folder))
+        rows = read_lines(folder / "rounds.jsonl")
+        return cls(folder, rows, read_json(folder / "result.json"))
 
     @property
     def experiment(self) -> Experiment:
@@ -313,7 +332,7 @@ class CentralRun:
             FedkdError: there is no finished central run in it.
         """
         folder = Path(path)
-        result = _read_json(folder / "result.json", folder)
+        result = read_json(folder / "result.json")
         names = [each.name for each in fields(cls) if each.name != "path"]
         missing = [name for name in names if name not in result]
         if missing:

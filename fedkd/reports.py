@@ -15,7 +15,7 @@ from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.findings import Finding, findings
-from fedkd.records import CentralRun, Run, replace_file
+from fedkd.records import CentralRun, Run, read_shards, replace_file
 from fedkd.reporting import experiment as report_experiment
 from fedkd.reporting import svg as report_svg
 from fedkd.reporting import sweeps as report_sweeps
@@ -27,7 +27,6 @@ from fedkd.reporting.parts import (
     Missing,
     Shown,
     seeds_said,
-    shards_of,
     slug,
     tested_on,
 )
@@ -48,14 +47,14 @@ LIGHT = {
 
 
 def report(
-    folders: Sequence[str | Path] = (),
+    folders: Sequence[str | Path] | str | Path = (),
     output: str | Path = "report.html",
     figures: str | Path | None = None,
 ) -> Path:
     """Write a report on runs, baselines, comparisons and sweeps as one HTML file.
 
     Args:
-        folders: their folders, or folders of such; all that is in ``runs/`` if none is named.
+        folders: their folders, or folders of such, or one; all that is in ``runs/`` if none is named.
         output: the file, which is replaced.
         figures: a folder for every figure as SVG and PNG, and the tables as Markdown and LaTeX.
 
@@ -66,17 +65,18 @@ def report(
         FedkdError: a folder that was named holds nothing finished, or nothing is there, or a file
             cannot be written.
     """
-    return write(find(folders), output, figures)
+    several = (folders,) if isinstance(folders, str | Path) else folders
+    return write(find(several), output, figures)
 
 
 def write(sources: Sources, output: str | Path, figures: str | Path | None = None) -> Path:
     """Write a report on what `fedkd.reporting.sources.find` found; see `report`."""
     path = Path(output)
+    if not path.parent.is_dir():
+        raise FedkdError(f"output = {path}: there is no folder {path.parent}")
     sections = _sections(sources)
     if figures is not None:
         _write_files(sections, Path(figures))
-    if not path.parent.is_dir():
-        raise FedkdError(f"output = {path}: there is no folder {path.parent}")
     replace_file(path, page(sections, sources.skipped).encode())
     return path
 
@@ -160,7 +160,7 @@ def _facts(group: Federations) -> str:
 
 def _public(run: Run) -> str:
     experiment = run.experiment
-    said = shards_of(run.path)
+    said = read_shards(run.path)
     counts = said["public"] if said else None
     count = f"{sum(counts):,} " if counts else f"{experiment.public_size or ''} ".lstrip()
     where = "" if experiment.public == "train" else f" of {experiment.public}"
@@ -286,6 +286,11 @@ def _of_seeds(seeds: Sequence[str]) -> str:
     return f"seed{'s' * (len(there) > 1)} {', '.join(there)}{first}"
 
 
+def _sentence(text: str) -> str:
+    """Begin with a capital letter, but leave τ what it is."""
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
@@ -301,6 +306,7 @@ def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["sentence"] = _sentence
     title = sections[0].title if len(sections) == 1 else "fedkd report"
     return environment.get_template("report.html.jinja").render(
         title=title,

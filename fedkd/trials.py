@@ -102,9 +102,13 @@ class SweepFolder:
             FedkdError: nothing is, here.
         """
         try:
-            return dict(json.loads((self.path / _RECORD).read_text(encoding="utf-8")))
+            found = dict(json.loads((self.path / _RECORD).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             raise FedkdError(f"{self.path} holds no sweep: no {_RECORD} to be read") from None
+        missing = {"of", "grid", "is_search", "seeds", "folds", "points"} - set(found)
+        if missing:
+            raise FedkdError(f"{self.path / _RECORD} says nothing of {', '.join(sorted(missing))}")
+        return found
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Say what is swept."""
@@ -165,10 +169,12 @@ class Trials:
             FedkdError: a point is not right.
         """
         for seed in self._seeds:
-            for fold in range(1, self._folds + 1):
-                self._check(Cell(points[0], seed, fold))
+            self._check(Cell(points[0], seed, 1))
         for keys in points:
             self._check(Cell(keys, self._seeds[0], 1))
+        self._check(
+            Cell(points[0], self._seeds[0], self._folds)
+        )  # the last that runs out of images
 
     def _check(self, cell: Cell) -> None:
         experiment = self._cell_experiment(cell).replace(name=None)

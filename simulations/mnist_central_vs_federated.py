@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
     smoke = parser.parse_args(arguments).smoke
-    console = Console()
+    console = Console(width=100)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=1.0)
         comparison = fedkd.compare(

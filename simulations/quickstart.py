@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
     experiment = EXPERIMENT.smoke() if parser.parse_args().smoke else EXPERIMENT
-    console = Console()
+    console = Console(width=100)
     console.print(_introduction(experiment))
 
     comparison = fedkd.compare(

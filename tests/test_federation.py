@@ -468,7 +468,7 @@ def test_a_final_report_without_an_accuracy_is_dropped(tmp_path: Path, missing: 
 
 
 def test_a_run_whose_clients_are_all_gone_at_the_end_says_so(tmp_path: Path) -> None:
-    with pytest.raises(FedkdError, match="closing exchange; .*: no reply in time"):
+    with pytest.raises(FedkdError, match=r"closing exchange; .*: no reply in time"):
         finished(("DSFL", tmp_path), lambda o, m, r: None if o.round == 2 else r)
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import normpath, relpath
 from pathlib import Path
@@ -78,12 +79,27 @@ class Record:
         has_teacher = experiment.teacher != "none"
         found = {n: counted(_strategy(experiment, n), has_teacher=has_teacher) for n in self.runs}
         known = Path(experiment.run_dir) / (experiment.name or "")
-        if experiment.name is None or not known.exists():
+        if experiment.name is None and (earlier := self._earlier()) is not None:
+            known = earlier
+        elif experiment.name is None or not known.exists():
             default = f"compare-{experiment.dataset.replace(':', '.')}"
             known = RunFolder.create(experiment, default).path
         record = replace(self, counted=found, path=known)
         write_json(known / FILE, record.as_json())
         return record
+
+    def _earlier(self) -> Path | None:
+        """Return the folder of the same comparison, if it was made before."""
+
+        def asked(record: Record) -> tuple[Any, ...]:
+            shared = record.experiment.model_dump(exclude=_BESIDES)
+            return shared, record.methods, record.seeds, record.reference, record.target
+
+        for path in sorted(Path(self.experiment.run_dir).glob(f"*/{FILE}")):
+            with suppress(FedkdError):  # of another version
+                if asked(Record.read(path.parent)) == asked(self):
+                    return path.parent
+        return None
 
     def as_json(self) -> dict[str, Any]:
         """Return the record, with paths as seen from its folder."""

@@ -104,7 +104,7 @@ def _table(title: str, rows: Sequence[Cells]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     for name in columns:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         table.add_row(*(row[name] or "–" for name in columns))
     return table

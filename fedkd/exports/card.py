@@ -364,7 +364,7 @@ def limits(card: Card) -> list[str]:
     if held["labelled_classes"] < classes:
         texts.append(
             f"The labelled images behind it show only {held['labelled_classes']} of the {classes} "
-            "classes; what it knows of the others came from soft labels or shared weights."
+            "classes; what it knows of the others, if anything, came from soft labels or shared weights."
         )
     if card["calibration"] is not None:
         texts.append(

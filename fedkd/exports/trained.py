@@ -21,6 +21,7 @@ from fedkd.experiment import Experiment
 from fedkd.plans import Plan
 from fedkd.records import RunFolder
 from fedkd.statefiles import StateFiles
+from fedkd.tested import Tested
 from fedkd.world import World, world_of
 
 MODELS = "models.safetensors"
@@ -160,7 +161,7 @@ def _of_client(
     if not 0 <= client < experiment.num_clients:
         last = experiment.num_clients - 1
         raise FedkdError(f"client = {client}: this run has clients 0 to {last}")
-    teacher = experiment.teacher_of(client)
+    teacher = experiment.teacher_of(client) if _has_teachers(folder.path) else "none"
     _check_model(model, ["student"] if teacher == "none" else ["student", "teacher"])
     world = world_of(experiment)
     return Trained(
@@ -177,6 +178,12 @@ def _of_client(
         rows=world.shards[client],
         recorded=result["client_accuracy"][client] if model == "student" else None,
     )
+
+
+def _has_teachers(folder: Path) -> bool:
+    """Whether a run's local teachers learnt anything: some strategies have no use for them."""
+    tested = Tested.load(folder)
+    return tested is None or "teacher" in tested.models
 
 
 def _last_state(

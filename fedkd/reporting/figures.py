@@ -9,7 +9,7 @@ from statistics import mean, median
 from fedkd import plots
 from fedkd.comparing.methods import LOCAL
 from fedkd.plots import Curve
-from fedkd.records import Run
+from fedkd.records import Run, read_shards
 from fedkd.reporting import calibration as report_calibration
 from fedkd.reporting import curves as report_curves
 from fedkd.reporting.curves import Points
@@ -21,7 +21,6 @@ from fedkd.reporting.parts import (
     central_accuracies,
     knowledge_of,
     left_out,
-    shards_of,
     slug,
     spread_over,
     tested_on,
@@ -165,7 +164,7 @@ def _by_bytes(view: _View) -> Shown:
 def _shards(view: _View) -> Shown:
     title = "Label distribution of the shards"
     for run in (run for runs in view.group.runs.values() for run in runs):
-        if (found := shards_of(run.path)) is not None:
+        if (found := read_shards(run.path)) is not None:
             break
     else:
         return Missing(title, "no run left a shards.json")
@@ -241,7 +240,7 @@ def _soft_labels(view: _View) -> list[Shown]:
         if not said or not any(said[-1]["by_class"]):
             continue
         last = said[-1]
-        classes = (shards_of(runs[0].path) or {}).get("classes") or [
+        classes = (read_shards(runs[0].path) or {}).get("classes") or [
             str(c) for c in range(len(last["by_class"]))
         ]
         rows = "true class" if last["by"] == "label" else "most probable class"
@@ -283,7 +282,7 @@ def _entropy(view: _View) -> Shown:
 
 def _class_count(view: _View) -> int | None:
     for runs in view.group.runs.values():
-        if said := shards_of(runs[0].path):
+        if said := read_shards(runs[0].path):
             return len(said["classes"])
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedkd.comparing import methods
 from fedkd.comparing.methods import CENTRAL
 from fedkd.experiment import Experiment
-from fedkd.records import CentralRun
+from fedkd.records import CentralRun, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,18 +75,10 @@ def central_accuracies(run: CentralRun) -> dict[str, list[float]]:
     return dict(zip(map(methods.label, CENTRAL), found, strict=True))
 
 
-def shards_of(folder: Path) -> dict[str, Any] | None:
-    """Read ``shards.json`` of a run, if it left one."""
-    path = folder / "shards.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def knowledge_of(folder: Path) -> list[dict[str, Any]]:
     """Read ``knowledge.jsonl`` of a run, one object a round; empty where it left none."""
     path = folder / "knowledge.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(path) if path.is_file() else []
 
 
 def left_out(names: Sequence[str]) -> str:

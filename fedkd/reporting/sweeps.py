@@ -113,7 +113,7 @@ def table(sweep: Sweep) -> Table:
         {
             "point": _said(point.keys),
             "held-out accuracy, %": _accuracy(point),
-            "as good as the best": "yes" if point.keys in flat else "no",
+            "in the flat region": "yes" if point.keys in flat else "no",
         }
         for point in ordered[:MOST_POINTS]
     ]
