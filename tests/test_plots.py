@@ -284,7 +284,7 @@ def rgb(text: str) -> tuple[float, ...]:
 
 
 def themes() -> list[dict[str, tuple[float, ...]]]:
-    page = (files("fedkd") / "report.html.jinja").read_text(encoding="utf-8")
+    page = (files("fedkd.reporting") / "report.html.jinja").read_text(encoding="utf-8")
     dark = page[page.index("prefers-color-scheme: dark") :]
     found = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", dark))
     light = {name: colour for colour, name in report_svg.VARIABLES.items()}

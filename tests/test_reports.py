@@ -17,17 +17,17 @@ import torch
 
 import fedkd
 from fedkd import (
-    report_calibration,
-    report_curves,
-    report_experiment,
-    report_sources,
-    report_sweeps,
     sweeps,
     tested,
 )
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import Run
+from fedkd.reporting import calibration as report_calibration
+from fedkd.reporting import curves as report_curves
+from fedkd.reporting import experiment as report_experiment
+from fedkd.reporting import sources as report_sources
+from fedkd.reporting import sweeps as report_sweeps
 from fedkd.reporting.parts import Drawing
 from fedkd.reporting.tables import Table
 from fedkd.reports import report
