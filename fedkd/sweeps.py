@@ -143,7 +143,9 @@ class Sweep:
         """
         whose = "clients" if self.of == "federation" else "central student distilled"
         title = f"Held-out accuracy in %: {whose}, {_count(self.seeds, 'seed')}, {self.folds} folds"
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        table = Table(
+            title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), min_width=len(title)
+        )
         varied = [key for key, values in self.grid.items() if len(values) > 1]
         if len(varied) == 2 and not self.is_search:
             self._fill_map(table, *varied)
@@ -160,7 +162,7 @@ class Sweep:
             "flat": f"{others} other point{'s' * (others != 1)} within one standard error of it"
             + (f": {'; '.join(map(str, self.flat_others[:3]))}" if others else "")
             + (" …" if others > 3 else ""),
-            "go on": f"with {flags}, on the test set",
+            "go on": f"with {flags} and all other keys as they are, on the test set",
             "folder": str(self.path),
         }
 

@@ -172,9 +172,8 @@ class Trials:
             self._check(Cell(points[0], seed, 1))
         for keys in points:
             self._check(Cell(keys, self._seeds[0], 1))
-        self._check(
-            Cell(points[0], self._seeds[0], self._folds)
-        )  # the last that runs out of images
+        # Folds are equally large: if there are too few images, the last has none.
+        self._check(Cell(points[0], self._seeds[0], self._folds))
 
     def _check(self, cell: Cell) -> None:
         experiment = self._cell_experiment(cell).replace(name=None)

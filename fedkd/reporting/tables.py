@@ -8,8 +8,8 @@ from statistics import mean, stdev
 
 from rich.table import Table as RichTable
 
+from fedkd.comparing.verdicts import size
 from fedkd.comparison import Comparison
-from fedkd.plots import size
 from fedkd.records import CentralRun, Run
 from fedkd.reporting.parts import central_accuracies, tested_on
 from fedkd.reporting.sources import Federations
@@ -104,12 +104,19 @@ def percent(fractions: Sequence[float]) -> str:
 # --- A comparison ---------------------------------------------------------------------------------
 
 
+COLUMNS = (
+    "Accuracy: mean over clients, ± standard deviation over seeds; clients: the worst to the best; "
+    "server: its own model, where that is another; gap: share of the way from local only to student "
+    "distilled; last: difference to the reference in points, its interval, and a test on images."
+)
+
+
 def of_comparison(comparison: Comparison) -> list[Table]:
     """Return the two tables of a comparison, as ``fedkd compare`` prints them."""
     own = [n for n, entry in enumerate(comparison.entries) if entry.client_accuracies is not None]
     best = max(own, key=lambda n: comparison.entries[n].accuracy, default=None)
     return [
-        _plain("table-accuracy", comparison.accuracy_table(), best, comparison.notes),
+        _plain("table-accuracy", comparison.accuracy_table(), best, [COLUMNS, *comparison.notes]),
         _plain("table-cost", comparison.cost_table(), None, []),
     ]
 
