@@ -180,15 +180,14 @@ class RunFolder:
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Say what is wrong with a run folder that cannot be read."""
+def _reading(path: Path) -> Iterator[None]:
+    """Say what is wrong with a file of a run folder that cannot be read."""
     try:
         yield
-    except OSError as error:
-        missing = Path(error.filename or "").name
-        raise FedkdError(f"{folder} holds no finished run: {missing} is missing") from None
+    except OSError:
+        raise FedkdError(f"{path.parent} holds no finished run: {path.name} is missing") from None
     except json.JSONDecodeError as error:
-        raise FedkdError(f"{folder}: a record is not valid JSON ({error})") from None
+        raise FedkdError(f"{path.parent}: {path.name} is not valid JSON ({error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FedkdError: the file is missing or damaged.
     """
-    with _reading(path.parent):
+    with _reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -207,7 +206,7 @@ def read_lines(path: Path) -> list[Row]:
     Raises:
         FedkdError: the file is missing or damaged.
     """
-    with _reading(path.parent):
+    with _reading(path):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

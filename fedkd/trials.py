@@ -14,6 +14,7 @@ import torch
 from fedkd.allocator import keep_freed_memory
 from fedkd.baseline import check_central
 from fedkd.callbacks import Callback
+from fedkd.engines.together import alike
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment, Scalar
 from fedkd.pooled import Pooled, accuracies
@@ -21,7 +22,6 @@ from fedkd.preflight import check
 from fedkd.records import Row, Run, RunFolder, environment, write_json
 from fedkd.runner import run, run_side_by_side
 from fedkd.sources import digest
-from fedkd.stack import STACKABLE
 from fedkd.tuning import Counts, clients_at_once, planned
 from fedkd.world import check_models, resolve_device, world_of
 
@@ -304,11 +304,11 @@ class Trials:
 
     def _kind(self, cell: Cell) -> Experiment:
         """Return what a stack's cells have in common."""
-        defaults = {key: Experiment.model_fields[key].default for key in STACKABLE}
         experiment = self._cell_experiment(cell)
-        if self._of == "central":  # whose rows may differ
-            return experiment.replace(**defaults, seed=0)
-        return experiment.replace(**defaults, seed=0, partition_seed=experiment.split_seed)
+        kind = alike(experiment)
+        if self._of == "central":  # where seeds may have images of their own
+            return kind.replace(partition_seed=experiment.partition_seed)
+        return kind
 
     def _measured(self, cells: Sequence[Cell]) -> Sequence[float | DivergedError]:
         if self._of == "central":

@@ -5,7 +5,6 @@ Which one is taken never depends on an accuracy: that would be choosing on the t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from fedkd.cohort import Cohort, State
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.plans import Plan
-from fedkd.records import RunFolder
+from fedkd.records import RunFolder, read_json
 from fedkd.statefiles import StateFiles
 from fedkd.tested import Tested
 from fedkd.world import World, world_of
@@ -112,7 +111,7 @@ def find(
         FedkdError: the run is not finished, has no such model, or its files cannot be read.
     """
     folder = RunFolder.existing(run_folder)
-    result = _result(folder.path)
+    result = read_json(folder.path / "result.json")
     experiment = folder.experiment.replace(device="cpu")
     if "client_accuracy" in result:
         if seed is not None:
@@ -123,16 +122,6 @@ def find(
     if client is not None:
         raise FedkdError(f"client = {client}: a central run has no clients; name a seed instead")
     return _of_seed(folder, experiment, result, model or "student-distilled", seed)
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise FedkdError(f"{folder} holds no finished run: result.json is missing") from None
-    except json.JSONDecodeError as error:
-        raise FedkdError(f"{folder}: result.json is not valid JSON ({error})") from None
-    return result
 
 
 def _check_model(model: str, accepted: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from fedkd.comparing.methods import label
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
-from fedkd.records import CentralRun, Run, RunFolder
+from fedkd.records import CentralRun, Run, RunFolder, read_json
 from fedkd.sweeps import Sweep
 
 RUNS = "runs"
@@ -145,13 +144,7 @@ def _read(folder: Path) -> Comparison | CentralRun | Run | Sweep:
         run = Run.load(folder)
         _ = run.experiment  # of a version that had other keys: say so here
         return run
-    if not (folder / "result.json").is_file():
-        raise FedkdError(f"{folder} holds no finished run: result.json is missing")
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise FedkdError(f"{folder}: a record is not valid JSON ({error})") from None
-    if "teacher_accuracies" not in result:
+    if "teacher_accuracies" not in read_json(folder / "result.json"):
         raise FedkdError(f"{folder} holds no finished run: rounds.jsonl is missing")
     return CentralRun.load(folder)
 
