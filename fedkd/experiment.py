@@ -177,6 +177,33 @@ class Experiment(BaseModel):
         description="batchmean: mean over samples, the formula; mean: divided by the classes as well",
     )
 
+    # attacks and privacy
+    attack: Literal[
+        "none",
+        "label-flip",
+        "random",
+        "constant",
+        "least-likely",
+        "colluding",
+        "little-is-enough",
+    ] = Field("none", description="what malicious clients do (none: there are none)")
+    attackers: float = Field(
+        0.0, ge=0, le=1, description="share of the clients that are malicious, rounded"
+    )
+    dp_noise: float = Field(
+        0.0,
+        ge=0,
+        le=1_000_000,
+        description="standard deviation of the Gaussian noise on the soft labels that a client sends, in "
+        "units of dp-clip (0: none)",
+    )
+    dp_clip: float = Field(
+        1.0, gt=0, le=1_000_000, description="largest Euclidean norm of a row before noise is added"
+    )
+    dp_delta: float = Field(
+        1e-5, gt=0, lt=1, description="δ of the (ε, δ)-differential privacy that is accounted for"
+    )
+
     # running
     seed: int = Field(0, ge=0, lt=2**31, description="seed of weights, shuffles and client samples")
     engine: Literal["cohort", "flower"] = Field(
@@ -271,6 +298,11 @@ class Experiment(BaseModel):
             raise ValueError(
                 f"ray-address = '{self.ray_address}' contradicts num-workers = 0, which uses no Ray; "
                 "set num-workers"
+            )
+        if self.attackers and self.attack == "none":
+            raise ValueError(
+                f"attackers = {self.attackers} contradicts attack = 'none': name an attack, or set "
+                "attackers = 0"
             )
         if self.quorum > self.clients_per_round:
             raise ValueError(

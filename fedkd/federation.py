@@ -8,10 +8,11 @@ record of a round is on disk before the next one begins.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
@@ -22,11 +23,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedkd.checks import check_report, with_known_metrics
 from fedkd.codecs import Reference
 from fedkd.diagnostics import described, detailed
 from fedkd.errors import DivergedError, FedkdError
+from fedkd.events import Events
 from fedkd.examination import collected
+from fedkd.exchange import Exchange
 from fedkd.experiment import Experiment
 from fedkd.knowledge import (
     KINDS,
@@ -43,13 +45,10 @@ from fedkd.messages import (
     TRAIN,
     Introduction,
     decode_introduction,
-    decode_report,
     encode_knowledge,
     encode_order,
     encode_request,
     experiment_record,
-    payload_bytes,
-    wire_bytes,
 )
 from fedkd.orders import Order, Report
 from fedkd.phases import Apply, Digest, Phase, Predict, check_phases, closing
@@ -78,48 +77,6 @@ LOST_ROUNDS = 3
 """Rounds running without a quorum that end a run: clients that all died look like this."""
 
 
-@dataclass
-class _Bytes:
-    """Bytes of one direction: payload by client and by tensor, and everything by client."""
-
-    payload: dict[int, int] = field(default_factory=dict)
-    wire: dict[int, int] = field(default_factory=dict)
-    by_tensor: dict[str, int] = field(default_factory=dict)
-
-    def count(self, client: int, records: RecordDict) -> None:
-        """Add a message to or from a client."""
-        self.wire[client] = wire_bytes(records)
-        sizes = payload_bytes(records)
-        self.payload[client] = sum(sizes.values())
-        for name, size in sizes.items():
-            self.by_tensor[name] = self.by_tensor.get(name, 0) + size
-
-    def record(self, direction: str, clients: Sequence[int]) -> dict[str, Any]:
-        """Return the sums, and the numbers of `clients` in their order."""
-        return {
-            f"bytes_{direction}": sum(self.payload.values()),
-            f"wire_bytes_{direction}": sum(self.wire.values()),
-            f"bytes_{direction}_by_tensor": self.by_tensor,
-            f"bytes_{direction}_by_client": [self.payload.get(k, 0) for k in clients],
-            f"wire_bytes_{direction}_by_client": [self.wire.get(k, 0) for k in clients],
-        }
-
-
-@dataclass
-class _Exchange:
-    """One exchange in progress: what was sent to whom, and what came back."""
-
-    sampled: list[int]
-    orders: dict[int, Order] = field(default_factory=dict)
-    started: float = field(default_factory=monotonic)
-    encoding: float = 0.0
-    up: _Bytes = field(default_factory=_Bytes)
-    down: _Bytes = field(default_factory=_Bytes)
-    sent: dict[int, Reference | None] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
-    dropped: dict[int, str] = field(default_factory=dict)
-
-
 class Federation:
     """A federation in session.
 
@@ -130,6 +87,7 @@ class Federation:
         world: the data as the server sees it.
         folder: where records are written, if anywhere.
         on_round: called with each round's record, once that is on disk.
+        events: what the machinery between us and the clients has to tell.
     """
 
     def __init__(
@@ -140,8 +98,10 @@ class Federation:
         world: World,
         folder: RunFolder | None = None,
         on_round: Callable[[Row], None] = lambda _: None,
+        events: Events | None = None,
     ) -> None:
         strategy.check(experiment)
+        self._events = events or Events()
         self._on_round = on_round
         self._strategy = strategy
         self._grid = grid
@@ -154,7 +114,7 @@ class Federation:
         self._roster: dict[int, int] = {}  # node ids by partition
         self._hello_failures: list[str] = []
         self._lost = 0
-        self._exchange: _Exchange | None = None
+        self._exchange: Exchange | None = None
         self._totals = dict.fromkeys(
             ("bytes_up", "bytes_down", "wire_bytes_up", "wire_bytes_down"), 0
         )
@@ -289,7 +249,7 @@ class Federation:
 
     def _open(self, order: Order, sampled: list[int]) -> list[Message]:
         """Begin an exchange: address the order to every sampled client."""
-        exchange = self._exchange = _Exchange(sampled)
+        exchange = self._exchange = Exchange(sampled)
         packed: _Encodings = {}
         request = encode_request(order.asked, self._server.world.sizes)
         first = tuple(self._phases(1))
@@ -498,42 +458,16 @@ class Federation:
 
     # --- replies --------------------------------------------------------------------------------
 
-    def _received(self, replies: Iterable[Message]) -> _Exchange:
+    def _received(self, replies: Iterable[Message]) -> Exchange:
         """Sort the replies into good reports, in order of partition, and drops with a reason."""
         exchange = self._exchange
         assert exchange is not None
-        received = monotonic()
         client_of = {node: client for client, node in self._roster.items()}
-        silent = set(exchange.sampled) - set(exchange.dropped)
-        for reply in replies:
-            client = client_of[reply.metadata.src_node_id]
-            if client not in silent:
-                exchange.dropped.setdefault(client, "replied twice")
-                exchange.reports = [r for r in exchange.reports if r.client != client]
-                continue
-            silent.remove(client)
-            if reply.has_error():
-                exchange.dropped[client] = failure_reason(reply)
-                continue
-            exchange.up.count(client, reply.content)
-            order, world = exchange.orders[client], self._server.world
-            try:
-                report = decode_report(
-                    reply.content, order.asked, world.sizes, order.wire, self._heard.get(client)
-                )
-                student = self._experiment.student_of(client)
-                check_report(report, order, world, student)
-                exchange.reports.append(with_known_metrics(report, order))
-            except FedkdError as error:
-                exchange.dropped[client] = str(error)
-        for client in silent:
-            exchange.dropped[client] = "no reply in time"
-        exchange.reports.sort(key=lambda report: report.client)
+        exchange.receive(replies, client_of, self._experiment, self._server.world, self._heard)
         self._sum_bytes(exchange)
-        exchange.encoding += monotonic() - received
         return exchange
 
-    def _sum_bytes(self, exchange: _Exchange) -> None:
+    def _sum_bytes(self, exchange: Exchange) -> None:
         found = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
         for name in self._totals:
             self._totals[name] += found[name]
@@ -541,7 +475,7 @@ class Federation:
     # --- records --------------------------------------------------------------------------------
 
     def _row(
-        self, exchange: _Exchange, digested_round: int, accepted: bool, spent: Mapping[str, float]
+        self, exchange: Exchange, digested_round: int, accepted: bool, spent: Mapping[str, float]
     ) -> Row:
         encoding = {"encode": exchange.encoding}
         seconds = _summed([*(report.seconds for report in exchange.reports), encoding])
@@ -551,6 +485,7 @@ class Federation:
             "answered": [report.client for report in exchange.reports],
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
             "accepted": accepted,
+            "events": self._happened(exchange),
             "knowledge_round": digested_round or None,
             **_metrics(exchange.reports),
             **self._knowledge_fields(),
@@ -560,7 +495,14 @@ class Federation:
             "seconds": {**seconds, **spent},
         }
 
-    def _server_accuracy(self, exchange: _Exchange) -> float | None:
+    def _happened(self, exchange: Exchange) -> dict[str, int]:
+        """Count the events that clients report and those of the machinery between us and them."""
+        counts = Counter(self._events.take())
+        for report in exchange.reports:
+            counts.update(report.events)
+        return dict(sorted(counts.items()))
+
+    def _server_accuracy(self, exchange: Exchange) -> float | None:
         """Test the server's model when the clients test theirs."""
         if not any(order.evaluate != "none" for order in exchange.orders.values()):
             return None

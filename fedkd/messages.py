@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedkd.codecs import PLAIN, Packed, Reference, Wire, pack_samples, unpack_samples
 from fedkd.errors import FedkdError
+from fedkd.events import REPORTED
 from fedkd.experiment import Experiment
 from fedkd.knowledge import (
     ClassMeans,
@@ -40,6 +41,9 @@ TRAIN, HELLO = "train.fedkd", "query.hello"
 
 _SECONDS = "seconds "
 """Begins the names under which a client reports how long it took."""
+
+_EVENT = "event "
+"""Begins the names under which a client reports how often something broke and was mended."""
 
 
 @dataclass(frozen=True)
@@ -346,6 +350,7 @@ def encode_report(report: Report, asked: Tensor, sizes: Sizes, decoding: float =
         "num-examples": report.num_examples,
         **report.metrics,
         **{_SECONDS + name: spent for name, spent in seconds.items()},
+        **{_EVENT + name: count for name, count in report.events.items()},
     }
     return RecordDict({"report": MetricRecord(numbers), **knowledge})
 
@@ -378,13 +383,15 @@ def decode_report(
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers.values()):
         raise FedkdError("sends metrics that are not finite numbers")
     seconds = {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)}
-    others = {"partition-id", "num-examples", *(_SECONDS + name for name in seconds)}
-    metrics = {name: value for name, value in numbers.items() if name not in others}
+    events = {
+        name: _integer(numbers, _EVENT + name) for name in REPORTED if _EVENT + name in numbers
+    }
+    metrics = {n: v for n, v in numbers.items() if not n.startswith((_SECONDS, _EVENT))}
     answer = decode_knowledge(
         records, sizes, client=client, num_examples=num_examples, samples=asked
     )
     if not isinstance(answer, Packed):
-        return Report(client, num_examples, answer, metrics, seconds)
+        return Report(client, num_examples, answer, metrics, seconds, events=events)
     if (answer.wire, answer.sets) != (wire, 1):
         raise FedkdError(
             f"sends {answer.sets} × {answer.wire}, where one set as {wire} was asked for"
@@ -394,7 +401,7 @@ def decode_report(
         labels, newer = SoftLabels.unpack(answer, sizes.num_public, reference, owner)
     except FedkdError as error:
         raise FedkdError(f"sends soft labels that are none: {error}") from None
-    return Report(client, num_examples, labels, metrics, seconds, reference=newer)
+    return Report(client, num_examples, labels, metrics, seconds, None, newer, events)
 
 
 def _integer(numbers: dict[str, Any], name: str) -> int:

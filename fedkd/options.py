@@ -39,6 +39,7 @@ _SECTIONS = {
     "student": Group("Models", sort_key=20),
     "strategy": Group("Method", sort_key=30),
     "local_epochs": Group("Training", sort_key=40),
+    "attack": Group("Attacks and privacy", sort_key=45),
     "seed": Group("Running", sort_key=50),
 }
 """The keys' panels in the help, each by its first key."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -53,6 +53,7 @@ class Report:
         seconds: by phase; a stack's time is shared equally by its clients.
         packed: the answer as it is sent, where that is not simply its numbers.
         reference: what the server then has of this client's soft labels, where only changes are sent.
+        events: what broke at the client and was mended, how often by kind: see `fedkd.events.REPORTED`.
     """
 
     client: int
@@ -62,6 +63,7 @@ class Report:
     seconds: dict[str, float]
     packed: Packed | None = None
     reference: Reference | None = None
+    events: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
+from fedkd.events import Events
 from fedkd.experiment import Experiment, accepted, kebab
 from fedkd.federation import Federation, plain_numbers
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
@@ -280,6 +281,7 @@ class DistillationStrategy(Strategy):
         experiment: Experiment,
         folder: RunFolder | None = None,
         on_round: Callable[[Row], None] = lambda _: None,
+        events: Events | None = None,
     ) -> Federation:
         """Open a session: run it whole, or its rounds one by one under Flower's own loop.
 
@@ -288,8 +290,10 @@ class DistillationStrategy(Strategy):
             experiment: what to run.
             folder: where records go, if anywhere.
             on_round: called with each round's record, once that is on disk.
+            events: what the machinery between server and clients has to tell.
         """
-        federation = Federation(self, grid, experiment, world_of(experiment), folder, on_round)
+        world = world_of(experiment)
+        federation = Federation(self, grid, experiment, world, folder, on_round, events)
         self._set_session(federation)
         return federation
 

@@ -56,7 +56,10 @@ def outside() -> list[tuple[str, float]]:
     return found
 
 
-TOGETHER: dict[str, dict[str, Any]] = {"momentum": {"optimizer": "sgd"}}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "momentum": {"optimizer": "sgd"},
+    "attackers": {"attack": "random"},
+}
 """What a key at its limit cannot do without."""
 
 

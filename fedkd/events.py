@@ -1,0 +1,38 @@
+"""Named events of a run that nothing else tells: what broke and was mended, counted by round."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from threading import Lock
+
+_logger = logging.getLogger(__name__)
+
+
+REPORTED = ("out-of-memory",)
+"""Kinds that happen at a client, which tells of them in its report."""
+
+
+class Events:
+    """What has happened since the last round's record; any thread may add to it."""
+
+    def __init__(self) -> None:
+        self._counts = Counter[str]()
+        self._lock = Lock()
+
+    def add(self, name: str, text: str) -> None:
+        """Count an event, and log it.
+
+        Args:
+            name: of its kind, in kebab-case, such as ``"worker-died"``; listed in `docs/records.md`.
+            text: one line of what happened to whom.
+        """
+        with self._lock:
+            self._counts[name] += 1
+        _logger.warning("%s", text)
+
+    def take(self) -> dict[str, int]:
+        """Return how many of each kind there were, and begin again."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(sorted(counts.items()))
