@@ -30,6 +30,7 @@ from fedkd.options import (
     WORK,
     AnyOutput,
     AnyStart,
+    Resume,
     Seeds,
     chosen_accuracy,
     chosen_count,
@@ -58,22 +59,24 @@ def run(
             help="follow the run in tensorboard, wandb, or both separated by a comma [default neither]",
         ),
     ] = None,
+    resume: Resume = None,
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
-    """Run a federation and write its run folder."""
-    with start.experiment() as experiment:
+    """Run a federation and write its run folder, or go on with one that was cut off."""
+    with start.experiment(resume) as experiment:
         from fedkd import callbacks, display, findings, preflight, runner, trackers
 
         followers = [] if track is None else trackers.trackers(track)
-        strategy = preflight.check(experiment)
+        strategy = preflight.check(experiment, is_new=resume is None)
         rounds = experiment.num_server_rounds
         with output.progress(lambda: display.run_plan(experiment, strategy)) as steps:
             steps.show("starting", 0)
             shown = callbacks.EachRound(
                 lambda row: steps.show(display.round_line(row, rounds), row["round"] / rounds)
             )
-            done = runner.run(experiment, [shown, *followers])
+            told = [shown, *followers]
+            done = runner.resume(resume, told) if resume else runner.run(experiment, told)
     found = findings.findings(done)
     output.result(
         {"path": str(done.path), **done.result, "findings": [each.as_json() for each in found]},
@@ -446,8 +449,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _exit(str(error), 2)
     except CycloptsError as error:
         _exit(_usage(error), 2)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        _exit(str(interrupt) or "interrupted", 130)
 
 
 def _exit(text: str, code: int) -> NoReturn:

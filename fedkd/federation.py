@@ -3,7 +3,7 @@
 A run costs 1 + T + 1 exchanges. Each round one message goes to every sampled client, with the newest
 knowledge and the phases to execute; its reply brings the answer and the metrics. A bad reply is
 dropped with its reason and the round goes on; below the quorum the previous knowledge stays. The
-record of a round is on disk before the next one begins.
+record of a round, and what it takes to go on from it, is on disk before the next one begins.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from fedkd.checkpoints import Checkpoint
 from fedkd.codecs import Reference
 from fedkd.diagnostics import described, detailed
 from fedkd.errors import DivergedError, FedkdError
@@ -73,6 +74,8 @@ beside it: another object could take over the id of a freed one."""
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
+_TOTALS = ("bytes_up", "bytes_down", "wire_bytes_up", "wire_bytes_down")
+
 LOST_ROUNDS = 3
 """Rounds running without a quorum that end a run: clients that all died look like this."""
 
@@ -108,20 +111,11 @@ class Federation:
         self._experiment = experiment
         self._record = experiment_record(experiment)
         self._server = Server(experiment, world)
-        self._knowledge: Knowledge | None = None
-        self._knowledge_round = 0
-        self._base: dict[int, int] = {}
+        self._kept = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
         self._roster: dict[int, int] = {}  # node ids by partition
         self._hello_failures: list[str] = []
-        self._lost = 0
         self._exchange: Exchange | None = None
-        self._totals = dict.fromkeys(
-            ("bytes_up", "bytes_down", "wire_bytes_up", "wire_bytes_down"), 0
-        )
         self._wire_up, self._wire_down = strategy.wires(experiment)
-        # What each client had when it last replied to a round that counts, and what we had of it.
-        self._sent: dict[int, Reference | None] = {}
-        self._heard: dict[int, Reference | None] = {}
         self._references: WeakValueDictionary[bytes, Reference] = WeakValueDictionary()
         self.rows: list[Row] = []
         self._folder = folder
@@ -129,16 +123,39 @@ class Federation:
     # --- the whole run --------------------------------------------------------------------------
 
     def run(self) -> Result:
-        """Run all rounds and the closing exchange, and write the result."""
+        """Run all rounds that are not done yet and the closing exchange, and write the result."""
         started = monotonic()
         if self._folder is not None:
             self._folder.write_shards(who_holds_what(self._server.world))
+            self._go_on(self._folder)
         rounds = self._experiment.num_server_rounds
-        for number in range(1, rounds + 1):
+        for number in range(self._kept.round + 1, rounds + 1):
             messages = self.open_round(number)
             self.finish_round(self._send(messages))
         result = self.close(self._send(self.open_closing()), started)
         return self._flower_result(result)
+
+    def _go_on(self, folder: RunFolder) -> None:
+        """Take up a run that was cut off after some of its rounds, if the folder holds one."""
+        kept = Checkpoint.load(folder.path)
+        self.rows = folder.keep(kept.round)
+        if not kept.round:
+            return
+        for references in (kept.sent, kept.heard):
+            references |= {client: self._interned(each) for client, each in references.items()}
+        server = self._server
+        server.round, server.state, server.trained = kept.round, dict(kept.state), kept.trained
+        if server.model is not None and kept.model is not None:
+            server.model.load(0, kept.model)
+        self._kept = kept
+
+    def _remember(self, folder: RunFolder) -> None:
+        """Write down all that going on takes: from now on the round is done."""
+        server = self._server
+        self._kept.round, self._kept.state = server.round, server.state
+        self._kept.model = None if server.model is None else server.model.state(0)
+        self._kept.trained = server.trained
+        self._kept.save(folder.path)
 
     def _send(self, messages: Iterable[Message]) -> list[Message]:
         timeout = self._experiment.round_timeout
@@ -219,7 +236,7 @@ class Federation:
             base=INITIAL,
             phases=tuple(phases),
             asked=self._request() if predicts else _NOTHING,
-            knowledge_round=self._knowledge_round,
+            knowledge_round=self._kept.knowledge_round,
             evaluate=self._evaluates if due or last else "none",
             wire=self._wire_up,
         )
@@ -242,7 +259,7 @@ class Federation:
             base=INITIAL,
             phases=tuple(closing(self._phases(number), self._strategy.closes)),
             asked=_NOTHING,
-            knowledge_round=self._knowledge_round,
+            knowledge_round=self._kept.knowledge_round,
             evaluate="end",
         )
         return self._open(order, list(range(self._experiment.num_clients)))
@@ -258,7 +275,7 @@ class Federation:
             if client not in self._roster:
                 exchange.dropped[client] = self._unknown()
                 continue
-            mine = replace(order, client=client, base=self._base.get(client, INITIAL))
+            mine = replace(order, client=client, base=self._kept.base.get(client, INITIAL))
             if mine.base == INITIAL and order.evaluate != "end":
                 mine = replace(mine, phases=first)
             # A closing exchange that only tests needs none.
@@ -318,16 +335,16 @@ class Federation:
 
     def _packed(self, client: int, phases: Sequence[Phase], packed: _Encodings) -> dict[str, Any]:
         """Encode what a client receives, once for all who receive the same and have the same."""
-        if self._knowledge is None:
+        if self._kept.knowledge is None:
             return {}
-        part = self._personal(self._knowledge, client, phases)
+        part = self._personal(self._kept.knowledge, client, phases)
         kept: object = part
         if isinstance(part, Weights):
             student = self._experiment.student_of(client)
             if student not in part.by_model:
                 return {}
             kept, part = part.by_model[student], part.only(student)
-        known = self._sent.get(client)
+        known = self._kept.sent.get(client)
         key = id(kept), id(known)
         if key not in packed:
             with self._named("personalise", [client]):
@@ -361,18 +378,18 @@ class Federation:
             FedkdError: the third round running without a quorum.
         """
         exchange = self._received(replies)
-        digested_round = self._knowledge_round
+        digested_round = self._kept.knowledge_round
         accepted = len(exchange.reports) >= self._experiment.quorum
         aggregating = monotonic()
         if accepted:
             self._accept(exchange.reports)
-        self._lost = 0 if accepted else self._lost + 1
+        self._kept.lost = 0 if accepted else self._kept.lost + 1
         spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
         row = self._row(exchange, digested_round, accepted, spent)
         self.rows.append(row)
         self._write(row)
         self._on_round(row)
-        if self._lost >= LOST_ROUNDS:
+        if self._kept.lost >= LOST_ROUNDS:
             what = (
                 f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
                 f"{LOST_ROUNDS} rounds running"
@@ -392,19 +409,22 @@ class Federation:
     def _write(self, row: Row) -> None:
         if self._folder is None:
             return
-        if self._knowledge_round == row["round"] and isinstance(self._knowledge, SoftLabels):
-            said = detailed(self._knowledge, self._server.world.public_truth)
+        if self._kept.knowledge_round == row["round"] and isinstance(
+            self._kept.knowledge, SoftLabels
+        ):
+            said = detailed(self._kept.knowledge, self._server.world.public_truth)
             self._folder.append("knowledge.jsonl", {"round": row["round"], **said})
         self._folder.append_round(row)
+        self._remember(self._folder)
 
     def _knowledge_fields(self) -> dict[str, Any]:
         """Say what the soft labels of this round say, if it made any."""
-        if self._knowledge_round != self._server.round or not isinstance(
-            self._knowledge, SoftLabels
+        if self._kept.knowledge_round != self._server.round or not isinstance(
+            self._kept.knowledge, SoftLabels
         ):
             return {}
         truth = self._server.world.public_truth
-        return described(self._knowledge, truth, self._experiment.tau)
+        return described(self._kept.knowledge, truth, self._experiment.tau)
 
     def _accept(self, reports: Sequence[Report]) -> None:
         """Let the strategy update the knowledge; its memory is kept only if it succeeds."""
@@ -418,10 +438,10 @@ class Federation:
         self._commit(reports)
         if new is None:
             return
-        if isinstance(new, Weights) and isinstance(self._knowledge, Weights):
+        if isinstance(new, Weights) and isinstance(self._kept.knowledge, Weights):
             # An architecture of which no client was drawn keeps its last average.
-            new = self._knowledge.updated(new)
-        self._knowledge, self._knowledge_round = new, self._server.round
+            new = self._kept.knowledge.updated(new)
+        self._kept.knowledge, self._kept.knowledge_round = new, self._server.round
         observes = self._strategy.facts.server_model != "required"
         if not observes or self._server.model is None or not isinstance(new, SoftLabels):
             return
@@ -433,11 +453,11 @@ class Federation:
         assert self._exchange is not None
         for report in reports:
             client = report.client
-            self._base[client] = self._server.round
+            self._kept.base[client] = self._server.round
             if client in self._exchange.sent:
-                self._sent[client] = self._exchange.sent[client]
+                self._kept.sent[client] = self._exchange.sent[client]
             if isinstance(report.answer, SoftLabels):
-                self._heard[client] = report.reference
+                self._kept.heard[client] = report.reference
 
     def _check_new(self, new: object) -> None:
         """Refuse what a strategy may not make of the replies."""
@@ -463,14 +483,14 @@ class Federation:
         exchange = self._exchange
         assert exchange is not None
         client_of = {node: client for client, node in self._roster.items()}
-        exchange.receive(replies, client_of, self._experiment, self._server.world, self._heard)
+        exchange.receive(replies, client_of, self._experiment, self._server.world, self._kept.heard)
         self._sum_bytes(exchange)
         return exchange
 
     def _sum_bytes(self, exchange: Exchange) -> None:
         found = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
-        for name in self._totals:
-            self._totals[name] += found[name]
+        for name in self._kept.totals:
+            self._kept.totals[name] += found[name]
 
     # --- records --------------------------------------------------------------------------------
 
@@ -506,7 +526,7 @@ class Federation:
         """Test the server's model when the clients test theirs."""
         if not any(order.evaluate != "none" for order in exchange.orders.values()):
             return None
-        weights = self._knowledge if isinstance(self._knowledge, Weights) else None
+        weights = self._kept.knowledge if isinstance(self._kept.knowledge, Weights) else None
         return self._server.accuracy(weights)
 
     def close(self, replies: Iterable[Message], started: float) -> dict[str, Any]:
@@ -536,7 +556,7 @@ class Federation:
             "reports": self._strategy.facts.reports,
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
             "rounds": len(self.rows),
-            **self._totals,
+            **self._kept.totals,
             "test_size": len(self._server.world.test),
             "seconds": monotonic() - started,
             "environment": environment(device, torch.get_num_threads()),

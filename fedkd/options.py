@@ -55,6 +55,17 @@ Seeds = Annotated[
 ]
 
 
+Resume = Annotated[
+    str | None,
+    Parameter(
+        name="--resume",
+        group=WORK,
+        metavar="FOLDER",
+        help="go on in this folder with what was cut off, instead of anything new",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Start:
     """Where an experiment comes from; the flags themselves are added below."""
@@ -90,9 +101,23 @@ class _Start:
         return found
 
     @contextmanager
-    def experiment(self) -> Iterator[Experiment]:
-        """Validate the experiment for the block; errors in it name the source of each value."""
+    def experiment(self, resumed: str | None = None) -> Iterator[Experiment]:
+        """Validate the experiment for the block; errors in it name the source of each value.
+
+        Args:
+            resumed: folder of a run, comparison or sweep, whose experiment it is then.
+        """
         sources = self.sources()
+        if resumed is not None:
+            if sources or self.smoke:
+                given = ", ".join(["--smoke"] * self.smoke + [where for where, _ in sources])
+                raise FedkdError(
+                    f"--resume {resumed} goes on with what was begun there: {given} cannot change it"
+                )
+            from fedkd.records import RunFolder
+
+            yield RunFolder.existing(resumed).found()
+            return
         try:
             experiment = Experiment.load(*sources)
             yield experiment.smoke() if self.smoke else experiment

@@ -22,14 +22,19 @@ from fedkd.world import World, check_models, resolve_device, world_of
 _PATIENCE_S = 5.0
 
 
-def check(experiment: Experiment) -> DistillationStrategy:
+def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrategy:
     """Check everything that can be checked before any work, and return the strategy.
+
+    Args:
+        experiment: the run.
+        is_new: whether its folder must not be there yet.
 
     Raises:
         FedkdError: a key names something that is not there, or keys contradict each other.
     """
     strategy = strategy_of(experiment)
-    RunFolder.check(experiment)
+    if is_new:
+        RunFolder.check(experiment)
     _check_terms(experiment, strategy)
     _check_codec(experiment, strategy)
     _check_server_model(experiment, strategy)

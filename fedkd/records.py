@@ -12,7 +12,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,8 +53,19 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        flush_folder(path.parent)
     except OSError as error:
         raise FedkdError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def flush_folder(path: Path) -> None:
+    """Force the names in a folder to the disk, where the system can: a renamed file is two writes."""
+    with suppress(PermissionError, IsADirectoryError):  # Windows opens no folders
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -128,6 +139,41 @@ class RunFolder:
         return Experiment.load(read_toml(self.path / "experiment.toml"))
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return (self.path / "result.json").is_file()
+
+    def found(self) -> Experiment:
+        """Return what was run, with the place where its folder is now: it may have been moved."""
+        experiment = self.experiment
+        written = Path(experiment.run_dir) / (experiment.name or "")
+        if written.exists() and written.samefile(self.path):
+            return experiment  # in the words that messages were counted with
+        path = self.path.absolute()
+        return experiment.replace(run_dir=str(path.parent), name=path.name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running this run in the block; a process that dies lets go.
+
+        Raises:
+            FedkdError: another process runs it.
+        """
+        with (self.path / ".lock").open("ab") as file:
+            with suppress(ImportError):  # Windows: nobody is kept out
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise FedkdError(
+                        f"{self.path} is being run by another process: wait until it is done, or end it"
+                    ) from None
+                except OSError:
+                    pass  # some network file systems know no locks
+            yield
+
+    @property
     def version(self) -> str | None:
         """The version of fedkd that wrote it, if it says so."""
         return self._said("fedkd")
@@ -169,6 +215,40 @@ class RunFolder:
                 os.fsync(file.fileno())
         except OSError as error:
             raise FedkdError(f"{self.path}/{name} cannot be written: {error.strerror}") from error
+
+    def keep(self, last: int) -> list[Row]:
+        """Drop whatever is there of rounds after `last`, as a run leaves it that was cut off.
+
+        Returns:
+            The records of rounds 1 to `last`.
+
+        Raises:
+            FedkdError: one of them is missing, or a file cannot be written.
+        """
+        for temporary in self.path.rglob(".*.part"):
+            temporary.unlink(missing_ok=True)
+        self._cut("knowledge.jsonl", last)
+        rows = self._cut("rounds.jsonl", last)
+        if [row["round"] for row in rows] != list(range(1, last + 1)):
+            raise FedkdError(
+                f"{self.path}/rounds.jsonl does not hold rounds 1 to {last}, each once"
+            )
+        return rows
+
+    def _cut(self, name: str, last: int) -> list[Row]:
+        """Drop what a file of JSON lines holds of rounds after `last`, and whole lines alone stay."""
+        path = self.path / name
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept, rows = [], []
+        for line in lines:
+            with suppress(ValueError):  # cut off
+                row = json.loads(line)
+                if line.endswith(b"\n") and row["round"] <= last:
+                    kept.append(line)
+                    rows.append(row)
+        if kept != lines:
+            replace_file(path, b"".join(kept))
+        return rows
 
     def write_shards(self, counts: Mapping[str, Any]) -> None:
         """Write ``shards.json``: who holds how many images of which class."""

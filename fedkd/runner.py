@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.callbacks import Callback, Callbacks
+from fedkd.checkpoints import Checkpoint
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
+from fedkd.interrupts import InterruptedRun, between_rounds
 from fedkd.knowledge import SoftLabels
 from fedkd.preflight import check, default_name
-from fedkd.records import Run, RunFolder, environment
+from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.registry import recorded
 from fedkd.sources import digest
 from fedkd.strategy import DistillationStrategy
@@ -42,12 +46,93 @@ def run(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
     strategy = check(experiment)
     with Callbacks(callbacks) as told:
         folder, named = _prepared(experiment, strategy)
-        told.on_run_start(named, folder.path)
+        return _finished(strategy, named, folder, told)
+
+
+def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
+    """Go on with a run that was cut off, after the last round that it finished.
+
+    Its records, states and result become those of a run that was never cut off: bit for bit on the same
+    machine, but for its seconds. Each resumption is a line of ``resumptions.jsonl``.
+
+    Args:
+        path: the run folder.
+        callbacks: told of the rounds that are still to be run, as of those of any run.
+
+    Returns:
+        The finished run, read back from its folder. A run that is finished already is only read.
+
+    Raises:
+        FedkdError: there is no run of this code, or another process is running it.
+    """
+    folder = RunFolder.existing(path)
+    if folder.is_finished:
+        return Run.load(folder.path)
+    experiment = folder.found()
+    check_resumable(folder, experiment)
+    keep_freed_memory()
+    strategy = check(experiment, is_new=False)
+    with Callbacks(callbacks) as told:
+        return _finished(strategy, experiment, folder, told)
+
+
+def check_resumable(folder: RunFolder, experiment: Experiment) -> None:
+    """Refuse to go on with a run of other code: the numbers of one run come of one code.
+
+    Raises:
+        FedkdError: the sources differ from those that the run began with.
+    """
+    if folder.sources != digest(experiment):
+        raise FedkdError(
+            f"{folder.path} was begun by other code (fedkd {folder.version}; fedkd, strategies or "
+            "client-code differ): go on with that, or begin a new run"
+        )
+
+
+def _finished(
+    strategy: DistillationStrategy, experiment: Experiment, folder: RunFolder, told: Callbacks
+) -> Run:
+    """Run all rounds that are left of a run."""
+    with folder.locked(), between_rounds() as interrupts:
+        _note_resumption(experiment, folder)
+        told.on_run_start(experiment, folder.path)
+
+        def on_round(row: Row) -> None:
+            told.on_round_end(row)
+            if interrupts.wanted and row["round"] < experiment.num_server_rounds:
+                raise InterruptedRun(
+                    f"interrupted after round {row['round']} of {experiment.num_server_rounds}; "
+                    f"fedkd run --resume {folder.path} goes on"
+                )
+
         engine = import_module(_ENGINES[experiment.engine])
-        engine.run(strategy, named, folder, told.on_round_end)
+        with _naming_how_to_go_on(folder):
+            engine.run(strategy, experiment, folder, on_round)
         done = Run.load(folder.path)
         told.on_run_end(done)
     return done
+
+
+@contextmanager
+def _naming_how_to_go_on(folder: RunFolder) -> Iterator[None]:
+    """Say what is not lost in a Ctrl-C that stops at once."""
+    try:
+        yield
+    except InterruptedRun:
+        raise
+    except KeyboardInterrupt:
+        last = Checkpoint.load(folder.path).round
+        raise InterruptedRun(
+            f"stopped at once, {last} rounds are done; fedkd run --resume {folder.path} goes on"
+        ) from None
+
+
+def _note_resumption(experiment: Experiment, folder: RunFolder) -> None:
+    """Write down after which round, and where, a run goes on that has finished any."""
+    last = Checkpoint.load(folder.path).round
+    if last:
+        surroundings = environment(experiment.device, torch.get_num_threads())
+        folder.append("resumptions.jsonl", {"after_round": last, **surroundings})
 
 
 def run_side_by_side(

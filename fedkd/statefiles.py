@@ -10,7 +10,9 @@ takes the space of the rows that were written. Rows are read and written in plac
 asked for: a memory map would make whole pages resident, be killed where the disk is full instead of
 told so, and share pages between machines that write each other's neighbours.
 
-Processes that die leave no half-written state behind; a machine that loses power may.
+A state is on the disk before `StateFiles.save` returns. A process that dies, or a machine that loses
+power, may leave a broken state in a slot, but never in that of the state which the order started from;
+and as a server writes down that a round is done after its clients' states, nobody asks for the other.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from fedkd.cohort import State
 from fedkd.errors import FedkdError
+from fedkd.records import flush_folder
 
 INITIAL = 0
 """The round of the state that every client starts from; it is never stored."""
@@ -213,7 +216,8 @@ class StateFiles:
                 is not touched.
 
         Raises:
-            FedkdError: a file cannot be written, or holds other parameters. The states to keep are
+            FedkdError: a file cannot be written, or holds other parameters, or newer states: this
+                process is a leftover of a run that has gone on without it. The states to keep are
                 there nevertheless.
         """
         if round <= INITIAL:
@@ -233,6 +237,8 @@ class StateFiles:
             with part.opened("written") as file:
                 file.check(kinds)
                 held = file.rounds()[:, part.rows]
+                if (held > round).any():
+                    raise FedkdError(f"{part.path} holds states of rounds after {round} already")
                 stays = (held == kept[part.positions]) & (held != round)
                 cells = stays[0] * CLIENTS_A_FILE + part.rows
                 # Nothing that a torn write leaves behind may pass for a state: the slot is empty
@@ -240,6 +246,7 @@ class StateFiles:
                 file.write_rounds(part.rows, np.where(stays, held, INITIAL))
                 file.write(cells, part.positions, contents)
                 file.write(cells, part.positions, rounds)
+                file.flush()
 
     def _parts(self, clients: Sequence[int]) -> Iterator[_Part]:
         """Sort clients into files."""
@@ -314,8 +321,11 @@ class _Part:
             with temporary.open("xb") as file:
                 file.write(header)
                 file.truncate(size)
+                file.flush()
+                os.fsync(file.fileno())
             with suppress(FileExistsError):
                 self.path.hardlink_to(temporary)
+            flush_folder(self.path.parent)
         except OSError as error:
             raise FedkdError(f"{self.path} cannot be written: {error.strerror}") from error
         finally:
@@ -401,6 +411,10 @@ class _OpenFile:
         """Write the rounds int64 ``[2, n]`` of both slots of some rows."""
         cells = np.concatenate([rows, CLIENTS_A_FILE + rows])
         self.write(cells, np.arange(len(cells)), {"round": rounds.reshape(-1).view(np.uint8).data})
+
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self._file.fileno())
 
     def read(self, cells: _Ints, positions: _Ints, contents: Mapping[str, memoryview]) -> None:
         """Read cells of the named tensors into positions of stacks, of which it gets the bytes."""

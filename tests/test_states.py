@@ -8,9 +8,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import accumulate
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from secrets import token_hex
@@ -172,10 +173,11 @@ def test_only_the_newest_state_and_its_base_are_kept(tmp_path: Path) -> None:
     assert after(4, 2) == [2, 4]  # and so was 3
     assert after(4, 2) == [2, 4]
     assert after(11, 4) == [4, 11]
-    assert after(5, 4) == [4, 5]  # started anew from an older record
     assert store.load({7: 4}).models["student"]["a"].unique().tolist() == [4]
-    assert store.load({7: 5}).models["student"]["a"].unique().tolist() == [5]
-    assert after(1, INITIAL) == [1]
+    assert store.load({7: 11}).models["student"]["a"].unique().tolist() == [11]
+    with pytest.raises(FedkdError, match="holds states of rounds after 5 already"):
+        after(5, 4)  # a leftover of a run that has gone on without it
+    assert rounds() == [4, 11]
     with pytest.raises(ValueError, match="round = 0"):
         after(INITIAL, INITIAL)
 
@@ -262,9 +264,20 @@ class Model:
 
 some_rounds = st.integers(0, 5)
 some_clients = st.dictionaries(st.sampled_from(CLIENTS), some_rounds, min_size=1)
+
+
+def in_order(history: list[Any]) -> list[Any]:
+    """Let rounds only go up, as those of a run do."""
+    newest = list(accumulate((step[2] for step in history), max))
+    return [
+        (w, bases, number, seed)
+        for (w, bases, _, seed), number in zip(history, newest, strict=True)
+    ]
+
+
 histories = st.lists(
     st.tuples(st.booleans(), some_clients, st.integers(1, 5), st.integers(0, 2**30)), max_size=23
-)
+).map(in_order)
 """Each step: whether to write, which clients with which bases, the round to write, a seed."""
 
 
@@ -546,7 +559,8 @@ def test_a_client_that_runs_twice_at_a_time_has_one_state_or_the_other(tmp_path:
     def write(number: int) -> None:
         states = marked([7], number, size)
         for _ in range(53):
-            store.save(states, number, {7: 1})
+            with suppress(FedkdError):  # the later round is there already
+                store.save(states, number, {7: 1})
 
     def read() -> None:
         for _ in range(53):

@@ -16,6 +16,7 @@ from flwr.app import Message, RecordDict
 
 from fedkd.client_app import answers, introduce, reply, store_of
 from fedkd.engines.workers import Workers
+from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, encode_introduction
 from fedkd.orders import Failure
@@ -35,11 +36,14 @@ def run(
 ) -> None:
     """Run a federation in this process, or from it, and write its records to `folder`."""
     with ExitStack() as stack:
-        workers = stack.enter_context(Workers(experiment)) if experiment.num_workers else None
+        events = Events()
+        workers = Workers(experiment, events) if experiment.num_workers else None
+        if workers is not None:
+            stack.enter_context(workers)
         clients = Clients(experiment, workers.answers if workers else None)
         grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
         stack.enter_context(task_identity())
-        strategy.open(grid, experiment, folder, on_round).run()
+        strategy.open(grid, experiment, folder, on_round, events).run()
 
 
 class Clients:

@@ -8,6 +8,7 @@ from flwr.serverapp import Grid
 
 from fedkd.client_app import app
 from fedkd.engines.workers import located
+from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.records import Row, RunFolder
 from fedkd.strategy import DistillationStrategy
@@ -21,10 +22,10 @@ def run(
     on_round: Callable[[Row], None],
 ) -> None:
     """Run a federation on Ray and write its records to `folder`."""
-    placed = located(experiment)
+    placed, events = located(experiment), Events()
 
     def server(grid: Grid) -> None:
-        strategy.open(grid, placed, folder, on_round).run()
+        strategy.open(grid, placed, folder, on_round, events).run()
 
     simulate(
         server,
@@ -32,4 +33,5 @@ def run(
         num_clients=placed.num_clients,
         client_cpus=placed.client_cpus,
         client_gpus=placed.client_gpus,
+        events=events,
     )
