@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 from cyclopts import App, Parameter
@@ -35,6 +36,7 @@ from fedkd.options import (
     chosen_accuracy,
     chosen_count,
     chosen_seeds,
+    refuse_beside,
 )
 
 app = App(
@@ -151,61 +153,72 @@ def compare(
             "default 1]",
         ),
     ] = None,
+    resume: Resume = None,
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
     """Run methods side by side on the same shards, public set and initial weights."""
-    with start.experiment() as experiment:
+    refuse_beside(resume, methods=methods, seeds=seeds, reference=reference, target=target)
+    with start.experiment(resume, _begun_comparison) as experiment:
         from fedkd import comparison, display
 
         names = None if methods is None else methods.split(",")
         chosen = chosen_seeds(seeds, experiment)
         share, at_once = chosen_accuracy(target), chosen_count(jobs)
         with output.progress(lambda: display.compare_plan(experiment)) as steps:
-            done = comparison.compare(
-                experiment,
-                names,
-                chosen,
-                reference=reference,
-                target=share,
-                jobs=at_once,
-                progress=steps.show,
-            )
+            if resume is not None:
+                done = comparison.resume(resume, jobs=at_once, progress=steps.show)
+            else:
+                done = comparison.compare(
+                    experiment,
+                    names,
+                    chosen,
+                    reference=reference,
+                    target=share,
+                    jobs=at_once,
+                    progress=steps.show,
+                )
     brief = [f"{entry.label}: {display.spread(entry.accuracies)}" for entry in done.entries]
     said = ["\n".join(lines) for lines in (done.notes, done.sentences) if lines]
     output.result(done.as_json(), brief, [done.table(), *said, {"folder": str(done.path)}])
+
+
+def _begun_comparison(folder: str) -> Experiment:
+    from fedkd.comparing.record import Record
+
+    return Record.read(Path(folder)).experiment
 
 
 @app.command
 def sweep(
     *,
     vary: Annotated[
-        str,
+        str | None,
         Parameter(
             group=WORK,
             metavar="GRID",
             help="keys and values, such as 'alpha=0.1,0.5,0.9 tau=1,5 learning-rate=0.001,0.01'; or, "
-            "with --trials, ranges, such as 'alpha=0.1..0.9 tau=1..20'",
+            "with --trials, ranges, such as 'alpha=0.1..0.9 tau=1..20' [needed unless --resume]",
         ),
-    ],
+    ] = None,
     of: Annotated[
-        str,
+        str | None,
         Parameter(
             group=WORK,
             metavar="WHAT",
             help="whose accuracy counts [federation: mean over its clients; central: the student "
             "distilled from the pooled teacher; default federation]",
         ),
-    ] = "federation",
+    ] = None,
     folds: Annotated[
-        int,
+        int | None,
         Parameter(
             group=WORK,
             metavar="F",
             help="parts of the training images, each held out once and measured on; the test set is "
             "never touched [whole number ≥ 2; default 3]",
         ),
-    ] = 3,
+    ] = None,
     trials: Annotated[
         int | None,
         Parameter(
@@ -215,28 +228,25 @@ def sweep(
         ),
     ] = None,
     seeds: Seeds = None,
+    resume: Resume = None,
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
     """Choose alpha, tau and the like by cross-validation on the training images."""
-    with start.experiment() as experiment:
+    refuse_beside(resume, vary=vary, of=of, folds=folds, trials=trials, seeds=seeds)
+    with start.experiment(resume) as experiment:
         from fedkd import display, sweeps
 
-        chosen = chosen_seeds(seeds, experiment)
-        grid, are_ranges = sweeps.parse(vary)
-        if are_ranges != (trials is not None):
-            raise FedkdError(
-                f"vary = '{vary}': values make a grid, ranges (LOW..HIGH) a search, which needs --trials"
-            )
+        if resume is not None:
+            asked = sweeps.Asked.in_folder(resume)
+        else:
+            grid = sweeps.parse(vary, is_search=trials is not None)
+            chosen = chosen_seeds(seeds, experiment)
+            asked = sweeps.Asked(grid, trials, chosen, folds or 3, of or "federation")
         with output.progress(
-            lambda: display.sweep_plan(experiment, vary, chosen, folds, of)
+            lambda: display.sweep_plan(experiment, str(asked), asked.seeds, asked.folds, asked.of)
         ) as steps:
-            if trials is None:
-                done = sweeps.sweep(experiment, grid, chosen, folds, of=of, progress=steps.show)
-            else:
-                done = sweeps.search(
-                    experiment, grid, trials, chosen, folds, of=of, progress=steps.show
-                )
+            done = asked.make(experiment, steps.show)
     output.result(
         done.as_json(), [f"{done.best}: {done.accuracy_text}"], [done.table(), done.facts()]
     )

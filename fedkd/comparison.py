@@ -1,14 +1,15 @@
 """Central and federated methods side by side, on the same shards, public set and initial weights.
 
-Runs that are there already are not made again, so that a comparison which was interrupted goes on, and
-one with another method or seed costs that method or seed. The comparison's own record only says which
+Runs that are there already are not made again, and those that were cut off go on, so that one with
+another method or seed costs that method or seed. The comparison's own record only says which
 runs it is made of: every number is computed from their folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +47,7 @@ from fedkd.comparing.reuse import Shelf, common_plan, joined
 from fedkd.comparing.verdicts import rivals, sentence
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.interrupts import InterruptedRun
 from fedkd.records import CentralRun, Run
 from fedkd.tuning import planned
 
@@ -191,7 +193,8 @@ def compare(
 ) -> Comparison:
     """Run methods on the same shards, public set, client samples and initial weights.
 
-    Finished runs in ``run-dir`` are taken where the same code made them of the same experiment.
+    Finished runs in ``run-dir`` are taken where the same code made them of the same experiment, and
+    unfinished ones go on.
 
     Args:
         experiment: what all methods share. Its strategy is not used, its ``strategy-config`` only by
@@ -218,9 +221,52 @@ def compare(
     chosen = _reference(names, reference)
     share = _share(target)
     Record.check(experiment)
-    folders, reused, remark = _made(experiment, names, seeds, jobs, progress)
-    record = Record(experiment, names, seeds, chosen, share, *folders, reused, remark)
-    return Comparison(**_assembled(record.written()))
+    record = Record(experiment, names, seeds, chosen, share).written()  # for `resume`
+    with _naming_how_to_go_on(record.path):
+        folders, reused, remark = _made(experiment, names, seeds, jobs, progress)
+    runs, central = folders
+    done = replace(record, runs=runs, central=central, reused=reused, remark=remark)
+    return Comparison(**_assembled(done.written()))
+
+
+def resume(
+    path: str | Path, *, jobs: int = 1, progress: Callable[[str, float], None] = lambda _, __: None
+) -> Comparison:
+    """Go on with a comparison that was cut off; see `compare`.
+
+    Runs that were cut off go on after their last finished round.
+
+    Args:
+        path: its folder, which may have been moved together with those of its runs.
+        jobs: see `compare`.
+        progress: see `compare`.
+
+    Raises:
+        FedkdError: there is no comparison, or see `compare`.
+    """
+    folder = Path(path)
+    record = Record.read(folder)
+    experiment = record.experiment.replace(run_dir=str(folder.parent))
+    if experiment.name is not None:
+        experiment = experiment.replace(name=folder.name)
+    return compare(
+        experiment,
+        record.methods,
+        record.seeds,
+        reference=record.reference,
+        target=record.target,
+        jobs=jobs,
+        progress=progress,
+    )
+
+
+@contextmanager
+def _naming_how_to_go_on(path: Path) -> Iterator[None]:
+    """Say in a Ctrl-C how the whole comparison goes on, not only the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRun(f"interrupted; fedkd compare --resume {path} goes on") from None
 
 
 def _reference(names: Sequence[str], wanted: Method | None) -> str:
@@ -261,12 +307,17 @@ def _made(
     central = shelf.central(pooled(experiment)) if has_central else {}
     central = {seed: central[seed] for seed in seeds if seed in central}
     missing = [key for key in wanted if key not in there]
+    begun = {key: shelf.unfinished(variant(experiment, *key)) for key in missing}
     jobs = _central_jobs(experiment, seeds, central) if has_central else []
     if missing:
         with threads(threads_each(at_once)):
             # One plan for all federations: its bits are not the method's.
-            shared = planned(common_plan(experiment, [f for fs in there.values() for f in fs]))
-        jobs += [Job(f"{label(n)}, seed {s}", _free(variant(shared, n, s))) for n, s in missing]
+            known = [*(f for fs in there.values() for f in fs), *filter(None, begun.values())]
+            shared = planned(common_plan(experiment, known))
+        jobs += [
+            Job(f"{label(n)}, seed {s}", _free(variant(shared, n, s)), begun=begun[n, s])
+            for n, s in missing
+        ]
     paths, remark = make(jobs, at_once, progress)
     central |= {seed: path for job, path in zip(jobs, paths, strict=True) for seed in job.seeds}
     made = dict(zip(missing, paths[len(paths) - len(missing) :], strict=True))
@@ -301,6 +352,10 @@ def _free(experiment: Experiment) -> Experiment:
 
 def _assembled(record: Record) -> dict[str, Any]:
     """Compute a comparison's attributes from its record and run folders."""
+    if not record.is_finished:
+        raise FedkdError(
+            f"{record.path} is unfinished: fedkd compare --resume {record.path} goes on"
+        )
     runs = {name: [Run.load(path) for path in paths] for name, paths in record.runs.items()}
     baseline = joined(record.central) if record.central else None
     points = {n: [curve(run, record.counted[n]) for run in each] for n, each in runs.items()}

@@ -169,11 +169,7 @@ def central_plan(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]
 
 
 def sweep_plan(
-    experiment: Experiment,
-    vary: str,
-    seeds: Sequence[int],
-    folds: int,
-    of: str,
+    experiment: Experiment, what: str, seeds: Sequence[int], folds: int, of: str
 ) -> dict[str, str]:
     """Say what a sweep is about to do."""
     held_out = experiment.replace(fold=f"1/{folds}")
@@ -182,7 +178,7 @@ def sweep_plan(
     return {
         **{name: text for name, text in shared.items() if name != "seeds"},
         **strategy,
-        "sweep": f"{vary}, {len(seeds)} seed{'s' * (len(seeds) != 1)}, {folds} folds",
+        "sweep": what,
     }
 
 

@@ -66,6 +66,27 @@ Resume = Annotated[
 ]
 
 
+def begun_run(folder: str) -> Experiment:
+    """Return the experiment of a folder in which a run or sweep has begun."""
+    from fedkd.records import RunFolder
+
+    return RunFolder.existing(folder).found()
+
+
+def refuse_beside(resumed: str | None, **options: object) -> None:
+    """Refuse options beside ``--resume``, which goes on with what was asked for in the beginning.
+
+    Raises:
+        FedkdError: one of them is not `None`; the text names it.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if resumed is not None and given:
+        named = ", ".join(name if name.startswith("-") else f"--{kebab(name)}" for name in given)
+        raise FedkdError(
+            f"--resume {resumed} goes on with what was begun there, which {named} cannot change"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Start:
     """Where an experiment comes from; the flags themselves are added below."""
@@ -101,22 +122,20 @@ class _Start:
         return found
 
     @contextmanager
-    def experiment(self, resumed: str | None = None) -> Iterator[Experiment]:
+    def experiment(
+        self, resumed: str | None = None, begun: Callable[[str], Experiment] = begun_run
+    ) -> Iterator[Experiment]:
         """Validate the experiment for the block; errors in it name the source of each value.
 
         Args:
-            resumed: folder of a run, comparison or sweep, whose experiment it is then.
+            resumed: a folder, in which something goes on, whose experiment it is then.
+            begun: returns the experiment of such a folder.
         """
         sources = self.sources()
         if resumed is not None:
-            if sources or self.smoke:
-                given = ", ".join(["--smoke"] * self.smoke + [where for where, _ in sources])
-                raise FedkdError(
-                    f"--resume {resumed} goes on with what was begun there: {given} cannot change it"
-                )
-            from fedkd.records import RunFolder
-
-            yield RunFolder.existing(resumed).found()
+            keys = {where: True for where, _ in sources}
+            refuse_beside(resumed, **{"--smoke": self.smoke or None}, **keys)
+            yield begun(resumed)
             return
         try:
             experiment = Experiment.load(*sources)

@@ -174,6 +174,15 @@ class RunFolder:
             yield
 
     @property
+    def is_running(self) -> bool:
+        """Whether a process is running it just now."""
+        try:
+            with self.locked():
+                return False
+        except FedkdError:
+            return True
+
+    @property
     def version(self) -> str | None:
         """The version of fedkd that wrote it, if it says so."""
         return self._said("fedkd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fedkd.interrupts import InterruptedRun, between_rounds
 from fedkd.knowledge import SoftLabels
 from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
-from fedkd.registry import recorded
+from fedkd.registry import recorded, strategy_of
 from fedkd.sources import digest
 from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import described, planned
@@ -74,6 +74,19 @@ def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
     strategy = check(experiment, is_new=False)
     with Callbacks(callbacks) as told:
         return _finished(strategy, experiment, folder, told)
+
+
+def run_or_resume(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
+    """Run an experiment that has a name, or go on with it in its folder; see `is_begun`.
+
+    Raises:
+        FedkdError: see `run`.
+    """
+    keep_freed_memory()
+    strategy = check(experiment, is_new=False)
+    with Callbacks(callbacks) as told:
+        folder, named = _taken_up(experiment, strategy)
+        return _finished(strategy, named, folder, told)
 
 
 def check_resumable(folder: RunFolder, experiment: Experiment) -> None:
@@ -136,7 +149,10 @@ def _note_resumption(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def run_side_by_side(
-    experiments: Sequence[Experiment], callbacks: Iterable[Callback] = ()
+    experiments: Sequence[Experiment],
+    callbacks: Iterable[Callback] = (),
+    *,
+    is_new: bool = True,
 ) -> list[Run | Exception]:
     """Run federations on the same data, their clients in one stack of models.
 
@@ -144,6 +160,7 @@ def run_side_by_side(
         experiments: of the in-process engine without workers; they differ in the keys of
             `fedkd.stack.STACKABLE`, the seed (of the same shards) and the name alone.
         callbacks: told of every round of all of them, as it ends.
+        is_new: whether their folders must not be there yet; else those that have been begun go on.
 
     Returns:
         The finished runs, or what ended one early. Their numbers are those of runs alone, within
@@ -155,17 +172,23 @@ def run_side_by_side(
     if not experiments:
         return []
     keep_freed_memory()
-    strategies = [check(experiment) for experiment in experiments]
+    strategies = [check(experiment, is_new=is_new) for experiment in experiments]
     together = import_module("fedkd.engines.together")
     experiments = _with_one_plan(experiments)
     together.check_alike(experiments)
     prepared = [
-        _prepared(experiment, strategy)
-        for experiment, strategy in zip(experiments, strategies, strict=True)
+        (is_new and _prepared(each, strategy)) or _taken_up(each, strategy)
+        for each, strategy in zip(experiments, strategies, strict=True)
     ]
-    with Callbacks(callbacks) as told:
+    with Callbacks(callbacks) as told, between_rounds() as interrupts:
+
+        def on_round(row: Row) -> None:
+            told.on_round_end(row)
+            if interrupts.wanted:
+                raise InterruptedRun("interrupted between two rounds")
+
         planned = [
-            together.Planned(strategy, named, folder, told.on_round_end)
+            together.Planned(strategy, named, folder, on_round)
             for strategy, (folder, named) in zip(strategies, prepared, strict=True)
         ]
         ended = together.run_together(planned)
@@ -203,6 +226,27 @@ def _prepared(
     said = {**surroundings, **sources, **described(experiment), **_codec(experiment, strategy)}
     folder.write_experiment(named, said)
     return folder, named
+
+
+def _taken_up(
+    experiment: Experiment, strategy: DistillationStrategy
+) -> tuple[RunFolder, Experiment]:
+    """Return the folder in which a run goes on, if it has been begun, or make it."""
+    if not is_begun(experiment):
+        return _prepared(experiment, strategy)
+    folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))
+    return folder, folder.experiment
+
+
+def is_begun(experiment: Experiment) -> bool:
+    """Whether the folder of a named experiment is there, and holds the same by the same code."""
+    wanted = experiment.replace(
+        device=_device(experiment), **recorded(experiment, strategy_of(experiment))
+    )
+    with suppress(FedkdError):
+        folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))
+        return folder.experiment == wanted and folder.sources == digest(wanted)
+    return False
 
 
 def _codec(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:

@@ -9,7 +9,7 @@ interrupted, or is asked for more seeds or points, goes on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -237,7 +237,7 @@ def sweep(
     trials = Trials(experiment, of, _seeds(experiment, seeds), folds, progress)
     points = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     trials.check(points)
-    trials.begin(values, points, is_search=False)
+    trials.begin(values, points)
     trials.evaluate(points)
     return Sweep.load(trials.finish(points))
 
@@ -281,7 +281,7 @@ def search(
             raise FedkdError(f"{kebab(key)} = {bounds[0]}..{bounds[1]}: LOW must be below HIGH")
     work = Trials(experiment, of, _seeds(experiment, seeds), folds, progress)
     work.check([{key: bounds[end] for key, bounds in values.items()} for end in (0, 1)])
-    work.begin(values, [], is_search=True)
+    work.begin(values, [], trials)
     points: list[Keys] = []
     while len(points) < trials:
         asked = [study.ask() for _ in range(min(AT_ONCE, trials - len(points)))]
@@ -292,6 +292,64 @@ def search(
         points += new
     distinct = [keys for n, keys in enumerate(points) if keys not in points[:n]]
     return Sweep.load(work.finish(distinct))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of a sweep, beside the experiment; see `sweep` and `search`.
+
+    Attributes:
+        grid: values by key; of a search, the bounds of each.
+        trials: of a search, the points to try.
+        seeds: S seeds.
+        folds: F.
+        of: whose accuracy.
+    """
+
+    grid: dict[str, list[Scalar]]
+    trials: int | None
+    seeds: list[int]
+    folds: int
+    of: str
+
+    @classmethod
+    def in_folder(cls, path: str | Path) -> Self:
+        """Read it in a sweep's folder.
+
+        Raises:
+            FedkdError: there is no sweep in it.
+        """
+        said = SweepFolder(Path(path)).record()
+        return cls(**{each.name: said[each.name] for each in fields(cls)})
+
+    def __str__(self) -> str:
+        between = "," if self.trials is None else ".."
+        grid = [f"{kebab(key)}={between.join(map(str, v))}" for key, v in self.grid.items()]
+        return f"{' '.join(grid)}, {_count(self.seeds, 'seed')}, {self.folds} folds"
+
+    def make(self, experiment: Experiment, progress: Progress = silent) -> Sweep:
+        """Make the sweep, or go on with it.
+
+        Raises:
+            FedkdError: see `sweep` and `search`.
+        """
+        rest: dict[str, Any] = {"of": self.of, "progress": progress}
+        if self.trials is None:
+            return sweep(experiment, self.grid, self.seeds, self.folds, **rest)
+        return search(experiment, self.grid, self.trials, self.seeds, self.folds, **rest)
+
+
+def resume(path: str | Path, *, progress: Progress = silent) -> Sweep:
+    """Go on with a sweep or search that was cut off, after the rounds that are done.
+
+    Args:
+        path: its folder.
+        progress: see `sweep`.
+
+    Raises:
+        FedkdError: there is no sweep of this code in it.
+    """
+    return Asked.in_folder(path).make(RunFolder.existing(path).found(), progress)
 
 
 def _study(seed: int) -> Any:
@@ -341,15 +399,21 @@ def _typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict
 _FIXED = ("seed", "fold", "name", "run_dir", "data_dir", "engine", "plan")
 
 
-def parse(text: str) -> tuple[dict[str, list[Scalar]], bool]:
+def parse(text: str | None, *, is_search: bool) -> dict[str, list[Scalar]]:
     """Read a grid such as ``alpha=0.3,0.7 tau=1,5``, or ranges such as ``alpha=0.1..0.9``.
 
+    Args:
+        text: of either.
+        is_search: whether it has to be ranges.
+
     Returns:
-        Values (or bounds) by key, as text; and whether they are ranges.
+        Values (or bounds) by key, as text.
 
     Raises:
-        FedkdError: it is neither.
+        FedkdError: it is neither, or the other.
     """
+    if text is None:
+        raise FedkdError("--vary is missing: name keys and values, as in 'alpha=0.3,0.7 tau=1,5'")
     found: dict[str, list[Scalar]] = {}
     ranges = set()
     for pair in text.split():
@@ -364,7 +428,11 @@ def parse(text: str) -> tuple[dict[str, list[Scalar]], bool]:
         ranges.add(".." in values)
     if len(ranges) > 1:
         raise FedkdError(f"vary = '{text}': either values or ranges, not both")
-    return found, ranges == {True}
+    if ranges != {is_search}:
+        raise FedkdError(
+            f"vary = '{text}': values make a grid, ranges (LOW..HIGH) a search, which needs --trials"
+        )
+    return found
 
 
 def _percent(point: Point) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -20,7 +21,7 @@ from fedkd.experiment import Experiment, Scalar
 from fedkd.pooled import Pooled, accuracies
 from fedkd.preflight import check
 from fedkd.records import Row, Run, RunFolder, environment, write_json
-from fedkd.runner import run, run_side_by_side
+from fedkd.runner import is_begun, run_or_resume, run_side_by_side
 from fedkd.sources import digest
 from fedkd.tuning import Counts, clients_at_once, planned
 from fedkd.world import check_models, resolve_device, world_of
@@ -105,7 +106,7 @@ class SweepFolder:
             found = dict(json.loads((self.path / _RECORD).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             raise FedkdError(f"{self.path} holds no sweep: no {_RECORD} to be read") from None
-        missing = {"of", "grid", "is_search", "seeds", "folds", "points"} - set(found)
+        missing = {"of", "grid", "is_search", "trials", "seeds", "folds", "points"} - set(found)
         if missing:
             raise FedkdError(f"{self.path / _RECORD} says nothing of {', '.join(sorted(missing))}")
         return found
@@ -184,14 +185,17 @@ class Trials:
             check(experiment)
 
     def begin(
-        self, grid: Mapping[str, Sequence[Scalar]], points: Sequence[Keys], *, is_search: bool
+        self,
+        grid: Mapping[str, Sequence[Scalar]],
+        points: Sequence[Keys],
+        trials: int | None = None,
     ) -> None:
         """Make the folder, or go on in that of the same sweep.
 
         Args:
             grid: values by key, or bounds.
             points: all there will be, or none that is known yet.
-            is_search: whether they are chosen on the way.
+            trials: of a search, how many points are chosen on the way.
 
         Raises:
             FedkdError: the folder belongs to something else.
@@ -199,7 +203,8 @@ class Trials:
         self._said = {
             "of": self._of,
             "grid": {key: list(values) for key, values in grid.items()},
-            "is_search": is_search,
+            "is_search": trials is not None,
+            "trials": trials,
             "seeds": self._seeds,
             "folds": self._folds,
             "points": list(points),
@@ -347,20 +352,26 @@ class Trials:
     def _in_federations(self, cells: Sequence[Cell]) -> list[Run | Exception]:
         """Run all cells' federations, side by side where there are several."""
         at_once = clients_at_once(self._kind(cells[0]))
-        plan = self._plan(cells[0], tuple((name, n * len(cells)) for name, n in at_once))
+        runs_folder = self.folder.path / _RUNS  # where those of a sweep that was cut off are
+        counts = tuple((name, n * len(cells)) for name, n in at_once)
+        plan = _begun_plan(runs_folder / "0") or self._plan(cells[0], counts)
         experiments = [self._cell_experiment(cell).replace(plan=plan) for cell in cells]
-        runs_folder = self.folder.path / _RUNS
-        rmtree(runs_folder, ignore_errors=True)  # of a sweep that was interrupted
         placed = [
             experiment.replace(name=f"{number}", run_dir=str(runs_folder))
             for number, experiment in enumerate(experiments)
         ]
+        if not all(is_begun(each) for each in placed):
+            rmtree(runs_folder, ignore_errors=True)
         told = _Rounds(
             f"fold {cells[0].fold} of {self._folds}: {len(cells)} federations",
             sum(experiment.num_server_rounds for experiment in experiments),
             self._tell,
         )
-        found = run_side_by_side(placed, [told]) if len(placed) > 1 else [_alone(placed[0], told)]
+        found = (
+            run_side_by_side(placed, [told], is_new=False)
+            if len(placed) > 1
+            else [_alone(placed[0], told)]
+        )
         rmtree(runs_folder, ignore_errors=True)
         return found
 
@@ -369,9 +380,16 @@ class Trials:
         return planned(self._kind(Cell(cell.keys, cell.seed, 1)), counts).plan
 
 
+def _begun_plan(path: Path) -> str | None:
+    """Return the plan of a run that was cut off, which decides its last bits, if there is one."""
+    with suppress(FedkdError):
+        return RunFolder.existing(path).experiment.plan
+    return None
+
+
 def _alone(experiment: Experiment, told: Callback) -> Run | Exception:
     try:
-        return run(experiment, [told])
+        return run_or_resume(experiment, [told])
     except DivergedError as error:
         return error
 

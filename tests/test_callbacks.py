@@ -91,7 +91,7 @@ def test_everything_is_on_disk_before_it_is_told(tmp_path: Path) -> None:
             found["run"] = run
 
     run = fedkd.run(tiny(tmp_path, name=None), callbacks=[Witness()])
-    assert found["files"] == {"experiment.toml"}
+    assert found["files"] == {"experiment.toml", ".lock"}
     assert found["path"] == run.path
     assert found["named"] == run.experiment
     assert found["named"].name == run.path.name
@@ -238,7 +238,7 @@ def test_ctrl_c_reaches_on_error(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fedkd.run(tiny(tmp_path), callbacks=[EachRound(interrupt), Diary(notes)])
-    assert notes == ["start", "KeyboardInterrupt"]
+    assert notes == ["start", "InterruptedRun"]
 
 
 class Hopeless(nn.Module):

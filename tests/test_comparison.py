@@ -248,10 +248,11 @@ def test_only_what_is_missing_is_made(comparison: fedkd.Comparison, copy: Path) 
     assert Comparison.load(more.path) == more
 
 
-def test_a_run_of_other_code_or_half_a_run_is_made_again_and_left_alone(copy: Path) -> None:
+def test_a_run_of_other_code_is_made_again_and_half_a_run_goes_on(copy: Path) -> None:
     other, half = copy / "both-localonly-seed0", copy / "both-fedavg-seed0"
     toml = (other / "experiment.toml").read_text()
     (other / "experiment.toml").write_text(re.sub("# sources: .", "# sources: x", toml))
+    whole = Run.load(half)
     (half / "result.json").unlink()
     again = fedkd.compare(BOTH.replace(run_dir=str(copy)), ["dsfl", "local", "fedavg"], [0, 3])
     assert again.reused == 4
@@ -259,9 +260,11 @@ def test_a_run_of_other_code_or_half_a_run_is_made_again_and_left_alone(copy: Pa
     assert names == {
         "DSFL": ["both-dsfl-seed0", "both-dsfl-seed3"],
         "LocalOnly": ["both-localonly-seed0-2", "both-localonly-seed3"],
-        "FedAvg": ["both-fedavg-seed0-2", "both-fedavg-seed3"],
+        "FedAvg": ["both-fedavg-seed0", "both-fedavg-seed3"],
     }
-    assert not (half / "result.json").exists()
+    assert again.runs["FedAvg"][0].rounds == whole.rounds
+    assert again.runs["FedAvg"][0].client_accuracy == whole.client_accuracy
+    assert (half / "resumptions.jsonl").is_file()
 
 
 @pytest.mark.parametrize("keys", [{"tau": 2.0}, {"batch_size": 61}, {"plan": "loop"}])

@@ -498,19 +498,20 @@ def test_what_is_not_right_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("alpha=0.3,0.7 tau=1,5", ({"alpha": ["0.3", "0.7"], "tau": ["1", "5"]}, False)),
-        ("learning-rate=1e-4..1e-1", ({"learning_rate": ["1e-4", "1e-1"]}, True)),
-        ("", ({}, False)),
+        ("alpha=0.3,0.7 tau=1,5", {"alpha": ["0.3", "0.7"], "tau": ["1", "5"]}),
+        ("learning-rate=1e-4..1e-1", {"learning_rate": ["1e-4", "1e-1"]}),
     ],
 )
 def test_a_grid_is_read_from_text(text: str, expected: Any) -> None:
-    assert parse(text) == expected
+    assert parse(text, is_search=".." in text) == expected
+    with pytest.raises(FedkdError, match=r"a search, which needs --trials"):
+        parse(text, is_search=".." not in text)
 
 
-@pytest.mark.parametrize("text", ["alpha", "alpha=", "=1", "alpha=1 alpha=2", "alpha=0..1 tau=1,2"])
+@pytest.mark.parametrize("text", ["", "alpha", "alpha=", "=1", "alpha=1 alpha=2", "alpha=0..1 tau=1,2"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(FedkdError, match="vary = "):
-        parse(text)
+        parse(text, is_search=False)
 
 
 # --- Search --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from fedkd.comparing import capacity
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.references import in_one_line
-from fedkd.runner import run
+from fedkd.runner import resume, run
 
 Progress = Callable[[str, float], None]
 """Called with what is going on and how far it is, 0..1."""
@@ -48,11 +48,13 @@ class Job:
         what: its name in progress and errors.
         experiment: the run.
         seeds: those of a central baseline; none of a federated run.
+        begun: the folder of the federated run, where it was cut off and goes on.
     """
 
     what: str
     experiment: Experiment
     seeds: tuple[int, ...] = ()
+    begun: Path | None = None
 
 
 def threads_each(at_once: int) -> int:
@@ -144,7 +146,9 @@ def _made(job: Job, told: Callable[[float], None]) -> Path:
         assert path is not None
         return path
     rounds = job.experiment.num_server_rounds
-    return run(job.experiment, [EachRound(lambda row: told(row["round"] / rounds))]).path
+    following = [EachRound(lambda row: told(row["round"] / rounds))]
+    done = resume(job.begun, following) if job.begun else run(job.experiment, following)
+    return done.path
 
 
 # --- The process that makes runs ------------------------------------------------------------------
@@ -162,7 +166,8 @@ def serve() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         torch.set_num_threads(task["threads"])
-        job = Job("", Experiment.load(("jobs", task["experiment"])), tuple(task["seeds"]))
+        begun = task["begun"] and Path(task["begun"])
+        job = Job("", Experiment.load(("jobs", task["experiment"])), tuple(task["seeds"]), begun)
         try:
             path = _made(job, lambda share: say(share=share))
         except BrokenPipeError:  # who asked has gone
@@ -218,7 +223,12 @@ class _Maker:
     def ask(self, job: Job) -> None:
         """Have it make a run."""
         self.share = 0.0
-        task = {"experiment": job.experiment.flat(), "seeds": job.seeds, "threads": self.threads}
+        task = {
+            "experiment": job.experiment.flat(),
+            "seeds": job.seeds,
+            "begun": job.begun and str(job.begun),
+            "threads": self.threads,
+        }
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has died, as its last answer says
             self.process.stdin.write(json.dumps(task) + "\n")

@@ -46,12 +46,17 @@ class Record:
     seeds: list[int]
     reference: str
     target: float | None
-    runs: dict[str, list[Path]]
-    central: dict[int, Path]
-    reused: int
-    remark: str | None
+    runs: dict[str, list[Path]] = field(default_factory=dict)
+    central: dict[int, Path] = field(default_factory=dict)
+    reused: int = 0
+    remark: str | None = None
     counted: dict[str, Counted] = field(default_factory=dict)
     path: Path = Path()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all runs have been made."""
+        return bool(self.runs or self.central)
 
     @staticmethod
     def check(experiment: Experiment) -> None:

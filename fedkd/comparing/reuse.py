@@ -1,19 +1,19 @@
-"""Find runs that need not be made again: finished ones of the same experiment by the same code."""
+"""Find runs that need not be made again, or not from the beginning: of the same experiment and code."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedkd.checkpoints import FILE as CHECKPOINT
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
-from fedkd.records import CentralRun, RunFolder
+from fedkd.records import CentralRun, RunFolder, read_json
 from fedkd.references import is_importable
 from fedkd.registry import recorded, strategy_of
 from fedkd.sources import digest
@@ -31,22 +31,24 @@ _NOT_CENTRAL = (
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """A finished run.
+class _Found:
+    """A run.
 
     Attributes:
         path: its folder.
         experiment: what was run, with the device that was found.
-        central_seeds: of a central baseline, else none.
+        is_finished: whether it has come to its end.
+        central_seeds: of a finished central baseline, else none.
     """
 
     path: Path
     experiment: Experiment
+    is_finished: bool
     central_seeds: tuple[int, ...]
 
 
 class Shelf:
-    """The finished runs in a folder that could have been made by this code here and now.
+    """The runs in a folder that could have been made by this code here and now.
 
     The digest of the sources and the version of PyTorch must be the same. A run is left out where the
     digest does not tell whether a user's own code is still the same: a strategy in a script or
@@ -54,14 +56,23 @@ class Shelf:
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        folders = sorted(p.parent for p in Path(run_dir).glob("*/result.json"))
+        folders = sorted(p.parent for p in Path(run_dir).glob("*/experiment.toml"))
         self._runs = [run for folder in folders if (run := _read(folder)) is not None]
 
     def federated(self, wanted: Experiment) -> list[Path]:
         """Return the folders of finished runs of a federated experiment."""
+        return [run.path for run in self._of(wanted) if run.is_finished]
+
+    def unfinished(self, wanted: Experiment) -> Path | None:
+        """Return the folder of a federated run that was cut off after a round or more, if any."""
+        found = (run.path for run in self._of(wanted) if not run.is_finished)
+        begun = (path for path in found if (path / CHECKPOINT).is_file())
+        return next((path for path in begun if not RunFolder(path).is_running), None)
+
+    def _of(self, wanted: Experiment) -> Iterator[_Found]:
         asked = wanted.replace(**recorded(wanted, strategy_of(wanted)))
         found = (run for run in self._runs if not run.central_seeds)
-        return [run.path for run in found if _same(asked, run.experiment, ())]
+        return (run for run in found if _same(asked, run.experiment, ()))
 
     def central(self, wanted: Experiment) -> dict[int, Path]:
         """Return the folder of each seed for which there is a central baseline."""
@@ -84,11 +95,12 @@ def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
     return experiment.replace(plan=plans.most_common(1)[0][0]) if plans else experiment
 
 
-def _read(folder: Path) -> _Finished | None:
-    """Return a finished run, or `None` for what is none or was made by other code."""
+def _read(folder: Path) -> _Found | None:
+    """Return a run, or `None` for what is none or was made by other code."""
     try:
         text = (folder / "experiment.toml").read_text(encoding="utf-8")
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        is_finished = RunFolder(folder).is_finished
+        result = read_json(folder / "result.json") if is_finished else {}
         said = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
         if said.get("torch") != version("torch") or "sources" not in said:
             return None
@@ -96,7 +108,7 @@ def _read(folder: Path) -> _Finished | None:
         if not _is_covered(experiment) or said["sources"] != digest(experiment):
             return None
         seeds = tuple(result["seeds"]) if "seeds" in result else ()
-        return _Finished(folder, experiment.replace(device=said["device"]), seeds)
+        return _Found(folder, experiment.replace(device=said["device"]), is_finished, seeds)
     except (OSError, ValueError, KeyError):  # half a record, or keys of another version
         return None
 
