@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedkd.knowledge import SoftLabels, Weights
     from fedkd.records import CentralRun, Run
     from fedkd.reports import report
-    from fedkd.runner import run
+    from fedkd.runner import resume, run
     from fedkd.strategy import DistillationStrategy
     from fedkd.sweeps import Sweep, sweep
 
@@ -42,6 +42,7 @@ _HOME = {
     "compare": "comparison",
     "export": "exporting",
     "report": "reports",
+    "resume": "runner",
     "run": "runner",
     "sweep": "sweeps",
 }
@@ -64,6 +65,7 @@ __all__ = [
     "export",
     "losses",
     "report",
+    "resume",
     "run",
     "sweep",
     "testing",

@@ -84,9 +84,9 @@ class Checkpoint:
             "knowledge_round": self.knowledge_round,
             "state": scalars,
             "trained": self.trained,
-            "base": list(self.base.items()),
+            "base": sorted(self.base.items()),
             **listed,
-            "asked": list(self.asked.items()),
+            "asked": sorted(self.asked.items()),
             "lost": self.lost,
             "totals": self.totals,
         }
@@ -149,7 +149,7 @@ def _listed(
 ) -> list[tuple[int, int | None]]:
     """Number references, each object once, and put their tensors beside the others."""
     found: list[tuple[int, int | None]] = []
-    for client, reference in references.items():
+    for client, reference in sorted(references.items(), key=lambda item: item[0]):
         if reference is None:
             found.append((client, None))
             continue

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import replace
+from math import isfinite
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
@@ -53,6 +54,7 @@ from fedkd.messages import (
 )
 from fedkd.orders import Order, Report
 from fedkd.phases import Apply, Digest, Phase, Predict, check_phases, closing
+from fedkd.privacy import epsilon
 from fedkd.randomness import permutation
 from fedkd.records import Row, RunFolder, environment
 from fedkd.references import blaming
@@ -141,8 +143,7 @@ class Federation:
         self.rows = folder.keep(kept.round)
         if not kept.round:
             return
-        for references in (kept.sent, kept.heard):
-            references |= {client: self._interned(each) for client, each in references.items()}
+        kept.sent |= {client: self._interned(each) for client, each in kept.sent.items()}
         server = self._server
         server.round, server.state, server.trained = kept.round, dict(kept.state), kept.trained
         if server.model is not None and kept.model is not None:
@@ -222,8 +223,6 @@ class Federation:
 
     def open_round(self, number: int) -> list[Message]:
         """Draw the round's clients and return their messages."""
-        if len(self._roster) < self._experiment.num_clients:
-            self.introduce()
         self._server.round = number
         due = number % self._experiment.evaluate_every == 0
         last = number == self._experiment.num_server_rounds
@@ -266,6 +265,8 @@ class Federation:
 
     def _open(self, order: Order, sampled: list[int]) -> list[Message]:
         """Begin an exchange: address the order to every sampled client."""
+        if len(self._roster) < self._experiment.num_clients:
+            self.introduce()
         exchange = self._exchange = Exchange(sampled)
         packed: _Encodings = {}
         request = encode_request(order.asked, self._server.world.sizes)
@@ -282,12 +283,28 @@ class Federation:
             knowledge = self._packed(client, mine.phases, packed) if mine.phases else {}
             content = encode_order(mine, self._record, knowledge, request)
             exchange.orders[client] = mine
+            self._count_asked(mine)
             exchange.down.count(client, content)
             timeout, group = self._experiment.round_timeout, str(order.round)
             node = self._roster[client]
             messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
         exchange.encoding = monotonic() - exchange.started
         return messages
+
+    def _count_asked(self, order: Order) -> None:
+        """Count the rows of soft labels that a client is about to give away."""
+        if any(isinstance(phase, Predict) for phase in order.phases):
+            asked = self._kept.asked
+            asked[order.client] = asked.get(order.client, 0) + len(order.asked)
+
+    def _epsilon(self) -> float | None:
+        """Return ε of the client that has been asked for most; `None` without noise, or if infinite."""
+        experiment = self._experiment
+        if not experiment.dp_noise:
+            return None
+        rows = max(self._kept.asked.values(), default=0)
+        found = epsilon(noise=experiment.dp_noise, rows=rows, delta=experiment.dp_delta)
+        return found if isfinite(found) else None
 
     def _phases(self, number: int) -> list[Phase]:
         """Ask the strategy for a round's phases, and check what it says."""
@@ -509,6 +526,7 @@ class Federation:
             "knowledge_round": digested_round or None,
             **_metrics(exchange.reports),
             **self._knowledge_fields(),
+            "epsilon": self._epsilon(),
             "server_accuracy": self._server_accuracy(exchange),
             **exchange.up.record("up", exchange.sampled),
             **exchange.down.record("down", exchange.sampled),
@@ -554,6 +572,7 @@ class Federation:
             **_trained(final, clients),
             "server_accuracy": self._server_accuracy(exchange),
             "reports": self._strategy.facts.reports,
+            "epsilon": self._epsilon(),
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
             "rounds": len(self.rows),
             **self._kept.totals,

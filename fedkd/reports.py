@@ -26,6 +26,7 @@ from fedkd.reporting.parts import (
     Drawing,
     Missing,
     Shown,
+    privacy,
     seeds_said,
     slug,
     tested_on,
@@ -154,6 +155,7 @@ def _facts(group: Federations) -> str:
         _counted(sorted({len(r.rounds) for rs in group.runs.values() for r in rs}), "round"),
         seeds_said(seeds),
         tested_on(experiment, first.result["test_size"]),
+        *privacy(group.runs),
     ]
     return " · ".join(parts)
 

@@ -106,7 +106,7 @@ def _finished(
     strategy: DistillationStrategy, experiment: Experiment, folder: RunFolder, told: Callbacks
 ) -> Run:
     """Run all rounds that are left of a run."""
-    with folder.locked(), between_rounds() as interrupts:
+    with folder.locked(), between_rounds() as interrupts, _naming_how_to_go_on(folder):
         _note_resumption(experiment, folder)
         told.on_run_start(experiment, folder.path)
 
@@ -119,8 +119,7 @@ def _finished(
                 )
 
         engine = import_module(_ENGINES[experiment.engine])
-        with _naming_how_to_go_on(folder):
-            engine.run(strategy, experiment, folder, on_round)
+        engine.run(strategy, experiment, folder, on_round)
         done = Run.load(folder.path)
         told.on_run_end(done)
     return done

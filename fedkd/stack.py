@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedkd.attacks import Attack, attack_of, attacked
 from fedkd.codecs import PLAIN, Packed, Reference
 from fedkd.cohort import Answers, Cohort, Side, State
 from fedkd.errors import FedkdError
@@ -36,6 +37,7 @@ from fedkd.phases import (
     resolve_procedure,
     resolve_term,
 )
+from fedkd.privacy import privatise
 from fedkd.procedures import LocalClient, Role, check_received
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
@@ -70,6 +72,8 @@ class Stack:
         states: of each client.
         is_fresh: whether they have knowledge to digest that is new to them.
         memories: what each client keeps besides.
+        secret_noise: whether the noise of ``dp-noise`` comes from this machine's entropy, as that of a
+            deployment has to: whoever knows the seed of a simulation can take its noise off again.
     """
 
     experiments: Sequence[Experiment]
@@ -78,6 +82,7 @@ class Stack:
     states: States
     is_fresh: bool
     memories: list[Memory]
+    secret_noise: bool = False
     by_means: bool = False
     knowledge: list[Knowledge | None] = field(init=False)
     cohorts: dict[str, Cohort] = field(init=False)
@@ -162,7 +167,7 @@ class Stack:
         for name, spent in parts.items():
             self._spend(f"{PART} {name}", spent)
         return [
-            Report(k, len(shard), answer, metrics, dict(self.seconds), sent)
+            Report(k, len(shard), answer, metrics, dict(self.seconds), sent, round=self.first.round)
             for k, shard, answer, metrics, sent in zip(
                 self.clients, self.shards, self.answers, self.metrics, packed, strict=True
             )
@@ -230,7 +235,6 @@ class Stack:
         self, row: int, stream: str, load_public: Callable[[], Tensor]
     ) -> LocalClient:
         train, shard, received = self.world.train, self.shards[row], self.knowledge[row]
-        assert train.labels is not None
         rows = shard.to(train.device)
         where = self.experiments[row].seed, self.clients[row], self.first.round, stream
 
@@ -239,7 +243,7 @@ class Stack:
 
         return LocalClient(
             images=train.batch(rows),
-            labels=train.labels[rows],
+            labels=self._labels(row),
             load_public=load_public,
             received=received if isinstance(received, SoftLabels) else None,
             state=dict(self.memories[row].get("own", {})),
@@ -340,6 +344,8 @@ class Stack:
         side = Side(
             "private", self.world.train, self.shards, terms, augment=self.experiment.augment
         )
+        if any(self._attack(row).labels for row in range(len(self.orders))):
+            side = replace(side, labels=[self._labels(row) for row in range(len(self.orders))])
         if not any(term.needs == "class-means" for term in terms):
             return side
         means = [k for k in self.knowledge if isinstance(k, ClassMeans)]
@@ -349,6 +355,17 @@ class Stack:
             class_means=torch.cat([each.values for each in means]),
             class_counts=torch.cat([each.counts for each in means]),
         )
+
+    def _labels(self, row: int) -> Tensor:
+        """Return what a client takes for the labels of its private images, int64 ``[n]``."""
+        train = self.world.train
+        assert train.labels is not None
+        labels = train.labels[self.shards[row].to(train.device)]
+        falsify = self._attack(row).labels
+        return labels if falsify is None else falsify(labels, self.world.num_classes)
+
+    def _attack(self, row: int) -> Attack:
+        return attack_of(self.experiments[row], self.clients[row])
 
     def _terms(self, named: Mapping[str, Coefficient]) -> dict[Term, float | Tensor]:
         """Resolve a fit's terms; those whose knowledge has not come, or is old, are left out."""
@@ -386,9 +403,23 @@ class Stack:
                 torch.tensor([client]),
                 torch.tensor([len(self.shards[row])]),
             )
-            self.answers[row] = (
-                labels if phase.only is None else self._some(row, labels, phase.only)
-            )
+            if phase.only is not None:
+                labels = self._some(row, labels, phase.only)
+            self.answers[row] = self._leaving(row, labels)
+
+    def _leaving(self, row: int, labels: SoftLabels) -> SoftLabels:
+        """Return what leaves a client that would honestly say `labels`."""
+        if self._attack(row).answer is not None:
+            experiment, client = self.experiments[row], self.clients[row]
+            return attacked(labels, self.knowledge[row], experiment, client, self.first.round)
+        return self._privatised(row, labels)
+
+    def _privatised(self, row: int, labels: SoftLabels) -> SoftLabels:
+        experiment, client = self.experiments[row], self.clients[row]
+        if not experiment.dp_noise:
+            return labels
+        seeded = generator(experiment.seed, "dp", client, self.first.round)
+        return privatise(labels, experiment, None if self.secret_noise else seeded)
 
     def _some(self, row: int, labels: SoftLabels, name: str) -> SoftLabels:
         """Keep the samples for which a tensor of the client's state is true."""
@@ -420,11 +451,9 @@ class Stack:
 
     def _average(self, phase: MeanByClass) -> None:
         train, classes = self.world.train, self.world.num_classes
-        assert train.labels is not None
         for row, (client, shard) in enumerate(zip(self.clients, self.shards, strict=True)):
-            rows = shard.to(train.device)
-            outputs = self._outputs(row, phase.model, phase.of, train, rows)
-            member = torch.nn.functional.one_hot(train.labels[rows], classes).to(outputs.dtype)
+            outputs = self._outputs(row, phase.model, phase.of, train, shard.to(train.device))
+            member = torch.nn.functional.one_hot(self._labels(row), classes).to(outputs.dtype)
             counts = member.sum(0)
             means = (member.T @ outputs) / counts.clamp_min(1).unsqueeze(-1)
             self.answers[row] = ClassMeans(

@@ -29,6 +29,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
+from fedkd.attacks import check_attack
 from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
 from fedkd.events import Events
@@ -36,6 +37,7 @@ from fedkd.experiment import Experiment, accepted, kebab
 from fedkd.federation import Federation, plain_numbers
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
+from fedkd.privacy import check_privacy
 from fedkd.records import Row, RunFolder
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
@@ -238,6 +240,8 @@ class DistillationStrategy(Strategy):
                 f"server-model = 'none': {self.name()} trains a model at the server; name one"
             )
         self.wires(experiment)
+        check_attack(experiment, self.uploads())
+        check_privacy(experiment, self.uploads())
 
     # --- Flower's interface ---------------------------------------------------------------------
 

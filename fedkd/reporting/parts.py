@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedkd.comparing import methods
 from fedkd.comparing.methods import CENTRAL
 from fedkd.experiment import Experiment
-from fedkd.records import CentralRun, read_lines
+from fedkd.records import CentralRun, Run, read_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +67,24 @@ def tested_on(experiment: Experiment, count: int) -> str:
     if experiment.fold != "none":
         return f"{count:,} held-out training images (fold {experiment.fold})"
     return f"{count:,} test images"
+
+
+def privacy(runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """Say to what (ε, δ) the soft labels of a client amount, by method; nothing without ``dp-noise``."""
+    noisy = {name: found for name, found in runs.items() if found[0].experiment.dp_noise}
+    deltas = {run.experiment.dp_delta for found in noisy.values() for run in found}
+    return [
+        f"soft labels of a client: {', '.join(_epsilons(noisy, delta))} at δ = {delta:g}"
+        for delta in sorted(deltas)
+    ]
+
+
+def _epsilons(runs: Mapping[str, Sequence[Run]], delta: float) -> Iterator[str]:
+    for name, found in runs.items():
+        spent = [run.result["epsilon"] for run in found if run.experiment.dp_delta == delta]
+        if spent:
+            worst = None if None in spent else max(spent)
+            yield f"{name} ε = {'∞' if worst is None else f'{worst:.3g}'}"
 
 
 def central_accuracies(run: CentralRun) -> dict[str, list[float]]:

@@ -1,0 +1,153 @@
+"""Differential privacy for soft labels: noise on every row that leaves a client, and what it amounts to.
+
+A row is brought to a common origin, clipped to a Euclidean norm c, and sent with Gaussian noise of
+standard deviation σ·c an entry (the Gaussian mechanism: Dwork and Roth 2014, appendix A). Two private
+data sets, whatever training makes of them, move a clipped row by at most 2c, so R rows that leave one
+client compose to a Gaussian mechanism with μ = 2·sqrt(R)/σ (Dong, Roth and Su 2022, arXiv:1905.02383,
+corollary 3.3). Neighbours are *all* data sets of one client: local differential privacy of the client,
+towards a server that nobody has to trust. `docs/privacy.md` says what this covers and what it does not.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.knowledge import ClassMeans, SoftLabels, Space, Weights
+
+LARGEST_MU = 1e6
+"""The largest μ whose ε is worked out, some 5·10^11; beyond it ε is infinite."""
+
+
+def privatise(
+    labels: SoftLabels, experiment: Experiment, generator: torch.Generator | None
+) -> SoftLabels:
+    """Return soft labels with the noise of ``dp-noise`` and ``dp-clip``; see `privatised`."""
+    clip, noise = experiment.dp_clip, experiment.dp_noise
+    values = [privatised(rows, labels.space, clip, noise, generator) for rows in labels.values]
+    return replace(labels, values=torch.stack(values))
+
+
+def privatised(
+    values: Tensor, space: Space, clip: float, noise: float, generator: torch.Generator | None
+) -> Tensor:
+    """Clip every row and add Gaussian noise.
+
+    Logits lose their row's mean, which softmax does not see, and stay as the noise leaves them;
+    probabilities lose 1/C, and are projected onto the simplex again, which is post-processing.
+
+    Args:
+        values: ``[N, C]``.
+        space: of the values.
+        clip: c, the largest Euclidean norm of a row about its origin.
+        noise: σ, in units of `clip`.
+        generator: makes the noise of a simulation, which can then be repeated; ``None`` takes it from
+            the operating system's entropy. Whoever knows the generator's seed (or tries its 2^32
+            states) can take the noise off again.
+
+    Returns:
+        ``[N, C]``, the type that `values` has.
+
+    Raises:
+        FedkdError: a value is not finite, which no clipping bounds.
+    """
+    rows = values.double()
+    if not bool(rows.isfinite().all()):
+        raise FedkdError("dp-noise: the soft labels to be clipped hold NaN or infinity")
+    origin = rows.mean(-1, keepdim=True) if space == "logits" else 1 / rows.shape[-1]
+    centred = rows - origin
+    norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    clipped: Tensor = centred * (clip / norms.clamp_min(clip))
+    noisy = clipped + noise * clip * _normal(rows.shape, generator).to(rows.device)
+    if space == "probabilities":
+        noisy = onto_simplex(noisy + origin)
+    return noisy.to(values.dtype)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """Draw standard normal numbers, float64."""
+    if generator is not None:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+    # By Box and Muller: torch's own generator has 32 bits of seed, which can be tried out.
+    count = math.prod(shape)
+    pairs = -(-count // 2)
+    drawn = np.frombuffer(secrets.token_bytes(16 * pairs), dtype="<u8").reshape(2, pairs)
+    uniform = ((drawn >> 11) + 0.5) / 2**53
+    radius, angle = np.sqrt(-2 * np.log(uniform[0])), 2 * np.pi * uniform[1]
+    both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    return torch.from_numpy(both).view(*shape)
+
+
+def onto_simplex(rows: Tensor) -> Tensor:
+    """Return the nearest rows of probabilities by Euclidean distance, ``[N, C]``.
+
+    Duchi, Shalev-Shwartz, Singer and Chandra, ICML 2008, figure 1.
+    """
+    ordered = rows.sort(descending=True).values
+    counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
+    thresholds = (ordered.cumsum(-1) - 1) / counts
+    last = (ordered > thresholds).sum(-1, keepdim=True) - 1  # always true of the first
+    kept = (rows - thresholds.gather(-1, last)).clamp_min(0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def epsilon(*, noise: float, rows: int, delta: float) -> float:
+    """Return ε of the soft labels that left one client, at δ = `delta`.
+
+    The rows compose to one Gaussian mechanism exactly, and so its ε is exact too: Balle and Wang 2018,
+    arXiv:1805.06530, theorem 8, as dp-accounting solves it. (Its accountants for Rényi divergences and
+    privacy-loss distributions bound the same number from above.)
+
+    Args:
+        noise: σ, in units of the clipping norm.
+        rows: R, all soft labels of one public sample each that the client was asked for and sent.
+        delta: δ.
+
+    Returns:
+        From 0; infinity without noise, or where there is too little of it to speak of (`LARGEST_MU`).
+    """
+    if rows == 0:
+        return 0.0
+    mu = 2 * math.sqrt(rows) / noise if noise > 0 else math.inf
+    if mu > LARGEST_MU:
+        return math.inf
+    from dp_accounting import get_epsilon_gaussian
+
+    with np.errstate(divide="ignore"):  # it takes logarithms of 0 on its way
+        return float(get_epsilon_gaussian(1 / mu, delta))
+
+
+_KINDS = {ClassMeans: "class means", Weights: "weights"}
+
+
+def check_privacy(
+    experiment: Experiment, uploads: type[SoftLabels] | type[ClassMeans] | type[Weights] | None
+) -> None:
+    """Refuse ``dp-noise`` where it would protect nothing, or nobody could say what.
+
+    Args:
+        experiment: the run.
+        uploads: what its strategy has clients send (`DistillationStrategy.uploads`).
+
+    Raises:
+        FedkdError: they send other things than soft labels, or dp-accounting is not installed.
+    """
+    if not experiment.dp_noise:
+        return
+    said = f"dp-noise = {experiment.dp_noise:g}"
+    if uploads in _KINDS:
+        raise FedkdError(
+            f"{said}: {experiment.strategy} sends {_KINDS[uploads]}, to which no noise is added; set "
+            "dp-noise = 0 or choose a strategy that sends soft labels"
+        )
+    if find_spec("dp_accounting") is None:
+        raise FedkdError(f"{said}: ε needs dp-accounting: pip install 'fedkd[privacy]'")
