@@ -184,7 +184,7 @@ class Question:
             list(seeds),
             test_size,
             ordered=self.ordered,
-            measured=_measured(started),
+            measured=measured_on(started),
         )
         return self.finish(result)
 
@@ -252,7 +252,7 @@ def _shrunk(grid: Grid) -> Grid:
     }
 
 
-def _measured(started: float) -> str:
+def measured_on(started: float) -> str:
     import torch
 
     cpu = Path("/proc/cpuinfo")
