@@ -3,6 +3,7 @@
 #   TORCH_INDEX=URL              another place to take torch from, e.g. the CPU-only builds:
 #                                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   ARGS="-k fedmd"              handed on to the demo or to pytest
+#   PIP_CONSTRAINT=.ci/constraints.txt   (pip's own) the locked versions, as CI installs them
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,13 +14,14 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format install clean
+.PHONY: help demo test check format install lock clean
 
 help:
 	@echo "make demo    install, then distil centrally and in a federation on the same images"
 	@echo "make test    install, then run the whole test suite"
 	@echo "make check   lint, format, types, layers, dependencies: what CI checks beside the tests"
 	@echo "make format  mend what lint and format can mend by themselves"
+	@echo "make lock    write the versions that are in .venv to .ci/constraints.txt, for CI"
 	@echo "make clean   remove .venv and all caches (runs/ and data/ stay)"
 
 demo: $(VENV)/.installed
@@ -40,6 +42,14 @@ format: install
 	$(BIN)/ruff format .
 
 install: $(VENV)/.installed-dev
+
+# What each build of torch names by itself, exactly, stays out of the lock: see its head.
+lock: | $(VENV)/.installed-dev
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/freeze
+	grep '^#' .ci/constraints.txt > $(VENV)/lock
+	grep -Ev '^(nvidia|cuda|triton)' $(VENV)/freeze | sed 's/+[^ ]*$$//' >> $(VENV)/lock
+	mv $(VENV)/lock .ci/constraints.txt
+	rm $(VENV)/freeze
 
 # The stamps make an installation happen once, and again when pyproject.toml has changed.
 $(VENV)/.installed: pyproject.toml | $(BIN)/pip

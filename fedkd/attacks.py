@@ -13,7 +13,7 @@ own. No check of the server can tell it from an honest one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def flip(labels: Tensor, num_classes: int) -> Tensor:
     """Take class c for class C − 1 − c, in training and wherever else a client counts its own labels.
 
     Every class is flipped, as by Fang et al. 2020 (arXiv:1911.11815, section 4.1); Fung et al. 2018
-    (arXiv:1808.04866) and Tolpegin et al. 2020 (arXiv:2007.08432, section 3.1) flip one class to another.
+    (arXiv:1808.04866) and Tolpegin et al. 2020 (arXiv:2007.08432) flip one class to another.
     Of an odd number of classes the middle one keeps its label. Labels of the public set stay.
 
     Args:
@@ -98,8 +98,8 @@ def least_likely(known: Known) -> Tensor:
     """Be sure of the class that honest clients hold for the least likely, ``[N, C]``.
 
     LMA of Roux, Zimmer and Pokutta 2025 (ICLR, arXiv:2402.12265; ``CELMAX`` in their code), which sees
-    the mean of this round's honest answers; `Known.expected` stands for it. Those who received the same
-    thus agree; in round 1 each goes by its own model.
+    the mean of this round's honest answers; `Known.expected` stands for it, in which last round's lies
+    have their share. Those who received the same thus agree; in round 1 each goes by its own model.
     """
     return _sure(known.expected.min(-1).indices, known.num_classes)
 
@@ -125,7 +125,7 @@ def little_is_enough(known: Known) -> Tensor:
     class is lowered and every other raised; negative numbers become 0 and rows are divided by their sum.
     `Known.expected` stands for the mean, and the distance of the client's own answer from it, class by
     class, for σ, which in the paper colluders estimate from all their answers. Where nothing was received
-    the answer is honest.
+    the answer is honest; where z is 0, as for one or two liars of ten, it repeats what was received.
     """
     z = deviations(known.num_clients, known.num_malicious)
     likeliest_NC = _sure(known.expected.max(-1).indices, known.num_classes)
@@ -174,7 +174,10 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 def malicious_clients(experiment: Experiment) -> frozenset[int]:
-    """Return who is malicious: round(attackers · K) clients, drawn by the seed."""
+    """Return who is malicious: round(attackers · K) clients (half to even), drawn by the seed.
+
+    Those of a smaller share are among those of a larger one.
+    """
     if experiment.attack == "none":
         return frozenset()
     return _drawn(experiment.num_clients, experiment.attackers, experiment.seed)
@@ -214,7 +217,8 @@ def attacked(
     answer = attack_of(experiment, client).answer
     if answer is None:
         return honest
-    own_NC = honest.probabilities[0].double()
+    exact = replace(honest, values=honest.values.double())
+    own_NC = exact.probabilities[0]
     known = Known(
         own_NC,
         _expected(own_NC, honest.samples, received),
@@ -226,16 +230,8 @@ def attacked(
     )
     values_NC = answer(known)
     if honest.space == "logits":
-        values_NC = _as_logits(values_NC, honest.values[0].double())
-    return SoftLabels(
-        values_NC.to(honest.values.dtype).unsqueeze(0),
-        honest.space,
-        honest.samples,
-        honest.clients,
-        honest.num_examples,
-        honest.mask,
-        honest.targets,
-    )
+        values_NC = _as_logits(values_NC, exact.values[0])
+    return replace(honest, values=values_NC.to(honest.values.dtype).unsqueeze(0))
 
 
 def check_attack(

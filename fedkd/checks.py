@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,19 @@ from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
 from fedkd.orders import Order, Report
 from fedkd.phases import ANSWERS, MeanByClass, Predict
+from fedkd.profiling import PART
 from fedkd.world import World
+
+LARGEST_METRIC = 3.4e38
+"""The largest loss or norm that is believed: one that fits into float32."""
+
+LONGEST_S = 1e9
+"""The most seconds that a client is believed to have spent on a phase."""
+
+MOST_EVENTS = 1_000_000
+"""The most often that something is believed to have broken at a client in a round."""
+
+_PARTS = ("data", "forward", "backward", "optimizer", "predict", "evaluate")
 
 
 def check_report(report: Report, order: Order, world: World, student: str) -> None:
@@ -27,6 +40,9 @@ def check_report(report: Report, order: Order, world: World, student: str) -> No
     """
     if report.client != order.client:
         raise FedkdError(f"replies for partition {report.client}")
+    if report.round != order.round:
+        which = f"round {report.round}" if report.round else "no round that it names"
+        raise FedkdError(f"replies to {which} in round {order.round}")
     if report.num_examples != (held := len(world.shards[order.client])):
         raise FedkdError(f"sends num-examples = {report.num_examples} of a partition of {held}")
     if order.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
@@ -45,21 +61,40 @@ def check_report(report: Report, order: Order, world: World, student: str) -> No
         check_answer(report.answer)
 
 
-def with_known_metrics(report: Report, order: Order) -> Report:
-    """Return a report without metrics that do not follow from its order.
+def with_known_numbers(report: Report, order: Order) -> Report:
+    """Return a report without metrics, seconds and events that do not follow from its order.
 
     Raises:
         FedkdError: one of the others is not in its range.
     """
     names = [phase.name for phase in order.phases]
-    shares = {"accuracy", "own_accuracy", "training_accuracy", "agreement"}
-    shares |= {f"accuracy_after_{name}" for name in names}
-    sizes = {f"{what}_{name}" for what in ("loss", "gradient_norm") for name in names}
-    known = {n: v for n, v in report.metrics.items() if n in shares | sizes}
-    for name, value in known.items():
-        if name in shares and not 0 <= value <= 1:
-            raise FedkdError(f"sends {name} = {value:g}, which must be 0 to 1")
-    return replace(report, metrics=known)
+    shares = {"accuracy", "training_accuracy"} if order.evaluate == "end" else set()
+    if order.evaluate != "none":
+        shares |= {"own_accuracy", "agreement", *(f"accuracy_after_{name}" for name in names)}
+    losses, norms = ({f"{what}_{name}" for name in names} for what in ("loss", "gradient_norm"))
+    spent = {"encode", *names, *(f"{PART} {name}" for name in _PARTS)}
+    metrics = {
+        **_within(report.metrics, shares, 0, 1),
+        **_within(report.metrics, losses, -LARGEST_METRIC, LARGEST_METRIC),
+        **_within(report.metrics, norms, 0, LARGEST_METRIC),
+    }
+    _within(report.events, report.events, 0, MOST_EVENTS)
+    return replace(
+        report,
+        metrics={name: metrics[name] for name in report.metrics if name in metrics},
+        seconds=_within(report.seconds, spent, 0, LONGEST_S),
+    )
+
+
+def _within(
+    numbers: Mapping[str, float], known: Container[str], low: float, high: float
+) -> dict[str, float]:
+    """Return the numbers that are known, refusing one that is out of range."""
+    found = {name: value for name, value in numbers.items() if name in known}
+    for name, value in found.items():
+        if not low <= value <= high:
+            raise FedkdError(f"sends {name} = {value:g}, which must be {low:g} to {high:g}")
+    return found
 
 
 def _check_labels(answer: Knowledge | None, phase: Predict, order: Order) -> None:

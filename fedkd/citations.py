@@ -92,6 +92,15 @@ _BIBTEX = r"""
   archiveprefix = {arXiv},
 }
 
+@inproceedings{roux2025expguard,
+  title = {On the {Byzantine}-Resilience of Distillation-Based Federated Learning},
+  author = {Roux, Christophe and Zimmer, Max and Pokutta, Sebastian},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  eprint = {2402.12265},
+  archiveprefix = {arXiv},
+}
+
 @misc{cho2021comet,
   title = {Personalized Federated Learning for Heterogeneous Clients with Clustered Knowledge
     Transfer},

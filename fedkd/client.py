@@ -7,16 +7,19 @@ in-process engine all of a round.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
+import torch
 from torch import Tensor
 
 from fedkd.codecs import Packed
 from fedkd.cohort import State
 from fedkd.errors import FedkdError
+from fedkd.events import OUT_OF_MEMORY
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.memories import Memory
@@ -40,11 +43,14 @@ class Part:
         experiment: the run.
         orders: of any of its clients.
         store: where these keep their states.
+        secret_noise: whether the noise of ``dp-noise`` is this node's own secret: a server that knows
+            its seed can take it off.
     """
 
     experiment: Experiment
     orders: Sequence[Order]
     store: ResidentStates
+    secret_noise: bool = False
 
 
 def execute(
@@ -64,7 +70,8 @@ def execute_together(world: World, parts: Sequence[Part]) -> list[list[Report | 
 
     No more clients of a federation than a round draws are in memory at once. A stack in which
     something fails is run again federation by federation, and client by client, from the stored states
-    (with the same numbers, since every draw is keyed), so that only the culprit fails.
+    (with the same numbers, since every draw is keyed), so that only the culprit fails. One that is out
+    of memory is run again by halves, down to single clients, which its reports count as an event.
 
     Args:
         world: the data of all federations.
@@ -129,19 +136,67 @@ def _run_or_split(world: World, parts: Sequence[Part]) -> list[list[Report | Fai
     try:
         found = _run(world, parts)
     except Exception as error:
-        if parts[0].experiment.plan != "loop" and _is_refused_by_vmap(error):
-            _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
-            loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in parts]
-            return _run_or_split(world, loops)
-        # Whatever a client's model or data raises is that client's failure, never the round's.
-        if len(parts) > 1:
-            return [results for part in parts for results in _run_or_split(world, [part])]
-        if len(parts[0].orders) > 1:
-            alone = [replace(parts[0], orders=[order]) for order in parts[0].orders]
-            return [[result for one in alone for result in _run_or_split(world, [one])[0]]]
-        known = isinstance(error, FedkdError)
-        reason = f"{error}{place(error)}" if known else blamed(error)
+        pieces = _pieces(parts, error)
+        did_not_fit = is_out_of_memory(error)
+        reason = "" if pieces else _reason(error)
+    else:
+        return _stored(parts, found)
+    # Out of the handler: the exception, which holds the frames and tensors of the stack, is gone.
+    if did_not_fit:
+        _let_go(parts)
+    if not pieces:  # whatever a client's model or data raises is its failure, never the round's
         return [[Failure(parts[0].orders[0].client, reason)]]
+    results: list[list[Report | Failure]] = [[] for _ in parts]
+    for piece in pieces:
+        for number, answers in zip(piece, _run_or_split(world, list(piece.values())), strict=True):
+            results[number] += answers
+    if did_not_fit:
+        _count_out_of_memory(results)
+    return results
+
+
+_Piece = dict[int, Part]
+"""Some of the orders of a stack, by the number of the part they belong to."""
+
+
+def _pieces(parts: Sequence[Part], error: Exception) -> list[_Piece]:
+    """Return what to run in the place of a stack in which something failed; nothing for one client."""
+    first = parts[0]
+    if is_out_of_memory(error):
+        return _halves(parts)
+    if first.experiment.plan != "loop" and _is_refused_by_vmap(error):
+        _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
+        loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in parts]
+        return [dict(enumerate(loops))]
+    if len(parts) > 1:
+        return [{number: part} for number, part in enumerate(parts)]
+    if len(first.orders) > 1:
+        return [{0: replace(first, orders=[order])} for order in first.orders]
+    return []
+
+
+def _halves(parts: Sequence[Part]) -> list[_Piece]:
+    """Deal the clients of a stack that is out of memory into two; one client has no halves."""
+    clients = [(number, order) for number, part in enumerate(parts) for order in part.orders]
+    if len(clients) == 1:
+        return []
+    _logger.warning("out of memory with %d clients in a stack: again by halves", len(clients))
+    half = -(-len(clients) // 2)
+    pieces: list[_Piece] = []
+    for some in (clients[:half], clients[half:]):
+        orders: dict[int, list[Order]] = {}
+        for number, order in some:
+            orders.setdefault(number, []).append(order)
+        pieces.append({n: replace(parts[n], orders=each) for n, each in orders.items()})
+    return pieces
+
+
+def _reason(error: Exception) -> str:
+    return f"{error}{place(error)}" if isinstance(error, FedkdError) else blamed(error)
+
+
+def _stored(parts: Sequence[Part], found: Sequence[_Outcome]) -> list[list[Report | Failure]]:
+    """Write what came of the parts to disk; return the results."""
     for part, (_, trained, memories) in zip(parts, found, strict=True):
         bases = {order.client: order.base for order in part.orders}
         round = part.orders[0].round
@@ -149,6 +204,40 @@ def _run_or_split(world: World, parts: Sequence[Part]) -> list[list[Report | Fai
         for states in trained:
             part.store.put(states, round, bases)
     return [results for results, _, _ in found]
+
+
+# --- Out of memory --------------------------------------------------------------------------------
+
+_NO_MEMORY = (
+    "DefaultCPUAllocator",  # of PyTorch, which raises a RuntimeError on a CPU
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the CPU or the GPU, did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def _let_go(parts: Sequence[Part]) -> None:
+    """Free what can be had again: states in memory are on disk as well, and stay there from now on."""
+    for part in parts:
+        part.store.limit = 0
+    gc.collect()  # a lane's exception and its frames hold each other
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _count_out_of_memory(results: Sequence[Sequence[Report | Failure]]) -> None:
+    """Have the first report of each federation tell that its stack was run again by halves."""
+    for answers in results:
+        told = next((answer.events for answer in answers if isinstance(answer, Report)), None)
+        if told is not None:
+            told[OUT_OF_MEMORY] = told.get(OUT_OF_MEMORY, 0) + 1
 
 
 def _is_refused_by_vmap(error: Exception) -> bool:
@@ -186,6 +275,7 @@ def _run(world: World, parts: Sequence[Part]) -> list[_Outcome]:
             states,
             is_fresh,
             [kept[n][client] for n, client in owners],
+            secret_noise=parts[0].secret_noise,
         ).run()
         first = 0
         for n, some in taken.items():

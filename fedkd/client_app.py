@@ -1,15 +1,18 @@
 """The Flower client: executes the orders it receives on a cohort of one.
 
 In a simulation the experiment in a message is this user's own. The node of a deployment believes it in
-everything but what code may run there: that is for its own configuration to say, as in
-``flower-supernode --node-config 'partition-id=0 client-code="my_strategy"'``.
+what is to be learned and how, and in nothing that is its own affair: which code may run, where its data
+and its clients' states lie, on which device it works and how much noise it wants are for its own
+configuration to say, as in
+``flower-supernode --node-config 'partition-id=0 state-dir="/var/lib/fedkd" client-code="my_strategy"'``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +24,7 @@ from fedkd.allocator import keep_freed_memory
 from fedkd.client import Part, execute_together
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import AUTO, Experiment, kebab
 from fedkd.knowledge import Knowledge
 from fedkd.messages import (
     Introduction,
@@ -36,17 +39,25 @@ from fedkd.sources import digest
 from fedkd.statefiles import StateFiles
 from fedkd.states import ResidentStates
 from fedkd.transport.adapter import always_reply, error_reply
+from fedkd.transport.deployment import ends_in_time
 from fedkd.world import World, world_of
 
-app = ClientApp(mods=[always_reply])
+_NODE = "this node's --node-config"
+
+_SENT = ("soft-labels", "class-means", "weights")
+"""What a node may be asked to send, as its ``sends`` names it."""
+
+app = ClientApp(mods=[always_reply, ends_in_time])
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how large it is, and which code it runs."""
-    experiment = decode_experiment(message.content)
-    _allowed(experiment, context)
+    sent = decode_experiment(message.content)
+    experiment = _accepted(sent, context)
     introduction = introduce(experiment, _partition(context, experiment))
+    # The server compares the code that the run names; a node may allow more.
+    introduction = replace(introduction, sources=digest(sent))
     return Message(encode_introduction(introduction), reply_to=message)
 
 
@@ -54,9 +65,12 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Execute an order and report."""
     keep_freed_memory()
-    experiment = _allowed(decode_experiment(message.content), context)
+    experiment = _accepted(decode_experiment(message.content), context)
     client = _partition(context, experiment)
-    (answer,) = answers(experiment, store_of(experiment), [(client, message.content)])
+    sent = Sent(experiment, store_of(experiment), [(client, message.content)], not _is_simulated())
+    ((answer,),) = answers_together([sent])
+    if isinstance(answer, RecordDict):
+        _check_leaving(answer, context)
     return reply(message, answer)
 
 
@@ -85,11 +99,13 @@ class Sent:
         experiment: the run.
         store: where these clients keep their states.
         contents: each client's partition id and its message.
+        secret_noise: see `fedkd.client.Part`.
     """
 
     experiment: Experiment
     store: ResidentStates
     contents: Sequence[tuple[int, RecordDict]]
+    secret_noise: bool = False
 
 
 def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
@@ -100,7 +116,7 @@ def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
     """
     world = world_of(sent[0].experiment)
     started = perf_counter()
-    parts = [Part(one.experiment, _orders(one, world), one.store) for one in sent]
+    parts = [Part(one.experiment, _orders(one, world), one.store, one.secret_noise) for one in sent]
     decoding = (perf_counter() - started) / sum(len(part.orders) for part in parts)
     return [
         [
@@ -156,26 +172,91 @@ def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:
     return ResidentStates(StateFiles(folder, experiment.architecture_period), resident)
 
 
-def _allowed(experiment: Experiment, context: Context) -> Experiment:
-    """Return the experiment of a message with the ``client-code`` that holds here.
+def _accepted(experiment: Experiment, context: Context) -> Experiment:
+    """Return the experiment of a message as it holds here.
 
     Raises:
-        FedkdError: it names code that the node of a deployment does not allow.
+        FedkdError: it asks for what the node of a deployment does not do, or that node's own
+            configuration is wrong.
     """
     if _is_simulated():
         return experiment
-    own = experiment.replace(client_code=context.node_config.get("client-code", "none"))
+    config = context.node_config
+    own = {
+        "client-code": config.get("client-code", "none"),
+        "data-dir": config.get("data-dir", AUTO),
+        "device": config.get("device", AUTO),
+        # The run's name is made of letters, digits, '.', '_' and '-': its folder lies in this one.
+        "run-dir": _state_dir(config.get("state-dir", AUTO)),
+        # An attacker's answers have no noise: only this node says whether it is one.
+        "attack": config.get("attack", "none"),
+        "attackers": config.get("attackers", 0.0),
+    }
+    accepted = Experiment.load(("the message", experiment.flat()), (_NODE, own))
+    _check_code(experiment, accepted.client_modules)
+    _check_noise(experiment, config.get("dp-noise", 0.0))
+    _sends(context)
+    return accepted
+
+
+def _check_code(experiment: Experiment, own: Sequence[str]) -> None:
+    """Refuse a run that names code outside the modules that this node allows."""
     for key in ("client_code", "dataset", "public", "student", "teacher"):
-        modules = _modules(experiment, key)
         installed = installed_modules() if key == "client_code" else ()
-        allowed = (*own.client_modules, *installed)
-        for module in modules:
-            if not any(module == name or module.startswith(f"{name}.") for name in allowed):
+        for module in _modules(experiment, key):
+            if not any(
+                module == name or module.startswith(f"{name}.") for name in (*own, *installed)
+            ):
                 raise FedkdError(
                     f"{kebab(key)} of the run names {module}, which this node does not allow; whoever "
                     f"trusts it starts the node with --node-config 'client-code=\"{module}\"'"
                 )
-    return own
+
+
+def _check_noise(experiment: Experiment, least: object) -> None:
+    """Refuse a run whose soft labels would leave with less noise than this node wants."""
+    own = Experiment.load((_NODE, {"dp-noise": least}))
+    if experiment.dp_noise < own.dp_noise:
+        raise FedkdError(
+            f"dp-noise = {experiment.dp_noise:g} of the run: this node takes part with at least "
+            f"{own.dp_noise:g}, as its --node-config says"
+        )
+
+
+def _check_leaving(answer: RecordDict, context: Context) -> None:
+    """Refuse to send a kind of knowledge that this node keeps to itself, whatever the order was."""
+    if _is_simulated() or "knowledge-kind" not in answer:
+        return
+    kind = str(answer.config_records["knowledge-kind"]["kind"])
+    allowed = _sends(context)
+    if kind not in allowed:
+        raise FedkdError(f"the run asks for {kind}, this node only sends {', '.join(allowed)}")
+    if kind != "soft-labels" and context.node_config.get("dp-noise", 0.0):
+        raise FedkdError(
+            f"the run asks for {kind}, to which the dp-noise of this node is not added"
+        )
+
+
+def _sends(context: Context) -> list[str]:
+    """Return the kinds of knowledge that this node may be asked to send."""
+    value = context.node_config.get("sends", ",".join(_SENT))
+    allowed = [kind.strip() for kind in str(value).split(",")]
+    if not set(allowed) <= set(_SENT):
+        raise FedkdError(
+            f"sends = {value!r} (from {_NODE}): must be a comma list of {', '.join(_SENT)}"
+        )
+    return allowed
+
+
+def _state_dir(value: object) -> str:
+    """Return the folder in which this node keeps its clients' states."""
+    if value == AUTO:
+        return str(Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "fedkd")
+    if not isinstance(value, str) or not value:
+        raise FedkdError(
+            f"state-dir = {value!r} (from {_NODE}): must be the path of a folder, or auto"
+        )
+    return str(Path(value).expanduser())
 
 
 def _modules(experiment: Experiment, key: str) -> list[str]:

@@ -65,6 +65,7 @@ class Side:
         augment: how images are changed as they are drawn.
         class_means: ``[1, C, D]`` or ``[K, C, D]``, for terms that ask for them.
         class_counts: ``[1, C]`` or ``[K, C]``, images behind them.
+        labels: what each client takes for the labels of its `rows`, int64; default: those of `images`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Side:
     augment: Augment = "none"
     class_means: Tensor | None = None
     class_counts: Tensor | None = None
+    labels: Sequence[Tensor] | None = None
 
 
 class Answers(NamedTuple):
@@ -636,6 +638,10 @@ class _BlockSide:
         self._real = drawn.weights > 0
         labels = side.images.labels
         self._labels = torch.zeros_like(self._rows) if labels is None else labels[self._rows]
+        if side.labels is not None:
+            own = [side.labels[k].to(device) for k in clients]
+            padded = nn.utils.rnn.pad_sequence(own, batch_first=True)
+            self._labels = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
         self._teacher_logits = side.teacher_logits
         several = side.teacher_logits is not None and len(side.teacher_logits) > 1
         taught_by = index if side.taught_by is None else side.taught_by.to(device)[index]

@@ -8,8 +8,10 @@ from threading import Lock
 
 _logger = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = "out-of-memory"
+"""A stack of clients did not fit, and was run again by halves."""
 
-REPORTED = ("out-of-memory",)
+REPORTED = (OUT_OF_MEMORY,)
 """Kinds that happen at a client, which tells of them in its report."""
 
 

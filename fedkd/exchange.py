@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from time import monotonic
 from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedkd.checks import check_report, with_known_metrics
+from fedkd.checks import check_report, with_known_numbers
 from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
+from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.messages import decode_report, payload_bytes, wire_bytes
+from fedkd.messages import decode_report, in_a_line, payload_bytes, wire_bytes
 from fedkd.orders import Order, Report
 from fedkd.transport.adapter import failure_reason
 from fedkd.world import World
+
+_logger = logging.getLogger(__name__)
+
+REFUSED = "refused"
+"""Stands for the tensors of replies that do not count where bytes are told by tensor."""
 
 
 @dataclass
@@ -27,13 +35,14 @@ class Bytes:
     wire: dict[int, int] = field(default_factory=dict)
     by_tensor: dict[str, int] = field(default_factory=dict)
 
-    def count(self, client: int, records: RecordDict) -> None:
-        """Add a message to or from a client."""
-        self.wire[client] = wire_bytes(records)
+    def count(self, client: int, records: RecordDict, together: str | None = None) -> None:
+        """Add a message to or from a client, its tensors under their names or all under one."""
+        self.wire[client] = self.wire.get(client, 0) + wire_bytes(records)
         sizes = payload_bytes(records)
-        self.payload[client] = sum(sizes.values())
+        self.payload[client] = self.payload.get(client, 0) + sum(sizes.values())
         for name, size in sizes.items():
-            self.by_tensor[name] = self.by_tensor.get(name, 0) + size
+            called = name if together is None else together
+            self.by_tensor[called] = self.by_tensor.get(called, 0) + size
 
     def record(self, direction: str, clients: Sequence[int]) -> dict[str, Any]:
         """Return the sums, and the numbers of `clients` in their order."""
@@ -60,6 +69,7 @@ class Exchange:
         dropped: why each of the others does not count.
         started: when it began, seconds.
         encoding: seconds spent on encoding and decoding.
+        events: told of replies that are nobody's.
     """
 
     sampled: list[int]
@@ -71,6 +81,7 @@ class Exchange:
     dropped: dict[int, str] = field(default_factory=dict)
     started: float = field(default_factory=monotonic)
     encoding: float = 0.0
+    events: Events = field(default_factory=Events)
 
     def receive(
         self,
@@ -82,6 +93,10 @@ class Exchange:
     ) -> None:
         """Sort replies into good reports and drops with a reason.
 
+        Whatever a reply is or holds, it costs its client the round and nobody else anything. A reply of
+        a node that nobody knows is an event, ``stray-reply``; one to the message of another round is as
+        if it had not come.
+
         Args:
             replies: whatever came.
             client_of: partition ids by node id.
@@ -90,28 +105,57 @@ class Exchange:
             heard: by client, what we have of its soft labels already.
         """
         received = monotonic()
-        silent = set(self.sampled) - set(self.dropped)
+        silent = dict.fromkeys(set(self.sampled) - set(self.dropped), "no reply in time")
         for reply in replies:
-            client = client_of[reply.metadata.src_node_id]
-            if client not in silent:
+            client = _sender(reply, client_of)
+            if client is None:
+                self.events.add("stray-reply", "a reply came from a node that holds no partition")
+            elif client not in self.orders:
+                self.dropped.setdefault(client, "replies without having been asked")
+            elif (group := reply.metadata.group_id) != str(self.orders[client].round):
+                if client in silent:
+                    silent[client] = f"replies to the message of round {shown(group)}"
+            elif silent.pop(client, None) is None:
+                self._count(client, reply, None)
                 self.dropped.setdefault(client, "replied twice")
                 self.reports = [r for r in self.reports if r.client != client]
-                continue
-            silent.remove(client)
-            if reply.has_error():
-                self.dropped[client] = failure_reason(reply)
-                continue
-            self.up.count(client, reply.content)
-            order = self.orders[client]
-            try:
-                report = decode_report(
-                    reply.content, order.asked, world.sizes, order.wire, heard.get(client)
-                )
-                check_report(report, order, world, experiment.student_of(client))
-                self.reports.append(with_known_metrics(report, order))
-            except FedkdError as error:
-                self.dropped[client] = str(error)
-        for client in silent:
-            self.dropped[client] = "no reply in time"
+            else:
+                student = experiment.student_of(client)
+                self._judge(reply, client, world, student, heard.get(client))
+        self.dropped.update(silent)
+        self.dropped = {client: in_a_line(reason) for client, reason in self.dropped.items()}
         self.reports.sort(key=lambda report: report.client)
         self.encoding += monotonic() - received
+
+    def _judge(
+        self, reply: Message, client: int, world: World, student: str, heard: Reference | None
+    ) -> None:
+        """Take a client's report, or drop the client."""
+        report = None
+        try:
+            if reply.has_error():
+                raise FedkdError(failure_reason(reply))
+            if not reply.has_content():
+                raise FedkdError("sends an empty reply")
+            order = self.orders[client]
+            report = decode_report(reply.content, order.asked, world.sizes, order.wire, heard)
+            check_report(report, order, world, student)
+            self.reports.append(with_known_numbers(report, order))
+        except FedkdError as error:
+            self.dropped[client] = str(error)
+        except Exception:
+            # There is no end to what a stranger may think of; a round does not end over it.
+            _logger.warning("the reply of client %d cannot be read", client, exc_info=True)
+            self.dropped[client] = "sends a reply that cannot be read"
+        self._count(client, reply, self.dropped.get(client))
+
+    def _count(self, client: int, reply: Message, refused: str | None) -> None:
+        """Count the bytes of a reply; what a stranger calls its tensors is not for the record."""
+        if reply.has_content():
+            self.up.count(client, reply.content, None if refused is None else REFUSED)
+
+
+def _sender(reply: object, client_of: Mapping[int, int]) -> int | None:
+    """Return who sent a reply, if it is one and of somebody we know."""
+    node = reply.metadata.src_node_id if isinstance(reply, Message) else None
+    return client_of.get(node) if isinstance(node, int) else None

@@ -267,7 +267,7 @@ class Federation:
         """Begin an exchange: address the order to every sampled client."""
         if len(self._roster) < self._experiment.num_clients:
             self.introduce()
-        exchange = self._exchange = Exchange(sampled)
+        exchange = self._exchange = Exchange(sampled, events=self._events)
         packed: _Encodings = {}
         request = encode_request(order.asked, self._server.world.sizes)
         first = tuple(self._phases(1))
@@ -535,10 +535,7 @@ class Federation:
 
     def _happened(self, exchange: Exchange) -> dict[str, int]:
         """Count the events that clients report and those of the machinery between us and them."""
-        counts = Counter(self._events.take())
-        for report in exchange.reports:
-            counts.update(report.events)
-        return dict(sorted(counts.items()))
+        return _added([self._events.take(), *(report.events for report in exchange.reports)])
 
     def _server_accuracy(self, exchange: Exchange) -> float | None:
         """Test the server's model when the clients test theirs."""
@@ -574,6 +571,7 @@ class Federation:
             "reports": self._strategy.facts.reports,
             "epsilon": self._epsilon(),
             "dropped": {str(k): exchange.dropped[k] for k in sorted(exchange.dropped)},
+            "events": _added([*(row["events"] for row in self.rows), self._happened(exchange)]),
             "rounds": len(self.rows),
             **self._kept.totals,
             "test_size": len(self._server.world.test),
@@ -603,6 +601,14 @@ class Federation:
             flower.train_metrics_clientapp[row["round"]] = plain_numbers(row)
         flower.evaluate_metrics_clientapp[len(self.rows)] = plain_numbers(result)
         return flower
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add up how often events of each kind happened."""
+    total = Counter[str]()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
 
 
 def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -> dict[str, Any]:

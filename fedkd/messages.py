@@ -10,7 +10,9 @@ by int32 indices, whichever is less.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ from fedkd.knowledge import (
     Weights,
     require_one,
 )
+from fedkd.npy import read_npy
 from fedkd.orders import Order, Report
 from fedkd.phases import from_text, to_text
 from fedkd.references import in_one_line
@@ -44,6 +47,23 @@ _SECONDS = "seconds "
 
 _EVENT = "event "
 """Begins the names under which a client reports how often something broke and was mended."""
+
+MOST_NUMBERS = 1000
+"""The most numbers that a report may hold: an honest one has a few for each phase."""
+
+MOST_SETS = 1000
+"""The most sets of soft labels that are decoded: packed, millions of them fit into a few bytes."""
+
+
+LONGEST_REASON = 200
+"""Characters of what is said about a message that is not as it should be."""
+
+
+def in_a_line(reason: str) -> str:
+    """Return what may hold a stranger's words in one short line that a console can show."""
+    printable = "".join(c if c.isprintable() else " " for c in reason[: 10 * LONGEST_REASON])
+    line = " ".join(printable.split()) or "nothing that can be shown"
+    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,9 @@ def decode_introduction(records: RecordDict) -> Introduction:
     fields = dict(_record(records, "introduction", ConfigRecord) or {})
     wanted = {"client": int, "num_examples": int, "student": str, "sources": str}
     if {name: type(value) for name, value in fields.items()} != wanted:
-        raise FedkdError(f"sends no introduction (it has {', '.join(fields) or 'nothing'})")
+        raise FedkdError(
+            f"sends no introduction (it has {shown([*fields]) if fields else 'nothing'})"
+        )
     introduction: dict[str, Any] = fields
     return Introduction(**introduction)
 
@@ -105,7 +127,10 @@ def decode_experiment(records: RecordDict) -> Experiment:
     keys = _record(records, "experiment", ConfigRecord)
     if keys is None:
         raise FedkdError("the message carries no experiment")
-    return Experiment.load(("the message", dict(keys)))
+    try:
+        return Experiment.load(("the message", dict(keys)))
+    except FedkdError as error:
+        raise FedkdError(in_a_line(str(error))) from None
 
 
 def encode_knowledge(knowledge: Knowledge | Packed, sizes: Sizes, *, asked: bool) -> dict[str, Any]:
@@ -172,36 +197,88 @@ def decode_knowledge(
     if arrays is None:
         return None
     try:
-        kind: Any = _record(records, "knowledge-kind", ConfigRecord)
-        tensors = {n: _tensor(a) for n, a in arrays.items()}
-        owner = torch.tensor([client]), torch.tensor([num_examples])
+        kind = _kind(records)
+        tensors = {name: _tensor(name, array) for name, array in arrays.items()}
         if kind["kind"] == "soft-labels":
             return _packed(tensors, kind, sizes, samples)
         if kind["kind"] == "class-means":
-            values, counts = tensors["values"].unsqueeze(0), tensors["counts"].unsqueeze(0)
-            return ClassMeans(values, counts.to(torch.int64), owner[0], kind["of"])
-        stacked = {name: t.unsqueeze(0) for name, t in tensors.items()}
-        return Weights({str(kind["model"]): ModelWeights(stacked, *owner)})
-    except FedkdError:
-        raise
-    except Exception as error:
-        # Whatever a foreign message does to the decoder is that message's fault.
-        raise FedkdError(f"sends knowledge that cannot be read: {in_one_line(error)}") from None
+            return _class_means(tensors, kind, client)
+    except FedkdError as error:
+        raise FedkdError(f"sends knowledge that cannot be read: {error}") from None
+    stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
+    owner = torch.tensor([client]), torch.tensor([num_examples])
+    return Weights({kind["model"]: ModelWeights(stacked, *owner)})
 
 
-def _packed(tensors: dict[str, Tensor], kind: Any, sizes: Sizes, asked: Tensor | None) -> Packed:
-    if kind["samples"] == "asked":
-        if asked is None:
-            raise FedkdError("sends soft labels for samples that it does not name")
-        named = asked
+_KINDS: dict[str, dict[str, type]] = {
+    "soft-labels": {"space": str, "wire": str, "sets": int, "samples": str},
+    "class-means": {"of": str},
+    "weights": {"model": str},
+}
+"""What is said of knowledge of each kind besides its kind."""
+
+
+def _kind(records: RecordDict) -> dict[str, Any]:
+    """Return what a message says of its knowledge, names and types checked."""
+    said = dict(_record(records, "knowledge-kind", ConfigRecord) or {})
+    kind = said.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise FedkdError(f"kind = {shown(kind)} is none of {', '.join(_KINDS)}")
+    wanted = {"kind": str, **_KINDS[kind]}
+    if {name: type(value) for name, value in said.items()} != wanted:
+        raise FedkdError(f"{kind} must be described by {', '.join(wanted)}, not by {shown(said)}")
+    return said
+
+
+def _packed(
+    tensors: dict[str, Tensor], kind: Mapping[str, Any], sizes: Sizes, asked: Tensor | None
+) -> Packed:
+    if kind["samples"] not in ("asked", "all", "listed"):
+        raise FedkdError(f"samples = {shown(kind['samples'])}: must be asked, all or listed")
+    if kind["samples"] == "listed":
+        named = unpack_samples(_taken(tensors, "samples"), sizes.num_public)
+    elif kind["samples"] == "all":
+        named = torch.arange(sizes.num_public)
+    elif asked is None:
+        raise FedkdError("it is for samples that it does not name")
     else:
-        named = unpack_samples(tensors.pop("samples", None), sizes.num_public)
+        named = asked
+    if not 0 < kind["sets"] <= MOST_SETS:
+        raise FedkdError(f"sets = {shown(kind['sets'])}: must be 1 to {MOST_SETS}")
     wire = Wire.parse(kind["wire"])
-    return Packed(wire, str(kind["space"]), int(kind["sets"]), sizes.num_classes, named, tensors)
+    return Packed(wire, kind["space"], kind["sets"], sizes.num_classes, named, tensors)
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(array.numpy())
+def _class_means(tensors: dict[str, Tensor], kind: Mapping[str, Any], client: int) -> ClassMeans:
+    values, counts = _taken(tensors, "values"), _taken(tensors, "counts")
+    if tensors:
+        raise FedkdError(f"class means come with {shown([*tensors])}")
+    if counts.dtype != torch.int32:  # longer ones could add up to anything
+        raise FedkdError(f"counts are {counts.dtype}: must be torch.int32")
+    means, images = values.unsqueeze(0), counts.to(torch.int64).unsqueeze(0)
+    return ClassMeans(means, images, torch.tensor([client]), kind["of"])
+
+
+def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise FedkdError(f"it has no {name} (but {shown([*tensors])})")
+    return tensors.pop(name)
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    """Read an array, and refuse one that is not what it says of itself."""
+    try:
+        if array.stype != "numpy.ndarray":
+            raise FedkdError(f"is stored as {shown(array.stype)}")
+        tensor = read_npy(array.data)
+        found = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if found != (array.dtype, tuple(array.shape)):
+            raise FedkdError(
+                f"is {found[0]} {found[1]}, called {shown(array.dtype)} {shown(array.shape)}"
+            )
+    except FedkdError as error:
+        raise FedkdError(f"{shown(name)} {error}") from None
+    return tensor
 
 
 def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
@@ -277,7 +354,7 @@ def decode_order(
         asked = torch.empty(0, dtype=torch.int64)
         request = _record(records, "request", ArrayRecord)
         if request is not None:
-            listed = _tensor(request["samples"]) if "samples" in request else None
+            listed = _tensor("samples", request["samples"]) if "samples" in request else None
             asked = unpack_samples(listed, sizes.num_public)
         return Order(
             client=instruction["client"],
@@ -290,8 +367,8 @@ def decode_order(
             evaluate=instruction["evaluate"],
             wire=Wire.parse(instruction["wire"]),
         )
-    except FedkdError:
-        raise
+    except FedkdError as error:
+        raise FedkdError(in_a_line(str(error))) from None
     except Exception as error:
         # As with knowledge: a foreign message can make the decoder raise anything.
         raise FedkdError(f"the order cannot be read: {in_one_line(error)}") from None
@@ -348,6 +425,7 @@ def encode_report(report: Report, asked: Tensor, sizes: Sizes, decoding: float =
     numbers: dict[str, Any] = {
         "partition-id": report.client,
         "num-examples": report.num_examples,
+        "round": report.round,
         **report.metrics,
         **{_SECONDS + name: spent for name, spent in seconds.items()},
         **{_EVENT + name: count for name, count in report.events.items()},
@@ -377,38 +455,69 @@ def decode_report(
     reported = _record(records, "report", MetricRecord)
     if reported is None:
         raise FedkdError("sends no report")
+    if len(reported) > MOST_NUMBERS:
+        raise FedkdError(f"reports {len(reported)} numbers: must be at most {MOST_NUMBERS}")
     numbers: dict[str, Any] = dict(reported)
     client = _integer(numbers, "partition-id")
     num_examples = _integer(numbers, "num-examples")
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers.values()):
-        raise FedkdError("sends metrics that are not finite numbers")
-    seconds = {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)}
+    round = _integer(numbers, "round") if "round" in numbers else 0
     events = {
         name: _integer(numbers, _EVENT + name) for name in REPORTED if _EVENT + name in numbers
     }
+    for name, value in numbers.items():
+        if not _is_finite(value):
+            raise FedkdError(
+                f"sends metrics that are not finite numbers: {shown(name)} = {_said(value)}"
+            )
+    seconds = {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)}
     metrics = {n: v for n, v in numbers.items() if not n.startswith((_SECONDS, _EVENT))}
     answer = decode_knowledge(
         records, sizes, client=client, num_examples=num_examples, samples=asked
     )
-    if not isinstance(answer, Packed):
-        return Report(client, num_examples, answer, metrics, seconds, events=events)
-    if (answer.wire, answer.sets) != (wire, 1):
+    newer = None
+    if isinstance(answer, Packed):
+        owner = torch.tensor([client]), torch.tensor([num_examples])
+        answer, newer = _unpacked(answer, sizes, wire, reference, owner)
+    return Report(
+        client, num_examples, answer, metrics, seconds, None, newer, events=events, round=round
+    )
+
+
+def _unpacked(
+    packed: Packed,
+    sizes: Sizes,
+    wire: Wire,
+    reference: Reference | None,
+    owner: tuple[Tensor, Tensor],
+) -> tuple[SoftLabels, Reference | None]:
+    """Decode a client's soft labels, if they are encoded as they have to be."""
+    if (packed.wire, packed.sets) != (wire, 1):
         raise FedkdError(
-            f"sends {answer.sets} × {answer.wire}, where one set as {wire} was asked for"
+            f"sends {shown(packed.sets)} × {packed.wire}, where one set as {wire} was asked for"
         )
-    owner = torch.tensor([client]), torch.tensor([num_examples])
     try:
-        labels, newer = SoftLabels.unpack(answer, sizes.num_public, reference, owner)
+        return SoftLabels.unpack(packed, sizes.num_public, reference, owner)
     except FedkdError as error:
         raise FedkdError(f"sends soft labels that are none: {error}") from None
-    return Report(client, num_examples, labels, metrics, seconds, None, newer, events)
 
 
 def _integer(numbers: dict[str, Any], name: str) -> int:
     value = numbers.pop(name, None)
-    if not isinstance(value, int):
-        raise FedkdError(f"sends {name} = {value!r}, which must be a whole number")
+    if type(value) is not int or value.bit_length() > 63:
+        raise FedkdError(f"sends {name} = {_said(value)}, which must be a whole number of 64 bits")
     return value
+
+
+def _is_finite(value: object) -> bool:
+    if type(value) is int:
+        return value.bit_length() <= 63
+    return type(value) is float and math.isfinite(value)
+
+
+def _said(value: object) -> str:
+    """Return what stands for a number, shortened; Python refuses to write out the largest ones."""
+    is_vast = isinstance(value, int) and value.bit_length() > 63
+    return "a number of more than 64 bits" if is_vast else shown(value)
 
 
 def payload_bytes(records: RecordDict) -> dict[str, int]:

@@ -54,6 +54,7 @@ class Report:
         packed: the answer as it is sent, where that is not simply its numbers.
         reference: what the server then has of this client's soft labels, where only changes are sent.
         events: what broke at the client and was mended, how often by kind: see `fedkd.events.REPORTED`.
+        round: of the order that it answers; 0 where the client does not say.
     """
 
     client: int
@@ -64,6 +65,7 @@ class Report:
     packed: Packed | None = None
     reference: Reference | None = None
     events: dict[str, int] = field(default_factory=dict)
+    round: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -11,6 +14,8 @@ from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
 from fedkd.registry import recorded
 from fedkd.sources import digest
+from fedkd.transport.adapter import is_simulated
+from fedkd.transport.deployment import DeployedGrid
 from fedkd.transport.simulation import guarded
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
@@ -32,5 +37,15 @@ def main(grid: Grid, context: Context) -> None:
     device = str(resolve_device(named.device))
     surroundings = environment(device, torch.get_num_threads())
     folder.write_experiment(named, {**surroundings, "sources": digest(named), **reasons})
-    with guarded(grid) as guarded_grid:
-        strategy.open(guarded_grid, named, folder).run()
+    with _tended(grid) as tended:
+        strategy.open(tended, named, folder).run()
+
+
+@contextmanager
+def _tended(grid: Grid) -> Iterator[Grid]:
+    """Yield a grid on which a client that fails is an error reply, simulated or deployed."""
+    if is_simulated(grid):
+        with guarded(grid) as simulated:
+            yield simulated
+    else:
+        yield DeployedGrid(grid)

@@ -238,7 +238,10 @@ class StateFiles:
                 file.check(kinds)
                 held = file.rounds()[:, part.rows]
                 if (held > round).any():
-                    raise FedkdError(f"{part.path} holds states of rounds after {round} already")
+                    raise FedkdError(
+                        f"{part.path} holds states of rounds after {round} already: of an earlier run of "
+                        "the same name, or this process is a leftover of a run that has gone on"
+                    )
                 stays = (held == kept[part.positions]) & (held != round)
                 cells = stays[0] * CLIENTS_A_FILE + part.rows
                 # Nothing that a torn write leaves behind may pass for a state: the slot is empty

@@ -6,6 +6,7 @@ trimmed mean, geometric median, Cronus and the exponential-weights guard, agains
 clients and each attack of `fedkd.attacks`. What counts is the mean test accuracy of the *honest*
 clients. Cronus also trains in its own way, on both sets at once. Three seeds. No download; a quarter of
 an hour on one core:
+
     python simulations/byzantine_clients.py --write docs
 """
 

@@ -4,6 +4,7 @@ from strategies.cfd import CFD
 from strategies.comet import COMET
 from strategies.cronus import Cronus
 from strategies.dsfl import DSFL
+from strategies.expguard import ExpGuard
 from strategies.fd import FD
 from strategies.fedavg import FedAvg
 from strategies.feddf import FedDF
@@ -23,6 +24,7 @@ __all__ = [
     "FD",
     "SCARLET",
     "Cronus",
+    "ExpGuard",
     "FedAvg",
     "FedDF",
     "FedGEMS",

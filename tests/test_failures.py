@@ -43,6 +43,7 @@ def test_a_dead_process_costs_one_round_of_one_client(folder: Path) -> None:
         {},
         {},
     ]
+    assert [row["events"] for row in run.rounds] == [{}, {"client-died": 1}, {}, {}, {}]
     assert [row["answered"] for row in run.rounds] == [
         [0, 1, 2],
         [0, 2],

@@ -28,6 +28,7 @@ from flwr.simulation import run_simulation
 from numpy.typing import NDArray
 
 from fedkd.errors import FedkdError
+from fedkd.events import Events
 from fedkd.transport.adapter import (
     FIRST_NODE_ID,
     GuardedGrid,
@@ -435,6 +436,7 @@ class Seen:
 
     labels: NDArray[np.float64] | None = None
     rounds: list[dict[int, str]] = field(default_factory=list)
+    events: list[dict[str, int]] = field(default_factory=list)
     threads: object = None
     raised: BaseException | None = None
     environment: dict[str, str] = field(default_factory=dict)
@@ -464,7 +466,7 @@ def outcomes(
 @pytest.fixture(scope="module")
 def on_ray() -> Seen:
     """Run everything that needs Ray once: the toy strategy, then six rounds of accidents."""
-    seen = Seen()
+    seen, events = Seen(), Events()
 
     def server(grid: Grid) -> None:
         seen.labels = run_mean_of_labels(grid)
@@ -481,13 +483,14 @@ def on_ray() -> Seen:
         ]
         for content, timeout in accidents:
             seen.rounds.append(outcomes(grid, nodes, content, timeout))
+            seen.events.append(events.take())
         raise Finished
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "3")
         patch.setenv("PYTHONPATH", "/nowhere")
         try:
-            simulate(server, grid_clients.app, num_clients=K, num_cpus=2)
+            simulate(server, grid_clients.app, num_clients=K, num_cpus=2, events=events)
         except Finished as finished:
             seen.raised = finished
         seen.environment = dict(os.environ)
@@ -522,6 +525,12 @@ def test_a_client_that_hangs_costs_its_round_and_not_the_run(on_ray: Seen) -> No
     assert sorted(answered) == [0, 1, 2, 3]
     assert on_ray.rounds[4] == dict.fromkeys(range(K), "ok")
     assert isinstance(on_ray.raised, Finished)  # although client 0 hung when the server returned
+
+
+@pytest.mark.ray
+def test_what_became_of_client_processes_is_counted_round_by_round(on_ray: Seen) -> None:
+    died, late = {"client-died": 1}, {"client-late": 1}
+    assert on_ray.events == [{}, died, {}, late, {}, late]
 
 
 @pytest.mark.ray

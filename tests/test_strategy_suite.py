@@ -70,6 +70,6 @@ def test_both_engines_agree(name: str, tmp_path: Path) -> None:
 
 
 def test_there_are_strategies_and_checks() -> None:
-    assert len(NAMES) >= 15
+    assert len(NAMES) >= 16
     assert len({check.name for check in CHECKS}) == len(CHECKS) >= 25
     assert all(check.shows.endswith(".") for check in CHECKS)

@@ -508,7 +508,9 @@ def test_a_grid_is_read_from_text(text: str, expected: Any) -> None:
         parse(text, is_search=".." not in text)
 
 
-@pytest.mark.parametrize("text", ["", "alpha", "alpha=", "=1", "alpha=1 alpha=2", "alpha=0..1 tau=1,2"])
+@pytest.mark.parametrize(
+    "text", ["", "alpha", "alpha=", "=1", "alpha=1 alpha=2", "alpha=0..1 tau=1,2"]
+)
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(FedkdError, match="vary = "):
         parse(text, is_search=False)

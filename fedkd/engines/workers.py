@@ -8,12 +8,11 @@ states are on disk by round, so that nothing is lost and no number changes.
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -30,20 +29,30 @@ from fedkd import data
 from fedkd.allocator import keep_freed_memory
 from fedkd.client_app import answers, store_of
 from fedkd.errors import FedkdError
+from fedkd.events import Events
 from fedkd.experiment import Experiment, Scalar
 from fedkd.orders import Failure
 from fedkd.references import in_one_line
 from fedkd.sources import digest
-from fedkd.transport.simulation import available_cpus, local_ray, ray_log, ray_session
+from fedkd.transport.ray_session import (
+    RAY_TIMEOUT,
+    RaySession,
+    local_ray,
+    ray_log,
+    ray_session,
+    within,
+)
+from fedkd.transport.simulation import available_cpus
 from fedkd.world import resolve_device, world_of
 
 REBUILDS = 2
 """How often a worker is built anew within one exchange before its clients are given up."""
 
 START_TIMEOUT = 120.0
-"""Seconds until all workers must be up and have their data."""
+"""Seconds until all workers must be up and have their data, and one that is built anew be up."""
 
-_logger = logging.getLogger(__name__)
+_SLICE_S = 1.0
+_FETCH_S = 60.0
 
 _Contents = list[tuple[int, RecordDict]]
 _Answers = list[RecordDict | Failure]
@@ -142,12 +151,13 @@ class _Lost:
 class Workers:
     """The workers of a run; a context manager that starts Ray, or joins a cluster, and leaves it.
 
-    Attributes:
-        events: one line for each worker that was built anew.
+    Args:
+        experiment: the run.
+        events: told of workers that die, are late or given up, and of machines that go away.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.events: list[str] = []
+    def __init__(self, experiment: Experiment, events: Events | None = None) -> None:
+        self._events = events or Events()
         self._experiment = located(experiment)
         self._timeout = experiment.round_timeout
         self._count = experiment.num_workers
@@ -156,6 +166,9 @@ class Workers:
         architectures = [f"{experiment.student_of(k)} {experiment.teacher_of(k)}" for k in clients]
         self._worker_of = placement(architectures, [len(s) for s in shards], self._count)
         self._actors: dict[int, Any] = {}
+        self._absent: dict[int, tuple[Any, float]] = {}  # until up: who tells, and since when
+        self._nodes: set[str] = set()  # ids of the machines that workers were on
+        self._is_up = False
         self._sent: dict[str, list[Any]] = {}  # in lists, or Ray would resolve the references
 
     def __enter__(self) -> Self:
@@ -166,9 +179,11 @@ class Workers:
                 is no such cluster, or it is too small.
         """
         with ExitStack() as stack:
-            self._share = stack.enter_context(_ray(self._experiment))
+            self._ray, self._share = stack.enter_context(_ray(self._experiment))
+            self._actor_class: Any = self._ray.ray.remote(Worker)
             stack.callback(self._end_all)
             self._start()
+            self._is_up = True
             self._leave = stack.pop_all()
         return self
 
@@ -216,71 +231,112 @@ class Workers:
     def _exchange(
         self, parts: Mapping[int, _Contents], timeout: float
     ) -> dict[int, _Answers | _Lost]:
-        """Have workers answer their parts of an exchange, all at once."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        """Have workers answer their parts of an exchange, all at once.
 
+        Raises:
+            FedkdError: Ray is gone, or has no room for a worker that was built anew.
+        """
         end = monotonic() + timeout
         deaths = Counter[int]()
         found: dict[int, _Answers | _Lost] = {}
         calls = {self._call(worker, part): worker for worker, part in parts.items()}
         while calls:
-            done, _ = ray.wait(list(calls), timeout=max(0.0, end - monotonic()))
-            if not done:
+            self._look_around()
+            done = _first_done(list(calls), max(0.0, min(_SLICE_S, end - monotonic())))
+            if done is None:
+                if monotonic() < end:
+                    continue
                 return found | {worker: self._late(worker, timeout) for worker in calls.values()}
-            worker = calls.pop(done[0])
-            try:
-                answered: _Answers | None = ray.get(done[0])
-            except RayTaskError as error:
-                raise error.cause from error  # a mistake of the experiment, or of this code
-            except RayError as error:  # died, out of memory, its node gone
-                deaths[worker] += 1
-                lost = self._dead(worker, deaths[worker], error)
-                if lost:
-                    found[worker] = lost
-                    continue
-            else:
-                if answered is not None:
-                    found[worker] = answered
-                    continue
-                self._send_data()
+            worker = calls.pop(done)
+            answered = self._outcome(worker, done, deaths)
+            if answered is not None:
+                found[worker] = answered
+                continue
             calls[self._call(worker, parts[worker])] = worker
+        self._look_around()
         return found
+
+    def _outcome(self, worker: int, call: Any, deaths: Counter[int]) -> _Answers | _Lost | None:
+        """Return what came of a call, or `None` if it is to be made again."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            answered: _Answers | None = ray.get(call, timeout=_FETCH_S)
+        except RayTaskError as error:
+            if not isinstance(error.cause, MemoryError):
+                raise error.cause from error  # a mistake of the experiment, or of this code
+            return self._dead(worker, deaths, "worker ran out of memory", error)
+        except RayError as error:  # died, out of memory, its node gone
+            return self._dead(worker, deaths, "worker process died", error)
+        if answered is None:
+            self._send_data()
+        return answered
 
     def _call(self, worker: int, part: _Contents) -> Any:
         """Hand a worker its part of an exchange; what many messages share is shipped once."""
         if worker not in self._actors:
-            self._actors[worker] = self._built()
+            self._actors[worker] = self._built(worker)
+            since = self._absent.get(worker, (None, monotonic()))[1]
+            self._absent[worker] = (self._actors[worker].node.remote(), since)
         return self._actors[worker].answers.remote(part, self._sent)
 
-    def _built(self) -> Any:
-        import ray
-
-        actor: Any = ray.remote(Worker)
+    def _built(self, worker: int) -> Any:
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus, "max_restarts": 0}
         paths = [str(Path(path).absolute()) for path in sys.path]
-        return actor.options(**options).remote(
-            self._experiment.flat(), digest(self._experiment), paths, self._share.threads
-        )
+        keys, sources = self._experiment.flat(), digest(self._experiment)
+        build = self._actor_class.options(**options).remote
+        try:
+            return within(START_TIMEOUT, lambda: build(keys, sources, paths, self._share.threads))
+        except TimeoutError as error:
+            raise FedkdError(
+                f"worker {worker}: Ray takes no order for it in {START_TIMEOUT:g} s"
+            ) from error
 
-    def _dead(self, worker: int, deaths: int, error: Exception) -> _Lost | None:
+    def _dead(self, worker: int, deaths: Counter[int], what: str, error: Exception) -> _Lost | None:
         """Note a death; return what to say of the worker if that was one too many."""
         self._end(worker)
+        self._absent.pop(worker, None)
+        deaths[worker] += 1
         details = in_one_line(error)
-        if deaths > REBUILDS:
-            self._note(f"worker {worker} died {deaths} times in one exchange: given up", details)
-            return _Lost("worker process died", details)
-        self._note(f"worker {worker} died: built anew, its clients start over", details)
+        if deaths[worker] > REBUILDS:
+            text = f"worker {worker}: {deaths[worker]} deaths in one exchange, given up ({details})"
+            self._events.add("worker-given-up", text)
+            return _Lost(what, details)
+        text = f"worker {worker} is built anew, its clients start over: {what} ({details})"
+        self._events.add("worker-died", text)
         return None
 
     def _late(self, worker: int, timeout: float) -> _Lost:
         self._end(worker)
-        self._note(f"worker {worker} gave no answer in {timeout:g} s: ended, to be built anew")
+        text = f"worker {worker} gave no answer in {timeout:g} s: ended, to be built anew"
+        self._events.add("worker-late", text)
         return _Lost("no reply in time")
 
-    def _note(self, event: str, details: str = "") -> None:
-        self.events.append(event)
-        _logger.warning("%s%s", event, f" ({details})" if details else "")
+    def _look_around(self) -> None:
+        """Learn which workers have come up and which machines have gone.
+
+        Raises:
+            FedkdError: Ray is gone, or a worker has not come up for long.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        self._ray.check()
+        for worker, (node, since) in list(self._absent.items()):
+            if _first_done([node], 0.0) is not None:
+                with suppress(RayError):  # its call says so as well
+                    self._nodes.add(ray.get(node, timeout=_FETCH_S))
+                    del self._absent[worker]
+            elif monotonic() > since + START_TIMEOUT and self._is_up:
+                raise FedkdError(
+                    f"num-workers = {self._count}: worker {worker} died and could not be built anew in "
+                    f"{START_TIMEOUT:g} s; Ray has no room for it on {len(self._ray.nodes)} "
+                    f"machine{'s' * (len(self._ray.nodes) != 1)}"
+                )
+        for node in self._nodes & self._ray.gone:
+            self._nodes.remove(node)
+            self._events.add("node-died", f"the machine of workers, Ray's node {node}, is gone")
 
     def _send_data(self) -> None:
         """Put the data sets where a worker whose machine lacks them finds them, once."""
@@ -292,18 +348,16 @@ class Workers:
                 self._sent[key] = [ray.put(_packed(dataset))]
 
     def _end(self, worker: int) -> None:
-        import ray
-
-        ray.kill(self._actors.pop(worker))
+        self._ray.kill([self._actors.pop(worker)])
 
     def _end_all(self) -> None:
-        for worker in list(self._actors):
-            self._end(worker)
+        self._ray.kill(self._actors.values())
+        self._actors.clear()
 
 
 @contextmanager
-def _ray(experiment: Experiment) -> Iterator[Share]:
-    """Start Ray on this machine, or join the cluster of ``ray-address``; yield a worker's share."""
+def _ray(experiment: Experiment) -> Iterator[tuple[RaySession, Share]]:
+    """Start Ray here, or join the cluster of ``ray-address``; yield it and a worker's share."""
     workers = experiment.num_workers
     on_gpu = resolve_device(experiment.device).type == "cuda"
     if experiment.ray_address is None:
@@ -313,20 +367,28 @@ def _ray(experiment: Experiment) -> Iterator[Share]:
         share = share_of([{"CPU": cpus, "GPU": gpus}], workers, on_gpu)
         threads = min(share.cpus, max(1, torch.get_num_threads() // workers))
         share = replace(share, threads=threads)
-        with ray_session(share.threads) as ray:
-            ray.init(**local_ray(), num_cpus=cpus, num_gpus=gpus)
-            yield share
+        with ray_session(share.threads) as session:
+            init = partial(session.ray.init, **local_ray(), num_cpus=cpus, num_gpus=gpus)
+            session.start(init, f"num-workers = {workers}: Ray does not start", RAY_TIMEOUT)
+            yield session, share
         return
-    with ray_session(threads=1) as ray:
-        try:
-            ray.init(address=experiment.ray_address, **ray_log())
-        except Exception as error:  # Ray has many
-            raise FedkdError(
-                f"ray-address = '{experiment.ray_address}': no cluster can be joined there "
-                f"({in_one_line(error)})"
-            ) from error
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield share_of(nodes, workers, on_gpu)
+    with ray_session(threads=1) as session:
+        address = experiment.ray_address
+        init = partial(session.ray.init, address=address, **ray_log())
+        what = f"ray-address = '{address}': no cluster can be joined there"
+        session.start(init, what, RAY_TIMEOUT)
+        yield session, share_of(list(session.nodes.values()), workers, on_gpu)
+
+
+def _first_done(calls: list[Any], timeout: float) -> Any | None:
+    """Return one of these calls that is done, if any is in time."""
+    import ray
+
+    try:
+        done, _ = ray.wait(calls, timeout=timeout)
+    except ConnectionError as error:  # of Ray's client, with an address of ray://
+        raise FedkdError(f"Ray went away ({in_one_line(error)})") from error
+    return done[0] if done else None
 
 
 # --- In a worker ----------------------------------------------------------------------------------
@@ -373,6 +435,12 @@ class Worker:
                 answers, experiment, store_of(experiment, experiment.clients_per_round)
             )
         return self._answers(contents) if contents else []
+
+    def node(self) -> str:
+        """Return the id of the machine that this process is on, to who wants to know that it is up."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def _refuse_other_code(self) -> None:
         # Of the keys only this one matters here; other code may know other keys.

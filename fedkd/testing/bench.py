@@ -191,9 +191,18 @@ class Clients:
     def _answers(self, messages: Sequence[tuple[int, Message]]) -> Sequence[Any]:
         if self._replay:
             said = self._replay[len(self.exchanges)]
-            return [deepcopy(said[client]) for client, _ in messages]
+            return [_said_again(said[client], message) for client, message in messages]
         contents = [(client, message.content) for client, message in messages]
         return answers(self._experiment, self._store, contents)
+
+
+def _said_again(content: RecordDict, message: Message) -> RecordDict:
+    """Return what a client answered elsewhere as its reply to a message, whose round it names."""
+    again = deepcopy(content)
+    number = message.content.config_records["instruction"]["round"]
+    assert isinstance(number, int)
+    again.metric_records["report"]["round"] = number
+    return again
 
 
 @dataclass

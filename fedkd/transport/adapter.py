@@ -294,18 +294,32 @@ class ClientProcessLost(Exception):
 class ClientProcesses(Protocol):
     """What Flower's backend leaves undone and Ray is needed for."""
 
+    def start(self, init: Callable[[], None]) -> None:
+        """Have Ray started by `init`, within a deadline."""
+
     def wait_until_ready(self, actors: Sequence[Any]) -> None:
         """Return when the worker processes are up, or there is no more use for them."""
 
-    def result(self, actor: Any, call: Any, deadline: float) -> tuple[str, Any, Context]:
-        """Return (partition id, reply, context) of a call on an actor.
+    def result(
+        self, client: str, actor: Any, call: Any, deadline: float
+    ) -> tuple[str, Any, Context]:
+        """Return (partition id, reply, context) of a client's call on an actor.
 
         Raises `ClientProcessLost` if the actor died or was ended, which it is when the call is not
         done at `deadline` (Unix time) or the run is over.
         """
 
+    def check(self) -> None:
+        """Return if there is a Ray to run in; raises a `FedkdError` if there is none any more."""
+
+    def settle(self) -> None:
+        """Return when the calls whose deadline is past have ended, or will not."""
+
     def end(self) -> None:
         """Have all calls of `result` that are under way end."""
+
+    def leave(self, terminate: Callable[[], None]) -> None:
+        """Have Ray shut down by `terminate`, within a deadline."""
 
 
 class SimulationStopped(Exception):
@@ -317,11 +331,19 @@ class GuardedGrid(Grid):
 
     Flower's own grid goes on waiting for replies when its backend has failed, and lets late clients
     run on into the next rounds, though nobody will collect their replies.
+
+    Args:
+        grid: Flower's.
+        stopped: set when the run is over.
+        processes: in which the clients run, if this process knows of them.
     """
 
-    def __init__(self, grid: Grid, stopped: Event) -> None:
+    def __init__(
+        self, grid: Grid, stopped: Event, processes: ClientProcesses | None = None
+    ) -> None:
         self._grid = grid
         self._stopped = stopped
+        self._processes = processes
 
     def set_run(self, run: Run) -> None:
         """See `Grid`."""
@@ -369,11 +391,15 @@ class GuardedGrid(Grid):
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
         replies: list[Message] = []
         while waiting and time.monotonic() < end:
+            if self._processes is not None:
+                self._processes.check()
             arrived = list(self.pull_messages(waiting))
             replies += arrived
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
             if waiting:
                 time.sleep(_POLL_S)
+        if self._processes is not None:
+            self._processes.settle()
         return replies
 
 
@@ -428,19 +454,28 @@ def tended_backend(processes: ClientProcesses) -> Iterator[None]:
 
     Flower puts a dead actor back into its pool, where it fails at once whatever it is given, and
     waits without end for one that does not return. Here a new process takes the place of either,
-    and the client's failure is its reply, as is the failure of one that returns no message.
+    and the client's failure is its reply, as is the failure of one that returns no message. Ray is
+    started and ended within a deadline.
     """
     from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
 
+    init_ray = partialmethod(_init_ray, processes, RayBackend.init_ray)
     build = partialmethod(_build, processes, RayBackend.build)
     process_message = partialmethod(_process_message, processes)
     terminate = partialmethod(_terminate, processes, RayBackend.terminate)
     with (
+        replaced(RayBackend, "init_ray", init_ray),
         replaced(RayBackend, "build", build),
         replaced(RayBackend, "process_message", process_message),
         replaced(RayBackend, "terminate", terminate),
     ):
         yield
+
+
+def _init_ray(
+    backend: Any, processes: ClientProcesses, init: Callable[..., None], config: object
+) -> None:
+    processes.start(lambda: init(backend, config))
 
 
 def _build(
@@ -461,7 +496,7 @@ def _process_message(
     try:
         partition = str(context.node_config["partition-id"])
         call = actor.run.remote(backend.app_fn, message, partition, context)
-        _, reply, after = processes.result(actor, call, deadline)
+        _, reply, after = processes.result(partition, actor, call, deadline)
     except ClientProcessLost as lost:
         actor = actors.create_actor_fn()
         return Message(Error(ErrorCode.CLIENT_APP_CRASHED, str(lost)), reply_to=message), context
@@ -477,7 +512,7 @@ def _terminate(backend: Any, processes: ClientProcesses, terminate: Callable[...
     end = time.monotonic() + _LAST_CALLS_S
     while backend.pool and len(backend.pool.pool) < backend.num_workers and time.monotonic() < end:
         time.sleep(_POLL_S)
-    terminate(backend)
+    processes.leave(lambda: terminate(backend))
 
 
 @contextmanager

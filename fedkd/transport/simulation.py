@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from threading import Event, Thread, current_thread
-from types import ModuleType
 from typing import Any
 
 from flwr.app import Context
@@ -18,20 +15,24 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedkd.errors import FedkdError
+from fedkd.events import Events
+from fedkd.references import in_one_line
 from fedkd.transport.adapter import (
     ClientProcessLost,
     GuardedGrid,
     SimulationStopped,
     is_simulated,
-    quiet,
-    replaced,
     run_simulation,
     task_identity,
     tended_backend,
 )
+from fedkd.transport.ray_session import RaySession, local_ray, ray_session
 
 _POLL_S = 0.5
 _JOIN_S = 5.0
+_SETTLE_S = 10.0
+_FETCH_S = 60.0
+_START_S = 60.0
 
 
 def simulate(
@@ -42,8 +43,9 @@ def simulate(
     client_cpus: float = 1.0,
     client_gpus: float = 0.0,
     num_cpus: int | None = None,
-    start_timeout: float = 60.0,
+    start_timeout: float = _START_S,
     verbose: bool = False,
+    events: Events | None = None,
 ) -> None:
     """Run `server(grid)` against `num_clients` simulated clients; return when it has returned.
 
@@ -61,6 +63,7 @@ def simulate(
     Args:
         start_timeout: Seconds that clients and workers may take to start.
         verbose: Let Flower and Ray log, and show what the workers print.
+        events: Told of client processes that die or are ended.
 
     Raises:
         FedkdError: The machine cannot hold a single client, the start took too long, or Ray already
@@ -70,16 +73,19 @@ def simulate(
     resources = check_resources(num_clients, client_cpus, client_gpus, num_cpus)
     import flwr.simulation  # noqa: F401 - it sets variables that belong to it
 
-    stopped, ready = Event(), Event()
-    run = _Server(server, num_clients, start_timeout, stopped, ready)
-    with task_identity(), ray_session(threads=max(1, int(client_cpus)), verbose=verbose):
+    with (
+        task_identity(),
+        ray_session(threads=max(1, int(client_cpus)), verbose=verbose) as session,
+    ):
+        workers = _Workers(session, events or Events(), start_timeout)
+        run = _Server(server, num_clients, start_timeout, workers)
         try:
             run_simulation(
                 run,
                 client_app,
                 num_clients=num_clients,
                 backend_config=_backend_config(resources, client_cpus, client_gpus, verbose),
-                processes=_Workers(stopped, ready),
+                processes=workers,
             )
         except Exception as exception:
             run.failure = run.failure or _without_wrapping(exception)
@@ -90,27 +96,38 @@ def simulate(
 
 
 @contextmanager
-def guarded(grid: Grid) -> Iterator[Grid]:
+def guarded(grid: Grid, events: Events | None = None) -> Iterator[Grid]:
     """Look after the clients of a simulation that Flower started: `flwr run`.
 
     For the main function of a ServerApp. In a simulation the grid that this yields treats failed
     clients as that of `simulate` does; in a deployment it is the given one.
+
+    Args:
+        grid: Flower's.
+        events: Told of client processes that die or are ended.
     """
     if not is_simulated(grid):
         yield grid
         return
-    stopped = Event()
-    with tended_backend(_Workers(stopped, ready=Event())):
+    import ray
+
+    session = RaySession(ray)
+    workers = _Workers(session, events or Events(), _START_S)
+    session.watch()
+    with tended_backend(workers):
         try:
-            yield GuardedGrid(grid, stopped)
+            yield GuardedGrid(grid, workers.stopped, workers)
         finally:
-            stopped.set()
+            workers.end()
+            session.unwatch()
 
 
-def _without_wrapping(exception: BaseException) -> RuntimeError:
+def _without_wrapping(exception: BaseException) -> Exception:
     """Return an error that says what Flower's "An error was encountered" stands for."""
-    while exception.__cause__ is not None:
+    while exception.__cause__ is not None and not isinstance(exception, FedkdError):
         exception = exception.__cause__
+    if isinstance(exception, FedkdError):
+        return exception
     error = RuntimeError(f"the simulation failed: {type(exception).__name__}: {exception}")
     error.__cause__ = exception
     return error
@@ -124,14 +141,14 @@ class _Server:
         server: Callable[[Grid], None],
         num_clients: int,
         start_timeout: float,
-        stopped: Event,
-        ready: Event,
+        workers: _Workers,
     ) -> None:
         self._server = server
         self._num_clients = num_clients
         self._start_timeout = start_timeout
-        self._stopped = stopped
-        self._ready = ready
+        self._workers = workers
+        self._stopped = workers.stopped
+        self._ready = workers.ready
         self._thread: Thread | None = None
         self.failure: BaseException | None = None
 
@@ -139,7 +156,7 @@ class _Server:
         self._thread = current_thread()
         try:
             self._wait_for_clients(grid)
-            self._server(GuardedGrid(grid, self._stopped))
+            self._server(GuardedGrid(grid, self._stopped, self._workers))
         except SimulationStopped:
             pass  # what stopped it is raised by run_simulation
         except BaseException as exception:
@@ -171,44 +188,90 @@ class _Server:
 
 
 class _Workers:
-    """What has to be asked of Ray about the processes in which clients run."""
+    """What has to be asked of Ray about the processes in which clients run.
 
-    def __init__(self, stopped: Event, ready: Event) -> None:
-        self._stopped = stopped
-        self._ready = ready
+    Attributes:
+        stopped: set when the run is over.
+        ready: set when the worker processes are up.
+    """
+
+    def __init__(self, session: RaySession, events: Events, start_timeout: float) -> None:
+        self.stopped, self.ready = Event(), Event()
+        self._session = session
+        self._events = events
+        self._start_timeout = start_timeout
+        self._deadlines: dict[Any, float] = {}  # of calls under way
+
+    def start(self, init: Callable[[], None]) -> None:
+        try:
+            self._session.start(init, "Ray does not start", self._start_timeout)
+        except FedkdError:
+            self.stopped.set()  # the server need not wait for clients
+            raise
 
     def wait_until_ready(self, actors: Sequence[Any]) -> None:
         import ray
 
         starting = [actor.__ray_ready__.remote() for actor in actors]
-        while starting and not self._stopped.is_set():
+        while starting and not self.stopped.is_set():
             _, starting = ray.wait(starting, num_returns=len(starting), timeout=_POLL_S)
-        self._ready.set()
+        self.ready.set()
 
-    def result(self, actor: Any, call: Any, deadline: float) -> tuple[str, Any, Context]:
+    def result(
+        self, client: str, actor: Any, call: Any, deadline: float
+    ) -> tuple[str, Any, Context]:
+        self._deadlines[call] = deadline
+        try:
+            return self._result(client, actor, call, deadline)
+        finally:
+            del self._deadlines[call]
+
+    def _result(
+        self, client: str, actor: Any, call: Any, deadline: float
+    ) -> tuple[str, Any, Context]:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         done: list[Any] = []
-        while not done and time.time() < deadline and not self._stopped.is_set():
+        while not done and time.time() < deadline and not self.stopped.is_set():
             patience = max(0.0, min(_POLL_S, deadline - time.time()))
             done, _ = ray.wait([call], timeout=patience)
         if not done:
-            ray.kill(actor)
+            self._session.kill([actor])
+            if not self.stopped.is_set():
+                text = f"client {client} was still at work at the end of the round: process ended"
+                self._events.add("client-late", text)
             raise ClientProcessLost("no reply in time")
         try:
-            answer: tuple[str, Any, Context] = ray.get(call)
+            answer: tuple[str, Any, Context] = ray.get(call, timeout=_FETCH_S)
         except RayTaskError:
             raise  # the client app itself raised
         except RayError as exception:  # died, out of memory, its node gone
+            if not self.stopped.is_set():
+                text = f"the process of client {client} died ({in_one_line(exception)})"
+                self._events.add("client-died", text)
             raise ClientProcessLost("client process died") from exception
         return answer
 
+    def check(self) -> None:
+        self._session.check()
+
+    def settle(self) -> None:
+        end = time.monotonic() + _SETTLE_S
+        while time.monotonic() < end:
+            now = time.time()
+            if not any(deadline < now for deadline in list(self._deadlines.values())):
+                return
+            time.sleep(0.05)
+
     def end(self) -> None:
-        self._stopped.set()
+        self.stopped.set()
+
+    def leave(self, terminate: Callable[[], None]) -> None:
+        self._session.leave(terminate)
 
 
-# --- Resources and environment -------------------------------------------------------------------
+# --- Resources -------------------------------------------------------------------
 
 
 def check_resources(
@@ -256,85 +319,3 @@ def _backend_config(
         "init_args": {**local_ray(verbose), **resources},
         "client_resources": {"num_cpus": client_cpus, "num_gpus": client_gpus},
     }
-
-
-def local_ray(verbose: bool = False) -> dict[str, Any]:
-    """Return what `ray.init` is told to start Ray on this machine, for this process only."""
-    return {
-        "address": "local",  # whatever RAY_ADDRESS says
-        "include_dashboard": False,
-        **ray_log(verbose),
-    }
-
-
-def ray_log(verbose: bool = False) -> dict[str, Any]:
-    """Return what `ray.init` is told about its log and that of its workers."""
-    return {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-
-
-@contextmanager
-def ray_session(threads: int, verbose: bool = False) -> Iterator[ModuleType]:
-    """Yield Ray, to be started or joined; it is left, and the environment as before, afterwards.
-
-    Args:
-        threads: What the libraries of the worker processes may use.
-        verbose: Let Flower and Ray log.
-
-    Raises:
-        FedkdError: Ray already runs in this process.
-    """
-    # As Flower does: under `uv run` Ray would ship the working folder to every worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    import ray  # before the environment is noted: it sets variables that belong to it
-
-    if ray.is_initialized():
-        raise FedkdError("Ray already runs in this process: call ray.shutdown() before")
-    with ExitStack() as stack:
-        stack.enter_context(_environment(_worker_environment(threads)))
-        if not verbose:
-            stack.enter_context(_silence())
-        stack.callback(ray.shutdown)
-        yield ray
-
-
-def _worker_environment(threads: int) -> dict[str, str]:
-    """Return the variables that the workers inherit.
-
-    Ray would choose the number of threads by itself; the server's process keeps its own.
-    """
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables, and take back every change of the block (Flower sets PYTHONPATH)."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Silence Flower and Ray.
-
-    Ray prints the death of a worker on stdout, whatever its own log settings are.
-    """
-    worker = importlib.import_module("ray._private.worker")
-    with (
-        quiet(),
-        replaced(worker, "print_to_stdstream", lambda *_, **__: None),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")
-        yield

@@ -1,0 +1,146 @@
+"""Clients as SuperNodes of a deployment: on other machines, every message in a process of its own."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid
+
+from fedkd.references import in_one_line
+from fedkd.transport.adapter import GuardedGrid, error_reply
+
+_POLL_S = 1.0
+_LEAST_S = 1.0
+_GRACE_S = 10.0
+
+_STDERR = 2
+
+_CLIENT_PROCESS = "flwr-clientapp"
+"""The command in which a SuperNode runs a message's ClientApp."""
+
+
+class DeployedGrid(GuardedGrid):
+    """A grid on which whatever becomes of a message is the reply of the node it was for.
+
+    Flower's own reads all replies at once: bytes that it cannot read end the run, and a node that dies
+    while it sends keeps the reader for minutes. And what the SuperLink answers in place of a node that is
+    gone comes from the SuperLink.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid, stopped=Event())
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """See `Grid`; every reply is waited for by itself, none beyond the timeout.
+
+        Raises:
+            BaseException: the SuperLink itself cannot be reached, or has ended the run.
+        """
+        sent = list(messages)
+        self.push_messages(sent)
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        arrived: SimpleQueue[Message | BaseException] = SimpleQueue()
+        for message in sent:
+            # Daemons: one that is kept by a node must not keep the process.
+            Thread(target=self._wait, args=(message, end, arrived), daemon=True).start()
+        replies: list[Message] = []
+        while len(replies) < len(sent):
+            left = None if timeout is None else max(0.0, end - time.monotonic())
+            try:
+                reply = arrived.get(timeout=left)
+            except Empty:
+                break
+            if isinstance(reply, BaseException):
+                raise reply
+            replies.append(reply)
+        return replies
+
+    def _wait(
+        self, message: Message, end: float, arrived: SimpleQueue[Message | BaseException]
+    ) -> None:
+        """Ask for the reply to a message until it is there or nobody waits for it."""
+        while time.monotonic() < end:
+            try:
+                reply = self._read(message)
+            except BaseException as error:  # Flower says so when the run was stopped
+                arrived.put(error)
+                return
+            if reply is not None:
+                arrived.put(reply)
+                return
+            time.sleep(_POLL_S)
+
+    def _read(self, message: Message) -> Message | None:
+        """Return the reply to a message if there is one, whatever is wrong with it."""
+        try:
+            found = list(self.pull_messages([message.metadata.message_id]))
+        except Exception as error:
+            if _is_of_the_network(error):
+                raise
+            return error_reply(message, f"sends what cannot be read: {in_one_line(error)}")
+        if not found:
+            return None
+        (reply,) = found
+        if reply.metadata.src_node_id == message.metadata.dst_node_id:
+            return reply
+        if not reply.has_error():
+            return error_reply(message, "replies as another node")
+        return Message(reply.error, reply_to=message)
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether it comes from the HTTP client, which is Flower's and not ours."""
+    return any(kind.__module__.partition(".")[0] == "httpx" for kind in type(error).__mro__)
+
+
+def ends_in_time(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Give up a message when nobody waits for its reply any more: a Flower mod, within `always_reply`.
+
+    A SuperNode gives the next message to nobody before it has a reply to this one, however long that
+    takes: one call that hangs would be the node's last. Here it raises a `TimeoutError` at the message's
+    deadline; a process that does not heed it (hanging in a library, say) is ended, after which Flower
+    takes a minute to notice. Where it hung goes to the node's log.
+    """
+    if Path(sys.argv[0]).name != _CLIENT_PROCESS:
+        return call_next(message, context)
+    left = message.metadata.created_at + message.metadata.ttl - time.time()
+    left = max(left, _LEAST_S)
+    # Also where the interpreter itself hangs: no thread of Python's is needed.
+    faulthandler.dump_traceback_later(left + _GRACE_S, exit=True, file=_STDERR)
+    with _raising(left):
+        try:
+            return call_next(message, context)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def _raising(seconds: float) -> Iterator[None]:
+    """Raise a `TimeoutError` in a block that takes longer, where the system has such an alarm."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the message's deadline has passed")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
