@@ -9,6 +9,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
@@ -37,15 +38,16 @@ def main(grid: Grid, context: Context) -> None:
     device = str(resolve_device(named.device))
     surroundings = environment(device, torch.get_num_threads())
     folder.write_experiment(named, {**surroundings, "sources": digest(named), **reasons})
-    with _tended(grid) as tended:
-        strategy.open(tended, named, folder).run()
+    events = Events()
+    with _tended(grid, events) as tended:
+        strategy.open(tended, named, folder, events=events).run()
 
 
 @contextmanager
-def _tended(grid: Grid) -> Iterator[Grid]:
+def _tended(grid: Grid, events: Events) -> Iterator[Grid]:
     """Yield a grid on which a client that fails is an error reply, simulated or deployed."""
     if is_simulated(grid):
-        with guarded(grid) as simulated:
+        with guarded(grid, events) as simulated:
             yield simulated
     else:
         yield DeployedGrid(grid)

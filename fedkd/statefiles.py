@@ -26,6 +26,7 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 from secrets import token_hex
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,9 @@ INITIAL = 0
 
 CLIENTS_A_FILE = 100
 """Few enough that a file is quickly copied, many enough that a folder of 10,000 clients is short."""
+
+LOCK_TIMEOUT = 60.0
+"""Seconds until a file that another process works on must be free."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -354,11 +358,21 @@ def _lock(file: FileIO, *, shared: bool) -> None:
     """Wait until no other has the file open to write it (or, unless `shared`, to read it).
 
     A client that is late for its round may still be writing when the same client starts the next.
+
+    Raises:
+        FedkdError: another process does not let go.
     """
     with suppress(ImportError, OSError):  # Windows and some network file systems know no locks
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+        end = monotonic() + LOCK_TIMEOUT
+        while monotonic() < end:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, kind)
+                return
+            sleep(0.01)
+        raise FedkdError(f"{file.name} has been locked by another process for {LOCK_TIMEOUT:g} s")
 
 
 class _OpenFile:

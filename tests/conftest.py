@@ -15,6 +15,7 @@ for name, value in {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_HOME": str(Path(tempfile.gettempdir()) / "fedkd-tests-flwr-home"),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "100000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",

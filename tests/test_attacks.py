@@ -779,6 +779,10 @@ def test_who_stays_away_keeps_its_weight() -> None:
     assert len(set(logs[clients].tolist())) == 5
     assert strategy.update(Replies([]), server) is None
     assert server.state["log_weights"] is logs
+    kept = logs.clone()  # a round that is not accepted leaves what was there
+    strategy.update(Replies(list(range(5)), SoftLabels(values, "probabilities")), server)
+    assert server.state["log_weights"] is not logs
+    assert torch.equal(logs, kept)
 
 
 @pytest.mark.parametrize("keys", [{}, {"fraction_train": 0.6, "public_per_round": 11}])

@@ -33,7 +33,7 @@ KEYS: dict[str, Any] = {
     "device": "cpu",
     "seed": 3,
 }
-TIMEOUT_S = 40.0
+TIMEOUT_S = 60.0
 
 pytestmark = [pytest.mark.xdist_group("deployment"), pytest.mark.timeout(600)]
 
@@ -188,11 +188,10 @@ def test_a_call_that_hangs_is_given_up_at_its_deadline(federation: Deployment, h
 def test_a_node_that_is_killed_is_missing_from_then_on(hard: Run) -> None:
     assert 2 in hard.rounds[0]["answered"]
     said = [row["dropped"].get("2") for row in hard.rounds[1:]]
-    assert set(said[1:]) == {"no reply in time", "node is gone"}, said
-    assert said == sorted(said)  # first the one, then the other, said
-    assert hard.result["dropped"]["2"] == "node is gone"
-    assert hard.result["client_accuracy"][2] is None
-    assert None not in hard.result["client_accuracy"][:2]
+    assert set(said) <= {"no reply in time", "node is gone"}, said
+    assert said == sorted(said)  # first the one, if at all, then the other
+    assert hard.result["dropped"] == {"2": "node is gone"}
+    assert [score is None for score in hard.result["client_accuracy"]] == [False, False, True]
 
 
 def test_too_few_nodes_are_an_error_that_names_the_setting(

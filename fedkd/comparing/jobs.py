@@ -236,7 +236,11 @@ class _Maker:
 
     def death(self) -> str:
         """Say how the process ended."""
-        code = self.process.wait()
+        try:
+            code = self.process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:  # it has closed its answers, and does not end
+            self.process.kill()
+            code = self.process.wait()
         why = ", as it does when memory runs out" if code == -9 else ""
         return f"its process ended with exit code {code}{why}"
 
