@@ -6,6 +6,7 @@ PyTorch.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     from fedkd.sweeps import Sweep, sweep
 
 __version__ = "0.1.0"
+
+# Nobody is told that fedkd is used, unless the user says so: Flower and Ray read these when imported.
+for _variable, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}.items():
+    os.environ.setdefault(_variable, _value)
 
 _HOME = {
     "Callback": "callbacks",

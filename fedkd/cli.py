@@ -22,7 +22,7 @@ from cyclopts.exceptions import (
 )
 
 from fedkd import __version__
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, nearest, printable
 from fedkd.experiment import Experiment, accepted, kebab, snake
 from fedkd.options import (
     DEFAULTS,
@@ -284,7 +284,7 @@ def report(
     found = sources.find(folders)
     path = reports.write(found, file, figures)
     for line in found.skipped:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     facts = {"report": str(path), **({"figures": figures} if figures is not None else {})}
     output.result(facts, [str(path)], [facts])
 
@@ -464,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _exit(text: str, code: int) -> NoReturn:
-    print(f"fedkd: {' '.join(text.split())}", file=sys.stderr)
+    print(f"fedkd: {printable(' '.join(text.split()))}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Self
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -23,9 +23,11 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
 from fedkd.data import DATASETS, Dataset
+from fedkd.errors import printable
 from fedkd.experiment import Experiment, kebab
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.losses import effective_weights
@@ -57,9 +59,20 @@ STRATEGIES_LEGEND = {
 def write(what: RenderableType | Mapping[str, object]) -> None:
     """Print to stdout: coloured on a terminal, plain and 120 wide elsewhere."""
     width = None if sys.stdout.isatty() else 120
-    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    console = _Console(width=width, markup=False, highlight=False, emoji=False)
     shown = _aligned(what) if isinstance(what, Mapping) else what
     console.print(shown, soft_wrap=isinstance(shown, str))
+
+
+class _Console(Console):
+    """Shows texts of others as they are: what a terminal would obey in them is replaced."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render as the console does; its own colours and movements stay."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
 
 
 class Steps:
@@ -70,7 +83,7 @@ class Steps:
     """
 
     def __init__(self, *, shown: bool, plan: Callable[[], Mapping[str, object]] | None) -> None:
-        console = Console(stderr=True, highlight=False)
+        console = _Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -102,7 +115,7 @@ class Steps:
             self._bar.start()
         self._bar.update(self._task, description=text, completed=share)
         if self._in_lines and share > 0 and text != self._text:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
         self._text = text
 
 

@@ -21,5 +21,18 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""
 
 
+_UNPRINTABLE = {
+    code: "\ufffd"
+    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\n\t"
+}
+"""Control characters, which a terminal obeys, and those that turn the direction of writing."""
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey instead of showing it: names may be from somebody's files."""
+    return text.translate(_UNPRINTABLE)
+
+
 class DivergedError(FedkdError):
     """Training went where numbers are no longer finite."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import warnings
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
@@ -212,7 +211,6 @@ def _deal_in_turn(labels: Tensor, request: _Request) -> list[Tensor]:
 
 
 def _draw_with_flwr(labels: Tensor, request: _Request) -> list[Tensor]:
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when it is imported
     from datasets import Dataset  # type: ignore[import-untyped]
 
     order = randomness.permutation(len(labels), "partition-order", request.seed)

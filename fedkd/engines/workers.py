@@ -372,7 +372,7 @@ def _ray(experiment: Experiment) -> Iterator[tuple[RaySession, Share]]:
             session.start(init, f"num-workers = {workers}: Ray does not start", RAY_TIMEOUT)
             yield session, share
         return
-    with ray_session(threads=1) as session:
+    with ray_session(threads=1, joins=True) as session:
         address = experiment.ray_address
         init = partial(session.ray.init, address=address, **ray_log())
         what = f"ray-address = '{address}': no cluster can be joined there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fedkd.comparing.entries import Counted, Point, counted, curve
@@ -21,21 +22,37 @@ def students(run: Run) -> list[Point]:
 def counted_of(run: Run) -> Counted:
     """Say which accuracy of a round is that of the closing exchange.
 
-    Of a strategy that is not to be found any more, it is taken from what its rounds recorded.
+    Of a strategy that is not installed, it is taken from what its rounds recorded: a folder may be
+    somebody else's, and code that it names does not run because it is looked at.
     """
     experiment = run.experiment
-    try:
-        return counted(strategy_of(experiment), has_teacher=experiment.teacher != "none")
-    except FedkdError:
-        digests = any("accuracy_after_digest" in row for row in run.rounds)
-        field = "accuracy_after_digest" if digests else "accuracy_after_revisit"
-        return Counted(field, later=digests, delivered=digests)
+    if ":" not in experiment.strategy:
+        with suppress(FedkdError):  # not to be found any more
+            return counted(strategy_of(experiment), has_teacher=experiment.teacher != "none")
+    return _recorded(run)
+
+
+def _recorded(run: Run) -> Counted:
+    """Tell from a run's records alone which accuracy of a round is that of the closing exchange."""
+    if _ends_as_the_server(run):
+        return Counted("server_accuracy", later=False, delivered=True)
+    digests = any("accuracy_after_digest" in row for row in run.rounds)
+    field = "accuracy_after_digest" if digests else "accuracy_after_revisit"
+    return Counted(field, later=digests, delivered=digests)
+
+
+def _ends_as_the_server(run: Run) -> bool:
+    """Say whether all clients ended with the accuracy of the server's own model, if there is one."""
+    final = run.server_accuracy
+    return final is not None and all(
+        a is None or abs(a - final) < 1e-9 for a in run.client_accuracy
+    )
 
 
 def server(run: Run) -> Points:
     """Return the test accuracy of the server's own model by round; empty where clients become it."""
     final = run.server_accuracy
-    if final is None or all(a is None or abs(a - final) < 1e-9 for a in run.client_accuracy):
+    if final is None or _ends_as_the_server(run):
         return {}
     points = {row["round"]: row.get("server_accuracy") for row in run.rounds}
     there = {number: value for number, value in points.items() if value is not None}

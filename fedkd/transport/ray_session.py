@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
@@ -198,12 +198,15 @@ def ray_log(verbose: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def ray_session(threads: int, verbose: bool = False) -> Iterator[RaySession]:
+def ray_session(
+    threads: int, verbose: bool = False, *, joins: bool = False
+) -> Iterator[RaySession]:
     """Yield Ray, to be started or joined; it is left, and the environment as before, afterwards.
 
     Args:
         threads: What the libraries of the worker processes may use.
         verbose: Let Flower and Ray log.
+        joins: Whether a cluster is joined. Otherwise only this machine reaches Ray.
 
     Raises:
         FedkdError: Ray already runs in this process.
@@ -215,11 +218,30 @@ def ray_session(threads: int, verbose: bool = False) -> Iterator[RaySession]:
     if ray.is_initialized():
         raise FedkdError("Ray already runs in this process: call ray.shutdown() before")
     session = RaySession(ray)
-    with _environment(_worker_environment(threads)), _silence(verbose):
+    alone = nullcontext() if joins else _on_loopback()
+    with _environment(_worker_environment(threads)), _silence(verbose), alone:
         try:
             yield session
         finally:
             session.leave(ray.shutdown)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that starts in the block listen on 127.0.0.1 alone.
+
+    Ray executes whatever reaches its ports. On Linux it opens them on all interfaces, and takes
+    ``_node_ip_address="127.0.0.1"`` for the address of the network; on macOS and Windows it does what is
+    asked for here. Its API server, which without a dashboard only reports usage, asks the metadata
+    service of a cloud for the cloud's name even when that is off: it is not started.
+    """
+    constants = importlib.import_module("ray._private.ray_constants")
+    node = importlib.import_module("ray._private.node")
+    with (
+        replaced(constants, "ENABLE_RAY_CLUSTER", False),
+        replaced(node.Node, "start_api_server", lambda *_, **__: None),
+    ):
+        yield
 
 
 def _worker_environment(threads: int) -> dict[str, str]:
@@ -231,8 +253,6 @@ def _worker_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
 
 
