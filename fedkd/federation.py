@@ -168,19 +168,12 @@ class Federation:
         """Learn which node holds which partition, from nodes that have not said yet.
 
         Raises:
-            FedkdError: fewer clients than ``num-clients`` after a minute, two for one partition, or
-                clients that run other code than the server.
+            FedkdError: when nobody has yet: fewer clients than ``num-clients`` after a minute, two
+                for one partition, or clients that run other code than the server. Later nobody is waited
+                for, and nobody who comes ends the run.
         """
-        deadline = monotonic() + HELLO_TIMEOUT
-        wanted = self._experiment.num_clients
-        while len(nodes := list(self._grid.get_node_ids())) < wanted and monotonic() < deadline:
-            sleep(0.1)
-        if len(nodes) < wanted:
-            raise FedkdError(
-                f"num-clients = {wanted}: only {len(nodes)} Flower nodes are there; start as many, "
-                f'with --federation-config "num-supernodes={wanted}" under `flwr run`'
-            )
-        new = set(nodes) - set(self._roster.values())
+        is_first = not self._roster
+        new = set(self._nodes(is_first)) - set(self._roster.values())
         content = RecordDict({"experiment": self._record})
         timeout = min(HELLO_TIMEOUT, self._experiment.round_timeout)
         hellos = [Message(content, node, HELLO, ttl=timeout) for node in new]
@@ -193,8 +186,27 @@ class Federation:
                 said = decode_introduction(reply.content)
             except FedkdError as error:
                 self._hello_failures.append(str(error))
-            else:
+                continue
+            try:
                 self._enrol(said, reply.metadata.src_node_id)
+            except FedkdError as error:
+                if is_first:  # to be mended before anything is run
+                    raise
+                self._hello_failures.append(str(error))
+
+    def _nodes(self, is_first: bool) -> list[int]:
+        """Return the nodes that are there; at first, once there are enough."""
+        wanted, deadline = self._experiment.num_clients, monotonic() + HELLO_TIMEOUT
+        nodes = list(self._grid.get_node_ids())
+        while is_first and len(nodes) < wanted and monotonic() < deadline:
+            sleep(0.1)
+            nodes = list(self._grid.get_node_ids())
+        if is_first and len(nodes) < wanted:
+            raise FedkdError(
+                f"num-clients = {wanted}: only {len(nodes)} Flower nodes are there; start as many, "
+                f'with --federation-config "num-supernodes={wanted}" under `flwr run`'
+            )
+        return nodes
 
     def _enrol(self, said: Introduction, node_id: int) -> None:
         if said.sources != sources_digest(self._experiment):

@@ -503,6 +503,25 @@ def test_a_federation_that_does_not_fit_together_does_not_begin(
         federate(tiny(), meddle_hello=introducing(**changes))
 
 
+@pytest.mark.parametrize("changes", [{"client": 0}, {"client": 3}, {"sources": "0123"}])
+def test_nobody_who_comes_late_ends_the_run(changes: dict[str, Any]) -> None:
+    late = introducing(**changes)
+    said: list[int] = []
+
+    def meddle(client: int, message: Message, reply: Message) -> Message | None:
+        said.append(client)
+        if client == BAD and said.count(BAD) == 1:
+            return None
+        return late(client, message, reply)
+
+    federation = federate(tiny(num_server_rounds=2), meddle_hello=meddle)
+    for row in federation.rows:
+        assert row["answered"] == [0, 2]
+    assert re.search(
+        r"never introduced itself \(.*(both hold|partition 3|other code)", str(federation.rows[1])
+    )
+
+
 def test_too_few_nodes_are_named_with_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedkd.federation.HELLO_TIMEOUT", 0.2)
     clients = Clients(tiny())
