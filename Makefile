@@ -14,11 +14,12 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format install lock clean
+.PHONY: help demo test test-slow check format install lock clean
 
 help:
 	@echo "make demo    install, then distil centrally and in a federation on the same images"
 	@echo "make test    install, then run the whole test suite"
+	@echo "make test-slow    what takes minutes: a deployment, Ray broken on purpose"
 	@echo "make check   lint, format, types, layers, dependencies: what CI checks beside the tests"
 	@echo "make format  mend what lint and format can mend by themselves"
 	@echo "make lock    write the versions that are in .venv to .ci/constraints.txt, for CI"
@@ -29,6 +30,9 @@ demo: $(VENV)/.installed
 
 test: install
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -183,6 +183,10 @@ accuracy in % of the **honest** clients after the last digest, mean ± standard 
 
 {answer}
 
+Of ten clients the z of `little-is-enough` is 0 at 10 % and 20 %, where liars repeat what they
+received, 0.18 at 30 % and 0.43 at 40 %; in round 1, in which nothing has been received, it is
+honest.
+
 {tables}
 
     python simulations/byzantine_clients.py --write docs
