@@ -179,6 +179,8 @@ class Federation:
         hellos = [Message(content, node, HELLO, ttl=timeout) for node in new]
         self._hello_failures = []
         for reply in self._grid.send_and_receive(hellos, timeout=timeout) if hellos else []:
+            if reply.metadata.src_node_id not in new:
+                continue  # nobody has asked it
             if reply.has_error():
                 self._hello_failures.append(failure_reason(reply))
                 continue

@@ -352,6 +352,16 @@ class Weights:
         """Return these with `newer` in their place for the architectures that it has."""
         return Weights({**self.by_model, **newer.by_model})
 
+    def of(self, clients: Tensor) -> Weights:
+        """Return those of some clients (int64 partition ids), without architectures of nobody."""
+        found = {}
+        for name, part in self.by_model.items():
+            rows = torch.isin(part.clients, clients).nonzero().flatten()
+            if len(rows):
+                tensors = {n: tensor[rows] for n, tensor in part.tensors.items()}
+                found[name] = ModelWeights(tensors, part.clients[rows], part.num_examples[rows])
+        return Weights(found)
+
     def only(self, model: str) -> Weights:
         """Return the part that a client with architecture `model` can load."""
         return Weights({model: self.by_model[model]})

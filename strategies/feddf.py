@@ -44,7 +44,14 @@ class FedDF(DistillationStrategy):
     def update(self, replies: Replies, server: Server) -> Weights | None:
         assert replies.weights is not None
         drawn = server.draw()
-        ensemble = server.predict(drawn, replies.weights).mean_logits()
+        weights, answers = replies.weights, server.predict(drawn, replies.weights)
+        is_finite = answers.values.isfinite().flatten(1).all(1)
+        if not bool(is_finite.all()):  # finite weights that no model can have
+            weights = weights.of(answers.clients[is_finite])
+            if not weights.by_model:
+                return None
+            answers = server.predict(drawn, weights)
+        ensemble = answers.mean_logits()
         distil = Fit("distil", public={"kl": 1.0}, epochs=self.server_epochs, numbers={"tau": 1.0})
         taught = SoftLabels.shared(ensemble, drawn, "logits")
-        return server.fit(distil, taught, weights=self.aggregate(replies.weights))
+        return server.fit(distil, taught, weights=self.aggregate(weights))

@@ -21,7 +21,7 @@ from typing import Any
 import fuzzing
 import numpy as np
 import pytest
-from federation_tools import Clients, Finished, federate, tiny
+from federation_tools import Clients, Finished, federate, open_federation, tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from fuzzing import CASES, Numbers, cases_for, failed, with_arrays, with_content
 from hypothesis import given, settings
@@ -602,6 +602,58 @@ def test_a_hello_that_is_none_is_an_error_of_one_line() -> None:
 
     check()
     assert min(tried.values()) > 10
+
+
+def test_a_stranger_cannot_end_a_federation_that_is_under_way() -> None:
+    """The first time a wrong claim is an error to be mended; later it only costs who makes it."""
+    experiment = experiment_of("probabilities")
+    speech: list[Callable[[Message, RecordDict], Message]] = []
+    refused = {True: 0, False: 0}
+
+    def say(client: int, message: Message, reply: Message) -> Message:
+        return speech[-1](message, reply.content) if client == 4 else reply
+
+    clients = Clients(experiment, meddle_hello=say)
+
+    @examples(HELLOS)
+    @given(seed=SEEDS, is_first=st.booleans())
+    def check(seed: int, is_first: bool) -> None:
+        federation = open_federation(experiment, clients)
+        if not is_first:
+            speech.append(lambda message, _: error_reply(message, "not yet"))
+            federation.introduce()
+        speech.append(lambda message, honest: claim(message, honest, Random(seed)))
+        said = what_is_wrong(federation.introduce)
+        assert said is None or is_first
+        if said is None:
+            refused[is_first] += 1
+            messages = federation.open_round(1)
+            assert [order_of(message)["client"] for message in messages] == [0, 1, 2, 3]
+            row = federation.finish_round([])
+            assert row["dropped"]["4"].startswith("never introduced itself (")
+            assert_readable(row["dropped"]["4"])
+
+    check()
+    assert min(refused.values()) > HELLOS / 20
+
+
+def order_of(message: Message) -> ConfigRecord:
+    return message.content.config_records["instruction"]
+
+
+def claim(message: Message, honest: RecordDict, random: Random) -> Message:
+    """Introduce a client wrongly: as another, with other data, another student or other code."""
+    wrong: dict[str, list[Any]] = {
+        "client": [0, 3, 5, -1, 2**62, -(2**62), 4.0, "4", True],
+        "num_examples": [0, -1, 29, 2**62, 30.0],
+        "student": ["mlp-6", "", "os:abort", fuzzing.LONG, fuzzing.ESCAPES, 5],
+        "sources": ["", "00ff", fuzzing.LONG, fuzzing.ESCAPES, 5],
+        "more": [1],
+    }
+    said = dict(honest.config_records["introduction"])
+    name = random.choice([*wrong])
+    said[name] = random.choice([value for value in wrong[name] if value != said.get(name)])
+    return Message(RecordDict({"introduction": ConfigRecord(said)}), reply_to=message)
 
 
 def test_a_node_that_says_nonsense_at_first_ends_nothing_but_its_own_part() -> None:
