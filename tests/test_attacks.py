@@ -606,6 +606,7 @@ def test_neither_order_nor_grouping_of_clients_matters(name: str, tmp_path: Path
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["label-flip", "little-is-enough"])
 def test_both_engines_have_the_same_liars(name: str, tmp_path: Path) -> None:
     """Accuracies by client and round, and what the server makes of their answers."""

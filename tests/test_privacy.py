@@ -387,6 +387,7 @@ def test_strategies_without_soft_labels_are_refused_before_any_work(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_noise_is_the_same_in_both_engines(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"dp_noise": 0.4, "plan": "stacked", "run_dir": str(tmp_path)}
     runs = [

@@ -122,7 +122,9 @@ def gone_on(killers: Killers, folder: Path, keys: dict[str, Any], **how: Any) ->
 # --- Killed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", range(POINTS))
+@pytest.mark.parametrize(
+    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 16)) for n in range(POINTS)]
+)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     killers: Killers, whole: dict[str, Whole], tmp_path: Path, point: int
 ) -> None:
@@ -392,6 +394,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_a_run_on_ray_that_is_killed_ends_as_if_it_had_not_been(
     engine: str, tmp_path: Path
