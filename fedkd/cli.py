@@ -242,7 +242,8 @@ def sweep(
         else:
             grid = sweeps.parse(vary, is_search=trials is not None)
             chosen = chosen_seeds(seeds, experiment)
-            asked = sweeps.Asked(grid, trials, chosen, folds or 3, of or "federation")
+            parts = 3 if folds is None else folds
+            asked = sweeps.Asked(grid, trials, chosen, parts, of or "federation")
         with output.progress(
             lambda: display.sweep_plan(experiment, str(asked), asked.seeds, asked.folds, asked.of)
         ) as steps:

@@ -175,9 +175,9 @@ def run_side_by_side(
     together = import_module("fedkd.engines.together")
     experiments = _with_one_plan(experiments)
     together.check_alike(experiments)
+    prepare = _prepared if is_new else _taken_up
     prepared = [
-        (is_new and _prepared(each, strategy)) or _taken_up(each, strategy)
-        for each, strategy in zip(experiments, strategies, strict=True)
+        prepare(each, strategy) for each, strategy in zip(experiments, strategies, strict=True)
     ]
     with Callbacks(callbacks) as told, between_rounds() as interrupts:
 

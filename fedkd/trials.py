@@ -354,17 +354,14 @@ class Trials:
         at_once = clients_at_once(self._kind(cells[0]))
         runs_folder = self.folder.path / _RUNS  # where those of a sweep that was cut off are
         counts = tuple((name, n * len(cells)) for name, n in at_once)
-        plan = _begun_plan(runs_folder / "0") or self._plan(cells[0], counts)
-        experiments = [self._cell_experiment(cell).replace(plan=plan) for cell in cells]
-        placed = [
-            experiment.replace(name=f"{number}", run_dir=str(runs_folder))
-            for number, experiment in enumerate(experiments)
-        ]
-        if not all(is_begun(each) for each in placed):
+        plan = _begun_plan(runs_folder / "0")
+        placed = [] if plan is None else self._placed(cells, plan)
+        if not placed or not all(is_begun(each) for each in placed):
             rmtree(runs_folder, ignore_errors=True)
+            placed = self._placed(cells, self._plan(cells[0], counts))
         told = _Rounds(
             f"fold {cells[0].fold} of {self._folds}: {len(cells)} federations",
-            sum(experiment.num_server_rounds for experiment in experiments),
+            sum(experiment.num_server_rounds for experiment in placed),
             self._tell,
         )
         found = (
@@ -374,6 +371,14 @@ class Trials:
         )
         rmtree(runs_folder, ignore_errors=True)
         return found
+
+    def _placed(self, cells: Sequence[Cell], plan: str) -> list[Experiment]:
+        """Return the cells' experiments with a folder each."""
+        place = {"plan": plan, "run_dir": str(self.folder.path / _RUNS)}
+        return [
+            self._cell_experiment(cell).replace(name=f"{number}", **place)
+            for number, cell in enumerate(cells)
+        ]
 
     def _plan(self, cell: Cell, counts: Counts) -> str:
         """Choose one plan for a whole stack, of models by architecture, measured once for all folds."""
