@@ -24,8 +24,7 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.memories import Memory
 from fedkd.orders import Failure, Order, Report
-from fedkd.phases import to_text
-from fedkd.procedures import Role
+from fedkd.phases import Role, to_text
 from fedkd.references import blamed, in_one_line, place
 from fedkd.stack import Stack, has_news
 from fedkd.statefiles import INITIAL, States, concatenated

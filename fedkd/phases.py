@@ -4,6 +4,9 @@ A message carries a list of phases. The usual round is digest (distil received k
 student), revisit (train on the private shard), predict (answer with soft labels). Digest and revisit
 are one phase, `Fit`, with other data and loss terms.
 
+A *procedure* is a function of one client's data and models, called client by client, once a round: it
+chooses among what was received, or works out something of its own and keeps it in the client's state.
+
 Loss terms and procedures travel by reference, ``module:function``; a client resolves one only inside
 `fedkd.losses`, `strategies`, installed strategies, and the modules that its own ``client-code`` names.
 """
@@ -17,20 +20,107 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from math import isfinite
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args
+
+import torch
+from torch import Tensor
 
 from fedkd import losses
 from fedkd.errors import FedkdError, nearest
-from fedkd.knowledge import Output, Space
-from fedkd.losses import Term
-from fedkd.procedures import Procedure, Role
+from fedkd.experiment import Experiment
+from fedkd.knowledge import Output, SoftLabels, Space
+from fedkd.losses import Term, kl_term
 from fedkd.references import in_one_line
 
 GROUP = "fedkd.strategies"
 """Entry-point group of strategies that other packages install."""
 
+Role = Literal["student", "teacher"]
+"""Which local model: a client without a local teacher takes its student for both."""
+
 Coefficient: TypeAlias = float | Literal["alpha", "1-alpha"]
 """A number, or the experiment's α or 1 − α."""
+
+
+# --- Procedures -----------------------------------------------------------------------------------
+
+
+class Predictor(Protocol):
+    """Predicts for public samples with one of a client's models."""
+
+    def __call__(self, samples: Tensor, model: Role = "teacher") -> Tensor:
+        """Return logits ``[N, C]`` for samples int64 ``[N]``."""
+        ...
+
+
+@dataclass(eq=False)
+class LocalClient:
+    """What a procedure sees of the client that it works for.
+
+    Attributes:
+        images: normalised private images ``[n, c, h, w]``.
+        labels: int64 ``[n]``.
+        received: soft labels received, or ``None``; may be replaced by others, of a sample at least.
+        state: tensors by name that the client keeps between rounds; the same names, types and shapes
+            for all clients, round after round.
+        predict: logits ``[N, C]`` of a local model for public samples (int64 ``[N]``), as in
+            ``predict(samples, "student")``; the teacher's (without one, the student's) if not said.
+        generator: a random generator for a purpose, the client's own in this round.
+        load_public: what `public` is made by when it is looked at.
+    """
+
+    images: Tensor
+    labels: Tensor
+    received: SoftLabels | None
+    state: dict[str, Tensor]
+    predict: Predictor
+    generator: Callable[[str], torch.Generator]
+    load_public: Callable[[], Tensor]
+
+    @property
+    def public(self) -> Tensor:
+        """Normalised public images ``[P, c, h, w]``."""
+        return self.load_public()
+
+
+ProcedureFunction = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A function that clients run when a strategy's phases say so."""
+
+    function: ProcedureFunction
+
+    @property
+    def reference(self) -> str:
+        """The ``module:function`` under which the procedure travels."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
+
+    def __call__(self, client: LocalClient, **numbers: Any) -> None:
+        """Work for one client; `numbers` are those of the phase."""
+        self.function(client, **numbers)
+
+
+def procedure(function: ProcedureFunction) -> Procedure:
+    """Declare a module-level function ``(client, **numbers) -> None`` to be a procedure."""
+    return Procedure(function)
+
+
+def check_received(procedure: Procedure, labels: object) -> None:
+    """Refuse what a procedure puts in the place of received soft labels.
+
+    Raises:
+        FedkdError: no soft labels, or of no sample.
+    """
+    who = procedure.reference
+    if not isinstance(labels, SoftLabels):
+        raise FedkdError(f"{who} leaves a {type(labels).__name__} as received soft labels")
+    if not labels.values.numel():
+        raise FedkdError(f"{who} leaves no soft labels: keep those of a sample at least")
+
+
+# --- Phases ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -203,6 +293,9 @@ def _check_choice(phase: Any, field: str, accepted: Sequence[str]) -> None:
         )
 
 
+# --- Code by reference ----------------------------------------------------------------------------
+
+
 def reference(code: object) -> str:
     """Return the name under which a term or procedure travels: short for those of `fedkd.losses`.
 
@@ -235,6 +328,17 @@ def resolve_term(name: str, client_code: Sequence[str] = ()) -> Term:
         FedkdError: the module is not allowed, or holds no such term.
     """
     return _resolve(name, Term, "loss term: declare it with @term", client_code)
+
+
+def experiment_term(name: str, experiment: Experiment) -> Term:
+    """Find a term by reference; ``kl`` is that of the experiment's ``kl-reduction``.
+
+    Raises:
+        FedkdError: see `resolve_term`.
+    """
+    if name == "kl":
+        return kl_term(experiment.kl_reduction)
+    return resolve_term(name, experiment.client_modules)
 
 
 def resolve_procedure(name: str, client_code: Sequence[str] = ()) -> Procedure:
@@ -271,6 +375,9 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
 def installed_modules() -> tuple[str, ...]:
     """Return the modules of the strategies that other packages install here."""
     return tuple(sorted({point.module for point in entry_points(group=GROUP)}))
+
+
+# --- Lists of phases ------------------------------------------------------------------------------
 
 
 def check_phases(phases: object) -> list[Phase]:

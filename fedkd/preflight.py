@@ -10,8 +10,15 @@ from inspect import signature
 from fedkd.checks import means_width
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.phases import Apply, Fit, MeanByClass, reference, resolve_procedure, resolve_term
-from fedkd.procedures import Procedure
+from fedkd.phases import (
+    Apply,
+    Fit,
+    MeanByClass,
+    Procedure,
+    reference,
+    resolve_procedure,
+    resolve_term,
+)
 from fedkd.records import RunFolder
 from fedkd.references import MADE_UP, in_one_line, is_importable
 from fedkd.registry import client_modules, strategy_of

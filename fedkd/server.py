@@ -14,9 +14,9 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
 from fedkd.losses import Term
 from fedkd.optimizers import OptimizerSettings
-from fedkd.phases import Fit
+from fedkd.phases import Fit, experiment_term
 from fedkd.randomness import generator, permutation
-from fedkd.stack import correct_by_class, experiment_term
+from fedkd.stack import correct_by_class
 from fedkd.world import World
 
 

@@ -19,7 +19,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, Output, SoftLabels, Weights
-from fedkd.losses import Term, kl_term
+from fedkd.losses import Term
 from fedkd.memories import TESTED, Memory, check_kept
 from fedkd.optimizers import OptimizerSettings, shared
 from fedkd.orders import Order, Report
@@ -29,16 +29,18 @@ from fedkd.phases import (
     Coefficient,
     Fit,
     Load,
+    LocalClient,
     MeanByClass,
     Phase,
     Predict,
     Reset,
+    Role,
+    check_received,
+    experiment_term,
     reference,
     resolve_procedure,
-    resolve_term,
 )
 from fedkd.privacy import privatise
-from fedkd.procedures import LocalClient, Role, check_received
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
 from fedkd.statefiles import INITIAL, States
@@ -554,17 +556,6 @@ class Stack:
         for metrics, a, o in zip(self.metrics, accuracy.tolist(), own.tolist(), strict=True):
             metrics[name] = a
             metrics["own_accuracy"] = min(1.0, o)  # shares add up to 1 but for rounding
-
-
-def experiment_term(name: str, experiment: Experiment) -> Term:
-    """Find a term by reference; ``kl`` is that of the experiment's ``kl-reduction``.
-
-    Raises:
-        FedkdError: see `fedkd.phases.resolve_term`.
-    """
-    if name == "kl":
-        return kl_term(experiment.kl_reduction)
-    return resolve_term(name, experiment.client_modules)
 
 
 def _counts(coefficient: float | Tensor) -> bool:

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fedkd.knowledge import SoftLabels
-from fedkd.phases import Apply, Fit, Phase, Predict, Revisit
-from fedkd.procedures import LocalClient, procedure
+from fedkd.phases import Apply, Fit, LocalClient, Phase, Predict, Revisit, procedure
 from fedkd.robust import in_canonical_order
 from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fedkd.knowledge import SoftLabels
-from fedkd.phases import Apply, Digest, Phase, Predict, Revisit
-from fedkd.procedures import LocalClient, procedure
+from fedkd.phases import Apply, Digest, LocalClient, Phase, Predict, Revisit, procedure
 from fedkd.robust import Rule, combine_probabilities
 from fedkd.server import Replies, Server
 from fedkd.strategy import Count, DistillationStrategy, Facts, Positive

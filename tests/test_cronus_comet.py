@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels, require_one
-from fedkd.phases import Apply, Fit, Predict, Revisit, closing
-from fedkd.procedures import LocalClient, Role
+from fedkd.phases import Apply, Fit, LocalClient, Predict, Revisit, Role, closing
 from strategies.comet import COMET, By, nearest_centroid
 from strategies.cronus import Cronus
 

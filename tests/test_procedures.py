@@ -21,13 +21,14 @@ from fedkd.phases import (
     ClassifyByMeans,
     Digest,
     Fit,
+    LocalClient,
     MeanByClass,
     Phase,
     Predict,
     Reset,
     Revisit,
+    procedure,
 )
-from fedkd.procedures import LocalClient, procedure
 from fedkd.server import Replies, Server
 from fedkd.statefiles import StateFiles
 from fedkd.states import ResidentStates

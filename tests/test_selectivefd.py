@@ -15,8 +15,16 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
-from fedkd.phases import Apply, Digest, Predict, Revisit, from_text, resolve_procedure, to_text
-from fedkd.procedures import LocalClient
+from fedkd.phases import (
+    Apply,
+    Digest,
+    LocalClient,
+    Predict,
+    Revisit,
+    from_text,
+    resolve_procedure,
+    to_text,
+)
 from fedkd.randomness import generator
 from fedkd.server import Replies, Server
 from fedkd.world import world_of

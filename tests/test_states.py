@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedkd import statefiles as states_module
 from fedkd.errors import FedkdError
-from fedkd.procedures import Role
+from fedkd.phases import Role
 from fedkd.statefiles import CLIENTS_A_FILE, INITIAL, StateFiles, States, join
 from fedkd.states import ResidentStates
 

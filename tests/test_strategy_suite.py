@@ -11,7 +11,7 @@ import pytest
 
 from fedkd.knowledge import SoftLabels, Weights
 from fedkd.losses import Term
-from fedkd.procedures import Procedure
+from fedkd.phases import Procedure
 from fedkd.registry import strategies
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing import CHECKS, Finding, examine

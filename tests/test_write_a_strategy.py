@@ -52,8 +52,7 @@ from torch import Tensor
 
 from fedkd import DistillationStrategy, SoftLabels
 from fedkd.losses import Step, kl_divergence, term
-from fedkd.phases import Apply, Digest, Phase, Predict, Revisit
-from fedkd.procedures import LocalClient, procedure
+from fedkd.phases import Apply, Digest, LocalClient, Phase, Predict, Revisit, procedure
 from fedkd.strategy import Facts
 
 
@@ -340,8 +339,7 @@ HEAD = """\
 import torch
 from fedkd import DistillationStrategy
 from fedkd.losses import ce, term
-from fedkd.phases import Apply, Digest, Predict, Revisit
-from fedkd.procedures import procedure
+from fedkd.phases import Apply, Digest, Predict, Revisit, procedure
 from fedkd.strategy import Facts
 
 
