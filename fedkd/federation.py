@@ -15,7 +15,7 @@ from copy import copy, deepcopy
 from dataclasses import replace
 from math import isfinite
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from fedkd.algorithm import Algorithm
 from fedkd.checkpoints import Checkpoint
 from fedkd.codecs import Reference
 from fedkd.diagnostics import described, detailed
@@ -64,9 +65,6 @@ from fedkd.statefiles import INITIAL
 from fedkd.transport.adapter import failure_reason
 from fedkd.world import World, who_holds_what
 
-if TYPE_CHECKING:
-    from fedkd.strategy import DistillationStrategy
-
 HELLO_TIMEOUT = 60.0
 """Seconds until all clients must have introduced themselves."""
 
@@ -97,7 +95,7 @@ class Federation:
 
     def __init__(
         self,
-        strategy: DistillationStrategy,
+        strategy: Algorithm,
         grid: Grid,
         experiment: Experiment,
         world: World,

@@ -29,6 +29,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
+from fedkd.algorithm import Facts
 from fedkd.attacks import check_attack
 from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
@@ -41,6 +42,16 @@ from fedkd.privacy import check_privacy
 from fedkd.records import Row, RunFolder
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
+
+__all__ = [
+    "Count",
+    "DistillationStrategy",
+    "Facts",
+    "NonNegative",
+    "Positive",
+    "Replies",
+    "Server",
+]
 
 _KINDS: dict[type, type[SoftLabels] | type[ClassMeans] | type[Weights]] = {
     Predict: SoftLabels,
@@ -56,33 +67,6 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 Count = Annotated[int, Field(ge=1)]
 """Type of a setting that is a whole number from 1."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a strategy declares of itself; printed by ``fedkd strategies``.
-
-    Attributes:
-        paper: arXiv number or venue.
-        up: payload bytes a client sends a round, a formula over P (samples asked), C (classes), K
-            (clients), D (width of the student's features), S (bytes of the student's parameters and
-            buffers), I (bytes of a list of the P samples: 0 for the whole public set, else 4 bytes a
-            sample or a bit a public image, whichever is less) and the strategy's settings by name;
-            ``<=`` in front where coding or caching makes it less.
-        down: payload bytes a client receives a round, likewise.
-        public_labels: whether the algorithm needs the labels of the public set.
-        server_model: whether it keeps a model at the server.
-        reports: whose accuracy the paper reports.
-        mixed_models: whether clients of different architectures learn from each other.
-    """
-
-    paper: str
-    up: str
-    down: str
-    public_labels: bool = False
-    server_model: Literal["none", "optional", "required"] = "none"
-    reports: Literal["clients", "server"] = "clients"
-    mixed_models: bool = True
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

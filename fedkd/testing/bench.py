@@ -14,6 +14,7 @@ import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
+from fedkd.algorithm import Algorithm
 from fedkd.client_app import answers, introduce, reply, store_of
 from fedkd.data import Dataset, load
 from fedkd.experiment import Experiment
@@ -305,7 +306,7 @@ class Bench:
         with task_identity():
             reaching = grid(clients, num_clients=experiment.num_clients)
             federation = Federation(
-                cast(DistillationStrategy, witness), reaching, experiment, world_of(experiment)
+                cast(Algorithm, witness), reaching, experiment, world_of(experiment)
             )
             federation.run()
         return Done(experiment, federation.rows, witness, clients.exchanges)
