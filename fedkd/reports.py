@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkd import __version__, plots
+from fedkd import __version__
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.findings import Finding, findings
+from fedkd.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE
 from fedkd.records import CentralRun, Run, read_shards, replace_file
 from fedkd.reporting import experiment as report_experiment
 from fedkd.reporting import svg as report_svg
@@ -36,13 +37,13 @@ from fedkd.reporting.tables import Table
 from fedkd.sweeps import Sweep
 
 LIGHT = {
-    "paper": plots.PAPER,
-    "ink": plots.INK,
-    "muted": plots.MUTED,
-    "rule": plots.RULE,
-    "heat": plots.HEAT,
-    "on_heat": plots.ON_HEAT,
-    "curves": plots.COLOURS,
+    "paper": PAPER,
+    "ink": INK,
+    "muted": MUTED,
+    "rule": RULE,
+    "heat": HEAT,
+    "on_heat": ON_HEAT,
+    "curves": COLOURS,
 }
 """Colours of the page on white: those of the figures."""
 

@@ -19,7 +19,7 @@ from rich.table import Table
 import fedkd
 from fedkd.comparison import Comparison
 from fedkd.losses import effective_weights
-from fedkd.plots import accuracy_by_round
+from fedkd.plots.curves import accuracy_by_round
 from fedkd.records import Run
 
 EXPERIMENT = fedkd.Experiment(

@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 
-from fedkd import plots
-from fedkd.plots import Clients, Curve, Reliability
+from fedkd.plots.curves import Curve, accuracy_by_round, curves, size
+from fedkd.plots.maps import MOST_COLUMNS, grid, shards, soft_labels
+from fedkd.plots.points import Clients, Reliability, clients, reliability, seconds
+from fedkd.plots.style import WIDTH
 from fedkd.reporting import svg as report_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -47,7 +49,7 @@ def rectangles(figure: Figure, axes: int = 0) -> list[Rectangle]:
 
 def test_a_curve_is_the_mean_over_seeds_and_its_band_one_standard_deviation() -> None:
     values = np.array([[10.0, 35.0, 41.5], [14.0, 31.0, 47.5], [9.0, 39.0, 55.0]])
-    figure = plots.curves(
+    figure = curves(
         [Curve("DSFL", [1, 2, 3], values.tolist(), 1)],
         {"teacher 90.0": 90.0},
         xlabel="round",
@@ -65,16 +67,14 @@ def test_a_curve_is_the_mean_over_seeds_and_its_band_one_standard_deviation() ->
 
 
 def test_a_seed_without_a_value_is_left_out_of_the_mean() -> None:
-    figure = plots.curves(
-        [Curve("CFD", [1, 2], [[10.0, nan], [20.0, 50.0]])], {}, xlabel="x", ylabel="y"
-    )
+    figure = curves([Curve("CFD", [1, 2], [[10.0, nan], [20.0, 50.0]])], {}, xlabel="x", ylabel="y")
     assert lines_of(figure)["CFD"].get_ydata() == pytest.approx([15.0, 50.0])
 
 
 def test_methods_differ_in_colour_and_in_marker() -> None:
     names = ["a", "b", "c", "d", "e", "f", "g"]
     drawn = [Curve(name, [1, 2], [[1.0, 2.0]], slot) for slot, name in enumerate(names)]
-    found = lines_of(plots.curves(drawn, {}, xlabel="x", ylabel="y"))
+    found = lines_of(curves(drawn, {}, xlabel="x", ylabel="y"))
     looks = {(found[n].get_color(), found[n].get_marker(), found[n].get_linestyle()) for n in names}
     assert len(looks) == len(names)
     assert len({found[n].get_marker() for n in names}) == len(names)
@@ -86,13 +86,13 @@ def test_methods_differ_in_colour_and_in_marker() -> None:
      (2_000_000, "2 MB"), (7.25e9, "7.2 GB"), (5e12, "5000 GB")],
 )  # fmt: skip
 def test_bytes_have_a_unit(count: float, text: str) -> None:
-    assert plots.size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize("span", [1.5, 7.0, 90.0, 20_000.0])
 def test_a_byte_axis_has_ticks_however_narrow(span: float) -> None:
     curve = Curve("DSFL", [640_000, 640_000 * span], [[30.0, 70.0]])
-    figure = plots.curves([curve], {}, xlabel="bytes", ylabel="y", scale="bytes")
+    figure = curves([curve], {}, xlabel="bytes", ylabel="y", scale="bytes")
     low, high = figure.axes[0].get_xlim()
     ticks = [t for t in figure.axes[0].get_xticks() if low <= t <= high]
     assert 1 <= len(ticks) <= 8
@@ -100,12 +100,10 @@ def test_a_byte_axis_has_ticks_however_narrow(span: float) -> None:
 
 
 def test_accuracy_by_round_writes_an_svg_that_says_its_labels(tmp_path: Path) -> None:
-    path = plots.accuracy_by_round(
-        {"A & B": [(1, 0.5), (2, 0.75)]}, {"teacher": 0.9}, tmp_path / "a.svg"
-    )
+    path = accuracy_by_round({"A & B": [(1, 0.5), (2, 0.75)]}, {"teacher": 0.9}, tmp_path / "a.svg")
     texts = [text.text for text in ET.parse(path).iter(f"{SVG}text")]
     assert {"A & B", "teacher 90.0", "round"} <= set(texts)
-    again = plots.accuracy_by_round(
+    again = accuracy_by_round(
         {"A & B": [(1, 0.5), (2, 0.75)]}, {"teacher": 0.9}, tmp_path / "b.svg"
     )
     assert path.read_bytes() == again.read_bytes()
@@ -116,7 +114,7 @@ def test_accuracy_by_round_writes_an_svg_that_says_its_labels(tmp_path: Path) ->
 
 def test_the_area_of_a_bubble_is_the_count() -> None:
     counts = [[3, 0, 12], [48, 1, 0]]
-    (bubbles,) = plots.shards(counts, ["a", "b", "c"]).axes[0].collections
+    (bubbles,) = shards(counts, ["a", "b", "c"]).axes[0].collections
     assert isinstance(bubbles, PathCollection)
     areas = dict(
         zip(map(tuple, np.asarray(bubbles.get_offsets())), bubbles.get_sizes(), strict=True)
@@ -130,7 +128,7 @@ def test_many_clients_are_a_map_sorted_by_their_most_frequent_class() -> None:
     rng = np.random.default_rng(7)
     counts = rng.integers(0, 40, size=(61, 7)) * (rng.random((61, 7)) < 0.4)
     counts[:, 3] += 1
-    figure = plots.shards(counts.tolist(), [str(c) for c in range(7)])
+    figure = shards(counts.tolist(), [str(c) for c in range(7)])
     shares = counts / counts.sum(1, keepdims=True)
     order = sorted(range(61), key=lambda k: (counts[k].argmax(), -shares[k].max()))
     drawn = cells_of(figure)
@@ -143,13 +141,13 @@ def test_many_clients_are_a_map_sorted_by_their_most_frequent_class() -> None:
 
 def test_a_thousand_clients_share_columns() -> None:
     counts = [[5, 0] if k % 2 else [0, 5] for k in range(1001)]
-    figure = plots.shards(counts, ["a", "b"])
-    assert max(x for _, x in cells_of(figure)) < plots.MOST_COLUMNS
+    figure = shards(counts, ["a", "b"])
+    assert max(x for _, x in cells_of(figure)) < MOST_COLUMNS
     assert "6 a column" in figure.axes[0].get_xlabel()
 
 
 def test_soft_labels_say_each_percentage_and_leave_absent_classes_empty() -> None:
-    figure = plots.soft_labels([[0.75, 0.25, 0.0], None, [0.1, 0.2, 0.7]], ["a", "b", "c"])
+    figure = soft_labels([[0.75, 0.25, 0.0], None, [0.1, 0.2, 0.7]], ["a", "b", "c"])
     texts = {
         (round(t.get_position()[1]), round(t.get_position()[0])): t.get_text()
         for t in figure.axes[0].texts
@@ -161,7 +159,7 @@ def test_soft_labels_say_each_percentage_and_leave_absent_classes_empty() -> Non
 def test_a_grid_stars_the_best_point_and_frames_the_flat_region() -> None:
     values = [[70.0, 71.0, 74.0], [72.0, 75.5, nan]]
     flat = [(1, 1), (0, 2), (0, 1)]
-    figure = plots.grid(
+    figure = grid(
         values, rows=("α", ["0.3", "0.9"]), columns=("τ", ["1", "2", "5"]), best=(1, 1), flat=flat
     )
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -177,7 +175,7 @@ def test_a_grid_stars_the_best_point_and_frames_the_flat_region() -> None:
 
 def test_clients_are_sorted_by_their_accuracy_before_and_keep_their_own_after() -> None:
     before, after = [30.0, 10.0, 20.0], [31.0, 90.0, 55.0]
-    figure = plots.clients([Clients("DSFL", before, after)], before="trained alone")
+    figure = clients([Clients("DSFL", before, after)], before="trained alone")
     first, last = figure.axes[0].get_lines()
     assert np.asarray(first.get_ydata()).tolist() == [10.0, 20.0, 30.0]
     assert np.asarray(last.get_ydata()).tolist() == [90.0, 55.0, 31.0]
@@ -187,7 +185,7 @@ def test_clients_are_sorted_by_their_accuracy_before_and_keep_their_own_after() 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 def test_there_is_a_panel_for_each_method(count: int) -> None:
     panels = [Clients(f"m{n}", [1.0, 2.0], [3.0, 4.0], n) for n in range(count)]
-    figure = plots.clients(panels, before="x")
+    figure = clients(panels, before="x")
     assert [axes.get_title(loc="left") for axes in figure.axes] == [p.label for p in panels]
 
 
@@ -195,7 +193,7 @@ def test_reliability_leaves_out_empty_bins_and_sizes_markers_by_the_answers() ->
     line = Reliability(
         "student 4.0", [5.0, nan, 80.0], [10.0, nan, 60.0], [0.25, 0.0, 0.75], "student"
     )
-    figure = plots.reliability({"DSFL": [line]})
+    figure = reliability({"DSFL": [line]})
     (marks,) = figure.axes[0].collections
     assert np.asarray(marks.get_offsets()).tolist() == [[5.0, 10.0], [80.0, 60.0]]
     assert isinstance(marks, PathCollection)
@@ -205,7 +203,7 @@ def test_reliability_leaves_out_empty_bins_and_sizes_markers_by_the_answers() ->
 
 def test_bars_of_time_add_up() -> None:
     bars = {"DSFL": {"digest": 1.5, "revisit": 0.5}, "FedAvg": {"revisit": 0.25}}
-    figure = plots.seconds(bars)
+    figure = seconds(bars)
     ends: dict[float, float] = {}
     for patch in rectangles(figure):
         place = round(patch.get_y() + patch.get_height() / 2)
@@ -219,7 +217,7 @@ def test_bars_of_time_add_up() -> None:
 
 def drawn() -> Figure:
     curve = Curve("a$b$ <i>&", [0.0005, 0.01], [[1.0, 2.0], [2.0, 4.0]])
-    return plots.curves([curve], {}, xlabel="learning-rate", ylabel="y", scale="numbers")
+    return curves([curve], {}, xlabel="learning-rate", ylabel="y", scale="numbers")
 
 
 def test_a_figure_in_a_page_is_the_same_every_time_and_well_formed() -> None:
@@ -250,10 +248,10 @@ def test_ids_belong_to_the_figure_and_references_find_them() -> None:
 def test_only_variables_colour_a_figure_in_a_page() -> None:
     figures = [
         drawn(),
-        plots.shards([[3, 4], [5, 6]], ["a", "b"]),
-        plots.soft_labels([[0.9, 0.1], [0.3, 0.7]], ["a", "b"]),
-        plots.seconds({"a": {"digest": 1.0}}),
-        plots.clients([Clients("a", [1.0], [2.0])], before="x"),
+        shards([[3, 4], [5, 6]], ["a", "b"]),
+        soft_labels([[0.9, 0.1], [0.3, 0.7]], ["a", "b"]),
+        seconds({"a": {"digest": 1.0}}),
+        clients([Clients("a", [1.0], [2.0])], before="x"),
     ]
     for figure in figures:
         assert not re.findall(r"#[0-9a-f]{6}\b", report_svg.inline(figure, "s", "t", "d"))
@@ -305,7 +303,7 @@ def test_text_and_strokes_stand_out(theme: dict[str, tuple[float, ...]]) -> None
 @pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
 def test_numbers_can_be_read_on_every_shade(theme: dict[str, tuple[float, ...]]) -> None:
     for percent in range(1, 101):
-        figure = plots.soft_labels([[percent / 100]], ["a"])
+        figure = soft_labels([[percent / 100]], ["a"])
         (text,) = figure.axes[0].texts
         ink = theme[report_svg.VARIABLES[str(text.get_color())]]
         alpha = cells_of(figure).get((0, 0), 0.0)
@@ -317,7 +315,7 @@ def test_numbers_can_be_read_on_every_shade(theme: dict[str, tuple[float, ...]])
 
 def test_the_width_fits_a_phone() -> None:
     figure = drawn()
-    assert figure.get_size_inches()[0] == plots.WIDTH
+    assert figure.get_size_inches()[0] == WIDTH
     texts: list[Any] = figure.findobj(Text)
     smallest = min(text.get_fontsize() for text in texts)
-    assert smallest * 370 / (72 * plots.WIDTH) > 9  # px
+    assert smallest * 370 / (72 * WIDTH) > 9  # px

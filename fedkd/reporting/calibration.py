@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd import plots
 from fedkd.comparing import methods
+from fedkd.plots import points as point_plots
+from fedkd.plots.points import Reliability
 from fedkd.records import Run
 from fedkd.reporting.parts import Drawing, knowledge_of
 from fedkd.tested import Tested, expected_calibration_error, reliability
@@ -24,7 +25,7 @@ _KIND_OF = {
 }
 
 
-def drawing(panels: Mapping[str, Sequence[plots.Reliability]], whose: str, on: str) -> Drawing:
+def drawing(panels: Mapping[str, Sequence[Reliability]], whose: str, on: str) -> Drawing:
     """Return the figure of some panels.
 
     Args:
@@ -41,13 +42,11 @@ def drawing(panels: Mapping[str, Sequence[plots.Reliability]], whose: str, on: s
         f"{title}: {', '.join(each.label for each in lines)}" for title, lines in panels.items()
     ]
     described = f"Expected calibration error in %: {'; '.join(said)}."
-    figure = plots.reliability(panels)
+    figure = point_plots.reliability(panels)
     return Drawing("reliability", "Reliability", caption, figure, described)
 
 
-def of_models(
-    folders: Iterable[Path], seeds: Sequence[int] | None = None
-) -> list[plots.Reliability]:
+def of_models(folders: Iterable[Path], seeds: Sequence[int] | None = None) -> list[Reliability]:
     """Return the lines of the models that runs of one method kept the answers of.
 
     Args:
@@ -74,7 +73,7 @@ def _answers(tested: Tested, kind: str, seeds: Sequence[int] | None) -> tuple[Te
     return found.confidences[there], tested.correct(kind)[there]
 
 
-def of_aggregate(runs: Sequence[Run]) -> list[plots.Reliability]:
+def of_aggregate(runs: Sequence[Run]) -> list[Reliability]:
     """Return the line of the last soft labels, all seeds together."""
     last = [said[-1]["reliability"] for run in runs if (said := knowledge_of(run.path))]
     kept = [bins for bins in last if bins]
@@ -93,7 +92,7 @@ def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {"count": count, "confidence": joined("confidence"), "accuracy": joined("accuracy")}
 
 
-def _line(label: str, bins: Mapping[str, Any], kind: Any) -> plots.Reliability:
+def _line(label: str, bins: Mapping[str, Any], kind: Any) -> Reliability:
     error = 100 * expected_calibration_error(bins)
     percent = {
         name: [nan if value is None else 100 * value for value in bins[name]]
@@ -101,4 +100,4 @@ def _line(label: str, bins: Mapping[str, Any], kind: Any) -> plots.Reliability:
     }
     total = sum(bins["count"])
     share = [count / total for count in bins["count"]]
-    return plots.Reliability(f"{label} {error:.1f}", **percent, share=share, kind=kind)
+    return Reliability(f"{label} {error:.1f}", **percent, share=share, kind=kind)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from math import nan
 
-from fedkd import plots
 from fedkd.comparing import methods
-from fedkd.plots import Curve
+from fedkd.plots.curves import Curve, curves
+from fedkd.plots.points import points
 from fedkd.records import CentralRun
 from fedkd.reporting import calibration as report_calibration
 from fedkd.reporting.parts import (
@@ -40,7 +40,7 @@ def _accuracies(run: CentralRun, on: str) -> Drawing:
         "accuracy",
         "Accuracy of the central models",
         f"One marker a seed ({count}), a bar at the mean; {on}.",
-        plots.points(percent, xlabel="test accuracy in %"),
+        points(percent, xlabel="test accuracy in %"),
         ", ".join(f"{label} {sum(v) / len(v):.1f} %" for label, v in percent.items()) + ".",
     )
 
@@ -58,7 +58,7 @@ def _losses(run: CentralRun) -> Shown:
     ]
     if not drawn:
         return Missing(title, "the run did not record it")
-    figure = plots.curves(drawn, {}, xlabel="epoch", ylabel="training loss")
+    figure = curves(drawn, {}, xlabel="epoch", ylabel="training loss")
     caption = (
         f"Mean training loss of each epoch; {spread_over(len(run.seeds))}. The losses are not the same: "
         "teacher and student alone learn from labels, the student distilled from soft labels too."

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from math import log, nan
 from statistics import mean, median
 
-from fedkd import plots
 from fedkd.comparing.methods import LOCAL
-from fedkd.plots import Curve
+from fedkd.plots import points as point_plots
+from fedkd.plots.curves import Curve, curves
+from fedkd.plots.maps import FEW_CLIENTS, shards, soft_labels
+from fedkd.plots.points import Clients, Reliability
 from fedkd.records import Run, read_shards
 from fedkd.reporting import calibration as report_calibration
 from fedkd.reporting import curves as report_curves
@@ -92,7 +94,7 @@ def _by_round(view: _View) -> Shown:
         runs = view.group.runs[view.local or ""]
         drawn = [_curve(view.local or "", _students(runs), 0)]
         lines = {}
-    figure = plots.curves(drawn, lines, xlabel="round", ylabel="test accuracy in %")
+    figure = curves(drawn, lines, xlabel="round", ylabel="test accuracy in %")
     thin_said = " Thin lines: single clients." if any(curve.thin for curve in drawn) else ""
     dashed = " Dashed: the server's own model." if any(curve.dashed for curve in drawn) else ""
     level = " Grey lines: methods without rounds, at their end." if lines else ""
@@ -146,7 +148,7 @@ def _by_bytes(view: _View) -> Shown:
             drawn.append(Curve(label, x, accuracies.values, accuracies.slot))
     if not drawn:
         return Missing(title, "no run sends anything")
-    figure = plots.curves(
+    figure = curves(
         drawn,
         view.lines,
         xlabel="payload bytes, up and down, all clients (log)",
@@ -170,8 +172,8 @@ def _shards(view: _View) -> Shown:
         return Missing(title, "no run left a shards.json")
     counts, classes = found["counts"], found["classes"]
     sizes = [sum(row) for row in counts]
-    figure = plots.shards(counts, classes)
-    if len(counts) <= plots.FEW_CLIENTS:
+    figure = shards(counts, classes)
+    if len(counts) <= FEW_CLIENTS:
         largest = max(map(max, counts))
         how = f"Area: private images of a class that a client holds; the largest bubble is {largest:,}"
     else:
@@ -203,7 +205,7 @@ def _clients(view: _View) -> Shown:
         ]
         if pairs:
             first, last = zip(*pairs, strict=True)
-            panels.append(plots.Clients(label, first, last, view.slots[label]))
+            panels.append(Clients(label, first, last, view.slots[label]))
     if not panels:
         return Missing(title, "no round tested clients")
     shown = panels[:MOST_PANELS]
@@ -213,7 +215,7 @@ def _clients(view: _View) -> Shown:
         f"first; seed {view.first.experiment.seed}; {view.on}. Clients that gain: {gains}."
         f"{left_out([panel.label for panel in panels[MOST_PANELS:]])}"
     )
-    return Drawing("clients", title, caption, plots.clients(shown, before=before))
+    return Drawing("clients", title, caption, point_plots.clients(shown, before=before))
 
 
 def _before(view: _View, run: Run) -> tuple[str, Sequence[float | None]] | None:
@@ -226,7 +228,7 @@ def _before(view: _View, run: Run) -> tuple[str, Sequence[float | None]] | None:
     return None if start is None else (f"round {start.round}", start.accuracies)
 
 
-def _gain(panel: plots.Clients) -> str:
+def _gain(panel: Clients) -> str:
     changes = [b - a for a, b in zip(panel.before, panel.after, strict=True)]
     gaining = sum(change > 0 for change in changes)
     return f"{panel.label} {gaining} of {len(changes)} (median {median(changes):+.1f} points)"
@@ -249,7 +251,7 @@ def _soft_labels(view: _View) -> list[Shown]:
             f"{runs[0].experiment.seed}): mean probability in % at temperature 1, by the {rows} of the "
             "public image. Shade: from none, 0 %, to full, 100 %."
         )
-        figure = plots.soft_labels(last["by_class"], classes)
+        figure = soft_labels(last["by_class"], classes)
         key = f"soft-labels-{slug(label)}"
         found.append(Drawing(key, f"{title}: {label}", caption, figure))
     return found or [Missing(title, "no run left soft labels in a knowledge.jsonl")]
@@ -272,7 +274,7 @@ def _entropy(view: _View) -> Shown:
         return Missing(title, "no run recorded it")
     classes = _class_count(view)
     lines = {f"ln {classes}, nothing known": log(classes)} if classes else {}
-    figure = plots.curves(drawn, lines, xlabel="round", ylabel="entropy in nats")
+    figure = curves(drawn, lines, xlabel="round", ylabel="entropy in nats")
     caption = (
         "Mean entropy of the aggregated soft labels at temperature 1, dashed at the temperature of the "
         f"loss, τ; {view.seeds}. Low: sure; ln of the number of classes: uniform."
@@ -299,7 +301,7 @@ def _field_by_round(runs: Sequence[Run], field: str) -> tuple[list[float], list[
 
 def _reliability(view: _View) -> Shown:
     group = view.group
-    panels: dict[str, list[plots.Reliability]] = {}
+    panels: dict[str, list[Reliability]] = {}
     if group.central is not None:
         central = report_calibration.of_models(group.central_folders, group.central.seeds)
         panels["central"] = central
@@ -316,7 +318,7 @@ def _reliability(view: _View) -> Shown:
     return report_calibration.drawing(shown, "all models and seeds", f"{on}{left_out(left)}")
 
 
-def _most_telling(panels: Mapping[str, Sequence[plots.Reliability]]) -> list[str]:
+def _most_telling(panels: Mapping[str, Sequence[Reliability]]) -> list[str]:
     """Choose the panels to show: the baseline's, then those with soft labels."""
 
     def rank(label: str) -> int:
@@ -337,7 +339,7 @@ def _seconds(view: _View) -> Shown:
         "aggregate: the server."
     )
     said = ", ".join(f"{label} {sum(bar.values()):.1f}" for label, bar in bars.items())
-    figure = plots.seconds(bars)
+    figure = point_plots.seconds(bars)
     return Drawing("seconds", "Time by phase", caption, figure, f"Seconds in all: {said}.")
 
 

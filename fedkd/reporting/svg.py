@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from fedkd import plots
+from fedkd.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VARIABLES = {
-    plots.INK: "ink",
-    plots.MUTED: "muted",
-    plots.RULE: "rule",
-    plots.PAPER: "paper",
-    plots.HEAT: "heat",
-    plots.ON_HEAT: "on-heat",
-    **{colour: f"c{number}" for number, colour in enumerate(plots.COLOURS)},
+    INK: "ink",
+    MUTED: "muted",
+    RULE: "rule",
+    PAPER: "paper",
+    HEAT: "heat",
+    ON_HEAT: "on-heat",
+    **{colour: f"c{number}" for number, colour in enumerate(COLOURS)},
 }
 """CSS variable of the page for each colour of a figure."""
 
@@ -74,14 +74,14 @@ def _tag(tag: str, anchor: str, used: set[str]) -> str:
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as ``.svg`` and ``.png`` in the colours of a printed page."""
     svg, png = (stem.with_name(f"{stem.name}.{ending}") for ending in ("svg", "png"))
-    with plots.style():
-        figure.savefig(svg, metadata={"Date": None, "Creator": None}, facecolor=plots.PAPER)
-        figure.savefig(png, dpi=200, metadata={"Software": None}, facecolor=plots.PAPER)
+    with style():
+        figure.savefig(svg, metadata={"Date": None, "Creator": None}, facecolor=PAPER)
+        figure.savefig(png, dpi=200, metadata={"Software": None}, facecolor=PAPER)
     return [svg, png]
 
 
 def _drawn(figure: Figure) -> str:
-    with plots.style():
+    with style():
         buffer = StringIO()
         for axes in figure.axes:
             axes.patch.set_visible(False)  # the page shows through

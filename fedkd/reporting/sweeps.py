@@ -7,9 +7,10 @@ from math import nan
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from fedkd import plots
 from fedkd.experiment import Scalar, kebab
-from fedkd.plots import Curve
+from fedkd.plots import points as point_plots
+from fedkd.plots.curves import Curve, curves
+from fedkd.plots.maps import grid
 from fedkd.reporting.parts import Drawing, Missing, Shown
 from fedkd.reporting.tables import Table, from_cells, percent
 from fedkd.sweeps import Point, Sweep
@@ -66,7 +67,7 @@ def _map(sweep: Sweep, points: Sequence[Point], down: str, across: str) -> Figur
     rows, columns = (_ordered(sweep.grid[key]) for key in (down, across))
     found = {(rows.index(p.keys[down]), columns.index(p.keys[across])): p for p in points}
     flat = [point.keys for point in sweep.flat]
-    return plots.grid(
+    return grid(
         [
             [100 * found[y, x].accuracy if (y, x) in found else nan for x in range(len(columns))]
             for y in range(len(rows))
@@ -85,11 +86,11 @@ def _line(sweep: Sweep, points: Sequence[Point], key: str) -> Figure:
     by_seed = [[100 * mean(folds) for folds in point.accuracies] for point in ordered]
     if any(isinstance(value, str | bool) for value in order):
         named = {_text(p.keys[key]): row for p, row in zip(ordered, by_seed, strict=True)}
-        return plots.points(named, xlabel="held-out accuracy in %")
+        return point_plots.points(named, xlabel="held-out accuracy in %")
     x = [float(point.keys[key]) for point in ordered]
     curve = Curve("held-out accuracy", x, [list(row) for row in zip(*by_seed, strict=True)])
     best = 100 * sweep.best.accuracy
-    return plots.curves(
+    return curves(
         [curve], {f"best {best:.1f}": best}, xlabel=_symbol(key), ylabel="held-out accuracy in %",
         scale="numbers",
     )  # fmt: skip
@@ -97,7 +98,7 @@ def _line(sweep: Sweep, points: Sequence[Point], key: str) -> Figure:
 
 def _dots(sweep: Sweep, keys: Sequence[str]) -> Figure:
     flat = [point.keys for point in sweep.flat]
-    return plots.dots(
+    return point_plots.dots(
         {_symbol(key): [_number(point.keys[key]) for point in sweep.points] for key in keys},
         [100 * point.accuracy for point in sweep.points],
         best=sweep.points.index(sweep.best),
