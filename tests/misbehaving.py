@@ -9,7 +9,7 @@ from flwr.app import Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from fuzzing import CASES, with_content, with_records
 
-from fedkd.client_app import app as honest
+from fedkd.engines.client_app import app as honest
 from fedkd.messages import HELLO, TRAIN
 from fedkd.transport.adapter import always_reply
 from fedkd.transport.deployment import ends_in_time

@@ -99,7 +99,9 @@ def hard(federation: Deployment, too_few: str) -> Run:
     for module in ("misbehaving.py", "fuzzing.py"):
         shutil.copy(ROOT / "tests" / module, app / module)
     project = (app / "pyproject.toml").read_text()
-    project = project.replace('clientapp = "fedkd.client_app:app"', 'clientapp = "misbehaving:app"')
+    project = project.replace(
+        'clientapp = "fedkd.engines.client_app:app"', 'clientapp = "misbehaving:app"'
+    )
     project = project.replace("fab-include = [", 'fab-include = ["misbehaving.py", "fuzzing.py", ')
     (app / "pyproject.toml").write_text(project)
     federation.register("node-2")

@@ -19,7 +19,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import RunNotRunningException
 from httpx import ConnectError
 
-from fedkd import client_app
+from fedkd.engines import client_app
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, TRAIN, encode_order, encode_request, experiment_record
 from fedkd.orders import Order

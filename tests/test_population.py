@@ -15,8 +15,8 @@ import torch
 from federation_tools import ROUGH, tiny
 
 import fedkd
-from fedkd import client_app
 from fedkd.client import Part, execute, execute_together
+from fedkd.engines import answering
 from fedkd.engines import cohort as engine
 from fedkd.knowledge import SoftLabels
 from fedkd.orders import Failure, Order, Report
@@ -85,12 +85,12 @@ def watched(folder: Path, name: str, *, resident: bool = False) -> Seen:
         return states
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client_app, "execute_together", executing)
+        patch.setattr(answering, "execute_together", executing)
         patch.setattr(ResidentStates, "put", putting)
         patch.setattr(StateFiles, "load", loading)
         if resident:
             everything = (ROUNDS + 1) * CLIENTS  # what was overtaken counts until its stack goes
-            patch.setattr(engine, "store_of", lambda e, _: client_app.store_of(e, everything))
+            patch.setattr(engine, "store_of", lambda e, _: answering.store_of(e, everything))
         seen.run = fedkd.run(tiny(**MANY, run_dir=str(folder), name=name))
     return seen
 

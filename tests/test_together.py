@@ -17,8 +17,8 @@ from torch import nn
 
 from fedkd import runner
 from fedkd.callbacks import Callback, EachRound
-from fedkd.client_app import store_of
 from fedkd.engines import together
+from fedkd.engines.answering import store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import Row, Run

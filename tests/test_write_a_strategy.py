@@ -17,9 +17,9 @@ from federation_tools import tiny
 from flwr.app import Context, Message, RecordDict
 
 import fedkd
-from fedkd import client_app
 from fedkd.callbacks import EachRound
 from fedkd.cli import main
+from fedkd.engines import client_app
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, TRAIN, decode_introduction, encode_order, experiment_record

@@ -14,7 +14,7 @@ from functools import partial
 
 from flwr.app import Message, RecordDict
 
-from fedkd.client_app import answers, introduce, reply, store_of
+from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.engines.workers import Workers
 from fedkd.events import Events
 from fedkd.experiment import Experiment

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from flwr.serverapp import Grid
 
-from fedkd.client_app import app
+from fedkd.engines.client_app import app
 from fedkd.engines.workers import located
 from fedkd.events import Events
 from fedkd.experiment import Experiment

@@ -16,7 +16,7 @@ from threading import Condition
 
 from flwr.app import RecordDict
 
-from fedkd.client_app import Sent, answers_together, store_of
+from fedkd.engines.answering import Sent, answers_together, store_of
 from fedkd.engines.cohort import Clients
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab

@@ -27,7 +27,7 @@ from flwr.app import RecordDict
 
 from fedkd import data
 from fedkd.allocator import keep_freed_memory
-from fedkd.client_app import answers, store_of
+from fedkd.engines.answering import answers, store_of
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment, Scalar
@@ -196,7 +196,7 @@ class Workers:
         self._leave.close()
 
     def answers(self, contents: Sequence[tuple[int, RecordDict]]) -> list[RecordDict | Failure]:
-        """Answer messages, each by the worker that holds its client: `fedkd.client_app.answers`.
+        """Answer messages, each by the worker that holds its client: `answering.answers`.
 
         The clients of a worker fail if it has not answered by the round's timeout, when it is ended,
         or if it dies, is built anew and dies again.
@@ -421,7 +421,7 @@ class Worker:
             One answer a message, or ``None`` if this machine lacks data that are not in `sent` yet.
 
         Raises:
-            FedkdError: this process runs other code than the driver; see `client_app.answers`.
+            FedkdError: this process runs other code than the driver; see `answering.answers`.
         """
         if self._answers is None:
             self._refuse_other_code()

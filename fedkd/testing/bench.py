@@ -15,8 +15,8 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from fedkd.algorithm import Algorithm
-from fedkd.client_app import answers, introduce, reply, store_of
 from fedkd.data import Dataset, load
+from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
 from fedkd.knowledge import KINDS, Knowledge, SoftLabels, tensors_of

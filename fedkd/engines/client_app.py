@@ -12,35 +12,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.client import Part, execute_together
-from fedkd.codecs import Packed
+from fedkd.engines.answering import Sent, answers_together, introduce, reply, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment, kebab
-from fedkd.knowledge import Knowledge
-from fedkd.messages import (
-    Introduction,
-    decode_experiment,
-    decode_order,
-    encode_introduction,
-    encode_report,
-)
-from fedkd.orders import Failure, Order
+from fedkd.messages import decode_experiment, encode_introduction
 from fedkd.phases import installed_modules
 from fedkd.sources import digest
-from fedkd.statefiles import StateFiles
-from fedkd.states import ResidentStates
-from fedkd.transport.adapter import always_reply, error_reply
+from fedkd.transport.adapter import always_reply
 from fedkd.transport.deployment import ends_in_time
-from fedkd.world import World, world_of
 
 _NODE = "this node's --node-config"
 
@@ -72,104 +58,6 @@ def train(message: Message, context: Context) -> Message:
     if isinstance(answer, RecordDict):
         _check_leaving(answer, context)
     return reply(message, answer)
-
-
-def answers(
-    experiment: Experiment, store: ResidentStates, contents: Sequence[tuple[int, RecordDict]]
-) -> list[RecordDict | Failure]:
-    """Answer the messages of any number of clients of one federation.
-
-    Args:
-        experiment: the run.
-        store: where these clients keep their states.
-        contents: each client's partition id and what it was sent.
-
-    Raises:
-        FedkdError: an order cannot be read, or is another client's.
-    """
-    (found,) = answers_together([Sent(experiment, store, contents)])
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class Sent:
-    """What the clients of one federation were sent.
-
-    Attributes:
-        experiment: the run.
-        store: where these clients keep their states.
-        contents: each client's partition id and its message.
-        secret_noise: see `fedkd.client.Part`.
-    """
-
-    experiment: Experiment
-    store: ResidentStates
-    contents: Sequence[tuple[int, RecordDict]]
-    secret_noise: bool = False
-
-
-def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
-    """Answer the messages of federations on the same data, those that can share a stack side by side.
-
-    Raises:
-        FedkdError: an order cannot be read, or is another client's.
-    """
-    world = world_of(sent[0].experiment)
-    started = perf_counter()
-    parts = [Part(one.experiment, _orders(one, world), one.store, one.secret_noise) for one in sent]
-    decoding = (perf_counter() - started) / sum(len(part.orders) for part in parts)
-    return [
-        [
-            result
-            if isinstance(result, Failure)
-            else encode_report(result, order.asked, world.sizes, decoding)
-            for order, result in zip(part.orders, results, strict=True)
-        ]
-        for part, results in zip(parts, execute_together(world, parts), strict=True)
-    ]
-
-
-def _orders(sent: Sent, world: World) -> list[Order]:
-    seen: dict[Any, Knowledge | Packed | None] = {}
-    orders = []
-    for client, content in sent.contents:
-        held = len(world.shards[client])
-        order = decode_order(content, world.sizes, num_examples=held, seen=seen)
-        if order.client != client:
-            raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
-        orders.append(order)
-    return orders
-
-
-def reply(message: Message, answer: RecordDict | Failure) -> Message:
-    """Wrap a client's answer as the reply to a message."""
-    if isinstance(answer, Failure):
-        return error_reply(message, answer.reason)
-    return Message(answer, reply_to=message)
-
-
-def introduce(experiment: Experiment, client: int) -> Introduction:
-    """Say who a client is."""
-    num_examples = len(world_of(experiment).shards[client])
-    return Introduction(client, num_examples, experiment.student_of(client), digest(experiment))
-
-
-def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:
-    """Return where this run's clients keep their states: on disk, by partition id.
-
-    Flower would ship a context's state to the worker and back with every call.
-
-    Args:
-        experiment: the run, named.
-        resident: the most clients whose states stay in memory as well; none where any process may
-            get any client.
-    """
-    if experiment.name is None:
-        raise FedkdError(
-            "the experiment has no name, so its clients have no folder for their states"
-        )
-    folder = Path(experiment.run_dir) / experiment.name / "clients"
-    return ResidentStates(StateFiles(folder, experiment.architecture_period), resident)
 
 
 def _accepted(experiment: Experiment, context: Context) -> Experiment:
