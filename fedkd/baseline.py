@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.cohort import NORM_EVERY, Answers, Fitted
+from fedkd.engines.preflight import check_plan
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.models import num_parameters
 from fedkd.pooled import Pooled, Progress, accuracies
-from fedkd.preflight import check_plan
 from fedkd.records import CentralRun, RunFolder, environment
 from fedkd.sources import digest
 from fedkd.tested import Predictions, Tested, save_models

@@ -67,7 +67,8 @@ def run(
 ) -> None:
     """Run a federation and write its run folder, or go on with one that was cut off."""
     with start.experiment(resume) as experiment:
-        from fedkd import callbacks, display, findings, preflight, runner, trackers
+        from fedkd import callbacks, display, findings, runner, trackers
+        from fedkd.engines import preflight
 
         followers = [] if track is None else trackers.trackers(track)
         strategy = preflight.check(experiment, is_new=resume is None)

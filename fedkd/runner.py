@@ -12,11 +12,11 @@ import torch
 from fedkd.allocator import keep_freed_memory
 from fedkd.callbacks import Callback, Callbacks
 from fedkd.checkpoints import Checkpoint
+from fedkd.engines.preflight import check, default_name
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
 from fedkd.interrupts import InterruptedRun, between_rounds
 from fedkd.knowledge import SoftLabels
-from fedkd.preflight import check, default_name
 from fedkd.records import Row, Run, RunFolder, environment
 from fedkd.registry import recorded, strategy_of
 from fedkd.sources import digest
@@ -24,7 +24,7 @@ from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
 
-_ENGINES = {"cohort": "fedkd.engines.cohort", "flower": "fedkd.engines.flower"}
+_ENGINES = {"cohort": "fedkd.engines.in_process", "flower": "fedkd.engines.simulation"}
 
 
 def run(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
@@ -172,9 +172,9 @@ def run_side_by_side(
         return []
     keep_freed_memory()
     strategies = [check(experiment, is_new=is_new) for experiment in experiments]
-    together = import_module("fedkd.engines.together")
+    side_by_side = import_module("fedkd.engines.side_by_side")
     experiments = _with_one_plan(experiments)
-    together.check_alike(experiments)
+    side_by_side.check_alike(experiments)
     prepare = _prepared if is_new else _taken_up
     prepared = [
         prepare(each, strategy) for each, strategy in zip(experiments, strategies, strict=True)
@@ -187,10 +187,10 @@ def run_side_by_side(
                 raise InterruptedRun("interrupted between two rounds")
 
         planned = [
-            together.Planned(strategy, named, folder, on_round)
+            side_by_side.Planned(strategy, named, folder, on_round)
             for strategy, (folder, named) in zip(strategies, prepared, strict=True)
         ]
-        ended = together.run_together(planned)
+        ended = side_by_side.run_side_by_side(planned)
     return [
         error or Run.load(folder.path) for error, (folder, _) in zip(ended, prepared, strict=True)
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkd.engines.workers import Worker
+from fedkd.engines.worker import Worker
 from fedkd.models import build
 
 FOLDER = "FEDKD_TEST_FOLDER"

@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedkd.engines import cohort
+from fedkd.engines import in_process
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
 from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Weights
@@ -142,7 +142,7 @@ class Clients:
     ) -> None:
         folder = tempfile.mkdtemp(prefix="fedkd-tests-clients-")
         weakref.finalize(self, shutil.rmtree, folder)
-        self._honest = cohort.Clients(experiment.replace(name="clients", run_dir=folder))
+        self._honest = in_process.Clients(experiment.replace(name="clients", run_dir=folder))
         self._meddle = meddle or (lambda order, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
         world = world_of(experiment)

@@ -199,7 +199,7 @@ def _serve() -> None:
     import torch
 
     import fedkd  # noqa: F401 - before the first fork
-    from fedkd.engines import cohort  # noqa: F401
+    from fedkd.engines import in_process  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

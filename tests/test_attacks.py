@@ -41,12 +41,12 @@ from fedkd.attacks import (
     malicious_clients,
 )
 from fedkd.client import execute
+from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Space, Weights
 from fedkd.orders import Order, Report
 from fedkd.phases import Fit, MeanByClass, Phase, Predict, Revisit, SendWeights
-from fedkd.preflight import check
 from fedkd.registry import strategies, strategy_of
 from fedkd.robust import Rule
 from fedkd.server import Replies, Server

@@ -27,14 +27,13 @@ from federation_tools import ROUGH, tiny
 import fedkd
 from fedkd.callbacks import EachRound
 from fedkd.client import is_out_of_memory
-from fedkd.engines import workers
+from fedkd.engines import ray_session, workers
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.orders import Report
 from fedkd.records import Run
 from fedkd.runner import run_side_by_side
 from fedkd.stack import Stack
-from fedkd.transport import ray_session
 
 HEADLESS = r"Ray went away: its head process has not answered 3 times running"
 
@@ -420,7 +419,7 @@ ABSENT = """
 import socket, sys, threading, time
 from fedkd.engines import workers
 from fedkd.errors import FedkdError
-from fedkd.transport import ray_session
+from fedkd.engines import ray_session
 import fedkd
 from federation_tools import tiny
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import fedkd
 from fedkd.data import Dataset
-from fedkd.engines import cohort
+from fedkd.engines import in_process
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.randomness import generator
 from fedkd.registry import strategies
@@ -203,7 +203,7 @@ class Leaked:
         log: pytest.LogCaptureFixture,
         printed: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(cohort, "LocalGrid", Tapped)
+        monkeypatch.setattr(in_process, "LocalGrid", Tapped)
         Tapped.down, Tapped.up, Tapped.weights = [], [], set()
         folder = Path(experiment.run_dir) / str(experiment.name) / "clients"
         Tapped.states = StateFiles(folder, experiment.architecture_period)

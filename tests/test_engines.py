@@ -19,10 +19,10 @@ from torch import Tensor
 import fedkd
 from fedkd import federation
 from fedkd.callbacks import EachRound
+from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
-from fedkd.preflight import check
 from fedkd.records import Row, Run
 from fedkd.runner import run
 from fedkd.server import Replies
@@ -196,7 +196,7 @@ def test_the_cases_are_worth_comparing() -> None:
 
 def test_the_engine_in_this_process_knows_nothing_of_ray() -> None:
     code = (
-        "import sys; import fedkd; assert 'torch' not in sys.modules; import fedkd.engines.cohort;"
+        "import sys; import fedkd; assert 'torch' not in sys.modules; import fedkd.engines.in_process;"
         "assert 'torch' in sys.modules; assert 'ray' not in sys.modules"
     )
     root = str(Path(fedkd.__file__).parent.parent)

@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.simulation import run_simulation
 from numpy.typing import NDArray
 
+from fedkd.engines.simulation import guarded, simulate
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.transport.adapter import (
@@ -41,7 +42,6 @@ from fedkd.transport.adapter import (
     quiet,
     task_identity,
 )
-from fedkd.transport.simulation import guarded, simulate
 
 K = 5
 

@@ -20,12 +20,12 @@ from flwr.supercore.run import RunNotRunningException
 from httpx import ConnectError
 
 from fedkd.engines import client_app
+from fedkd.engines.deployment import DeployedGrid
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, TRAIN, encode_order, encode_request, experiment_record
 from fedkd.orders import Order
 from fedkd.phases import MeanByClass, Phase, Predict, SendWeights
 from fedkd.transport.adapter import FIRST_NODE_ID, LocalGrid, failure_reason, task_identity
-from fedkd.transport.deployment import DeployedGrid
 from fedkd.world import world_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +235,8 @@ def test_a_superlink_out_of_reach_is_no_nodes_failure(way: str) -> None:
 HANGING = """
 import sys, time
 from flwr.app import Context, Message, RecordDict
-from fedkd.transport import adapter, deployment
+from fedkd.engines import deployment
+from fedkd.transport import adapter
 deployment._GRACE_S = 1.0
 sys.argv[0] = "/somewhere/flwr-clientapp"
 

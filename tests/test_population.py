@@ -17,7 +17,7 @@ from federation_tools import ROUGH, tiny
 import fedkd
 from fedkd.client import Part, execute, execute_together
 from fedkd.engines import answering
-from fedkd.engines import cohort as engine
+from fedkd.engines import in_process as engine
 from fedkd.knowledge import SoftLabels
 from fedkd.orders import Failure, Order, Report
 from fedkd.records import Run

@@ -452,7 +452,7 @@ def test_class_means_travel_both_ways() -> None:
 
 
 def test_students_whose_features_cannot_be_averaged_are_refused(tmp_path: Any) -> None:
-    from fedkd.preflight import check
+    from fedkd.engines.preflight import check
 
     with pytest.raises(FedkdError, match=r"mlp-8 has 8.*mlp-5 has 5|mlp-5 has 5.*mlp-8 has 8"):
         check(tiny(strategy="FedProto", student="mlp-8,mlp-5"))
@@ -505,7 +505,7 @@ class Asking(DistillationStrategy):
 def test_a_strategy_that_no_client_could_follow_is_refused_before_any_work(
     said: str, reason: str
 ) -> None:
-    from fedkd.preflight import check
+    from fedkd.engines.preflight import check
 
     with pytest.raises(FedkdError, match=reason):
         check(tiny(strategy=f"{HERE}:Asking", strategy_config=f"said={said}", client_code=HERE))

@@ -17,7 +17,7 @@ from torch import nn
 
 from fedkd import runner
 from fedkd.callbacks import Callback, EachRound
-from fedkd.engines import together
+from fedkd.engines import side_by_side as engine
 from fedkd.engines.answering import store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -261,9 +261,9 @@ def test_whatever_is_raised_while_clients_train_nobody_waits_for_ever(
     def answers_together(sent: object) -> Any:
         raise raised
 
-    monkeypatch.setattr(together, "answers_together", answers_together)
+    monkeypatch.setattr(engine, "answers_together", answers_together)
     experiment = shared(tmp_path, name="mine")
-    meeting = together._Meeting(3)
+    meeting = engine._Meeting(3)
     ended: list[BaseException] = []
 
     def federation(number: int) -> None:

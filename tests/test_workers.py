@@ -28,7 +28,10 @@ from worker_models import FOLDER
 import fedkd
 from fedkd.data import write_tensors
 from fedkd.engines import workers
-from fedkd.engines.workers import Share, Worker, Workers, placement, share_of
+from fedkd.engines.preflight import check
+from fedkd.engines.resources import Share, placement, share_of
+from fedkd.engines.worker import Worker
+from fedkd.engines.workers import Workers
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment
@@ -36,7 +39,6 @@ from fedkd.knowledge import Sizes, SoftLabels
 from fedkd.messages import decode_order, encode_knowledge, encode_order, experiment_record
 from fedkd.orders import Failure, Order
 from fedkd.phases import Digest, Phase, Revisit
-from fedkd.preflight import check
 from fedkd.records import Run
 from fedkd.server import Replies, Server
 from fedkd.sources import digest
@@ -433,7 +435,7 @@ def test_what_a_worker_does_costs_its_clients_at_most_a_round(
 def test_a_foreign_cluster_is_left_as_it_was(cluster: str) -> None:
     import ray
 
-    from fedkd.transport.ray_session import ray_log, ray_session
+    from fedkd.engines.ray_session import ray_log, ray_session
 
     with ray_session(threads=1):
         ray.init(address=cluster, **ray_log())

@@ -20,12 +20,12 @@ import fedkd
 from fedkd.callbacks import EachRound
 from fedkd.cli import main
 from fedkd.engines import client_app
+from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, TRAIN, decode_introduction, encode_order, experiment_record
 from fedkd.orders import Order
 from fedkd.phases import Fit
-from fedkd.preflight import check
 from fedkd.records import Run
 from fedkd.registry import find, recorded, strategy_of
 from fedkd.sources import digest

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedkd.baseline import check_central
+from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.plans import without
-from fedkd.preflight import check
 from fedkd.registry import find, strategies
 from fedkd.strategy import DistillationStrategy
 

@@ -120,3 +120,11 @@ def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:
         )
     folder = Path(experiment.run_dir) / experiment.name / "clients"
     return ResidentStates(StateFiles(folder, experiment.architecture_period), resident)
+
+
+def located(experiment: Experiment) -> Experiment:
+    """Return the experiment with absolute paths: workers have a working directory of their own."""
+    return experiment.replace(
+        run_dir=str(Path(experiment.run_dir).absolute()),
+        data_dir=experiment.data_dir and str(Path(experiment.data_dir).absolute()),
+    )

@@ -9,15 +9,15 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedkd.engines.deployment import DeployedGrid
+from fedkd.engines.preflight import check, default_name
+from fedkd.engines.simulation import guarded
 from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.preflight import check, default_name
 from fedkd.records import RunFolder, environment
 from fedkd.registry import recorded
 from fedkd.sources import digest
 from fedkd.transport.adapter import is_simulated
-from fedkd.transport.deployment import DeployedGrid
-from fedkd.transport.simulation import guarded
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
 

@@ -9,15 +9,12 @@ states are on disk by round, so that nothing is lost and no number changes.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from pathlib import Path
-from socket import gethostname
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -26,15 +23,8 @@ import torch
 from flwr.app import RecordDict
 
 from fedkd import data
-from fedkd.allocator import keep_freed_memory
-from fedkd.engines.answering import answers, store_of
-from fedkd.errors import FedkdError
-from fedkd.events import Events
-from fedkd.experiment import Experiment, Scalar
-from fedkd.orders import Failure
-from fedkd.references import in_one_line
-from fedkd.sources import digest
-from fedkd.transport.ray_session import (
+from fedkd.engines.answering import located
+from fedkd.engines.ray_session import (
     RAY_TIMEOUT,
     RaySession,
     local_ray,
@@ -42,7 +32,14 @@ from fedkd.transport.ray_session import (
     ray_session,
     within,
 )
-from fedkd.transport.simulation import available_cpus
+from fedkd.engines.resources import Share, available_cpus, placement, share_of
+from fedkd.engines.worker import Answers, Contents, Worker, data_sets, packed
+from fedkd.errors import FedkdError
+from fedkd.events import Events
+from fedkd.experiment import Experiment
+from fedkd.orders import Failure
+from fedkd.references import in_one_line
+from fedkd.sources import digest
 from fedkd.world import resolve_device, world_of
 
 REBUILDS = 2
@@ -53,91 +50,6 @@ START_TIMEOUT = 120.0
 
 _SLICE_S = 1.0
 _FETCH_S = 60.0
-
-_Contents = list[tuple[int, RecordDict]]
-_Answers = list[RecordDict | Failure]
-
-
-# --- Who is where ---------------------------------------------------------------------------------
-
-
-def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> list[int]:
-    """Return the worker of each client: of every group each worker gets its share, give or take one.
-
-    A group's clients, the largest shard first, go one by one to the worker that has the fewest of the
-    group, and among these the fewest images.
-
-    Args:
-        groups: by client, what is run together (its architectures).
-        sizes: by client, its private images.
-        num_workers: how many there are.
-    """
-    worker_of = [0] * len(groups)
-    images = [0] * num_workers
-    for group in sorted(set(groups)):
-        has = [0] * num_workers
-        members = [client for client, name in enumerate(groups) if name == group]
-        for client in sorted(members, key=lambda k: -sizes[k]):
-            worker = min(range(num_workers), key=lambda w: (has[w], images[w], w))
-            worker_of[client] = worker
-            has[worker] += 1
-            images[worker] += sizes[client]
-    return worker_of
-
-
-@dataclass(frozen=True)
-class Share:
-    """What of a machine a worker takes: whole CPUs, as many threads or fewer, part of a GPU."""
-
-    cpus: int
-    gpus: float
-    threads: int
-
-
-def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: bool) -> Share:
-    """Return the largest share that the workers can have, all the same.
-
-    Args:
-        nodes: the ``CPU`` and ``GPU`` of each machine.
-        num_workers: how many shares are wanted.
-        on_gpu: whether each needs a GPU, or a fraction if there are fewer than workers.
-
-    Raises:
-        FedkdError: there are fewer CPUs than workers, or no GPU.
-    """
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    if on_gpu and not gpus:
-        raise FedkdError(f"num-workers = {num_workers} on device = 'cuda': Ray knows of no GPU")
-    workers_per_gpu = ceil(num_workers / gpus) if on_gpu else 0
-
-    def places(cpus: int) -> int:
-        found = 0
-        for node in nodes:
-            by_cpu = int(node.get("CPU", 0)) // cpus
-            by_gpu = int(node.get("GPU", 0)) * workers_per_gpu
-            found += min(by_cpu, by_gpu) if on_gpu else by_cpu
-        return found
-
-    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
-    cpus = next((cpus for cpus in range(most, 0, -1) if places(cpus) >= num_workers), 0)
-    if not cpus:
-        total = sum(int(node.get("CPU", 0)) for node in nodes)
-        raise FedkdError(
-            f"num-workers = {num_workers}: each takes a CPU, and the cluster has {total} where "
-            f"{'a GPU is' if on_gpu else 'they are'}; lower num-workers"
-        )
-    return Share(cpus, 1 / workers_per_gpu if on_gpu else 0.0, cpus)
-
-
-def located(experiment: Experiment) -> Experiment:
-    """Return the experiment with absolute paths: workers have a working directory of their own."""
-    return experiment.replace(
-        run_dir=str(Path(experiment.run_dir).absolute()),
-        data_dir=experiment.data_dir and str(Path(experiment.data_dir).absolute()),
-    )
-
-
-# --- In this process ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,7 +116,7 @@ class Workers:
         Raises:
             BaseException: whatever a worker raised that is not one client's failure.
         """
-        parts: dict[int, _Contents] = {}
+        parts: dict[int, Contents] = {}
         for client, content in contents:
             lean = {name: record for name, record in content.items() if name != "experiment"}
             parts.setdefault(self._worker_of[client], []).append((client, RecordDict(lean)))
@@ -229,8 +141,8 @@ class Workers:
             )
 
     def _exchange(
-        self, parts: Mapping[int, _Contents], timeout: float
-    ) -> dict[int, _Answers | _Lost]:
+        self, parts: Mapping[int, Contents], timeout: float
+    ) -> dict[int, Answers | _Lost]:
         """Have workers answer their parts of an exchange, all at once.
 
         Raises:
@@ -238,7 +150,7 @@ class Workers:
         """
         end = monotonic() + timeout
         deaths = Counter[int]()
-        found: dict[int, _Answers | _Lost] = {}
+        found: dict[int, Answers | _Lost] = {}
         calls = {self._call(worker, part): worker for worker, part in parts.items()}
         while calls:
             self._look_around()
@@ -256,13 +168,13 @@ class Workers:
         self._look_around()
         return found
 
-    def _outcome(self, worker: int, call: Any, deaths: Counter[int]) -> _Answers | _Lost | None:
+    def _outcome(self, worker: int, call: Any, deaths: Counter[int]) -> Answers | _Lost | None:
         """Return what came of a call, or `None` if it is to be made again."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            answered: _Answers | None = ray.get(call, timeout=_FETCH_S)
+            answered: Answers | None = ray.get(call, timeout=_FETCH_S)
         except RayTaskError as error:
             if not isinstance(error.cause, MemoryError):
                 raise error.cause from error  # a mistake of the experiment, or of this code
@@ -273,7 +185,7 @@ class Workers:
             self._send_data()
         return answered
 
-    def _call(self, worker: int, part: _Contents) -> Any:
+    def _call(self, worker: int, part: Contents) -> Any:
         """Hand a worker its part of an exchange; what many messages share is shipped once."""
         if worker not in self._actors:
             self._actors[worker] = self._built(worker)
@@ -343,9 +255,9 @@ class Workers:
         import ray
 
         if not self._sent:
-            for key, name in _data_sets(self._experiment).items():
+            for key, name in data_sets(self._experiment).items():
                 dataset = data.load(name, self._experiment.data_dir)
-                self._sent[key] = [ray.put(_packed(dataset))]
+                self._sent[key] = [ray.put(packed(dataset))]
 
     def _end(self, worker: int) -> None:
         self._ray.kill([self._actors.pop(worker)])
@@ -389,124 +301,3 @@ def _first_done(calls: list[Any], timeout: float) -> Any | None:
     except ConnectionError as error:  # of Ray's client, with an address of ray://
         raise FedkdError(f"Ray went away ({in_one_line(error)})") from error
     return done[0] if done else None
-
-
-# --- In a worker ----------------------------------------------------------------------------------
-
-
-class Worker:
-    """What runs in a worker process; Ray makes an actor of it.
-
-    Args:
-        keys: the experiment's.
-        sources: digest of the code that the driver runs.
-        paths: where the driver finds modules.
-        threads: that torch may use.
-    """
-
-    def __init__(
-        self, keys: Mapping[str, Scalar], sources: str, paths: Sequence[str], threads: int
-    ) -> None:
-        sys.path += [path for path in paths if path not in sys.path]
-        torch.set_num_threads(threads)
-        keep_freed_memory()
-        self._keys = keys
-        self._sources = sources
-        self._answers: Callable[[_Contents], _Answers] | None = None
-
-    def answers(self, contents: _Contents, sent: Mapping[str, list[Any]]) -> _Answers | None:
-        """Answer messages, of which there may be none; get the data before, if need be.
-
-        Returns:
-            One answer a message, or ``None`` if this machine lacks data that are not in `sent` yet.
-
-        Raises:
-            FedkdError: this process runs other code than the driver; see `answering.answers`.
-        """
-        if self._answers is None:
-            self._refuse_other_code()
-            experiment = Experiment.load(("the driver", self._keys))
-            if sent:
-                experiment = _receive(experiment, sent)
-            elif not _has_data(experiment):
-                return None
-            world_of(experiment)
-            self._answers = partial(
-                answers, experiment, store_of(experiment, experiment.clients_per_round)
-            )
-        return self._answers(contents) if contents else []
-
-    def node(self) -> str:
-        """Return the id of the machine that this process is on, to who wants to know that it is up."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
-
-    def _refuse_other_code(self) -> None:
-        # Of the keys only this one matters here; other code may know other keys.
-        code = Experiment.load(("the driver", {"client-code": self._keys["client-code"]}))
-        if digest(code) != self._sources:
-            raise FedkdError(
-                f"a worker on {gethostname()} runs other code than this process "
-                "(fedkd, strategies or client-code differ); start both from the same installation"
-            )
-
-
-def _data_sets(experiment: Experiment) -> dict[str, str]:
-    """Return the data sets that an experiment uses, by key."""
-    names = {"dataset": experiment.dataset, "public": experiment.public}
-    return {key: name for key, name in names.items() if (key, name) != ("public", "train")}
-
-
-def _has_data(experiment: Experiment) -> bool:
-    """Whether the data can be had on this machine without downloading any."""
-    folder = data.data_folder(experiment.data_dir)
-    for name in _data_sets(experiment).values():
-        info = data.DATASETS.get(name)
-        if info and info.needs_download and not (folder / f"{name}.safetensors").exists():
-            return False
-    try:
-        world_of(experiment)
-    except FedkdError:  # if it is not about the data, it is raised again with those that are sent
-        return False
-    return True
-
-
-class _Sent:
-    """Data sets that the driver sent: `data.load` finds them by ``module:function``."""
-
-    def __init__(self) -> None:
-        self.sets: dict[str, data.Dataset] = {}
-
-    def dataset(self, folder: Path) -> data.Dataset:
-        """Return what ``dataset`` names in the driver."""
-        return self.sets["dataset"]
-
-    def public(self, folder: Path) -> data.Dataset:
-        """Return what ``public`` names in the driver."""
-        return self.sets["public"]
-
-
-SENT = _Sent()
-"""The data sets of this worker process, if they had to be sent."""
-
-
-def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experiment:
-    """Take data sets out of Ray's object store and have the experiment name them."""
-    import ray
-
-    SENT.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
-    return experiment.replace(**{key: f"{__name__}:SENT.{key}" for key in sent})
-
-
-def _packed(dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a data set's tensors as arrays, which the workers of a machine share, and the rest."""
-    fields = {**vars(dataset)}
-    return {name: fields.pop(name).numpy() for name in data.TENSORS}, fields
-
-
-def _unpacked(arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> data.Dataset:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensors: dict[str, Any] = {name: torch.from_numpy(a) for name, a in arrays.items()}
-    return data.Dataset(**tensors, **fields)

@@ -209,10 +209,10 @@ def both_engines(bench: Bench) -> None:
     """Three rounds in this process and on Ray give the same accuracies and bytes."""
     if not bench.engines:
         raise NotApplicable("engines are compared on demand, as Ray takes a while to start")
-    from fedkd.engines import cohort, flower
+    from fedkd.engines import in_process, simulation
 
     found = []
-    for engine in (cohort, flower):
+    for engine in (in_process, simulation):
         experiment = bench.named(evaluate_every=1)
         folder = RunFolder.create(experiment, "")
         rows: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ from threading import Condition
 from flwr.app import RecordDict
 
 from fedkd.engines.answering import Sent, answers_together, store_of
-from fedkd.engines.cohort import Clients
+from fedkd.engines.in_process import Clients
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.orders import Failure
@@ -45,7 +45,7 @@ class Planned:
     on_round: Callable[[Row], None]
 
 
-def run_together(federations: Sequence[Planned]) -> list[Exception | None]:
+def run_side_by_side(federations: Sequence[Planned]) -> list[Exception | None]:
     """Run federations side by side.
 
     Returns:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from inspect import signature
 
 from fedkd.checks import means_width
+from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.phases import (
@@ -23,7 +24,6 @@ from fedkd.records import RunFolder
 from fedkd.references import MADE_UP, in_one_line, is_importable
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.simulation import check_resources
 from fedkd.world import World, check_models, resolve_device, world_of
 
 _PATIENCE_S = 5.0

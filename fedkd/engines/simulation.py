@@ -1,9 +1,7 @@
-"""Clients as Flower simulates them: every call runs a ClientApp in a worker process of Ray."""
+"""The Flower engine: Flower simulates the clients, each call in a worker process of Ray."""
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,9 +12,16 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fedkd.engines.answering import located
+from fedkd.engines.client_app import app
+from fedkd.engines.ray_session import RaySession, local_ray, ray_session
+from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError
 from fedkd.events import Events
+from fedkd.experiment import Experiment
+from fedkd.records import Row, RunFolder
 from fedkd.references import in_one_line
+from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import (
     ClientProcessLost,
     GuardedGrid,
@@ -26,13 +31,34 @@ from fedkd.transport.adapter import (
     task_identity,
     tended_backend,
 )
-from fedkd.transport.ray_session import RaySession, local_ray, ray_session
 
 _POLL_S = 0.5
 _JOIN_S = 5.0
 _SETTLE_S = 10.0
 _FETCH_S = 60.0
 _START_S = 60.0
+
+
+def run(
+    strategy: DistillationStrategy,
+    experiment: Experiment,
+    folder: RunFolder,
+    on_round: Callable[[Row], None],
+) -> None:
+    """Run a federation on Ray and write its records to `folder`."""
+    placed, events = located(experiment), Events()
+
+    def server(grid: Grid) -> None:
+        strategy.open(grid, placed, folder, on_round, events).run()
+
+    simulate(
+        server,
+        app,
+        num_clients=placed.num_clients,
+        client_cpus=placed.client_cpus,
+        client_gpus=placed.client_gpus,
+        events=events,
+    )
 
 
 def simulate(
@@ -269,47 +295,6 @@ class _Workers:
 
     def leave(self, terminate: Callable[[], None]) -> None:
         self._session.leave(terminate)
-
-
-# --- Resources -------------------------------------------------------------------
-
-
-def check_resources(
-    num_clients: int, client_cpus: float, client_gpus: float, num_cpus: int | None = None
-) -> dict[str, int]:
-    """Return the CPUs and GPUs that Ray is told of: at most what the clients can use at once.
-
-    Flower starts a worker for every share of a CPU, and hangs when there is not a single one.
-    """
-    cpus = num_cpus if num_cpus is not None else available_cpus()
-    gpus = 0
-    if client_gpus > 0:
-        import torch
-
-        gpus = torch.cuda.device_count()
-    if not 0 < client_cpus <= cpus:
-        raise FedkdError(
-            f"client-cpus = {client_cpus:g}: a client needs more than 0 and at most the {cpus} CPU"
-            f"{'s' * (cpus != 1)} that this run may use"
-        )
-    if not 0 <= client_gpus <= gpus:
-        raise FedkdError(
-            f"client-gpus = {client_gpus:g}: a client takes at least 0 and at most the {gpus} GPU"
-            f"{'s' * (gpus != 1)} of this machine"
-        )
-    if client_gpus > 1 and client_gpus % 1:
-        raise FedkdError(f"client-gpus = {client_gpus:g}: above 1 it must be a whole number")
-    return {
-        "num_cpus": min(cpus, math.ceil(num_clients * client_cpus)),
-        "num_gpus": min(gpus, math.ceil(num_clients * client_gpus)),
-    }
-
-
-def available_cpus() -> int:
-    """Return how many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _backend_config(

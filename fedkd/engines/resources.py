@@ -1,0 +1,116 @@
+"""Who gets which CPU and GPU: the workers of all machines, and Flower's clients of this one."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedkd.errors import FedkdError
+
+
+def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> list[int]:
+    """Return the worker of each client: of every group each worker gets its share, give or take one.
+
+    A group's clients, the largest shard first, go one by one to the worker that has the fewest of the
+    group, and among these the fewest images.
+
+    Args:
+        groups: by client, what is run together (its architectures).
+        sizes: by client, its private images.
+        num_workers: how many there are.
+    """
+    worker_of = [0] * len(groups)
+    images = [0] * num_workers
+    for group in sorted(set(groups)):
+        has = [0] * num_workers
+        members = [client for client, name in enumerate(groups) if name == group]
+        for client in sorted(members, key=lambda k: -sizes[k]):
+            worker = min(range(num_workers), key=lambda w: (has[w], images[w], w))
+            worker_of[client] = worker
+            has[worker] += 1
+            images[worker] += sizes[client]
+    return worker_of
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a machine a worker takes: whole CPUs, as many threads or fewer, part of a GPU."""
+
+    cpus: int
+    gpus: float
+    threads: int
+
+
+def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: bool) -> Share:
+    """Return the largest share that the workers can have, all the same.
+
+    Args:
+        nodes: the ``CPU`` and ``GPU`` of each machine.
+        num_workers: how many shares are wanted.
+        on_gpu: whether each needs a GPU, or a fraction if there are fewer than workers.
+
+    Raises:
+        FedkdError: there are fewer CPUs than workers, or no GPU.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if on_gpu and not gpus:
+        raise FedkdError(f"num-workers = {num_workers} on device = 'cuda': Ray knows of no GPU")
+    workers_per_gpu = math.ceil(num_workers / gpus) if on_gpu else 0
+
+    def places(cpus: int) -> int:
+        found = 0
+        for node in nodes:
+            by_cpu = int(node.get("CPU", 0)) // cpus
+            by_gpu = int(node.get("GPU", 0)) * workers_per_gpu
+            found += min(by_cpu, by_gpu) if on_gpu else by_cpu
+        return found
+
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
+    cpus = next((cpus for cpus in range(most, 0, -1) if places(cpus) >= num_workers), 0)
+    if not cpus:
+        total = sum(int(node.get("CPU", 0)) for node in nodes)
+        raise FedkdError(
+            f"num-workers = {num_workers}: each takes a CPU, and the cluster has {total} where "
+            f"{'a GPU is' if on_gpu else 'they are'}; lower num-workers"
+        )
+    return Share(cpus, 1 / workers_per_gpu if on_gpu else 0.0, cpus)
+
+
+def check_resources(
+    num_clients: int, client_cpus: float, client_gpus: float, num_cpus: int | None = None
+) -> dict[str, int]:
+    """Return the CPUs and GPUs that Ray is told of: at most what the clients can use at once.
+
+    Flower starts a worker for every share of a CPU, and hangs when there is not a single one.
+    """
+    cpus = num_cpus if num_cpus is not None else available_cpus()
+    gpus = 0
+    if client_gpus > 0:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    if not 0 < client_cpus <= cpus:
+        raise FedkdError(
+            f"client-cpus = {client_cpus:g}: a client needs more than 0 and at most the {cpus} CPU"
+            f"{'s' * (cpus != 1)} that this run may use"
+        )
+    if not 0 <= client_gpus <= gpus:
+        raise FedkdError(
+            f"client-gpus = {client_gpus:g}: a client takes at least 0 and at most the {gpus} GPU"
+            f"{'s' * (gpus != 1)} of this machine"
+        )
+    if client_gpus > 1 and client_gpus % 1:
+        raise FedkdError(f"client-gpus = {client_gpus:g}: above 1 it must be a whole number")
+    return {
+        "num_cpus": min(cpus, math.ceil(num_clients * client_cpus)),
+        "num_gpus": min(gpus, math.ceil(num_clients * client_gpus)),
+    }
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,147 @@
+"""What runs in a worker process: it gets its data, and answers the messages of its clients."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+import torch
+from flwr.app import RecordDict
+
+from fedkd import data
+from fedkd.allocator import keep_freed_memory
+from fedkd.engines.answering import answers, store_of
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment, Scalar
+from fedkd.orders import Failure
+from fedkd.sources import digest
+from fedkd.world import world_of
+
+Contents = list[tuple[int, RecordDict]]
+"""What the clients of a worker are sent: each one's partition id and its message."""
+
+Answers = list[RecordDict | Failure]
+"""What they answer, in the same order."""
+
+
+class Worker:
+    """What runs in a worker process; Ray makes an actor of it.
+
+    Args:
+        keys: the experiment's.
+        sources: digest of the code that the driver runs.
+        paths: where the driver finds modules.
+        threads: that torch may use.
+    """
+
+    def __init__(
+        self, keys: Mapping[str, Scalar], sources: str, paths: Sequence[str], threads: int
+    ) -> None:
+        sys.path += [path for path in paths if path not in sys.path]
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self._keys = keys
+        self._sources = sources
+        self._answers: Callable[[Contents], Answers] | None = None
+
+    def answers(self, contents: Contents, sent: Mapping[str, list[Any]]) -> Answers | None:
+        """Answer messages, of which there may be none; get the data before, if need be.
+
+        Returns:
+            One answer a message, or ``None`` if this machine lacks data that are not in `sent` yet.
+
+        Raises:
+            FedkdError: this process runs other code than the driver; see `answering.answers`.
+        """
+        if self._answers is None:
+            self._refuse_other_code()
+            experiment = Experiment.load(("the driver", self._keys))
+            if sent:
+                experiment = _receive(experiment, sent)
+            elif not _has_data(experiment):
+                return None
+            world_of(experiment)
+            self._answers = partial(
+                answers, experiment, store_of(experiment, experiment.clients_per_round)
+            )
+        return self._answers(contents) if contents else []
+
+    def node(self) -> str:
+        """Return the id of the machine that this process is on, to who wants to know that it is up."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def _refuse_other_code(self) -> None:
+        # Of the keys only this one matters here; other code may know other keys.
+        code = Experiment.load(("the driver", {"client-code": self._keys["client-code"]}))
+        if digest(code) != self._sources:
+            raise FedkdError(
+                f"a worker on {gethostname()} runs other code than this process "
+                "(fedkd, strategies or client-code differ); start both from the same installation"
+            )
+
+
+def data_sets(experiment: Experiment) -> dict[str, str]:
+    """Return the data sets that an experiment uses, by key."""
+    names = {"dataset": experiment.dataset, "public": experiment.public}
+    return {key: name for key, name in names.items() if (key, name) != ("public", "train")}
+
+
+def _has_data(experiment: Experiment) -> bool:
+    """Whether the data can be had on this machine without downloading any."""
+    folder = data.data_folder(experiment.data_dir)
+    for name in data_sets(experiment).values():
+        info = data.DATASETS.get(name)
+        if info and info.needs_download and not (folder / f"{name}.safetensors").exists():
+            return False
+    try:
+        world_of(experiment)
+    except FedkdError:  # if it is not about the data, it is raised again with those that are sent
+        return False
+    return True
+
+
+class _Sent:
+    """Data sets that the driver sent: `data.load` finds them by ``module:function``."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, data.Dataset] = {}
+
+    def dataset(self, folder: Path) -> data.Dataset:
+        """Return what ``dataset`` names in the driver."""
+        return self.sets["dataset"]
+
+    def public(self, folder: Path) -> data.Dataset:
+        """Return what ``public`` names in the driver."""
+        return self.sets["public"]
+
+
+SENT = _Sent()
+"""The data sets of this worker process, if they had to be sent."""
+
+
+def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experiment:
+    """Take data sets out of Ray's object store and have the experiment name them."""
+    import ray
+
+    SENT.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
+    return experiment.replace(**{key: f"{__name__}:SENT.{key}" for key in sent})
+
+
+def packed(dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a data set's tensors as arrays, which the workers of a machine share, and the rest."""
+    fields = {**vars(dataset)}
+    return {name: fields.pop(name).numpy() for name in data.TENSORS}, fields
+
+
+def _unpacked(arrays: Mapping[str, Any], fields: Mapping[str, Any]) -> data.Dataset:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensors: dict[str, Any] = {name: torch.from_numpy(a) for name, a in arrays.items()}
+    return data.Dataset(**tensors, **fields)
