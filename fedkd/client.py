@@ -27,8 +27,8 @@ from fedkd.orders import Failure, Order, Report
 from fedkd.phases import Role, to_text
 from fedkd.references import blamed, in_one_line, place
 from fedkd.stack import Stack, has_news
-from fedkd.statefiles import INITIAL, States, concatenated
-from fedkd.states import ResidentStates
+from fedkd.state_store import ResidentStates
+from fedkd.states import INITIAL, States, concatenated
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)

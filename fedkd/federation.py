@@ -30,7 +30,6 @@ from fedkd.codecs import Reference
 from fedkd.diagnostics import described, detailed
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.events import Events
-from fedkd.examination import collected
 from fedkd.exchange import Exchange
 from fedkd.experiment import Experiment
 from fedkd.knowledge import (
@@ -42,7 +41,7 @@ from fedkd.knowledge import (
     check_answer,
     require_one,
 )
-from fedkd.memories import Memories
+from fedkd.memories import Memories, collected
 from fedkd.messages import (
     HELLO,
     TRAIN,
@@ -61,7 +60,7 @@ from fedkd.records import Row, RunFolder, environment
 from fedkd.references import blaming
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
-from fedkd.statefiles import INITIAL
+from fedkd.states import INITIAL
 from fedkd.transport.adapter import failure_reason
 from fedkd.world import World, who_holds_what
 

@@ -43,7 +43,7 @@ from fedkd.phases import (
 from fedkd.privacy import privatise
 from fedkd.profiling import PART, part, profiled
 from fedkd.randomness import generator
-from fedkd.statefiles import INITIAL, States
+from fedkd.states import INITIAL, States
 from fedkd.world import World
 
 

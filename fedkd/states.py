@@ -1,122 +1,89 @@
-"""What clients keep between rounds: stacked in memory while in use, all of it on disk."""
+"""What clients keep between rounds: stacks of tensors in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fedkd.memories import Memories
-from fedkd.statefiles import StateFiles, States, gather
+from fedkd.cohort import State
+
+INITIAL = 0
+"""The round of the state that every client starts from; it is never stored."""
 
 
 @dataclass(eq=False)
-class _Held:
-    """A stack in memory.
+class States:
+    """The states of K clients that share their architectures.
 
     Attributes:
-        states: whose rows may be out of date.
-        round: that they are of.
-        current: clients of which no later stack holds a state.
+        clients: partition ids.
+        models: parameters and buffers ``[K, ...]`` by role and name; clients without a local teacher
+            have only a student.
+        digested: of each client, the round of the newest knowledge that it has digested.
     """
 
-    states: States
-    round: int
-    current: int
+    clients: list[int]
+    models: dict[str, State]
+    digested: list[int]
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def rows(self, positions: Sequence[int]) -> States:
+        """Copy the states at some positions of the stack."""
+        index = torch.tensor(positions, dtype=torch.int64)
+        models = {
+            role: {name: tensor[index.to(tensor.device)] for name, tensor in model.items()}
+            for role, model in self.models.items()
+        }
+        clients, digested = ([each[i] for i in positions] for each in (self.clients, self.digested))
+        return States(clients, models, digested)
+
+    def to(self, device: torch.device) -> States:
+        """Return these states on a device: the very tensors where they are there already."""
+        models = {
+            role: {name: tensor.to(device) for name, tensor in model.items()}
+            for role, model in self.models.items()
+        }
+        return States(self.clients, models, self.digested)
 
 
-class ResidentStates:
-    """States of which the stacks used last stay in memory, on their device.
+def concatenated(parts: Sequence[States]) -> States:
+    """Copy stacks with the same roles and parameters one behind the other."""
+    models: dict[str, State] = {
+        role: {name: torch.cat([part.models[role][name] for part in parts]) for name in model}
+        for role, model in parts[0].models.items()
+    }
+    clients = [client for part in parts for client in part.clients]
+    return States(clients, models, [number for part in parts for number in part.digested])
 
-    All of them are on disk as well, so that nothing is lost with the process, and `take` gives what
-    `StateFiles.load` would give. One process has the states of its clients to itself.
 
-    Attributes:
-        files: where all states are.
-        memories: what clients keep besides; always on disk.
-        limit: the most clients whose states stay in memory, beside what was handed out.
-    """
-
-    def __init__(self, files: StateFiles, limit: int) -> None:
-        self.files = files
-        self.memories = Memories(files.folder / "memory")
-        self.limit = limit
-        self._stacks: list[_Held] = []  # that used longest ago first
-        self._places: dict[int, tuple[_Held, int]] = {}
-
-    def take(self, bases: Mapping[int, int], device: torch.device) -> States:
-        """Hand over states, which the caller may write into.
-
-        A stack of exactly these clients in this order is handed over without a copy and forgotten:
-        whoever fails halfway takes again, and gets what is on disk.
-
-        Args:
-            bases: by client, the round whose state is wanted; all of the same architectures.
-            device: where to.
-
-        Returns:
-            Those that are there, in the order asked for; ``clients`` tells which.
-
-        Raises:
-            FedkdError: see `StateFiles.load`.
-        """
-        held: dict[_Held, list[int]] = {}
-        missing: dict[int, int] = {}
-        for client, base in bases.items():
-            stack, row = self._places.get(client, (None, 0))
-            if stack is None or stack.round != base:
-                missing[client] = base
-            else:
-                held.setdefault(stack, []).append(row)
-        if not missing and len(held) == 1:
-            (stack,) = held
-            if stack.states.clients == list(bases):
-                self._forget(stack)
-                return stack.states.to(device)
-        loaded = self.files.load(missing)
-        if not held:
-            return loaded.to(device)
-        for stack in held:  # used just now
-            self._stacks.remove(stack)
-            self._stacks.append(stack)
-        lost = missing.keys() - set(loaded.clients)
-        sources: list[tuple[States, Sequence[int]]] = [(s.states, rows) for s, rows in held.items()]
-        if len(loaded):
-            sources.append((loaded, range(len(loaded))))
-        return gather(sources, [client for client in bases if client not in lost], device)
-
-    def put(self, states: States, round: int, keep: Mapping[int, int]) -> None:
-        """Write states to disk, and keep them in memory: from now on nobody may write into them.
-
-        Args:
-            states: of clients that share their architectures.
-            round: that they are of.
-            keep: by client, the round that it started from.
-
-        Raises:
-            FedkdError: see `StateFiles.save`; what is in memory is as before.
-        """
-        if not len(states):
-            return
-        self.files.save(states, round, keep)
-        for client in states.clients:
-            self._supersede(client)
-        stack = _Held(states, round, len(states))
-        self._stacks.append(stack)
-        self._places.update({client: (stack, row) for row, client in enumerate(states.clients)})
-        while sum(len(each.states) for each in self._stacks) > self.limit:
-            self._forget(self._stacks[0])
-
-    def _supersede(self, client: int) -> None:
-        stack, _ = self._places.pop(client, (None, 0))
-        if stack is not None:
-            stack.current -= 1
-            if not stack.current:
-                self._stacks.remove(stack)
-
-    def _forget(self, stack: _Held) -> None:
-        self._stacks.remove(stack)
-        for client in stack.states.clients:
-            if self._places.get(client, (None, 0))[0] is stack:
-                del self._places[client]
+def gather(
+    sources: Sequence[tuple[States, Sequence[int]]],
+    clients: Sequence[int],
+    device: torch.device | None = None,
+) -> States:
+    """Copy rows of stacks into a new one, on `device` (default: that of the first)."""
+    first = sources[0][0]
+    models: dict[str, State] = {
+        role: {
+            name: tensor.new_empty((len(clients), *tensor.shape[1:]), device=device)
+            for name, tensor in model.items()
+        }
+        for role, model in first.models.items()
+    }
+    joined = States(list(clients), models, [0] * len(clients))
+    place = {client: position for position, client in enumerate(clients)}
+    for states, rows in sources:
+        positions = [place[states.clients[row]] for row in rows]
+        for row, position in zip(rows, positions, strict=True):
+            joined.digested[position] = states.digested[row]
+        for role, model in models.items():
+            for name, tensor in model.items():
+                source = states.models[role][name]
+                picked = source[torch.tensor(rows, dtype=torch.int64, device=source.device)]
+                index = torch.tensor(positions, dtype=torch.int64, device=tensor.device)
+                tensor[index] = picked.to(tensor.device)
+    return joined

@@ -31,7 +31,7 @@ from fedkd import leakage
 from fedkd.cohort import Cohort
 from fedkd.privacy import epsilon
 from fedkd.server import Replies, Server
-from fedkd.statefiles import StateFiles
+from fedkd.state_files import StateFiles
 from fedkd.world import World, world_of
 from strategies.dsfl import DSFL
 

@@ -109,7 +109,7 @@ def die() -> None:
 
 def _prepare(dying: Dying) -> None:
     """Have every write of a run counted: to files of states, to records, the flushes and the renames."""
-    from fedkd import statefiles
+    from fedkd import state_files
 
     class Counted(FileIO):
         def write(self, content: Any) -> int:
@@ -133,7 +133,7 @@ def _prepare(dying: Dying) -> None:
             file = _Wrapped(file, write_through)
         return file
 
-    setattr(statefiles, "FileIO", Counted)  # noqa: B010 - mypy: a class
+    setattr(state_files, "FileIO", Counted)  # noqa: B010 - mypy: a class
     Path.open = open_counted  # type: ignore[assignment]
     Path.replace = dying.around(Path.replace)  # type: ignore[method-assign]
     os.fsync = dying.around(os.fsync)

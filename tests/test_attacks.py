@@ -50,8 +50,9 @@ from fedkd.phases import Fit, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.registry import strategies, strategy_of
 from fedkd.robust import Rule
 from fedkd.server import Replies, Server
-from fedkd.statefiles import INITIAL, StateFiles
-from fedkd.states import ResidentStates
+from fedkd.state_files import StateFiles
+from fedkd.state_store import ResidentStates
+from fedkd.states import INITIAL
 from fedkd.world import World, world_of
 from strategies import ExpGuard
 

@@ -31,7 +31,7 @@ from fedkd.engines import in_process
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.randomness import generator
 from fedkd.registry import strategies
-from fedkd.statefiles import StateFiles
+from fedkd.state_files import StateFiles
 from fedkd.transport.adapter import LocalGrid, task_identity
 from fedkd.world import World, world_of
 

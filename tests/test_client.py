@@ -30,8 +30,9 @@ from fedkd.losses import mae_logits
 from fedkd.models import build
 from fedkd.orders import Failure, Order, Report
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.statefiles import INITIAL, StateFiles
-from fedkd.states import ResidentStates
+from fedkd.state_files import StateFiles
+from fedkd.state_store import ResidentStates
+from fedkd.states import INITIAL
 from fedkd.world import World, world_of
 
 K, C = 3, 10

@@ -18,7 +18,7 @@ from misbehaving import HANGS, UNREADABLE, WAYS
 import fedkd
 from fedkd.experiment import Experiment
 from fedkd.records import Run
-from fedkd.statefiles import StateFiles
+from fedkd.state_files import StateFiles
 
 KEYS: dict[str, Any] = {
     "dataset": "mnist-5k",

@@ -49,7 +49,7 @@ from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
 from fedkd.records import Row, RunFolder
 from fedkd.registry import find
 from fedkd.server import Replies, Server
-from fedkd.statefiles import INITIAL
+from fedkd.states import INITIAL
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.transport.adapter import LocalGrid, error_reply, task_identity
 from fedkd.world import world_of

@@ -21,8 +21,9 @@ from fedkd.engines import in_process as engine
 from fedkd.knowledge import SoftLabels
 from fedkd.orders import Failure, Order, Report
 from fedkd.records import Run
-from fedkd.statefiles import INITIAL, StateFiles, States
-from fedkd.states import ResidentStates
+from fedkd.state_files import StateFiles
+from fedkd.state_store import ResidentStates
+from fedkd.states import INITIAL, States
 from fedkd.world import World, world_of
 
 CLIENTS, ROUNDS, COHORT = 211, 5, 6

@@ -30,8 +30,8 @@ from fedkd.phases import (
     procedure,
 )
 from fedkd.server import Replies, Server
-from fedkd.statefiles import StateFiles
-from fedkd.states import ResidentStates
+from fedkd.state_files import StateFiles
+from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.world import world_of
 

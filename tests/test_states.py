@@ -27,11 +27,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedkd import statefiles as states_module
+from fedkd import state_files
 from fedkd.errors import FedkdError
 from fedkd.phases import Role
-from fedkd.statefiles import CLIENTS_A_FILE, INITIAL, StateFiles, States, join
-from fedkd.states import ResidentStates
+from fedkd.slot_file import CLIENTS_A_FILE
+from fedkd.state_files import StateFiles
+from fedkd.state_store import ResidentStates
+from fedkd.states import INITIAL, States, gather
 
 CPU = torch.device("cpu")
 ROLES: tuple[Role, ...] = ("student", "teacher")
@@ -121,7 +123,7 @@ def test_rows_and_joins_are_copies_in_the_order_asked_for() -> None:
     assert picked.clients == [3, 7]
     assert spelled(picked) == {k: expected[k] for k in (3, 7)}
     order = [2, 3, 5, 7, 11]
-    joined = join([states.rows([1, 2, 4]), picked], order)
+    joined = gather([(states.rows([1, 2, 4]), range(3)), (picked, range(2))], order)
     assert joined.clients == order
     assert spelled(joined) == expected
     scribble(picked)
@@ -220,7 +222,7 @@ def test_ten_thousand_clients_take_the_space_of_those_that_ran(
             opened.append(path)
             super().__init__(path, mode)
 
-    monkeypatch.setattr(states_module, "FileIO", Counted)
+    monkeypatch.setattr(state_files, "FileIO", Counted)
     store = StateFiles(tmp_path)
     clients = [103 * i + 5 for i in range(97)]  # one a file, and none in two of the hundred
     size = 4099
@@ -475,7 +477,7 @@ def test_a_process_that_dies_while_writing_leaves_no_torn_state(
             store.save(marked(clients, number), number, since(clients, start))
         left = writes
         with monkeypatch.context() as patch:
-            patch.setattr(states_module, "FileIO", Mortal)
+            patch.setattr(state_files, "FileIO", Mortal)
             try:
                 store.save(marked(clients, 6), 6, since(clients, 3))
             except Died:
@@ -539,11 +541,11 @@ def test_a_file_that_another_process_makes_meanwhile_is_not_replaced(
 ) -> None:
     def name_late(size: int) -> str:
         """Name a temporary file once another process has made the file for good."""
-        monkeypatch.setattr(states_module, "token_hex", token_hex)
+        monkeypatch.setattr(state_files, "token_hex", token_hex)
         StateFiles(tmp_path).save(marked([3], 3), 1, {3: INITIAL})
         return token_hex(size)
 
-    monkeypatch.setattr(states_module, "token_hex", name_late)
+    monkeypatch.setattr(state_files, "token_hex", name_late)
     StateFiles(tmp_path).save(marked([2], 2), 1, {2: INITIAL})
     found = StateFiles(tmp_path).load({2: 1, 3: 1})
     assert found.models["student"]["b"].tolist() == [2, 3]
@@ -631,7 +633,7 @@ def test_a_system_that_moves_few_bytes_at_a_time_is_asked_again(
         def readinto(self, content: memoryview, /) -> int:  # type: ignore[override]
             return super().readinto(content[:11])
 
-    monkeypatch.setattr(states_module, "FileIO", Slow)
+    monkeypatch.setattr(state_files, "FileIO", Slow)
     states = drawn([2, 3, 7], 1)
     StateFiles(tmp_path).save(states, 1, since(states))
     assert spelled(StateFiles(tmp_path).load(since(states, 1))) == spelled(states)

@@ -21,7 +21,7 @@ from fedkd.knowledge import ClassMeans
 from fedkd.models import build
 from fedkd.records import Run
 from fedkd.stack import Stack
-from fedkd.statefiles import StateFiles
+from fedkd.state_files import StateFiles
 from fedkd.tested import (
     BINS,
     Predictions,

@@ -18,8 +18,8 @@ from fedkd.knowledge import Knowledge
 from fedkd.messages import Introduction, decode_order, encode_report
 from fedkd.orders import Failure, Order
 from fedkd.sources import digest
-from fedkd.statefiles import StateFiles
-from fedkd.states import ResidentStates
+from fedkd.state_files import StateFiles
+from fedkd.state_store import ResidentStates
 from fedkd.transport.adapter import error_reply
 from fedkd.world import World, world_of
 

@@ -23,7 +23,7 @@ from fedkd.experiment import Experiment, kebab
 from fedkd.orders import Failure
 from fedkd.records import Row, RunFolder
 from fedkd.stack import STACKABLE
-from fedkd.states import ResidentStates
+from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
 

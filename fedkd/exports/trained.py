@@ -19,7 +19,7 @@ from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.plans import Plan
 from fedkd.records import RunFolder, read_json
-from fedkd.statefiles import StateFiles
+from fedkd.state_files import StateFiles
 from fedkd.tested import Tested
 from fedkd.world import World, world_of
 
