@@ -8,7 +8,7 @@ and changes results only within floating-point tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from threading import Lock
@@ -20,7 +20,6 @@ from torch.func import vmap
 from torch.nn.functional import pad
 
 from fedkd.errors import FedkdError
-from fedkd.graphs import Graphs
 from fedkd.images import Augment, Images
 from fedkd.keyed import FeaturesFirst, KeyedMode, at_steps
 from fedkd.lanes import in_lanes
@@ -28,7 +27,7 @@ from fedkd.losses import Step, Term
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.plans import Plan
 from fedkd.precision import Precision, forward_pass, matrix_products
-from fedkd.profiling import is_measured, part
+from fedkd.profiling import part
 from fedkd.randomness import key
 from fedkd.schedule import Stream, schedule, steps_per_epoch
 from fedkd.stateless import Stateless
@@ -115,7 +114,6 @@ class Cohort:
         buffers: ``[K, ...]`` by name.
         plan: how they are run.
         precision: number format of the forward and backward passes.
-        graphs: where the recorded steps of this architecture are kept, if anywhere.
     """
 
     skeleton: nn.Module
@@ -123,7 +121,6 @@ class Cohort:
     buffers: State
     plan: Plan = field(default_factory=lambda: Plan(stacked=False))
     precision: Precision = "float32"
-    graphs: Graphs | None = None
 
     @classmethod
     def of(cls, skeleton: nn.Module, states: Sequence[State], plan: Plan) -> Cohort:
@@ -137,12 +134,11 @@ class Cohort:
         stack: State,
         plan: Plan,
         precision: Precision = "float32",
-        graphs: Graphs | None = None,
     ) -> Cohort:
         """Make a cohort that trains the tensors of a stack, ``[K, ...]`` by name, in place."""
         params = {n: stack[n] for n, _ in skeleton.named_parameters()}
         buffers = {n: stack[n] for n, _ in skeleton.named_buffers()}
-        return cls(skeleton, params, buffers, plan, precision, graphs)
+        return cls(skeleton, params, buffers, plan, precision)
 
     def __len__(self) -> int:
         return len(next(iter(self.params.values())))
@@ -155,7 +151,7 @@ class Cohort:
         """Return model `k` as a cohort of its own, which shares its tensors with this one."""
         params = {name: tensor[k : k + 1] for name, tensor in self.params.items()}
         buffers = {name: tensor[k : k + 1] for name, tensor in self.buffers.items()}
-        return replace(self, params=params, buffers=buffers, graphs=None)
+        return replace(self, params=params, buffers=buffers)
 
     def load(self, k: int, state: Mapping[str, Tensor]) -> None:
         """Overwrite model `k`."""
@@ -200,27 +196,17 @@ class Cohort:
         order = sorted(range(len(self)), key=lambda k: -steps[k])
         ticked = _Progress(sum(steps), progress)
         blocks = self._blocks(order)
-        kept: dict[int, _Block] = {}  # one of each size
 
         def train(model: Stateless, clients: Sequence[int]) -> Fitted:
             taken = [steps[k] for k in clients]
             block = _Block(self, model, clients, sides, batch_size, streams, taken)
-            kept.setdefault(len(clients), block)
             fitted = block.train(optimizer, numbers or {}, ticked)
             block.write_back()
             return fitted
 
         with matrix_products(self.precision, self._device):
             parts = in_lanes(train, blocks, self.skeleton, self.plan.lanes)
-            self._record(kept.values())
         return _joined(parts, order)
-
-    def _record(self, blocks: Iterable[_Block]) -> None:
-        """Record the steps that have run often; here, as recording and lanes do not go together."""
-        if self.graphs is not None and self.graphs.has_due():
-            for block in blocks:
-                block.record_what_is_due(self.graphs)
-            self.graphs.give_up_what_is_due()
 
     def predict(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
@@ -343,13 +329,6 @@ def _trees(names: Sequence[Sequence[str]], tensors: Sequence[Tensor]) -> list[St
     return [{name: next(left) for name in tree} for tree in names]
 
 
-def _copied(inputs: _Inputs) -> list[Tensor]:
-    """Return the inputs, those that a model may write to as copies: buffers and images."""
-    params, buffers, start, numbers, *batches = inputs
-    own = [{**batch, "images": batch["images"].clone()} for batch in batches]
-    return _flat((params, {n: b.clone() for n, b in buffers.items()}, start, numbers, *own))
-
-
 class _Progress:
     """Tells the share of all steps that is done, whichever lane does them."""
 
@@ -469,7 +448,7 @@ class _Block:
         for tick in range(self._steps[0]):
             active = sum(steps > tick for steps in self._steps)
             inputs = self._inputs(tick, active)
-            losses, grads = self._replayed(inputs) or self._computed(inputs, watch=tick == 0)
+            losses, grads = self._computed(inputs, watch=tick == 0)
             trace.add(tick, losses, grads)
             with part("optimizer"):
                 stepper.step(grads, active)
@@ -508,43 +487,6 @@ class _Block:
             losses: Tensor = vmap(one_client)(*_flat(inputs))
             return losses
         return one_client(*(tensor.squeeze(0) for tensor in _flat(inputs))).unsqueeze(0)
-
-    # --- Recorded steps ---
-
-    def _replayed(self, inputs: _Inputs) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Return the same as `_computed` by a recorded step, if there is one."""
-        graphs = self._cohort.graphs
-        if graphs is None or not self._cohort.plan.stacked or is_measured():
-            return None
-        recorded = graphs.find(self._kind(inputs))
-        if recorded is None:
-            return None
-        losses, *grads = recorded(*_flat(inputs))
-        return losses, tuple(grads)
-
-    def record_what_is_due(self, graphs: Graphs) -> None:
-        """Record the steps of this block that have run often, for the fits to come."""
-        for active in sorted(
-            {sum(s > t for s in self._steps) for t in set(self._steps) | {0}} - {0}
-        ):
-            inputs = self._inputs(0, active)
-            if graphs.is_due(kind := self._kind(inputs)):
-                graphs.record(
-                    kind, partial(self._step, [list(tree) for tree in inputs]), _copied(inputs)
-                )
-
-    def _kind(self, inputs: _Inputs) -> Hashable:
-        """Return what a step depends on besides the values of its inputs."""
-        terms = tuple(tuple(side.terms) for side in self._sides)
-        form = tuple((n, t.dtype, t.shape) for tree in inputs for n, t in tree.items())
-        layout = tuple(batch["images"].stride() for batch in inputs[4:])
-        return terms, form, layout, self._cohort.precision
-
-    def _step(self, names: Sequence[Sequence[str]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        losses, grads = self._computed(tuple(_trees(names, tensors)), watch=False)
-        if any(grad is None for grad in grads):
-            raise FedkdError("a parameter has no part in the loss")
-        return losses, *(grad for grad in grads if grad is not None)
 
     def _client_loss(
         self,

@@ -37,11 +37,6 @@ def profiled(wanted: bool = True) -> Iterator[Seconds]:
         _running.reset(token)
 
 
-def is_measured() -> bool:
-    """Whether somebody measures."""
-    return _running.get() is not None
-
-
 class part:
     """Count the block as a part, if somebody measures."""
 

@@ -18,7 +18,6 @@ from fedkd import data, models
 from fedkd.cohort import Cohort, State, initial_state
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
-from fedkd.graphs import Graphs
 from fedkd.images import Images
 from fedkd.knowledge import Sizes
 from fedkd.partition import label_counts, partition, split_public
@@ -58,7 +57,6 @@ class World:
     class_names: tuple[str, ...]
     public_truth: Tensor | None
     _plans: dict[tuple[str, str], Plan] = field(default_factory=dict, repr=False)
-    _graphs: dict[str, Graphs] = field(default_factory=dict, repr=False)
     _skeletons: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _initial: dict[tuple[str, int], State] = field(default_factory=dict, repr=False)
 
@@ -87,8 +85,7 @@ class World:
     def cohort(self, experiment: Experiment, name: str, stack: State) -> Cohort:
         """Make a cohort of an architecture that trains the tensors of `stack`, ``[K, ...]``, in place."""
         plan = self.plan(name, experiment.plan)
-        graphs = self._graphs.setdefault(name, Graphs())
-        return Cohort.over(self.skeleton(name), stack, plan, experiment.precision, graphs)
+        return Cohort.over(self.skeleton(name), stack, plan, experiment.precision)
 
     def initial_state(self, name: str, seed: int) -> State:
         """Return an architecture's initial weights, the same for every client, method and engine.
