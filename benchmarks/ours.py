@@ -17,9 +17,10 @@ from torch import Tensor
 from work import ALPHA, BATCH_SIZE, LEARNING_RATE, TAU, Job
 
 import fedkd
-from fedkd.callbacks import EachRound
 from fedkd.images import Images
-from fedkd.records import Row, environment
+from fedkd.records import Row
+from fedkd.records.callbacks import EachRound
+from fedkd.records.folder import environment
 from fedkd.world import World, world_of
 
 OWN_NETWORKS = {"cnn-5x5": "task:cnn_5x5"}

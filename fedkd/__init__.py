@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedkd import data, losses, testing
     from fedkd.baseline import central
-    from fedkd.callbacks import Callback
     from fedkd.comparison import Comparison, compare
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
     from fedkd.exporting import Export, export
     from fedkd.knowledge import SoftLabels, Weights
-    from fedkd.records import CentralRun, Run
+    from fedkd.records.callbacks import Callback
+    from fedkd.records.results import CentralRun, Run
     from fedkd.reports import report
     from fedkd.runner import resume, run
     from fedkd.strategy import DistillationStrategy
@@ -37,14 +37,14 @@ for _variable, _value in {
     os.environ.setdefault(_variable, _value)
 
 _HOME = {
-    "Callback": "callbacks",
-    "CentralRun": "records",
+    "Callback": "records.callbacks",
+    "CentralRun": "records.results",
     "Comparison": "comparison",
     "DistillationStrategy": "strategy",
     "Experiment": "experiment",
     "Export": "exporting",
     "FedkdError": "errors",
-    "Run": "records",
+    "Run": "records.results",
     "SoftLabels": "knowledge",
     "Weights": "knowledge",
     "Sweep": "sweeps",

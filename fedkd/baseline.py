@@ -21,7 +21,8 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.models import num_parameters
 from fedkd.pooled import Pooled, Progress, accuracies
-from fedkd.records import CentralRun, RunFolder, environment
+from fedkd.records.folder import RunFolder, environment
+from fedkd.records.results import CentralRun
 from fedkd.sources import digest
 from fedkd.tested import Predictions, Tested, save_models
 from fedkd.tuning import described, planned

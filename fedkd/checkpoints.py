@@ -21,7 +21,7 @@ from fedkd.codecs import Reference
 from fedkd.cohort import State
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, SoftLabels, Weights
-from fedkd.records import replace_file
+from fedkd.records.files import replace_file
 
 FILE = "server.safetensors"
 

@@ -67,8 +67,9 @@ def run(
 ) -> None:
     """Run a federation and write its run folder, or go on with one that was cut off."""
     with start.experiment(resume) as experiment:
-        from fedkd import callbacks, display, findings, runner, trackers
+        from fedkd import display, findings, runner
         from fedkd.engines import preflight
+        from fedkd.records import callbacks, trackers
 
         followers = [] if track is None else trackers.trackers(track)
         strategy = preflight.check(experiment, is_new=resume is None)
@@ -366,7 +367,7 @@ def cite(
 ) -> None:
     """Print the BibTeX of what a run used: strategy, data, codec, Flower, distillation."""
     from fedkd.citations import citations
-    from fedkd.records import RunFolder
+    from fedkd.records.folder import RunFolder
     from fedkd.registry import strategy_of
 
     folder = RunFolder.existing(run)

@@ -48,7 +48,7 @@ from fedkd.comparing.verdicts import rivals, sentence
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.interrupts import InterruptedRun
-from fedkd.records import CentralRun, Run
+from fedkd.records.results import CentralRun, Run
 from fedkd.tuning import planned
 
 

@@ -34,7 +34,8 @@ from fedkd.losses import effective_weights
 from fedkd.models import num_parameters
 from fedkd.phases import Fit
 from fedkd.profiling import PART
-from fedkd.records import CentralRun, Row, Run
+from fedkd.records.files import Row
+from fedkd.records.results import CentralRun, Run
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Report
 from fedkd.tuning import choices

@@ -20,7 +20,7 @@ from fedkd.exports.forms import FORMS, Form, FromPixels, Predictor, check_packag
 from fedkd.exports.latency import latencies
 from fedkd.exports.trained import Trained, find
 from fedkd.randomness import permutation
-from fedkd.records import replace_file, write_json
+from fedkd.records.files import replace_file, write_json
 from fedkd.references import in_one_line
 
 TOLERANCE = 1e-4

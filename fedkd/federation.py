@@ -56,7 +56,8 @@ from fedkd.orders import Order, Report
 from fedkd.phases import Apply, Digest, Phase, Predict, check_phases, closing
 from fedkd.privacy import epsilon
 from fedkd.randomness import permutation
-from fedkd.records import Row, RunFolder, environment
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder, environment
 from fedkd.references import blaming
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest

@@ -15,7 +15,8 @@ from math import ceil, log
 from typing import Any
 
 from fedkd.experiment import Experiment
-from fedkd.records import CentralRun, Row, Run, read_shards
+from fedkd.records.files import Row, read_shards
+from fedkd.records.results import CentralRun, Run
 
 UNLEARNED = 0.9
 """Late loss in a federation, relative, above which clients have learnt nothing of their shards."""

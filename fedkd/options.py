@@ -68,9 +68,9 @@ Resume = Annotated[
 
 def begun_run(folder: str) -> Experiment:
     """Return the experiment of a folder in which a run or sweep has begun."""
-    from fedkd.records import RunFolder
+    from fedkd.records.folder import RunFolder
 
-    return RunFolder.existing(folder).found()
+    return RunFolder.existing(folder).relocated_experiment()
 
 
 def refuse_beside(resumed: str | None, **options: object) -> None:

@@ -16,7 +16,8 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.findings import Finding, findings
 from fedkd.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE
-from fedkd.records import CentralRun, Run, read_shards, replace_file
+from fedkd.records.files import read_shards, replace_file
+from fedkd.records.results import CentralRun, Run
 from fedkd.reporting import experiment as report_experiment
 from fedkd.reporting import svg as report_svg
 from fedkd.reporting import sweeps as report_sweeps

@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.callbacks import Callback, Callbacks
 from fedkd.checkpoints import Checkpoint
 from fedkd.engines.preflight import check, default_name
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
 from fedkd.interrupts import InterruptedRun, between_rounds
 from fedkd.knowledge import SoftLabels
-from fedkd.records import Row, Run, RunFolder, environment
+from fedkd.records.callbacks import Callback, Callbacks
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder, environment
+from fedkd.records.results import Run
 from fedkd.registry import recorded, strategy_of
 from fedkd.sources import digest
 from fedkd.strategy import DistillationStrategy
@@ -68,7 +70,7 @@ def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
     folder = RunFolder.existing(path)
     if folder.is_finished:
         return Run.load(folder.path)
-    experiment = folder.found()
+    experiment = folder.relocated_experiment()
     check_resumable(folder, experiment)
     keep_freed_memory()
     strategy = check(experiment, is_new=False)

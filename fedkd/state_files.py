@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fedkd.cohort import State
 from fedkd.errors import FedkdError
-from fedkd.records import flush_folder
+from fedkd.records.files import flush_folder
 from fedkd.slot_file import (
     CLIENTS_A_FILE,
     Ints,

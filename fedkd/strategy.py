@@ -39,7 +39,8 @@ from fedkd.federation import Federation, plain_numbers
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.privacy import check_privacy
-from fedkd.records import Row, RunFolder
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, Scalar, kebab, snake
-from fedkd.records import RunFolder
+from fedkd.records.folder import RunFolder
 from fedkd.trials import Keys, Of, Progress, SweepFolder, Trials, silent
 
 SHOWN = 10
@@ -349,7 +349,7 @@ def resume(path: str | Path, *, progress: Progress = silent) -> Sweep:
     Raises:
         FedkdError: there is no sweep of this code in it.
     """
-    return Asked.in_folder(path).make(RunFolder.existing(path).found(), progress)
+    return Asked.in_folder(path).make(RunFolder.existing(path).relocated_experiment(), progress)
 
 
 def _study(seed: int) -> Any:

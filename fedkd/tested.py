@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedkd.errors import FedkdError
-from fedkd.records import replace_file
+from fedkd.records.files import replace_file
 
 FILE = "tested.safetensors"
 MODELS = "models.safetensors"

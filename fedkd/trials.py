@@ -14,13 +14,15 @@ import torch
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.baseline import check_central
-from fedkd.callbacks import Callback
 from fedkd.engines.preflight import check
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment, Scalar
 from fedkd.pooled import Pooled, accuracies
-from fedkd.records import Row, Run, RunFolder, environment, write_json
+from fedkd.records.callbacks import Callback
+from fedkd.records.files import Row, write_json
+from fedkd.records.folder import RunFolder, environment
+from fedkd.records.results import Run
 from fedkd.runner import is_begun, run_or_resume, run_side_by_side
 from fedkd.sources import digest
 from fedkd.tuning import Counts, clients_at_once, planned

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fedkd
-from fedkd.callbacks import EachRound
 from fedkd.records import Row, Run
+from fedkd.records.callbacks import EachRound
 
 EXPERIMENT = fedkd.Experiment(
     dataset="cifar10",

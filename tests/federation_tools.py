@@ -25,7 +25,8 @@ from fedkd.losses import Step, cross_entropy, term
 from fedkd.messages import HELLO, decode_order, decode_report
 from fedkd.models import build
 from fedkd.orders import Order, Report
-from fedkd.records import Row, RunFolder
+from fedkd.records import Row
+from fedkd.records.folder import RunFolder
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity

@@ -16,7 +16,7 @@ from fedkd.data import load
 from fedkd.models import build
 from fedkd.presets import PRESETS, preset
 from fedkd.randomness import key, permutation
-from fedkd.records import CentralRun, gap_closed
+from fedkd.records.results import CentralRun, gap_closed
 
 SHAPE, CLASSES = (1, 8, 8), 10
 TINY = fedkd.Experiment(

@@ -25,13 +25,13 @@ from broken_models import FOLDER, NODE, STUDENTS, Forgetful, plan
 from federation_tools import ROUGH, tiny
 
 import fedkd
-from fedkd.callbacks import EachRound
 from fedkd.client import is_out_of_memory
 from fedkd.engines import ray_session, workers
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.orders import Report
 from fedkd.records import Run
+from fedkd.records.callbacks import EachRound
 from fedkd.runner import run_side_by_side
 from fedkd.stack import Stack
 

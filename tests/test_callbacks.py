@@ -12,9 +12,9 @@ import pytest
 from torch import Tensor, nn
 
 import fedkd
-from fedkd.callbacks import Callback, Callbacks, EachRound, replay
 from fedkd.models import build
 from fedkd.records import Row, Run
+from fedkd.records.callbacks import Callback, Callbacks, EachRound, replay
 
 ROUNDS = 2
 
@@ -200,7 +200,7 @@ def test_one_that_is_not_essential_is_logged_once_and_goes_on_being_called(
 ) -> None:
     notes: list[str] = []
     raising = ["round 1", "round 2", "end"]
-    with caplog.at_level(logging.WARNING, "fedkd.callbacks"):
+    with caplog.at_level(logging.WARNING, "fedkd.records.callbacks"):
         run = fedkd.run(tiny(tmp_path), callbacks=[Optional(notes, "t", raising)])
     assert notes == ["t start", "t round 1", "t round 2", "t end"]
     assert len(run.rounds) == ROUNDS
@@ -271,7 +271,7 @@ def test_a_federation_that_loses_its_clients_reaches_on_error(tmp_path: Path) ->
     [
         (print, r"<built-in function print> is no .*Callback; write EachRound\(function\)"),
         (Callback, r"the class Callback is no .*Callback; write Callback\(\)"),
-        ("tensorboard", r"'tensorboard' is no fedkd\.callbacks\.Callback$"),
+        ("tensorboard", r"'tensorboard' is no fedkd\.Callback$"),
     ],
 )
 def test_what_is_no_callback_is_refused_before_anything_is_written(

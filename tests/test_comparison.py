@@ -25,7 +25,9 @@ from fedkd.comparing.entries import Entry, Point, counted, curve, default_target
 from fedkd.comparing.methods import default_methods
 from fedkd.comparing.tables import notes
 from fedkd.comparison import Comparison
-from fedkd.records import CentralRun, Run, RunFolder
+from fedkd.records import Run
+from fedkd.records.folder import RunFolder
+from fedkd.records.results import CentralRun
 from fedkd.registry import find
 from strategies import DSFL
 

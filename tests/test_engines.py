@@ -18,12 +18,12 @@ from torch import Tensor
 
 import fedkd
 from fedkd import federation
-from fedkd.callbacks import EachRound
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.records import Row, Run
+from fedkd.records.callbacks import EachRound
 from fedkd.runner import run
 from fedkd.server import Replies
 

@@ -46,7 +46,8 @@ from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.messages import experiment_record
 from fedkd.orders import Order
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
-from fedkd.records import Row, RunFolder
+from fedkd.records import Row
+from fedkd.records.folder import RunFolder
 from fedkd.registry import find
 from fedkd.server import Replies, Server
 from fedkd.states import INITIAL

@@ -18,7 +18,9 @@ import torch
 import fedkd
 from fedkd.experiment import Experiment
 from fedkd.findings import Finding, findings
-from fedkd.records import CentralRun, Run, RunFolder
+from fedkd.records import Run
+from fedkd.records.folder import RunFolder
+from fedkd.records.results import CentralRun
 
 BASE = {
     "dataset": "mnist-5k",

@@ -11,15 +11,10 @@ import pytest
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, read_toml
-from fedkd.records import (
-    CentralRun,
-    Run,
-    RunFolder,
-    environment,
-    gap_closed,
-    replace_file,
-    write_json,
-)
+from fedkd.records import Run
+from fedkd.records.files import replace_file, write_json
+from fedkd.records.folder import RunFolder, environment
+from fedkd.records.results import CentralRun, gap_closed
 
 ROWS: list[dict[str, Any]] = [
     {"round": 1, "sampled": [0, 2], "dropped": {"1": "no «reply»"}, "accuracy": None},

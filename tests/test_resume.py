@@ -22,14 +22,16 @@ from killing import Killers
 
 import fedkd
 from fedkd import comparison, sweeps
-from fedkd.callbacks import EachRound
 from fedkd.checkpoints import Checkpoint
 from fedkd.cli import main
 from fedkd.codecs import Reference
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
-from fedkd.records import Run, RunFolder, read_lines
+from fedkd.records import Run
+from fedkd.records.callbacks import EachRound
+from fedkd.records.files import read_lines
+from fedkd.records.folder import RunFolder
 from fedkd.runner import resume
 
 ROUNDS = 5

@@ -30,7 +30,7 @@ from fedkd import cli, data, display
 from fedkd.comparing.record import Record
 from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment, read_toml
-from fedkd.records import RunFolder
+from fedkd.records.folder import RunFolder
 from fedkd.reports import report
 
 ROOT = Path(__file__).resolve().parent.parent

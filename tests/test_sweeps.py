@@ -20,7 +20,7 @@ import fedkd
 from fedkd import sweeps, trials
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.records import RunFolder
+from fedkd.records.folder import RunFolder
 from fedkd.sweeps import Point, Sweep, parse, search, sweep
 from fedkd.trials import Cell, SweepFolder, Trials
 

@@ -16,12 +16,12 @@ from flwr.app import RecordDict
 from torch import nn
 
 from fedkd import runner
-from fedkd.callbacks import Callback, EachRound
 from fedkd.engines import side_by_side as engine
 from fedkd.engines.answering import store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import Row, Run
+from fedkd.records.callbacks import Callback, EachRound
 from fedkd.registry import strategies
 from fedkd.runner import run, run_side_by_side
 from fedkd.stack import Stack

@@ -16,10 +16,17 @@ import pytest
 from test_callbacks import Hopeless, lines, tiny
 
 import fedkd
-from fedkd.callbacks import Callback, EachRound, replay
 from fedkd.experiment import read_toml
 from fedkd.records import Row, Run
-from fedkd.trackers import TensorBoard, WeightsAndBiases, by_client, of_result, scalars, trackers
+from fedkd.records.callbacks import Callback, EachRound, replay
+from fedkd.records.trackers import (
+    TensorBoard,
+    WeightsAndBiases,
+    by_client,
+    of_result,
+    scalars,
+    trackers,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "trackers.md"
 
@@ -239,7 +246,9 @@ class StandIn:
 def wandb(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    monkeypatch.setattr("fedkd.trackers.find_spec", lambda _: SimpleNamespace(origin="wandb.py"))
+    monkeypatch.setattr(
+        "fedkd.records.trackers.find_spec", lambda _: SimpleNamespace(origin="wandb.py")
+    )
     return stand_in
 
 
@@ -355,13 +364,15 @@ def test_what_is_not_installed_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str, spec: object
 ) -> None:
     """Also beside a folder ``wandb``, which Python takes for a package without files."""
-    monkeypatch.setattr("fedkd.trackers.find_spec", lambda _: spec)
+    monkeypatch.setattr("fedkd.records.trackers.find_spec", lambda _: spec)
     with pytest.raises(fedkd.FedkdError, match=text):
         trackers(name)
 
 
 def test_trackers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedkd.trackers.find_spec", lambda _: SimpleNamespace(origin="there"))
+    monkeypatch.setattr(
+        "fedkd.records.trackers.find_spec", lambda _: SimpleNamespace(origin="there")
+    )
     assert [type(t) for t in trackers("wandb, tensorboard")] == [WeightsAndBiases, TensorBoard]
     with pytest.raises(fedkd.FedkdError, match=r"track = 'tensorbord'.*did you mean 'tensorboard'"):
         trackers("tensorbord")

@@ -17,7 +17,6 @@ from federation_tools import tiny
 from flwr.app import Context, Message, RecordDict
 
 import fedkd
-from fedkd.callbacks import EachRound
 from fedkd.cli import main
 from fedkd.engines import client_app
 from fedkd.engines.preflight import check
@@ -27,6 +26,7 @@ from fedkd.messages import HELLO, TRAIN, decode_introduction, encode_order, expe
 from fedkd.orders import Order
 from fedkd.phases import Fit
 from fedkd.records import Run
+from fedkd.records.callbacks import EachRound
 from fedkd.registry import find, recorded, strategy_of
 from fedkd.sources import digest
 from fedkd.transport.adapter import failure_reason, task_identity

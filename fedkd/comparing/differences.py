@@ -13,7 +13,7 @@ from fedkd.comparing import significance
 from fedkd.comparing.entries import Difference, Entry
 from fedkd.comparing.methods import CENTRAL
 from fedkd.comparing.verdicts import sentence
-from fedkd.records import Run
+from fedkd.records.results import Run
 from fedkd.tested import Tested
 
 Bools = NDArray[np.bool_]

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedkd.comparing.methods import CENTRAL, DISTILLED, LOCAL, label
 from fedkd.phases import Fit, Load, Phase, closing
-from fedkd.records import CentralRun, Run, gap_closed
+from fedkd.records.results import CentralRun, Run, gap_closed
 from fedkd.strategy import DistillationStrategy
 
 

@@ -24,10 +24,10 @@ from typing import IO, Any
 import torch
 
 from fedkd.baseline import central
-from fedkd.callbacks import EachRound
 from fedkd.comparing import capacity
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.records.callbacks import EachRound
 from fedkd.references import in_one_line
 from fedkd.runner import resume, run
 

@@ -13,7 +13,8 @@ from fedkd.comparing.entries import Counted, counted
 from fedkd.comparing.methods import variant
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.records import RunFolder, write_json
+from fedkd.records.files import write_json
+from fedkd.records.folder import RunFolder
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
 

@@ -13,7 +13,9 @@ from typing import Any
 from fedkd.checkpoints import FILE as CHECKPOINT
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
-from fedkd.records import CentralRun, RunFolder, read_json
+from fedkd.records.files import read_json
+from fedkd.records.folder import RunFolder
+from fedkd.records.results import CentralRun
 from fedkd.references import is_importable
 from fedkd.registry import recorded, strategy_of
 from fedkd.sources import digest

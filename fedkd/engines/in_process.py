@@ -20,7 +20,8 @@ from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, encode_introduction
 from fedkd.orders import Failure
-from fedkd.records import Row, RunFolder
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import LocalGrid, task_identity
 

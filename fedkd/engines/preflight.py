@@ -20,7 +20,7 @@ from fedkd.phases import (
     resolve_procedure,
     resolve_term,
 )
-from fedkd.records import RunFolder
+from fedkd.records.folder import RunFolder
 from fedkd.references import MADE_UP, in_one_line, is_importable
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy

@@ -14,7 +14,7 @@ from fedkd.engines.preflight import check, default_name
 from fedkd.engines.simulation import guarded
 from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.records import RunFolder, environment
+from fedkd.records.folder import RunFolder, environment
 from fedkd.registry import recorded
 from fedkd.sources import digest
 from fedkd.transport.adapter import is_simulated

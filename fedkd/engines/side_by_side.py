@@ -21,7 +21,8 @@ from fedkd.engines.in_process import Clients
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.orders import Failure
-from fedkd.records import Row, RunFolder
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder
 from fedkd.stack import STACKABLE
 from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy

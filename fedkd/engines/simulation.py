@@ -19,7 +19,8 @@ from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.records import Row, RunFolder
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder
 from fedkd.references import in_one_line
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.adapter import (

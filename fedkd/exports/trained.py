@@ -18,7 +18,8 @@ from fedkd.cohort import Cohort, State
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.plans import Plan
-from fedkd.records import RunFolder, read_json
+from fedkd.records.files import read_json
+from fedkd.records.folder import RunFolder
 from fedkd.state_files import StateFiles
 from fedkd.tested import Tested
 from fedkd.world import World, world_of

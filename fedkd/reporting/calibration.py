@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkd.comparing import methods
 from fedkd.plots import points as point_plots
 from fedkd.plots.points import Reliability
-from fedkd.records import Run
+from fedkd.records.results import Run
 from fedkd.reporting.parts import Drawing, knowledge_of
 from fedkd.tested import Tested, expected_calibration_error, reliability
 

@@ -7,7 +7,7 @@ from math import nan
 from fedkd.comparing import methods
 from fedkd.plots.curves import Curve, curves
 from fedkd.plots.points import points
-from fedkd.records import CentralRun
+from fedkd.records.results import CentralRun
 from fedkd.reporting import calibration as report_calibration
 from fedkd.reporting.parts import (
     Drawing,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fedkd.comparing.entries import Counted, Point, counted, curve
 from fedkd.errors import FedkdError
-from fedkd.records import Row, Run
+from fedkd.records.files import Row
+from fedkd.records.results import Run
 from fedkd.registry import strategy_of
 
 Points = dict[int, float]

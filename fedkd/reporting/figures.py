@@ -11,7 +11,8 @@ from fedkd.plots import points as point_plots
 from fedkd.plots.curves import Curve, curves
 from fedkd.plots.maps import FEW_CLIENTS, shards, soft_labels
 from fedkd.plots.points import Clients, Reliability
-from fedkd.records import Run, read_shards
+from fedkd.records.files import read_shards
+from fedkd.records.results import Run
 from fedkd.reporting import calibration as report_calibration
 from fedkd.reporting import curves as report_curves
 from fedkd.reporting.curves import Points

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fedkd.comparing import methods
 from fedkd.comparing.methods import CENTRAL
 from fedkd.experiment import Experiment
-from fedkd.records import CentralRun, Run, read_lines
+from fedkd.records.files import read_lines
+from fedkd.records.results import CentralRun, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

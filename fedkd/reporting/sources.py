@@ -11,7 +11,9 @@ from fedkd.comparing.methods import label
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
-from fedkd.records import CentralRun, Run, RunFolder, read_json
+from fedkd.records.files import read_json
+from fedkd.records.folder import RunFolder
+from fedkd.records.results import CentralRun, Run
 from fedkd.sweeps import Sweep
 
 RUNS = "runs"

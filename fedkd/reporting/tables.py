@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 
 from fedkd.comparing.verdicts import size
 from fedkd.comparison import Comparison
-from fedkd.records import CentralRun, Run
+from fedkd.records.results import CentralRun, Run
 from fedkd.reporting.parts import central_accuracies, tested_on
 from fedkd.reporting.sources import Federations
 

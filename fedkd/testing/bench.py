@@ -22,7 +22,7 @@ from fedkd.federation import Federation
 from fedkd.knowledge import KINDS, Knowledge, SoftLabels, tensors_of
 from fedkd.messages import HELLO, encode_introduction
 from fedkd.phases import Apply, Fit, reference
-from fedkd.records import Row
+from fedkd.records.files import Row
 from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Wrong

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels, Weights, tensors_of
 from fedkd.phases import MeanByClass, Predict
-from fedkd.records import RunFolder
+from fedkd.records.folder import RunFolder
 from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same

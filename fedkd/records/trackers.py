@@ -2,7 +2,7 @@
 
 They log what ``rounds.jsonl`` and ``result.json`` hold, under ``<group>/<field>`` with the fields of
 `docs/records.md`; the groups are only there because both tools make a section of each. A tracker that
-fails in a round does not end the run (`fedkd.callbacks`).
+fails in a round does not end the run (`fedkd.records.callbacks`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fedkd.callbacks import Callback
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
-from fedkd.records import Row, Run
+from fedkd.records.callbacks import Callback
+from fedkd.records.files import Row
+from fedkd.records.results import Run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -26,7 +26,8 @@ from typing import ClassVar, Self
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.records import Row, Run
+from fedkd.records.files import Row
+from fedkd.records.results import Run
 
 _logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _name(callback: Callback) -> str:
 
 
 def _no_callback(value: object) -> str:
-    text = "callbacks: {} is no fedkd.callbacks.Callback"
+    text = "callbacks: {} is no fedkd.Callback"
     if isinstance(value, type):
         return text.format(f"the class {value.__qualname__}") + f"; write {value.__qualname__}()"
     if callable(value):

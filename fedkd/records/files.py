@@ -1,0 +1,85 @@
+"""Files of a run folder: written whole or not at all, read with an error that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedkd.errors import FedkdError
+
+Row = dict[str, Any]
+"""One round's record; `docs/records.md` is the glossary of its fields."""
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half.
+
+    Raises:
+        FedkdError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise FedkdError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def flush_folder(path: Path) -> None:
+    """Force the names in a folder to the disk, where the system can: a renamed file is two writes."""
+    with suppress(PermissionError, IsADirectoryError):  # Windows opens no folders
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON, atomically; NaN and infinity are refused, as JSON knows neither."""
+    replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what is wrong with a file of a run folder that cannot be read."""
+    try:
+        yield
+    except OSError:
+        raise FedkdError(f"{path.parent} holds no finished run: {path.name} is missing") from None
+    except json.JSONDecodeError as error:
+        raise FedkdError(f"{path.parent}: {path.name} is not valid JSON ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object of a run folder.
+
+    Raises:
+        FedkdError: the file is missing or damaged.
+    """
+    with _reading(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_lines(path: Path) -> list[Row]:
+    """Read a file of one object a line of a run folder.
+
+    Raises:
+        FedkdError: the file is missing or damaged.
+    """
+    with _reading(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_shards(folder: Path | None) -> dict[str, Any] | None:
+    """Read who holds how many images of which class, or return `None` where a run does not say."""
+    path = None if folder is None else folder / "shards.json"
+    return read_json(path) if path is not None and path.is_file() else None

@@ -1,0 +1,168 @@
+"""Finished runs, read back from their folders: federations and central baselines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.records.files import Row, read_json, read_lines
+from fedkd.records.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished federated run, read from its folder.
+
+    Attributes:
+        path: the run folder.
+        rounds: one dict a round, as in ``rounds.jsonl``.
+        result: what ``result.json`` holds.
+    """
+
+    path: Path
+    rounds: list[Row] = field(repr=False)
+    result: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a run folder.
+
+        Raises:
+            FedkdError: there is no finished run in it.
+        """
+        folder = Path(path)
+        rows = read_lines(folder / "rounds.jsonl")
+        return cls(folder, rows, read_json(folder / "result.json"))
+
+    @property
+    def experiment(self) -> Experiment:
+        """What was run."""
+        return RunFolder(self.path).experiment
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over clients of the student's test accuracy after the closing exchange, 0..1."""
+        return float(self.result["accuracy"])
+
+    @property
+    def client_accuracy(self) -> list[float | None]:
+        """The same per client, ``[K]`` in order of partition; `None` for one that did not answer."""
+        return list(self.result["client_accuracy"])
+
+    @property
+    def server_accuracy(self) -> float | None:
+        """Test accuracy of the server's model at the end, where it keeps one."""
+        return self.result["server_accuracy"]  # type: ignore[no-any-return]
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes from all clients to the server over the whole run."""
+        return int(self.result["bytes_up"])
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes from the server to all clients over the whole run, closing included."""
+        return int(self.result["bytes_down"])
+
+
+@dataclass(frozen=True)
+class CentralRun:
+    """The pooled teacher → student baseline, for one or more seeds.
+
+    Attributes:
+        path: the run folder, or ``None`` where none was asked for.
+        seeds: S seeds.
+        teacher_accuracies: test accuracy per seed, 0..1.
+        student_alone_accuracies: the student trained on hard labels only.
+        student_accuracies: the same student distilled from the teacher.
+        agreements: share of test images on which distilled student and teacher agree.
+        parameters: of ``{"teacher": ..., "student": ...}``.
+        test_size: test images behind every accuracy.
+        seconds: by phase, all seeds together.
+        training: by model (``teacher``, ``student-alone``, ``student-distilled``): mean ``loss`` and
+            ``gradient_norm`` of each epoch, ``[S][E]`` (`None` where not finite or not measured), and
+            ``accuracy`` on its own training images, ``[S]``.
+        soft_label_entropy: mean entropy in nats of the teachers' soft labels, ``[S]`` (`None` where not
+            finite).
+        soft_label_entropy_at_tau: the same at the temperature τ.
+    """
+
+    path: Path | None
+    seeds: list[int]
+    teacher_accuracies: list[float]
+    student_alone_accuracies: list[float]
+    student_accuracies: list[float]
+    agreements: list[float]
+    parameters: dict[str, int]
+    test_size: int
+    seconds: dict[str, float]
+    training: dict[str, dict[str, Any]] = field(repr=False)
+    soft_label_entropy: list[float | None]
+    soft_label_entropy_at_tau: list[float | None]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a run folder.
+
+        Raises:
+            FedkdError: there is no finished central run in it.
+        """
+        folder = Path(path)
+        result = read_json(folder / "result.json")
+        names = [each.name for each in fields(cls) if each.name != "path"]
+        missing = [name for name in names if name not in result]
+        if missing:
+            raise FedkdError(f"{folder} holds no central run: no {missing[0]} in result.json")
+        return cls(folder, **{name: result[name] for name in names})
+
+    @property
+    def experiment(self) -> Experiment:
+        """What was run; its seed is none of `seeds`."""
+        if self.path is None:
+            raise FedkdError("this central run was not saved")
+        return RunFolder(self.path).experiment
+
+    @property
+    def teacher_accuracy(self) -> float:
+        """Mean over the seeds."""
+        return _mean(self.teacher_accuracies)
+
+    @property
+    def student_alone_accuracy(self) -> float:
+        """Mean over the seeds."""
+        return _mean(self.student_alone_accuracies)
+
+    @property
+    def student_accuracy(self) -> float:
+        """Mean over the seeds."""
+        return _mean(self.student_accuracies)
+
+    @property
+    def gap_closed(self) -> float | None:
+        """(distilled − alone) / (teacher − alone) of the means; `None` where it means nothing."""
+        return gap_closed(self.student_accuracy, self.student_alone_accuracy, self.teacher_accuracy)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what ``result.json`` holds."""
+        plural = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name != "path"
+        }
+        return {
+            "teacher_accuracy": self.teacher_accuracy,
+            "student_alone_accuracy": self.student_alone_accuracy,
+            "student_accuracy": self.student_accuracy,
+            "gap_closed": self.gap_closed,
+            **plural,
+        }
+
+
+def gap_closed(value: float, low: float, high: float) -> float | None:
+    """Return (value − low) / (high − low), or `None` where the gap is not positive."""
+    return (value - low) / (high - low) if high > low else None
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
