@@ -18,7 +18,7 @@ from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.messages import decode_report, in_a_line, payload_bytes, wire_bytes
 from fedkd.orders import Order, Report
-from fedkd.transport.adapter import failure_reason
+from fedkd.transport.replies import failure_reason
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)

@@ -62,7 +62,7 @@ from fedkd.references import blaming
 from fedkd.server import Replies, Server
 from fedkd.sources import digest as sources_digest
 from fedkd.states import INITIAL
-from fedkd.transport.adapter import failure_reason
+from fedkd.transport.replies import failure_reason
 from fedkd.world import World, who_holds_what
 
 HELLO_TIMEOUT = 60.0

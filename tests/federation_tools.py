@@ -29,7 +29,7 @@ from fedkd.records import Row
 from fedkd.records.folder import RunFolder
 from fedkd.registry import strategy_of
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.local_grid import LocalGrid, task_identity
 from fedkd.world import World, world_of
 
 DATA = str(Path(tempfile.gettempdir()) / "fedkd-tests-data")

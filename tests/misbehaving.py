@@ -12,7 +12,7 @@ from fuzzing import CASES, with_content, with_records
 from fedkd.engines.client_app import app as honest
 from fedkd.engines.deployment import ends_in_time
 from fedkd.messages import HELLO, TRAIN
-from fedkd.transport.adapter import always_reply
+from fedkd.transport.replies import always_reply
 
 HANGS, UNREADABLE = "hangs", "not Flower's"
 

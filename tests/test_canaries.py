@@ -32,7 +32,7 @@ from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.randomness import generator
 from fedkd.registry import strategies
 from fedkd.state_files import StateFiles
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.local_grid import LocalGrid, task_identity
 from fedkd.world import World, world_of
 
 CLASSES = tuple(f"canary-class-{number}" for number in range(10))

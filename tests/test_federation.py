@@ -52,7 +52,8 @@ from fedkd.registry import find
 from fedkd.server import Replies, Server
 from fedkd.states import INITIAL
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.transport.adapter import LocalGrid, error_reply, task_identity
+from fedkd.transport.local_grid import LocalGrid, task_identity
+from fedkd.transport.replies import error_reply
 from fedkd.world import world_of
 
 K, BAD = 3, 1

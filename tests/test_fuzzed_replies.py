@@ -37,7 +37,8 @@ from fedkd.orders import Order
 from fedkd.records import Row
 from fedkd.registry import strategy_of
 from fedkd.testing.bench import same
-from fedkd.transport.adapter import FIRST_NODE_ID, LocalGrid, error_reply, task_identity
+from fedkd.transport.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
+from fedkd.transport.replies import error_reply
 from fedkd.world import world_of
 
 P, C, K, QUORUM = 13, 7, 5, 3

@@ -30,18 +30,9 @@ from numpy.typing import NDArray
 from fedkd.engines.simulation import guarded, simulate
 from fedkd.errors import FedkdError
 from fedkd.events import Events
-from fedkd.transport.adapter import (
-    FIRST_NODE_ID,
-    GuardedGrid,
-    Handle,
-    LocalGrid,
-    SimulationStopped,
-    always_reply,
-    error_reply,
-    failure_reason,
-    quiet,
-    task_identity,
-)
+from fedkd.transport.backend import GuardedGrid, SimulationStopped, quiet
+from fedkd.transport.local_grid import FIRST_NODE_ID, Handle, LocalGrid, task_identity
+from fedkd.transport.replies import always_reply, error_reply, failure_reason
 
 K = 5
 

@@ -35,7 +35,8 @@ from fedkd.messages import (
 )
 from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.transport.adapter import error_reply, failure_reason, task_identity
+from fedkd.transport.local_grid import task_identity
+from fedkd.transport.replies import error_reply, failure_reason
 
 N, C, P = 5, 7, 41
 SIZES = Sizes(P, C)

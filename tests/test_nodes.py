@@ -25,7 +25,8 @@ from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, TRAIN, encode_order, encode_request, experiment_record
 from fedkd.orders import Order
 from fedkd.phases import MeanByClass, Phase, Predict, SendWeights
-from fedkd.transport.adapter import FIRST_NODE_ID, LocalGrid, failure_reason, task_identity
+from fedkd.transport.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
+from fedkd.transport.replies import failure_reason
 from fedkd.world import world_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +237,8 @@ HANGING = """
 import sys, time
 from flwr.app import Context, Message, RecordDict
 from fedkd.engines import deployment
-from fedkd.transport import adapter
+from fedkd.transport.local_grid import task_identity
+from fedkd.transport.replies import always_reply, failure_reason
 deployment._GRACE_S = 1.0
 sys.argv[0] = "/somewhere/flwr-clientapp"
 
@@ -249,12 +251,12 @@ def hang(message, context):
             if "heedless" not in sys.argv:
                 raise
 
-with adapter.task_identity():
+with task_identity():
     message = Message(RecordDict(), 11, "train.fedkd", ttl=1.0)
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(run_id=1, node_id=11, node_config={}, state=RecordDict(), run_config={})
     call = lambda m, c: deployment.ends_in_time(m, c, hang)
-    print(adapter.failure_reason(adapter.always_reply(message, context, call)), flush=True)
+    print(failure_reason(always_reply(message, context, call)), flush=True)
 """
 
 

@@ -27,7 +27,7 @@ from fedkd.models import build
 from fedkd.phases import Fit, Load, Predict, Revisit, SendWeights
 from fedkd.registry import find, strategies
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.transport.adapter import task_identity
+from fedkd.transport.local_grid import task_identity
 from strategies import DSFL, FedAvg, FedMD, LocalOnly
 
 K, N, C = 3, 5, 7

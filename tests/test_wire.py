@@ -18,7 +18,7 @@ from fedkd.memories import Memories, Memory
 from fedkd.orders import Order
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import error_reply
+from fedkd.transport.replies import error_reply
 
 K = 3
 BITS = {"simplex:8": 8, "simplex:4": 4, "simplex:2": 2}

@@ -29,7 +29,8 @@ from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.registry import find, recorded, strategy_of
 from fedkd.sources import digest
-from fedkd.transport.adapter import failure_reason, task_identity
+from fedkd.transport.local_grid import task_identity
+from fedkd.transport.replies import failure_reason
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/write-a-strategy.md").read_text(encoding="utf-8")

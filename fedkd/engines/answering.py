@@ -20,7 +20,7 @@ from fedkd.orders import Failure, Order
 from fedkd.sources import digest
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
-from fedkd.transport.adapter import error_reply
+from fedkd.transport.replies import error_reply
 from fedkd.world import World, world_of
 
 

@@ -26,7 +26,7 @@ from fedkd.experiment import AUTO, Experiment, kebab
 from fedkd.messages import decode_experiment, encode_introduction
 from fedkd.phases import installed_modules
 from fedkd.sources import digest
-from fedkd.transport.adapter import always_reply
+from fedkd.transport.replies import always_reply
 
 _NODE = "this node's --node-config"
 

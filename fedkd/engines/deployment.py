@@ -16,7 +16,8 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from fedkd.references import in_one_line
-from fedkd.transport.adapter import GuardedGrid, error_reply
+from fedkd.transport.backend import GuardedGrid
+from fedkd.transport.replies import error_reply
 
 _POLL_S = 1.0
 _LEAST_S = 1.0

@@ -23,7 +23,7 @@ from fedkd.orders import Failure
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.local_grid import LocalGrid, task_identity
 
 Answers = Callable[[Sequence[tuple[int, RecordDict]]], list[RecordDict | Failure]]
 """Answers what clients were sent, by partition id, in order."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from fedkd.errors import FedkdError
 from fedkd.references import in_one_line
-from fedkd.transport.adapter import quiet, replaced
+from fedkd.transport.backend import quiet, replaced
 
 RAY_TIMEOUT = 120.0
 """Seconds until Ray must have started, or its cluster been joined."""

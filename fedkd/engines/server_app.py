@@ -17,7 +17,7 @@ from fedkd.experiment import Experiment
 from fedkd.records.folder import RunFolder, environment
 from fedkd.registry import recorded
 from fedkd.sources import digest
-from fedkd.transport.adapter import is_simulated
+from fedkd.transport.backend import is_simulated
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
 

@@ -26,7 +26,7 @@ from fedkd.records.folder import RunFolder
 from fedkd.stack import STACKABLE
 from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.local_grid import LocalGrid, task_identity
 
 
 @dataclass(frozen=True, eq=False)

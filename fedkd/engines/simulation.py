@@ -23,15 +23,15 @@ from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.references import in_one_line
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.adapter import (
+from fedkd.transport.backend import (
     ClientProcessLost,
     GuardedGrid,
     SimulationStopped,
     is_simulated,
     run_simulation,
-    task_identity,
     tended_backend,
 )
+from fedkd.transport.local_grid import task_identity
 
 _POLL_S = 0.5
 _JOIN_S = 5.0
@@ -82,7 +82,7 @@ def simulate(
     `client_app` in a module that can be imported: the workers get this process's `sys.path`.
 
     `server` starts when all clients are registered and all workers are up, and gets a grid on which
-    a failed client is an error reply (see `fedkd.transport.adapter.failure_reason`): it raised, its
+    a failed client is an error reply (see `fedkd.transport.replies.failure_reason`): it raised, its
     process died, it returned no message, or it was still at work at the end of the round's timeout.
     In the last three cases its worker is, if need be, replaced and the others never notice.
     Ray is started for the run and shut down after it; the environment is as before.

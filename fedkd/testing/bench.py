@@ -26,7 +26,7 @@ from fedkd.records.files import Row
 from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Wrong
-from fedkd.transport.adapter import LocalGrid, task_identity
+from fedkd.transport.local_grid import LocalGrid, task_identity
 from fedkd.world import world_of
 
 K, ROUNDS, FEW = 5, 3, 11

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 from fedkd.testing.bench import Bench, Change, honest, require_all
 from fedkd.testing.findings import Wrong
-from fedkd.transport.adapter import LocalGrid, error_reply
+from fedkd.transport.local_grid import LocalGrid
+from fedkd.transport.replies import error_reply
 
 BAD = 1
 """The client whose reply is bad."""

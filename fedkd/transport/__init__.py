@@ -1,1 +1,1 @@
-"""Reaching clients: a grid in this process, and Flower's simulation with its failures mended."""
+"""All that fedkd needs of Flower 1.41 and that Flower does not call public."""
