@@ -17,7 +17,8 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings
 from fedkd.presets import mnist_mlp

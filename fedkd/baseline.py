@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.cohort import NORM_EVERY, Answers, Fitted
+from fedkd.cohort import Answers
 from fedkd.engines.preflight import check_plan
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.models import num_parameters
 from fedkd.pooled import Pooled, Progress, accuracies
 from fedkd.records.folder import RunFolder, environment

@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedkd.codecs import Reference
-from fedkd.cohort import State
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.parameters import State
 from fedkd.records.files import replace_file
 
 FILE = "server.safetensors"

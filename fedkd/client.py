@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from fedkd.codecs import Packed
-from fedkd.cohort import State
 from fedkd.errors import FedkdError
 from fedkd.events import OUT_OF_MEMORY
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.memories import Memory
 from fedkd.orders import Failure, Order, Report
+from fedkd.parameters import State
 from fedkd.phases import Role, to_text
 from fedkd.references import blamed, in_one_line, place
 from fedkd.stack import Stack, has_news

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fedkd.stateless import Stateless
+from fedkd.parameters import Stateless
 
 J = TypeVar("J")
 R = TypeVar("R")

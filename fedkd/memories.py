@@ -16,8 +16,8 @@ from shutil import rmtree
 import torch
 from torch import Tensor
 
-from fedkd.cohort import State, stacked
 from fedkd.errors import FedkdError
+from fedkd.parameters import State, stacked
 from fedkd.slot_file import DTYPES
 from fedkd.state_files import StateFiles
 from fedkd.states import States

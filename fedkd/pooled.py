@@ -12,12 +12,15 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Fitted, Side, stacked
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.diagnostics import entropy
 from fedkd.experiment import Experiment
+from fedkd.fit import Fitted
 from fedkd.images import Augment, Images
 from fedkd.losses import Term, ce, kl_term
 from fedkd.optimizers import OptimizerSettings, shared
+from fedkd.parameters import stacked
 from fedkd.world import world_of
 
 Progress = Callable[[str, float], None]

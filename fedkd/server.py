@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedkd.cohort import Cohort, Side
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one

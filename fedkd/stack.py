@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedkd.attacks import Attack, attack_of, attacked
+from fedkd.batches import Side
 from fedkd.codecs import PLAIN, Packed, Reference
-from fedkd.cohort import Answers, Cohort, Side, State
+from fedkd.cohort import Answers, Cohort
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.images import Images
@@ -23,6 +24,7 @@ from fedkd.losses import Term
 from fedkd.memories import TESTED, Memory, check_kept
 from fedkd.optimizers import OptimizerSettings, shared
 from fedkd.orders import Order, Report
+from fedkd.parameters import State
 from fedkd.phases import (
     Apply,
     ClassifyByMeans,

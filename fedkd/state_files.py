@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.cohort import State
 from fedkd.errors import FedkdError
+from fedkd.parameters import State
 from fedkd.records.files import flush_folder
 from fedkd.slot_file import (
     CLIENTS_A_FILE,

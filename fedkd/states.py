@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedkd.cohort import State
+from fedkd.parameters import State
 
 INITIAL = 0
 """The round of the state that every client starts from; it is never stored."""

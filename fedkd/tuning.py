@@ -15,7 +15,8 @@ from time import perf_counter
 
 import torch
 
-from fedkd.cohort import Cohort, Side
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.experiment import AUTO, Experiment
 from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings

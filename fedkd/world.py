@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkd import data, models
-from fedkd.cohort import Cohort, State, initial_state
+from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, kebab
 from fedkd.images import Images
 from fedkd.knowledge import Sizes
+from fedkd.parameters import State, initial_state
 from fedkd.partition import label_counts, partition, split_public
 from fedkd.plans import Plan, wanted_plan
 from fedkd.randomness import permutation

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.client import execute
-from fedkd.cohort import State
 from fedkd.experiment import Experiment
 from fedkd.images import Images
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
 from fedkd.losses import mae_logits
 from fedkd.models import build
 from fedkd.orders import Failure, Order, Report
+from fedkd.parameters import State
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates

@@ -19,11 +19,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedkd import models
-from fedkd.cohort import NORM_EVERY, Cohort, Fitted, Side, State, initial_state
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
+from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.images import Images
 from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
 from fedkd.optimizers import OptimizerSettings
+from fedkd.parameters import State, initial_state
 from fedkd.plans import Plan
 from fedkd.randomness import key, permutation
 from fedkd.schedule import Stream

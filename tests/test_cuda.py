@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedkd
 from fedkd import models, tuning
-from fedkd.cohort import Cohort, Side, State, initial_state, stacked
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.images import Images
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings
+from fedkd.parameters import State, initial_state, stacked
 from fedkd.plans import Plan
 from fedkd.precision import Precision
 from fedkd.world import world_of

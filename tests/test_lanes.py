@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedkd.lanes import in_lanes
-from fedkd.stateless import Stateless
+from fedkd.parameters import Stateless
 
 PATIENCE = 20.0
 """Seconds after which a job that waits for another one gives up, as the other one never ran."""

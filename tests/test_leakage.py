@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from fedkd import leakage
-from fedkd.cohort import Cohort, Side
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import ce

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 import fedkd
 from fedkd import models
-from fedkd.cohort import Cohort, Side, State, initial_state, stacked
+from fedkd.batches import Side
+from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
 from fedkd.images import Images
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
+from fedkd.parameters import State, initial_state, stacked
 from fedkd.plans import Plan
 from fedkd.precision import Precision, forward_pass, matrix_products
 

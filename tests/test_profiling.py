@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from fedkd.lanes import in_lanes
+from fedkd.parameters import Stateless
 from fedkd.profiling import part, profiled
-from fedkd.stateless import Stateless
 
 
 class Clock(local):

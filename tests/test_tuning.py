@@ -13,8 +13,9 @@ from federation_tools import tiny
 
 import fedkd
 from fedkd import tuning
-from fedkd.cohort import Cohort, Fitted
+from fedkd.cohort import Cohort
 from fedkd.experiment import Experiment, read_toml
+from fedkd.fit import Fitted
 from fedkd.plans import Plan
 from fedkd.records import Run
 from fedkd.tuning import candidates, choices, fastest, planned

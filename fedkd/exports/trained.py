@@ -14,9 +14,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fedkd.cohort import Cohort, State
+from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
+from fedkd.parameters import State
 from fedkd.plans import Plan
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder

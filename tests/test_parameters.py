@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fedkd import models
-from fedkd.stateless import Stateless
+from fedkd.parameters import Stateless
 
 SHAPE, C, N = (1, 8, 8), 7, 5
 

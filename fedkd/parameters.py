@@ -1,18 +1,40 @@
-"""Call a module with tensors in the place of its own parameters and buffers, at every step of a fit.
+"""A model as tensors by name: its first values, stacks of several, and calling it with them.
 
-``torch.func.functional_call`` does the same, and looks the module through at each call, which takes a
-third of a step of a small net. Here that is done once.
+``torch.func.functional_call`` calls a module with other tensors as well, and looks the module through at
+each call, which takes a third of a step of a small net. Here that is done once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedkd.errors import FedkdError
+from fedkd.randomness import key
+
+State = dict[str, Tensor]
+"""One model's parameters and buffers by name, without a client axis."""
+
+
+def stacked(states: Sequence[State]) -> State:
+    """Stack the states of K models, ``[K, ...]`` by name."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
+
+
+def initial_state(build: Callable[[], nn.Module], *parts: int | str) -> State:
+    """Return a new model's state with weights drawn from the stream named by `parts`.
+
+    PyTorch's initialisers draw from the global generator, which is restored afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key(*parts))
+        model = build()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {n: t.detach().clone() for n, t in named}
 
 
 class Stateless:
