@@ -1,16 +1,22 @@
-"""What the round loop asks of an algorithm: nine things, and what an algorithm declares of itself."""
+"""What the round loop asks of an algorithm: nine things, and how their answers are checked."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from fedkd.codecs import Wire
+from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Knowledge
-from fedkd.phases import Phase
+from fedkd.knowledge import KINDS, ClassMeans, Knowledge, SoftLabels, check_answer, require_one
+from fedkd.phases import Apply, Phase, check_phases, closing
+from fedkd.references import blaming
 from fedkd.server import Replies, Server
 
 
@@ -79,3 +85,105 @@ class Algorithm(Protocol):
     def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
         """Return what `client` receives; the same object for all who receive the same."""
         ...
+
+
+class CheckedAlgorithm:
+    """An algorithm whose answers are checked, and whose mistakes name their place.
+
+    Args:
+        algorithm: who is asked.
+        server: what it may look at and work on.
+    """
+
+    def __init__(self, algorithm: Algorithm, server: Server) -> None:
+        self._algorithm = algorithm
+        self._server = server
+        self.wire_up, self.wire_down = algorithm.wires(server.experiment)
+
+    @property
+    def facts(self) -> Facts:
+        """What the algorithm declares of itself."""
+        return self._algorithm.facts
+
+    @contextmanager
+    def named(self, method: str, clients: Sequence[int] = ()) -> Iterator[None]:
+        """Name the algorithm, its method and line, the round and the clients in whatever is raised."""
+        where = f"{method} of {self._algorithm.name()}, round {self._server.round}"
+        if clients:
+            where += f", client{'s' * (len(clients) > 1)} {_listed(clients)}"
+        with blaming(where):
+            yield
+
+    def phases(self, number: int) -> list[Phase]:
+        """Return a round's phases."""
+        with self.named("phases"):
+            return check_phases(self._algorithm.phases(number))
+
+    def closing(self, number: int) -> list[Phase]:
+        """Return the phases of the closing exchange, whose number is that of a round."""
+        return closing(self.phases(number), self._algorithm.closes)
+
+    def request(self) -> Tensor:
+        """Return the public samples that are wanted, int64 ``[M]``."""
+        with self.named("request"):
+            asked: object = self._algorithm.request(self._server)
+            return self._check_samples(asked)
+
+    def personalise(self, knowledge: Knowledge, client: int, phases: Sequence[Phase]) -> Knowledge:
+        """Return what a client receives: K = 1, unless a procedure among its phases chooses."""
+        with self.named("personalise", [client]):
+            received: object = self._algorithm.personalise(knowledge, client, self._server)
+            if not isinstance(received, KINDS):
+                raise FedkdError(f"returns a {type(received).__name__} instead of knowledge")
+            if not any(isinstance(phase, Apply) for phase in phases):
+                require_one(received)
+        return received
+
+    def update(self, replies: Replies) -> Knowledge | None:
+        """Return new knowledge, or ``None``; the memory of a failed update is not kept."""
+        server = self._server
+        draft = copy(server)
+        draft.state = deepcopy(server.state)
+        with self.named("update", replies.clients):
+            new = self._algorithm.update(replies, draft)
+            if new is not None:
+                self.check_knowledge(new)
+        server.state, server.trained = draft.state, draft.trained
+        return new
+
+    def check_knowledge(self, new: object) -> None:
+        """Refuse what an algorithm may not make of the replies.
+
+        Raises:
+            FedkdError: it is not knowledge, or not of this experiment's sizes.
+        """
+        if not isinstance(new, KINDS):
+            raise FedkdError(f"returns a {type(new).__name__} instead of knowledge or None")
+        if isinstance(new, SoftLabels):
+            sizes, (_, _, classes) = self._server.world.sizes, new.values.shape
+            if classes != sizes.num_classes:
+                raise FedkdError(
+                    f"returns soft labels of {classes} classes: must be {sizes.num_classes}"
+                )
+            self._check_samples(new.samples)
+        if isinstance(new, ClassMeans) and new.values.shape[1] != self._server.num_classes:
+            raise FedkdError(
+                f"returns means of {new.values.shape[1]} classes: must be {self._server.num_classes}"
+            )
+        check_answer(new)
+
+    def _check_samples(self, samples: object) -> Tensor:
+        if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.ndim != 1:
+            raise FedkdError(f"{samples!r} is not an int64 tensor [M] of public samples")
+        in_range = bool(((samples >= 0) & (samples < self._server.num_public)).all())
+        if not in_range or len(samples.unique()) < len(samples):
+            raise FedkdError(
+                f"public samples must be distinct and 0 to {self._server.num_public - 1}"
+            )
+        return samples
+
+
+def _listed(clients: Sequence[int]) -> str:
+    """Name clients, the first ten of them."""
+    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    return ", ".join(map(str, clients[:10])) + more

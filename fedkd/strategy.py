@@ -35,12 +35,13 @@ from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
 from fedkd.events import Events
 from fedkd.experiment import Experiment, accepted, kebab
-from fedkd.federation import Federation, plain_numbers
+from fedkd.federation import Federation
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.privacy import check_privacy
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
+from fedkd.round_record import plain_numbers
 from fedkd.server import Replies, Server
 from fedkd.world import world_of
 

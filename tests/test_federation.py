@@ -525,7 +525,7 @@ def test_nobody_who_comes_late_ends_the_run(changes: dict[str, Any]) -> None:
 
 
 def test_too_few_nodes_are_named_with_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedkd.federation.HELLO_TIMEOUT", 0.2)
+    monkeypatch.setattr("fedkd.roster.HELLO_TIMEOUT", 0.2)
     clients = Clients(tiny())
     with task_identity():
         federation = find("DSFL").open(LocalGrid(clients.handle, num_clients=2), tiny())

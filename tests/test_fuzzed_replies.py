@@ -622,9 +622,9 @@ def test_a_stranger_cannot_end_a_federation_that_is_under_way() -> None:
         federation = open_federation(experiment, clients)
         if not is_first:
             speech.append(lambda message, _: error_reply(message, "not yet"))
-            federation.introduce()
+            federation.roster.complete()
         speech.append(lambda message, honest: claim(message, honest, Random(seed)))
-        said = what_is_wrong(federation.introduce)
+        said = what_is_wrong(federation.roster.complete)
         assert said is None or is_first
         if said is None:
             refused[is_first] += 1
@@ -658,7 +658,7 @@ def claim(message: Message, honest: RecordDict, random: Random) -> Message:
 
 
 def test_a_node_that_says_nonsense_at_first_ends_nothing_but_its_own_part() -> None:
-    """Nonsense is no introduction; a claim that can be read is for `Federation.introduce` to judge."""
+    """Nonsense is no introduction; a claim that can be read is for `Roster.complete` to judge."""
     experiment = experiment_of("probabilities").replace(num_server_rounds=1)
     for spoil in (
         lambda message: Message(RecordDict(), reply_to=message),
