@@ -1,4 +1,8 @@
-"""One exchange between server and clients: what was sent to whom, what came back, and its bytes."""
+"""One exchange between server and clients: what was sent to whom, what came back, and its bytes.
+
+Payload bytes are the raw buffers of knowledge and requested indices; wire bytes are everything in
+the message.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,15 @@ from reprlib import repr as shown
 from time import monotonic
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedkd.checks import check_report, with_known_numbers
 from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.messages import decode_report, in_a_line, payload_bytes, wire_bytes
+from fedkd.knowledge_records import typed_record
+from fedkd.messages import decode_report, in_a_line
 from fedkd.orders import Order, Report
 from fedkd.transport.replies import failure_reason
 from fedkd.world import World
@@ -159,3 +164,36 @@ def _sender(reply: object, client_of: Mapping[int, int]) -> int | None:
     """Return who sent a reply, if it is one and of somebody we know."""
     node = reply.metadata.src_node_id if isinstance(reply, Message) else None
     return client_of.get(node) if isinstance(node, int) else None
+
+
+def payload_bytes(records: RecordDict) -> dict[str, int]:
+    """Count the raw buffers of knowledge and requested indices, by tensor.
+
+    With N public samples, C classes and float32, an upload's ``values`` are N·C·4 bytes. Flower's
+    128-byte header of each array is not payload.
+    """
+    counted: dict[str, int] = {}
+    for record, prefix in (("knowledge", ""), ("request", "requested ")):
+        if arrays := typed_record(records, record, ArrayRecord):
+            for name, array in arrays.items():
+                counted[prefix + name] = _buffer_size(array.data)
+    return counted
+
+
+def _buffer_size(data: bytes) -> int:
+    """Return the bytes of an array's buffer in a ``.npy``, whatever its sender says of its shape."""
+    width = 2 if data[6:7] == b"\x01" else 4
+    header = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    return max(0, len(data) - header)
+
+
+def wire_bytes(records: RecordDict) -> int:
+    """Count everything in a message's records, as Flower does where it can."""
+    return sum(_record_bytes(record) for record in records.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    try:
+        return record.count_bytes()
+    except (ValueError, IndexError):  # Flower's count fails at empty texts and lists
+        return sum(len(str(name)) + len(str(value)) for name, value in record.items())

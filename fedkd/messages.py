@@ -1,20 +1,16 @@
-"""Orders and reports as Flower records, with every byte of knowledge counted.
+"""Orders and reports as Flower records.
 
 An order travels as the experiment's keys (any Ray worker may get any client), the instruction, the
-samples asked for and the knowledge; a report as its numbers and the answer. Payload bytes are the raw
-buffers of knowledge and requested indices; wire bytes everything in the message. Public samples that
-are the whole public set, or those that were asked for, need no indices; others are named by a bitmap or
-by int32 indices, whichever is less.
+samples asked for and the knowledge; a report as its numbers and the answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -24,23 +20,14 @@ from fedkd.codecs import PLAIN, Packed, Reference, Wire, pack_samples, unpack_sa
 from fedkd.errors import FedkdError
 from fedkd.events import REPORTED
 from fedkd.experiment import Experiment
-from fedkd.knowledge import (
-    ClassMeans,
-    Knowledge,
-    ModelWeights,
-    Sizes,
-    SoftLabels,
-    Weights,
-    require_one,
-)
-from fedkd.npy import read_npy
+from fedkd.knowledge import Knowledge, Sizes, SoftLabels
+from fedkd.knowledge_records import decode_knowledge, decode_tensor, encode_knowledge, typed_record
 from fedkd.orders import Order, Report
 from fedkd.phases import from_text, to_text
 from fedkd.references import in_one_line
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
 """Message types: execute an order; say who you are."""
-
 
 _SECONDS = "seconds "
 """Begins the names under which a client reports how long it took."""
@@ -50,10 +37,6 @@ _EVENT = "event "
 
 MOST_NUMBERS = 1000
 """The most numbers that a report may hold: an honest one has a few for each phase."""
-
-MOST_SETS = 1000
-"""The most sets of soft labels that are decoded: packed, millions of them fit into a few bytes."""
-
 
 LONGEST_REASON = 200
 """Characters of what is said about a message that is not as it should be."""
@@ -83,15 +66,6 @@ class Introduction:
     sources: str
 
 
-_R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
-
-
-def _record(records: RecordDict, name: str, kind: type[_R]) -> _R | None:
-    """Return a record if it is there and of its kind; Flower's views by kind copy all of them."""
-    found = records.get(name)
-    return found if isinstance(found, kind) else None
-
-
 def encode_introduction(introduction: Introduction) -> RecordDict:
     """Pack an introduction."""
     return RecordDict({"introduction": ConfigRecord({**vars(introduction)})})
@@ -103,7 +77,7 @@ def decode_introduction(records: RecordDict) -> Introduction:
     Raises:
         FedkdError: it is not one.
     """
-    fields = dict(_record(records, "introduction", ConfigRecord) or {})
+    fields = dict(typed_record(records, "introduction", ConfigRecord) or {})
     wanted = {"client": int, "num_examples": int, "student": str, "sources": str}
     if {name: type(value) for name, value in fields.items()} != wanted:
         raise FedkdError(
@@ -124,161 +98,13 @@ def decode_experiment(records: RecordDict) -> Experiment:
     Raises:
         FedkdError: they are missing or do not validate.
     """
-    keys = _record(records, "experiment", ConfigRecord)
+    keys = typed_record(records, "experiment", ConfigRecord)
     if keys is None:
         raise FedkdError("the message carries no experiment")
     try:
         return Experiment.load(("the message", dict(keys)))
     except FedkdError as error:
         raise FedkdError(in_a_line(str(error))) from None
-
-
-def encode_knowledge(knowledge: Knowledge | Packed, sizes: Sizes, *, asked: bool) -> dict[str, Any]:
-    """Pack knowledge as records ``knowledge`` (arrays) and ``knowledge-kind``.
-
-    Args:
-        knowledge: soft labels (encoded, or K = 1 to be sent as they are), class means of K = 1, or
-            weights of one architecture and K = 1.
-        sizes: of the public set.
-        asked: whether soft labels are for the very samples that the receiver asked for, so that it
-            knows which.
-    """
-    if isinstance(knowledge, SoftLabels):
-        require_one(knowledge)
-        knowledge, _ = knowledge.pack(PLAIN, sizes.num_public)
-    tensors, kind = _encoded(knowledge)
-    if isinstance(knowledge, Packed):
-        listed = None if asked else pack_samples(knowledge.samples, sizes.num_public)
-        if listed is not None:
-            tensors = {**tensors, "samples": listed}
-        kind["samples"] = "asked" if asked else "all" if listed is None else "listed"
-    arrays = {name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()}
-    return {"knowledge": ArrayRecord(arrays), "knowledge-kind": ConfigRecord(kind)}
-
-
-def _encoded(knowledge: Packed | ClassMeans | Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return knowledge as tensors and what is to be said of them."""
-    if isinstance(knowledge, Packed):
-        kind = {"kind": "soft-labels", "space": knowledge.space, "wire": str(knowledge.wire)}
-        return dict(knowledge.arrays), {**kind, "sets": knowledge.sets}
-    require_one(knowledge)
-    if isinstance(knowledge, ClassMeans):
-        means = {"values": knowledge.values[0], "counts": knowledge.counts[0].to(torch.int32)}
-        return means, {"kind": "class-means", "of": knowledge.of}
-    ((model, weights),) = knowledge.by_model.items()
-    named = {name: stacked[0] for name, stacked in weights.tensors.items()}
-    return named, {"kind": "weights", "model": model}
-
-
-def decode_knowledge(
-    records: RecordDict,
-    sizes: Sizes,
-    *,
-    client: int,
-    num_examples: int,
-    samples: Tensor | None = None,
-) -> Knowledge | Packed | None:
-    """Unpack knowledge, or return ``None`` where the message carries none.
-
-    Args:
-        records: of a message.
-        sizes: of the public set.
-        client: partition id that it is attributed to.
-        num_examples: private images behind it.
-        samples: those that were asked for.
-
-    Returns:
-        Soft labels as they came: `SoftLabels.unpack` decodes them.
-
-    Raises:
-        FedkdError: the records do not make up knowledge.
-    """
-    arrays = _record(records, "knowledge", ArrayRecord)
-    if arrays is None:
-        return None
-    try:
-        kind = _kind(records)
-        tensors = {name: _tensor(name, array) for name, array in arrays.items()}
-        if kind["kind"] == "soft-labels":
-            return _packed(tensors, kind, sizes, samples)
-        if kind["kind"] == "class-means":
-            return _class_means(tensors, kind, client)
-    except FedkdError as error:
-        raise FedkdError(f"sends knowledge that cannot be read: {error}") from None
-    stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
-    owner = torch.tensor([client]), torch.tensor([num_examples])
-    return Weights({kind["model"]: ModelWeights(stacked, *owner)})
-
-
-_KINDS: dict[str, dict[str, type]] = {
-    "soft-labels": {"space": str, "wire": str, "sets": int, "samples": str},
-    "class-means": {"of": str},
-    "weights": {"model": str},
-}
-"""What is said of knowledge of each kind besides its kind."""
-
-
-def _kind(records: RecordDict) -> dict[str, Any]:
-    """Return what a message says of its knowledge, names and types checked."""
-    said = dict(_record(records, "knowledge-kind", ConfigRecord) or {})
-    kind = said.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise FedkdError(f"kind = {shown(kind)} is none of {', '.join(_KINDS)}")
-    wanted = {"kind": str, **_KINDS[kind]}
-    if {name: type(value) for name, value in said.items()} != wanted:
-        raise FedkdError(f"{kind} must be described by {', '.join(wanted)}, not by {shown(said)}")
-    return said
-
-
-def _packed(
-    tensors: dict[str, Tensor], kind: Mapping[str, Any], sizes: Sizes, asked: Tensor | None
-) -> Packed:
-    if kind["samples"] not in ("asked", "all", "listed"):
-        raise FedkdError(f"samples = {shown(kind['samples'])}: must be asked, all or listed")
-    if kind["samples"] == "listed":
-        named = unpack_samples(_taken(tensors, "samples"), sizes.num_public)
-    elif kind["samples"] == "all":
-        named = torch.arange(sizes.num_public)
-    elif asked is None:
-        raise FedkdError("it is for samples that it does not name")
-    else:
-        named = asked
-    if not 0 < kind["sets"] <= MOST_SETS:
-        raise FedkdError(f"sets = {shown(kind['sets'])}: must be 1 to {MOST_SETS}")
-    wire = Wire.parse(kind["wire"])
-    return Packed(wire, kind["space"], kind["sets"], sizes.num_classes, named, tensors)
-
-
-def _class_means(tensors: dict[str, Tensor], kind: Mapping[str, Any], client: int) -> ClassMeans:
-    values, counts = _taken(tensors, "values"), _taken(tensors, "counts")
-    if tensors:
-        raise FedkdError(f"class means come with {shown([*tensors])}")
-    if counts.dtype != torch.int32:  # longer ones could add up to anything
-        raise FedkdError(f"counts are {counts.dtype}: must be torch.int32")
-    means, images = values.unsqueeze(0), counts.to(torch.int64).unsqueeze(0)
-    return ClassMeans(means, images, torch.tensor([client]), kind["of"])
-
-
-def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise FedkdError(f"it has no {name} (but {shown([*tensors])})")
-    return tensors.pop(name)
-
-
-def _tensor(name: str, array: Array) -> Tensor:
-    """Read an array, and refuse one that is not what it says of itself."""
-    try:
-        if array.stype != "numpy.ndarray":
-            raise FedkdError(f"is stored as {shown(array.stype)}")
-        tensor = read_npy(array.data)
-        found = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        if found != (array.dtype, tuple(array.shape)):
-            raise FedkdError(
-                f"is {found[0]} {found[1]}, called {shown(array.dtype)} {shown(array.shape)}"
-            )
-    except FedkdError as error:
-        raise FedkdError(f"{shown(name)} {error}") from None
-    return tensor
 
 
 def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
@@ -352,9 +178,9 @@ def decode_order(
         instruction = _instruction(records)
         knowledge = _received(records, sizes, instruction["client"], num_examples, seen)
         asked = torch.empty(0, dtype=torch.int64)
-        request = _record(records, "request", ArrayRecord)
+        request = typed_record(records, "request", ArrayRecord)
         if request is not None:
-            listed = _tensor("samples", request["samples"]) if "samples" in request else None
+            listed = decode_tensor("samples", request["samples"]) if "samples" in request else None
             asked = unpack_samples(listed, sizes.num_public)
         return Order(
             client=instruction["client"],
@@ -382,7 +208,7 @@ def _received(
     seen: dict[Any, Knowledge | Packed | None],
 ) -> Knowledge | Packed | None:
     """Return the knowledge of an order, one object for all orders that share its bytes."""
-    arrays = _record(records, "knowledge", ArrayRecord)
+    arrays = typed_record(records, "knowledge", ArrayRecord)
     key = tuple(id(array.data) for array in arrays.values()) if arrays else ()
     if key not in seen:
         received = decode_knowledge(records, sizes, client=client, num_examples=num_examples)
@@ -394,7 +220,7 @@ def _received(
 
 def _instruction(records: RecordDict) -> dict[str, Any]:
     """Return an order's instruction, its numbers and texts checked."""
-    given: Any = _record(records, "instruction", ConfigRecord)
+    given: Any = typed_record(records, "instruction", ConfigRecord)
     instruction: dict[str, Any] = dict(given)
     for name in ("client", "round", "base", "knowledge-round"):
         if type(instruction[name]) is not int:
@@ -452,7 +278,7 @@ def decode_report(
     Raises:
         FedkdError: the records do not make up a report.
     """
-    reported = _record(records, "report", MetricRecord)
+    reported = typed_record(records, "report", MetricRecord)
     if reported is None:
         raise FedkdError("sends no report")
     if len(reported) > MOST_NUMBERS:
@@ -479,7 +305,14 @@ def decode_report(
         owner = torch.tensor([client]), torch.tensor([num_examples])
         answer, newer = _unpacked(answer, sizes, wire, reference, owner)
     return Report(
-        client, num_examples, answer, metrics, seconds, None, newer, events=events, round=round
+        client=client,
+        num_examples=num_examples,
+        answer=answer,
+        metrics=metrics,
+        seconds=seconds,
+        reference=newer,
+        events=events,
+        round=round,
     )
 
 
@@ -518,36 +351,3 @@ def _said(value: object) -> str:
     """Return what stands for a number, shortened; Python refuses to write out the largest ones."""
     is_vast = isinstance(value, int) and value.bit_length() > 63
     return "a number of more than 64 bits" if is_vast else shown(value)
-
-
-def payload_bytes(records: RecordDict) -> dict[str, int]:
-    """Count the raw buffers of knowledge and requested indices, by tensor.
-
-    With N public samples, C classes and float32, an upload's ``values`` are N·C·4 bytes. Flower's
-    128-byte header of each array is not payload.
-    """
-    counted: dict[str, int] = {}
-    for record, prefix in (("knowledge", ""), ("request", "requested ")):
-        if arrays := _record(records, record, ArrayRecord):
-            for name, array in arrays.items():
-                counted[prefix + name] = _buffer_size(array.data)
-    return counted
-
-
-def _buffer_size(data: bytes) -> int:
-    """Return the bytes of an array's buffer in a ``.npy``, whatever its sender says of its shape."""
-    width = 2 if data[6:7] == b"\x01" else 4
-    header = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
-    return max(0, len(data) - header)
-
-
-def wire_bytes(records: RecordDict) -> int:
-    """Count everything in a message's records, as Flower does where it can."""
-    return sum(_record_bytes(record) for record in records.values())
-
-
-def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
-    try:
-        return record.count_bytes()
-    except (ValueError, IndexError):  # Flower's count fails at empty texts and lists
-        return sum(len(str(name)) + len(str(value)) for name, value in record.items())

@@ -14,8 +14,9 @@ from flwr.app import RecordDict
 from pydantic import ValidationError
 
 from fedkd.errors import FedkdError
+from fedkd.exchange import wire_bytes
 from fedkd.experiment import Experiment, accepted, kebab, read_toml, snake
-from fedkd.messages import experiment_record, wire_bytes
+from fedkd.messages import experiment_record
 from fedkd.world import world_of
 
 FIELDS = Experiment.model_fields

@@ -15,23 +15,21 @@ from torch import Tensor
 
 from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
+from fedkd.exchange import payload_bytes, wire_bytes
 from fedkd.knowledge import Knowledge, ModelWeights, Sizes, SoftLabels, Space, Weights
+from fedkd.knowledge_records import decode_knowledge, encode_knowledge
 from fedkd.messages import (
     HELLO,
     Introduction,
     decode_experiment,
     decode_introduction,
-    decode_knowledge,
     decode_order,
     decode_report,
     encode_introduction,
-    encode_knowledge,
     encode_order,
     encode_report,
     encode_request,
     experiment_record,
-    payload_bytes,
-    wire_bytes,
 )
 from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights

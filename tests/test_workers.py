@@ -36,7 +36,8 @@ from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Sizes, SoftLabels
-from fedkd.messages import decode_order, encode_knowledge, encode_order, experiment_record
+from fedkd.knowledge_records import encode_knowledge
+from fedkd.messages import decode_order, encode_order, experiment_record
 from fedkd.orders import Failure, Order
 from fedkd.phases import Digest, Phase, Revisit
 from fedkd.records import Run
