@@ -82,43 +82,6 @@ class DistillationStrategy(Strategy):
     closes: ClassVar[Literal["digest", "revisit"]] = "digest"
     """Last phase of the closing exchange, after which final accuracies are taken."""
 
-    def __new__(cls, **settings: Any) -> Self:
-        """Refuse the base itself, and a strategy that declares nothing."""
-        if not isinstance(getattr(cls, "facts", None), Facts):
-            raise TypeError(
-                f"{cls.__name__} is abstract: a strategy is a subclass of DistillationStrategy that "
-                "declares facts = Facts(...)"
-            )
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        """Check the settings (texts are converted).
-
-        Raises:
-            FedkdError: a setting is of the wrong type or out of range.
-        """
-        hints = get_type_hints(type(self), include_extras=True)
-        for name, value in self.settings().items():
-            try:
-                checked = TypeAdapter(hints[name]).validate_python(_number(value, hints[name]))
-            except ValidationError:
-                field = FieldInfo.from_annotation(hints[name])
-                choices = map(str, get_args(hints[name]))
-                hint = nearest(value, choices) if isinstance(value, str) else ""
-                raise FedkdError(
-                    f"{kebab(name)} = {value!r} of {self.name()}: must be {accepted(field)}{hint}"
-                ) from None
-            object.__setattr__(self, name, checked)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the settings, not an open session."""
-        return self.settings()
-
-    def __init_subclass__(cls) -> None:
-        if "aggregate" in cls.__dict__:
-            setattr(cls, "aggregate", _typed(cls.aggregate))  # noqa: B010 - mypy: a method
-        dataclass(frozen=True, kw_only=True)(cls)
-
     # --- what an algorithm says ---------------------------------------------------------------
 
     def phases(self, round: int) -> list[Phase]:
@@ -154,21 +117,7 @@ class DistillationStrategy(Strategy):
         """Turn a round's replies into new knowledge, or ``None`` to keep the previous."""
         if replies.knowledge is None:
             return None
-        combined = self.aggregate(replies.knowledge)
-        if combined is None:
-            raise FedkdError("aggregate returns None: it must return [N, C], or knowledge")
-        if isinstance(combined, Tensor):
-            if replies.labels is None:
-                kind = type(replies.knowledge).__name__
-                raise FedkdError(f"aggregate returns a tensor: from {kind} it must make {kind}")
-            wanted = tuple(replies.labels.values.shape[1:])
-            if tuple(combined.shape) != wanted:
-                raise FedkdError(
-                    f"aggregate returns shape {tuple(combined.shape)}: must be [N, C] = {wanted}"
-                )
-            return SoftLabels.shared(combined, replies.labels.samples, replies.labels.space)
-        knowledge: Knowledge = combined
-        return knowledge
+        return _as_knowledge(self.aggregate(replies.knowledge), replies)
 
     def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
         """Return what `client` receives; the same object for all who receive the same.
@@ -177,7 +126,37 @@ class DistillationStrategy(Strategy):
         """
         return knowledge
 
-    # --- derived ------------------------------------------------------------------------------
+    # --- as a dataclass of settings --------------------------------------------------------------
+
+    def __new__(cls, **settings: Any) -> Self:
+        """Refuse the base itself, and a strategy that declares nothing."""
+        if not isinstance(getattr(cls, "facts", None), Facts):
+            raise TypeError(
+                f"{cls.__name__} is abstract: a strategy is a subclass of DistillationStrategy that "
+                "declares facts = Facts(...)"
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check the settings (texts are converted).
+
+        Raises:
+            FedkdError: a setting is of the wrong type or out of range.
+        """
+        hints = get_type_hints(type(self), include_extras=True)
+        for name, value in self.settings().items():
+            object.__setattr__(self, name, _checked(name, value, hints[name], self.name()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings, not an open session."""
+        return self.settings()
+
+    def __init_subclass__(cls) -> None:
+        if "aggregate" in cls.__dict__:
+            setattr(cls, "aggregate", _typed(cls.aggregate))  # noqa: B010 - mypy: a method
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    # --- derived ---------------------------------------------------------------------------------
 
     @classmethod
     def name(cls) -> str:
@@ -229,7 +208,36 @@ class DistillationStrategy(Strategy):
         check_attack(experiment, self.uploads())
         check_privacy(experiment, self.uploads())
 
-    # --- Flower's interface ---------------------------------------------------------------------
+    def open(
+        self,
+        grid: Grid,
+        experiment: Experiment,
+        folder: RunFolder | None = None,
+        on_round: Callable[[Row], None] = lambda _: None,
+        events: Events | None = None,
+    ) -> Federation:
+        """Open a session: run it whole, or its rounds one by one under Flower's own loop.
+
+        Args:
+            grid: Flower's, or an engine's.
+            experiment: what to run.
+            folder: where records go, if anywhere.
+            on_round: called with each round's record, once that is on disk.
+            events: what the machinery between server and clients has to tell.
+        """
+        world = world_of(experiment)
+        federation = Federation(self, grid, experiment, world, folder, on_round, events)
+        object.__setattr__(self, "_open_session", federation)  # a frozen strategy's one handle
+        return federation
+
+    @property
+    def _session(self) -> Federation:
+        session: Federation | None = getattr(self, "_open_session", None)
+        if session is None:
+            raise FedkdError("no session is open: call start(), or open() first")
+        return session
+
+    # --- Flower's own interface: no algorithm changes it -----------------------------------------
 
     def start(
         self,
@@ -265,38 +273,6 @@ class DistillationStrategy(Strategy):
         folder = RunFolder.create(experiment, "") if experiment.name else None
         return self.open(grid, experiment, folder).run()
 
-    def open(
-        self,
-        grid: Grid,
-        experiment: Experiment,
-        folder: RunFolder | None = None,
-        on_round: Callable[[Row], None] = lambda _: None,
-        events: Events | None = None,
-    ) -> Federation:
-        """Open a session: run it whole, or its rounds one by one under Flower's own loop.
-
-        Args:
-            grid: Flower's, or an engine's.
-            experiment: what to run.
-            folder: where records go, if anywhere.
-            on_round: called with each round's record, once that is on disk.
-            events: what the machinery between server and clients has to tell.
-        """
-        world = world_of(experiment)
-        federation = Federation(self, grid, experiment, world, folder, on_round, events)
-        self._set_session(federation)
-        return federation
-
-    def _set_session(self, session: Federation) -> None:
-        object.__setattr__(self, "_open_session", session)  # the one handle a frozen strategy has
-
-    @property
-    def _session(self) -> Federation:
-        session: Federation | None = getattr(self, "_open_session", None)
-        if session is None:
-            raise FedkdError("no session is open: call start(), or open() first")
-        return session
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -324,6 +300,37 @@ class DistillationStrategy(Strategy):
 
     def summary(self) -> None:
         """Print nothing: the command line prints the experiment."""
+
+
+def _as_knowledge(combined: Any, replies: Replies) -> Knowledge:
+    """Return what ``aggregate`` made of the replies as knowledge."""
+    if combined is None:
+        raise FedkdError("aggregate returns None: it must return [N, C], or knowledge")
+    if isinstance(combined, Tensor):
+        if replies.labels is None:
+            kind = type(replies.knowledge).__name__
+            raise FedkdError(f"aggregate returns a tensor: from {kind} it must make {kind}")
+        wanted = tuple(replies.labels.values.shape[1:])
+        if tuple(combined.shape) != wanted:
+            raise FedkdError(
+                f"aggregate returns shape {tuple(combined.shape)}: must be [N, C] = {wanted}"
+            )
+        return SoftLabels.shared(combined, replies.labels.samples, replies.labels.space)
+    knowledge: Knowledge = combined
+    return knowledge
+
+
+def _checked(name: str, value: object, hint: Any, strategy: str) -> object:
+    """Return a setting's value, converted to its type."""
+    try:
+        return TypeAdapter(hint).validate_python(_number(value, hint))
+    except ValidationError:
+        field = FieldInfo.from_annotation(hint)
+        choices = map(str, get_args(hint))
+        close = nearest(value, choices) if isinstance(value, str) else ""
+        raise FedkdError(
+            f"{kebab(name)} = {value!r} of {strategy}: must be {accepted(field)}{close}"
+        ) from None
 
 
 def _number(value: object, hint: Any) -> object:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import fedkd
 from fedkd.phases import Digest, Fit, Phase, Revisit
-from fedkd.server import Replies, Server
-from fedkd.strategy import Facts
+from fedkd.strategy import Facts, Replies, Server
 from simulations._questions import Cell, Grid, Question, Result, where
 from simulations.labelled_or_unlabelled import sizes
 

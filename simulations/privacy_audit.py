@@ -30,8 +30,8 @@ import fedkd
 from fedkd import leakage
 from fedkd.cohort import Cohort
 from fedkd.privacy import epsilon
-from fedkd.server import Replies, Server
 from fedkd.state_files import StateFiles
+from fedkd.strategy import Replies, Server
 from fedkd.world import World, world_of
 from strategies.dsfl import DSFL
 

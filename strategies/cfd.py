@@ -14,8 +14,7 @@ from fedkd.codecs import Wire
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Reset, Revisit
 from fedkd.robust import Rule, combine_probabilities
-from fedkd.server import Replies, Server
-from fedkd.strategy import DistillationStrategy, Facts
+from fedkd.strategy import DistillationStrategy, Facts, Replies, Server
 
 Bits = Literal[1, 2, 4, 8, 32]
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
 from fedkd.robust import Rule, combine
-from fedkd.server import Replies, Server
-from fedkd.strategy import DistillationStrategy, Facts, Positive
+from fedkd.strategy import DistillationStrategy, Facts, Positive, Replies, Server
 
 
 class ExpGuard(DistillationStrategy):

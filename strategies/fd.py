@@ -12,8 +12,7 @@ from torch import Tensor
 from fedkd.knowledge import ClassMeans, Knowledge
 from fedkd.losses import Step, log_probabilities, term
 from fedkd.phases import MeanByClass, Phase, Revisit
-from fedkd.server import Replies, Server
-from fedkd.strategy import DistillationStrategy, Facts, Positive
+from fedkd.strategy import DistillationStrategy, Facts, Positive, Replies, Server
 
 
 @term(needs="class-means")

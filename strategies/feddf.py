@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from fedkd.knowledge import SoftLabels, Weights
 from fedkd.phases import Fit, Load, Phase, Revisit, SendWeights
-from fedkd.server import Replies, Server
-from fedkd.strategy import Count, DistillationStrategy, Facts
+from fedkd.strategy import Count, DistillationStrategy, Facts, Replies, Server
 
 
 class FedDF(DistillationStrategy):

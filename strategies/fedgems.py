@@ -15,8 +15,7 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Fit, Phase, Predict, Revisit
-from fedkd.server import Replies, Server
-from fedkd.strategy import DistillationStrategy, Facts
+from fedkd.strategy import DistillationStrategy, Facts, Replies, Server
 
 LEAST_ENTROPY = 1e-6
 """Entropy, in nats, below which an answer counts as sure: a one-hot answer has 0."""

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
-from fedkd.server import Replies, Server
-from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
+from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
 
 
 class KTpFL(DistillationStrategy):

@@ -15,8 +15,7 @@ from fedkd.codecs import Wire
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Phase, Predict, Revisit
 from fedkd.robust import Rule, combine_probabilities
-from fedkd.server import Replies, Server
-from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
+from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
 
 
 class SCARLET(DistillationStrategy):

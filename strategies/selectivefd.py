@@ -17,8 +17,7 @@ from torch.nn.functional import one_hot
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Apply, Digest, LocalClient, Phase, Predict, Revisit, procedure
 from fedkd.robust import Rule, combine_probabilities
-from fedkd.server import Replies, Server
-from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
+from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
 
 ROWS = 1024
 """Images that a density ratio is worked out for at a time."""
