@@ -16,17 +16,16 @@ from torch import Tensor
 
 from fedkd.allocator import keep_freed_memory
 from fedkd.cohort import Answers
-from fedkd.engines.preflight import check_plan
+from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.models import num_parameters
 from fedkd.pooled import Pooled, Progress, accuracies
-from fedkd.records.folder import RunFolder, environment
+from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
-from fedkd.sources import digest
 from fedkd.tested import Predictions, Tested, save_models
-from fedkd.tuning import described, planned
+from fedkd.tuning import check_plan, described, planned
 from fedkd.world import check_models, who_holds_what, world_of
 
 
@@ -181,9 +180,7 @@ def _saved(
     reasons: Mapping[str, str],
 ) -> CentralRun:
     folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
-    surroundings = environment(str(pooled.world.train.device), torch.get_num_threads())
-    sources = {"sources": digest(experiment)}
-    folder.write_experiment(experiment, {**surroundings, **sources, **reasons})
+    record_beginning(folder, experiment, str(pooled.world.train.device), reasons)
     folder.write_shards(who_holds_what(pooled.world))
     tested.save(folder.path)
     save_models(folder.path, _models(pooled, run.seeds))

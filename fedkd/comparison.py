@@ -7,8 +7,7 @@ runs it is made of: every number is computed from their folders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -47,7 +46,7 @@ from fedkd.comparing.reuse import Shelf, common_plan, joined
 from fedkd.comparing.verdicts import rivals, sentence
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.interrupts import InterruptedRun
+from fedkd.interrupts import naming_how_to_go_on
 from fedkd.records.results import CentralRun, Run
 from fedkd.tuning import planned
 
@@ -222,7 +221,7 @@ def compare(
     share = _share(target)
     Record.check(experiment)
     record = Record(experiment, names, seeds, chosen, share).written()  # for `resume`
-    with _naming_how_to_go_on(record.path):
+    with naming_how_to_go_on(f"compare --resume {record.path}", lambda _: "interrupted"):
         folders, reused, remark = _made(experiment, names, seeds, jobs, progress)
     runs, central = folders
     done = replace(record, runs=runs, central=central, reused=reused, remark=remark)
@@ -258,15 +257,6 @@ def resume(
         jobs=jobs,
         progress=progress,
     )
-
-
-@contextmanager
-def _naming_how_to_go_on(path: Path) -> Iterator[None]:
-    """Say in a Ctrl-C how the whole comparison goes on, not only the run."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptedRun(f"interrupted; fedkd compare --resume {path} goes on") from None
 
 
 def _reference(names: Sequence[str], wanted: Method | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -48,3 +48,22 @@ def between_rounds() -> Iterator[Interrupts]:
         yield found
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def naming_how_to_go_on(
+    command: str, how_far: Callable[[KeyboardInterrupt], str]
+) -> Iterator[None]:
+    """Say in a Ctrl-C which command of fedkd goes on with what is not done yet.
+
+    Args:
+        command: that goes on, such as ``run --resume runs/mine``.
+        how_far: says what is done, given what stopped it.
+
+    Raises:
+        InterruptedRun: the block was interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise InterruptedRun(f"{how_far(stopped)}; fedkd {command} goes on") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 from fedkd.allocator import keep_freed_memory
 from fedkd.checkpoints import Checkpoint
 from fedkd.engines.preflight import check, default_name
+from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
-from fedkd.interrupts import InterruptedRun, between_rounds
+from fedkd.interrupts import InterruptedRun, between_rounds, naming_how_to_go_on
 from fedkd.knowledge import SoftLabels
 from fedkd.records.callbacks import Callback, Callbacks
 from fedkd.records.files import Row
@@ -108,7 +110,8 @@ def _finished(
     strategy: DistillationStrategy, experiment: Experiment, folder: RunFolder, told: Callbacks
 ) -> Run:
     """Run all rounds that are left of a run."""
-    with folder.locked(), between_rounds() as interrupts, _naming_how_to_go_on(folder):
+    goes_on = naming_how_to_go_on(f"run --resume {folder.path}", partial(_how_far, folder))
+    with folder.locked(), between_rounds() as interrupts, goes_on:
         _note_resumption(experiment, folder)
         told.on_run_start(experiment, folder.path)
 
@@ -116,8 +119,7 @@ def _finished(
             told.on_round_end(row)
             if interrupts.wanted and row["round"] < experiment.num_server_rounds:
                 raise InterruptedRun(
-                    f"interrupted after round {row['round']} of {experiment.num_server_rounds}; "
-                    f"fedkd run --resume {folder.path} goes on"
+                    f"interrupted after round {row['round']} of {experiment.num_server_rounds}"
                 )
 
         engine = import_module(_ENGINES[experiment.engine])
@@ -127,18 +129,11 @@ def _finished(
     return done
 
 
-@contextmanager
-def _naming_how_to_go_on(folder: RunFolder) -> Iterator[None]:
-    """Say what is not lost in a Ctrl-C that stops at once."""
-    try:
-        yield
-    except InterruptedRun:
-        raise
-    except KeyboardInterrupt:
-        last = Checkpoint.load(folder.path).round
-        raise InterruptedRun(
-            f"stopped at once, {last} rounds are done; fedkd run --resume {folder.path} goes on"
-        ) from None
+def _how_far(folder: RunFolder, stopped: KeyboardInterrupt) -> str:
+    """Say what is done of a run that was interrupted, between two rounds or at once."""
+    if isinstance(stopped, InterruptedRun):
+        return str(stopped)
+    return f"stopped at once, {Checkpoint.load(folder.path).round} rounds are done"
 
 
 def _note_resumption(experiment: Experiment, folder: RunFolder) -> None:
@@ -222,10 +217,8 @@ def _prepared(
         plan=planned(experiment).plan,
         **recorded(experiment, strategy),
     )
-    surroundings = environment(named.device, torch.get_num_threads())
-    sources = {"sources": digest(named)}
-    said = {**surroundings, **sources, **described(experiment), **_codec(experiment, strategy)}
-    folder.write_experiment(named, said)
+    reasons = {**described(experiment), **_codec(experiment, strategy)}
+    record_beginning(folder, named, named.device, reasons)
     return folder, named
 
 

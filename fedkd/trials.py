@@ -10,18 +10,17 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, Literal
 
-import torch
-
 from fedkd.allocator import keep_freed_memory
 from fedkd.baseline import check_central
 from fedkd.engines.preflight import check
+from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment, Scalar
 from fedkd.pooled import Pooled, accuracies
 from fedkd.records.callbacks import Callback
 from fedkd.records.files import Row, write_json
-from fedkd.records.folder import RunFolder, environment
+from fedkd.records.folder import RunFolder
 from fedkd.records.results import Run
 from fedkd.runner import is_begun, run_or_resume, run_side_by_side
 from fedkd.sources import digest
@@ -283,10 +282,7 @@ class Trials:
     def _made(self) -> SweepFolder:
         experiment = self._experiment
         folder = RunFolder.create(experiment, f"sweep-{experiment.dataset.replace(':', '.')}")
-        device = str(resolve_device(experiment.device))
-        said = {"sources": digest(experiment)}
-        surroundings = environment(device, torch.get_num_threads())
-        folder.write_experiment(experiment, {**surroundings, **said})
+        record_beginning(folder, experiment, str(resolve_device(experiment.device)))
         return SweepFolder(folder.path)
 
     # --- Training ---

@@ -17,6 +17,7 @@ import torch
 
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment
 from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings
@@ -56,6 +57,22 @@ Counts = tuple[tuple[str, int], ...]
 def described(experiment: Experiment, counts: Counts = ()) -> dict[str, str]:
     """Say which plans were chosen and why, for the run folder; see `choices`."""
     return {"plans": "; ".join(map(str, choices(experiment, counts)))}
+
+
+def check_plan(experiment: Experiment) -> None:
+    """Refuse a plan for an architecture that the run does not have, or has twice.
+
+    Raises:
+        FedkdError: there is one; the text names it.
+    """
+    models = f"{experiment.student},{experiment.teacher},{experiment.server_model}"
+    known = sorted({name.strip() for name in models.split(",")} - {"none"})
+    named = [entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")]
+    for name in named:
+        if name and (name not in known or named.count(name) > 1):
+            raise FedkdError(
+                f"plan = '{experiment.plan}': '{name}' must be one of {', '.join(known)}, named once"
+            )
 
 
 def planned(experiment: Experiment, counts: Counts = ()) -> Experiment:

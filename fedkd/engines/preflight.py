@@ -24,6 +24,7 @@ from fedkd.records.folder import RunFolder
 from fedkd.references import MADE_UP, in_one_line, is_importable
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
+from fedkd.tuning import check_plan
 from fedkd.world import World, check_models, resolve_device, world_of
 
 _PATIENCE_S = 5.0
@@ -144,22 +145,6 @@ def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) 
             f"server-model = '{experiment.server_model}': {strategy.name()} has nothing to train "
             "it on; set server-model = 'none'"
         )
-
-
-def check_plan(experiment: Experiment) -> None:
-    """Refuse a plan for an architecture that the run does not have, or has twice.
-
-    Raises:
-        FedkdError: there is one; the text names it.
-    """
-    models = f"{experiment.student},{experiment.teacher},{experiment.server_model}"
-    known = sorted({name.strip() for name in models.split(",")} - {"none"})
-    named = [entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")]
-    for name in named:
-        if name and (name not in known or named.count(name) > 1):
-            raise FedkdError(
-                f"plan = '{experiment.plan}': '{name}' must be one of {', '.join(known)}, named once"
-            )
 
 
 def _check_cluster(address: str) -> None:

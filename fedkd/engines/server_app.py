@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.engines.deployment import DeployedGrid
 from fedkd.engines.preflight import check, default_name
+from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.simulation import guarded
 from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.records.folder import RunFolder, environment
+from fedkd.records.folder import RunFolder
 from fedkd.registry import recorded
-from fedkd.sources import digest
 from fedkd.transport.backend import is_simulated
 from fedkd.tuning import described, planned
 from fedkd.world import resolve_device
@@ -35,9 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))
-    device = str(resolve_device(named.device))
-    surroundings = environment(device, torch.get_num_threads())
-    folder.write_experiment(named, {**surroundings, "sources": digest(named), **reasons})
+    record_beginning(folder, named, str(resolve_device(named.device)), reasons)
     events = Events()
     with _tended(grid, events) as tended:
         strategy.open(tended, named, folder, events=events).run()
