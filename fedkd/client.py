@@ -26,6 +26,7 @@ from fedkd.orders import Failure, Order, Report
 from fedkd.parameters import State
 from fedkd.phases import Role, to_text
 from fedkd.references import blamed, in_one_line, place
+from fedkd.run_phases import run_phases
 from fedkd.stack import Stack, has_news
 from fedkd.state_store import ResidentStates
 from fedkd.states import INITIAL, States, concatenated
@@ -267,7 +268,7 @@ def _run(world: World, parts: Sequence[Part]) -> list[_Outcome]:
         states = concatenated(list(taken.values())) if several else next(iter(taken.values()))
         owners = [(n, client) for n, some in taken.items() for client in some.clients]
         orders = [{order.client: order for order in part.orders} for part in parts]
-        reports = Stack(
+        stack = Stack(
             [parts[n].experiment for n, _ in owners],
             world,
             [orders[n][client] for n, client in owners],
@@ -275,7 +276,8 @@ def _run(world: World, parts: Sequence[Part]) -> list[_Outcome]:
             is_fresh,
             [kept[n][client] for n, client in owners],
             secret_noise=parts[0].secret_noise,
-        ).run()
+        )
+        reports = run_phases(stack)
         first = 0
         for n, some in taken.items():
             span = range(first, first := first + len(some))

@@ -11,13 +11,13 @@ from torch import Tensor
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
+from fedkd.evaluation import correct_by_class
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
 from fedkd.losses import Term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import Fit, experiment_term
 from fedkd.randomness import generator, permutation
-from fedkd.stack import correct_by_class
 from fedkd.world import World
 
 

@@ -25,6 +25,7 @@ from broken_models import FOLDER, NODE, STUDENTS, Forgetful, plan
 from federation_tools import ROUGH, tiny
 
 import fedkd
+from fedkd import client
 from fedkd.client import is_out_of_memory
 from fedkd.engines import ray_session, workers
 from fedkd.errors import FedkdError
@@ -32,6 +33,7 @@ from fedkd.experiment import Experiment
 from fedkd.orders import Report
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
+from fedkd.run_phases import run_phases
 from fedkd.runner import run_side_by_side
 from fedkd.stack import Stack
 
@@ -107,16 +109,15 @@ def with_room_for(
         The sizes of all stacks that are tried.
     """
     tried: list[int] = []
-    run = Stack.run
 
-    def scarce(self: Stack) -> list[Report]:
-        reports = run(self)  # has trained its states in place
-        tried.append(len(self.orders))
-        if len(self.orders) > most or set(never) & set(self.clients):
+    def scarce(stack: Stack) -> list[Report]:
+        reports = run_phases(stack)  # has trained its states in place
+        tried.append(len(stack.orders))
+        if len(stack.orders) > most or set(never) & set(stack.clients):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return reports
 
-    monkeypatch.setattr(Stack, "run", scarce)
+    monkeypatch.setattr(client, "run_phases", scarce)
     return tried
 
 

@@ -24,13 +24,17 @@ from federation_tools import P as PUBLIC_OF_TINY
 from flwr.app import Array, Message
 from torch import Tensor
 
+from fedkd import client as executing
+from fedkd import stack
 from fedkd.codecs import Packed, Wire
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
+from fedkd.memories import Memory
 from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Predict, Revisit
 from fedkd.robust import Rule
+from fedkd.run_phases import run_phases
 from fedkd.server import Replies, Server
 from fedkd.stack import Stack
 from fedkd.strategy import DistillationStrategy
@@ -456,7 +460,7 @@ def watch(
 ) -> Watched:
     """Run a federation with both ends under observation."""
     cls: Any = type(strategy)
-    update, opens, runs = cls.update, Stack._opened, Stack.run
+    update, opens = cls.update, stack.opened
     seen = Watched(Finished([], []))
 
     def tell(self: Any, replies: Replies, server: Server) -> Any:
@@ -465,22 +469,22 @@ def watch(
         seen.told[server.round] = update(self, replies, server)
         return seen.told[server.round]
 
-    def open_and_note(self: Stack, row: int) -> Any:
-        received = opens(self, row)
+    def open_and_note(order: Order, memory: Memory, num_public: int) -> Any:
+        received = opens(order, memory, num_public)
         if isinstance(received, SoftLabels):
-            seen.opened[self.orders[row].round, self.orders[row].client] = received
+            seen.opened[order.round, order.client] = received
         return received
 
-    def run_and_note(self: Stack) -> list[Report]:
-        reports = runs(self)
+    def run_and_note(stack: Stack) -> list[Report]:
+        reports = run_phases(stack)
         for report in reports:
             if isinstance(report.answer, SoftLabels):
-                seen.said[self.first.round, report.client] = report.answer
+                seen.said[stack.first.round, report.client] = report.answer
         return reports
 
     monkeypatch.setattr(cls, "update", tell)
-    monkeypatch.setattr(Stack, "_opened", open_and_note)
-    monkeypatch.setattr(Stack, "run", run_and_note)
+    monkeypatch.setattr(stack, "opened", open_and_note)
+    monkeypatch.setattr(executing, "run_phases", run_and_note)
     seen.done = federate(experiment, meddle, strategy)
     return seen
 

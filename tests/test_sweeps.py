@@ -17,7 +17,7 @@ import pytest
 from federation_tools import tiny
 
 import fedkd
-from fedkd import sweeps, trials
+from fedkd import client, sweeps, trials
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.folder import RunFolder
@@ -444,12 +444,11 @@ def test_clients_that_never_work_are_an_error_and_not_the_worst_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a mistake in a term or a model of the user's own is: all points would be as bad."""
-    from fedkd.stack import Stack
 
-    def broken(_: Stack) -> Any:
+    def broken(_: object) -> Any:
         raise NameError("name 'taau' is not defined")
 
-    monkeypatch.setattr(Stack, "run", broken)
+    monkeypatch.setattr(client, "run_phases", broken)
     with pytest.raises(FedkdError, match="taau"):
         sweep(federation(tmp_path, num_server_rounds=3), {"tau": [1, 3]}, folds=2)
 

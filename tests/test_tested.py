@@ -14,8 +14,9 @@ from sklearn.calibration import calibration_curve
 from torch import Tensor, nn
 
 import fedkd
-from fedkd import tested
+from fedkd import evaluation, tested
 from fedkd.errors import FedkdError
+from fedkd.evaluation import record_predicted
 from fedkd.images import Images
 from fedkd.knowledge import ClassMeans
 from fedkd.models import build
@@ -225,7 +226,7 @@ def test_training_accuracy_is_of_the_same_classifier_as_the_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FedProto classifies by the nearest class mean: the clients' own images as the test images."""
-    given, expected, honest = [], [], Stack._record_training_accuracy
+    given, expected, honest = [], [], evaluation.record_training_accuracy
 
     def watched(stack: Stack) -> None:
         honest(stack)
@@ -239,7 +240,7 @@ def test_training_accuracy_is_of_the_same_classifier_as_the_accuracy(
             given.append(stack.metrics[row]["training_accuracy"])
             expected.append(float(right.double().mean()))
 
-    monkeypatch.setattr(Stack, "_record_training_accuracy", watched)
+    monkeypatch.setattr(evaluation, "record_training_accuracy", watched)
     fedkd.run(tiny(strategy="FedProto", num_server_rounds=3, run_dir=str(tmp_path)))
     assert given == expected
 
@@ -304,6 +305,6 @@ def test_who_is_right_about_everything_reports_no_more_than_one() -> None:
         clients=list(range(997)),
         metrics=[{} for _ in range(997)],
     )
-    Stack._record_predicted(stack, "accuracy", labels.expand(997, -1))  # type: ignore[arg-type]
+    record_predicted(stack, "accuracy", labels.expand(997, -1))  # type: ignore[arg-type]
     assert {metrics["accuracy"] for metrics in stack.metrics} == {1.0}
     assert max(metrics["own_accuracy"] for metrics in stack.metrics) <= 1

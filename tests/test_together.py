@@ -15,7 +15,7 @@ from federation_tools import tiny
 from flwr.app import RecordDict
 from torch import nn
 
-from fedkd import runner
+from fedkd import client, runner
 from fedkd.engines import side_by_side as engine
 from fedkd.engines.answering import store_of
 from fedkd.errors import FedkdError
@@ -23,6 +23,7 @@ from fedkd.experiment import Experiment
 from fedkd.records import Row, Run
 from fedkd.records.callbacks import Callback, EachRound
 from fedkd.registry import strategies
+from fedkd.run_phases import run_phases
 from fedkd.runner import run, run_side_by_side
 from fedkd.stack import Stack
 from fedkd.tested import Tested as Kept  # a name that pytest does not collect
@@ -174,7 +175,7 @@ def breaking(
     monkeypatch: pytest.MonkeyPatch, seed: int, clients: set[int], rounds: set[int]
 ) -> None:
     """Let some clients of the federation of a seed fail in some rounds."""
-    honest = Stack.run
+    honest = run_phases
 
     def broken(stack: Stack) -> Any:
         owners = zip(stack.experiments, stack.clients, strict=True)
@@ -182,7 +183,7 @@ def breaking(
             raise ArithmeticError("a divergence")
         return honest(stack)
 
-    monkeypatch.setattr(Stack, "run", broken)
+    monkeypatch.setattr(client, "run_phases", broken)
 
 
 @pytest.mark.parametrize("strategy", ["DSFL", "FedAvg", "SelectiveFD"])
@@ -305,13 +306,13 @@ def test_ctrl_c_ends_all_federations_after_the_round(tmp_path: Path) -> None:
 def test_threads_of_the_federations_have_the_threads_of_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, seen = Stack.run, set()
+    honest, seen = run_phases, set()
 
     def watched(stack: Stack) -> Any:
         seen.add(torch.get_num_threads())
         return honest(stack)
 
-    monkeypatch.setattr(Stack, "run", watched)
+    monkeypatch.setattr(client, "run_phases", watched)
     torch.set_num_threads(3)
     side_by_side(shared(tmp_path, strategy="LocalOnly", num_server_rounds=1), ALIKE)
     assert seen == {3}
