@@ -67,8 +67,9 @@ def run(
 ) -> None:
     """Run a federation and write its run folder, or go on with one that was cut off."""
     with start.experiment(resume) as experiment:
-        from fedkd import display, findings, runner
+        from fedkd import display, runner
         from fedkd.engines import preflight
+        from fedkd.findings.diagnose import findings
         from fedkd.records import callbacks, trackers
 
         followers = [] if track is None else trackers.trackers(track)
@@ -81,7 +82,7 @@ def run(
             )
             told = [shown, *followers]
             done = runner.resume(resume, told) if resume else runner.run(experiment, told)
-    found = findings.findings(done)
+    found = findings(done)
     output.result(
         {"path": str(done.path), **done.result, "findings": [each.as_json() for each in found]},
         [display.run_line(done)],
@@ -98,12 +99,13 @@ def run(
 def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutput = TEXT) -> None:
     """Train a teacher on the pooled data, a student alone and a student distilled from it."""
     with start.experiment() as experiment:
-        from fedkd import baseline, display, findings
+        from fedkd import baseline, display
+        from fedkd.findings.diagnose import findings
 
         chosen = chosen_seeds(seeds, experiment)
         with output.progress(lambda: display.central_plan(experiment, chosen)) as steps:
             done = baseline.central(experiment, chosen, progress=steps.show)
-    found = findings.findings(done)
+    found = findings(done)
     output.result(
         {
             "path": str(done.path),

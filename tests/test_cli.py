@@ -20,7 +20,7 @@ import fedkd
 from fedkd.cli import main
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment, accepted, kebab
-from fedkd.findings import findings
+from fedkd.findings.diagnose import findings
 from fedkd.options import Source, with_sources
 from fedkd.records import Run
 

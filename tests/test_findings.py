@@ -17,10 +17,10 @@ import torch
 
 import fedkd
 from fedkd.experiment import Experiment
-from fedkd.findings import Finding, findings
-from fedkd.records import Run
+from fedkd.findings.diagnose import findings
+from fedkd.findings.learning import Finding
 from fedkd.records.folder import RunFolder
-from fedkd.records.results import CentralRun
+from fedkd.records.results import CentralRun, Run
 
 BASE = {
     "dataset": "mnist-5k",

@@ -1,0 +1,1 @@
+"""What kept a run from converging, and a key to change."""

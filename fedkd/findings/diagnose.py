@@ -1,0 +1,73 @@
+"""Why a run did not converge, as far as its own records say.
+
+Learning is judged by the training loss on hard labels, divided by the entropy of the labels that the
+model trains on: a model that knows these images' frequencies and nothing else is at 1. That is as true
+of skewed shards as of even ones, so that clients which only lack classes are not taken for failures.
+Thresholds lie between runs that were made to fail and healthy ones; `docs/findings.md` has both.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+from fedkd.findings import centralised, federated
+from fedkd.findings.learning import Finding, too_high
+from fedkd.records.files import read_shards
+from fedkd.records.results import CentralRun, Run
+
+
+def findings(run: Run | CentralRun) -> list[Finding]:
+    """Say what kept a run from converging: nothing if all is well, or if too little was recorded.
+
+    Where one cause explains the symptoms of another, only that cause is named. Only records are read.
+
+    Raises:
+        FedkdError: the run has no folder, or one without ``experiment.toml``.
+    """
+    found = _of_central(run) if isinstance(run, CentralRun) else _of_federation(run)
+    return [] if found is None else [found]
+
+
+def _of_federation(run: Run) -> Finding | None:
+    """Try the rules in this order; the first that holds is the answer."""
+    if (refused := federated.refused(run)) is not None:
+        return too_high(run.experiment, refused)
+    counts = read_shards(run.path)
+    if counts is None or run.result.get("training_accuracy") is None:
+        return None
+    rows = [row for row in run.rounds if row["accepted"] and row["answered"]]
+    learning = federated.learning_of(run, rows, counts)
+    if learning is None:
+        return None
+    chance = 1 / len(counts["classes"])
+    nothing_below = federated.NEAR_CHANCE * chance
+    nothing = run.accuracy < nothing_below
+    return (
+        federated.not_learning(run, rows, learning, nothing)
+        or federated.left_behind(run, nothing_below)
+        or federated.too_few_rounds(run, rows, learning)
+        or federated.no_pupil(run, rows, learning, nothing)
+        or federated.ignores_knowledge(run, rows, log(1 / chance))
+    )
+
+
+def _of_central(run: CentralRun) -> Finding | None:
+    """Likewise, the teacher first: the student distilled learns from it."""
+    counts = read_shards(run.path)
+    if counts is None:
+        return None
+    experiment = run.experiment
+    for model, said in run.training.items():
+        if any(loss is None for losses in said["loss"] for loss in losses):
+            return too_high(
+                experiment, f"the loss of the {centralised.spoken(model)} is not finite"
+            )
+    labels = [sum(column) for column in zip(*counts["counts"], strict=True)]
+    teacher, alone = (
+        centralised.learning_of(run, model, labels) for model in ("teacher", "student-alone")
+    )
+    return (
+        centralised.not_learning(experiment, "teacher", teacher)
+        or centralised.not_learning(experiment, "student-alone", alone)
+        or centralised.harmful(run, log(len(labels)))
+    )
