@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from fedkd.batches import Side
+from fedkd.cli.presets import mnist_mlp
 from fedkd.cohort import Cohort
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings
-from fedkd.presets import mnist_mlp
 from fedkd.world import World, world_of
 
 SEEDS = (0, 1, 2)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fedkd
 from fedkd.baseline import central
+from fedkd.cli.presets import PRESETS, preset
 from fedkd.data import load
 from fedkd.models import build
-from fedkd.presets import PRESETS, preset
 from fedkd.randomness import key, permutation
 from fedkd.records.results import CentralRun, gap_closed
 

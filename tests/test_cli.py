@@ -18,10 +18,10 @@ from sklearn.datasets import load_digits
 
 import fedkd
 from fedkd.cli import main
+from fedkd.cli.options import Source, with_sources
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment, accepted, kebab
 from fedkd.findings.diagnose import findings
-from fedkd.options import Source, with_sources
 from fedkd.records import Run
 
 COMMAND = [sys.executable, "-c", "from fedkd.cli import main; main()"]

@@ -26,7 +26,8 @@ from rich.table import Table
 from test_reports import Page
 
 import fedkd
-from fedkd import cli, data, display
+from fedkd import cli, data
+from fedkd.cli import console
 from fedkd.comparing.record import Record
 from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment, read_toml
@@ -539,13 +540,13 @@ def test_a_terminal_obeys_no_name(printer: str, capfd: pytest.CaptureFixture[str
     if printer == "table":
         table = Table("a column with room for all that stands in it")
         table.add_row(name)
-        display.write(table)
+        console.write(table)
     elif printer == "text":
-        display.write(name)
+        console.write(name)
     elif printer == "facts":
-        display.write({"name": name})
+        console.write({"name": name})
     elif printer == "progress":
-        with display.Steps(shown=True, plan=None) as steps:
+        with console.Steps(shown=True, plan=None) as steps:
             steps.show(name, 0.5)
     else:
         with pytest.raises(SystemExit):

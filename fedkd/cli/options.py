@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from fedkd.cli.presets import PRESETS, preset
 from fedkd.errors import FedkdError
 from fedkd.experiment import AUTO, Experiment, accepted, kebab, read_toml
-from fedkd.presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fedkd.display import Steps
+    from fedkd.cli.console import Steps
 
 Source = tuple[str, Mapping[str, object]]
 """Where keys came from, and the keys."""
@@ -182,7 +182,7 @@ class Output:
 
     def progress(self, plan: Callable[[], Mapping[str, str]]) -> Steps:
         """Return a display of progress, which begins with the plan."""
-        from fedkd.display import Steps
+        from fedkd.cli.console import Steps
 
         return Steps(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
 
@@ -193,7 +193,7 @@ class Output:
         full: Iterable[RenderableType | Mapping[str, object]],
     ) -> None:
         """Print the result in the form asked for."""
-        from fedkd.display import write
+        from fedkd.cli.console import write
 
         if self.json:
             sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,151 @@
+"""What is about to happen, as facts: the plan of a run, a baseline, a comparison or a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedkd.experiment import Experiment, kebab
+from fedkd.losses import effective_weights
+from fedkd.models import num_parameters
+from fedkd.phases import Fit
+from fedkd.strategy import DistillationStrategy
+from fedkd.tuning import choices
+from fedkd.world import World, world_of
+
+
+def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+    """Say what a federation is about to do."""
+    settings = ", ".join(f"{kebab(key)}={value}" for key, value in strategy.settings().items())
+    return {
+        **compare_plan(experiment),
+        **_whose_accuracy(experiment, strategy),
+        "strategy": f"{strategy.name()}{f' ({settings})' if settings else ''}, "
+        f"{experiment.num_server_rounds} rounds",
+        "loss": _losses(experiment, strategy, world_of(experiment)),
+        "plan": "; ".join(map(str, choices(experiment))),
+    }
+
+
+def _whose_accuracy(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+    """Say what a local teacher does, as accuracies after revisit are then its own."""
+    if experiment.teacher == "none":
+        return {}
+    fits = [phase for phase in strategy.phases(2) if isinstance(phase, Fit)]
+    if not any(phase.model == "teacher" for phase in fits):
+        return {"teacher": f"not used by {strategy.name()}"}
+    return {"teacher": "revisits the private data: accuracies after revisit are its own"}
+
+
+def compare_plan(experiment: Experiment) -> dict[str, str]:
+    """Say what is the same for all methods of a comparison."""
+    world = world_of(experiment)
+    sizes = [len(shard) for shard in world.shards]
+    drawn = experiment.clients_per_round
+    each = "" if drawn == len(sizes) else f", {drawn} drawn each round"
+    return {
+        "data": _images(experiment, len(world.train), len(world.test)),
+        "public": _public(experiment, world),
+        "clients": f"{len(sizes)} ({experiment.partition}), {min(sizes):,} to {max(sizes):,} private "
+        f"images each{each}",
+        "models": "; ".join(
+            f"{kebab(key)} {_models(getattr(experiment, key), world)}"
+            for key in ("student", "teacher", "server_model")
+        ),
+        "training": _training(experiment),
+        "engine": f"{experiment.engine} on {world.train.device}",
+        "loss": _weights(experiment, world),
+    }
+
+
+def central_plan(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]:
+    """Say what the central baseline is about to do."""
+    world = world_of(experiment)
+    return {
+        "data": _images(experiment, len(world.pooled), len(world.test)),
+        "models": f"teacher {_models(experiment.teacher_of(0), world)}; "
+        f"student {_models(experiment.student_of(0), world)}",
+        "training": f"{_training(experiment)}; epochs: teacher {experiment.local_epochs}, "
+        f"students {experiment.distill_epochs}",
+        "loss": f"student distilled {_weights(experiment, world)}; teacher and student alone CE",
+        "seeds": ", ".join(str(seed) for seed in seeds),
+        "device": str(world.train.device),
+    }
+
+
+def sweep_plan(
+    experiment: Experiment, what: str, seeds: Sequence[int], folds: int, of: str
+) -> dict[str, str]:
+    """Say what a sweep is about to do."""
+    held_out = experiment.replace(fold=f"1/{folds}")
+    shared = central_plan(held_out, seeds) if of == "central" else compare_plan(held_out)
+    strategy = {} if of == "central" else {"strategy": experiment.strategy}
+    return {
+        **{name: text for name, text in shared.items() if name != "seeds"},
+        **strategy,
+        "sweep": what,
+    }
+
+
+def check_plan(strategy: DistillationStrategy) -> dict[str, str]:
+    """Say what is about to be checked."""
+    settings = ", ".join(f"{kebab(key)}={value}" for key, value in strategy.settings().items())
+    return {"strategy": strategy.name(), "settings": settings or "none"}
+
+
+def _weights(experiment: Experiment, world: World) -> str:
+    return effective_weights(
+        experiment.alpha, experiment.tau, experiment.kl_reduction, world.num_classes
+    )
+
+
+def _images(experiment: Experiment, train: int, test: int) -> str:
+    held = "test images" if experiment.fold == "none" else f"of them held out ({experiment.fold})"
+    return f"{experiment.dataset}, {train:,} training and {test:,} {held}"
+
+
+def _public(experiment: Experiment, world: World) -> str:
+    where = "of the training images" if experiment.public == "train" else f"of {experiment.public}"
+    labels = "without labels" if world.public.labels is None else "with labels"
+    per_round = experiment.public_per_round
+    return f"{len(world.public):,} {where}, {labels}" + (
+        f", {per_round:,} drawn each round" if per_round else ""
+    )
+
+
+def _models(names: str, world: World) -> str:
+    return ", ".join(
+        name if name == "none" else f"{name} ({num_parameters(world.model(name)):,} parameters)"
+        for name in dict.fromkeys(part.strip() for part in names.split(","))
+    )
+
+
+def _losses(experiment: Experiment, strategy: DistillationStrategy, world: World) -> str:
+    """Spell out the loss of each training phase of a usual round."""
+    values = {"alpha": experiment.alpha, "1-alpha": 1 - experiment.alpha}
+    losses = []
+    for phase in strategy.phases(2):
+        if not isinstance(phase, Fit):
+            continue
+        terms = {**phase.private, **phase.public}
+        text = " + ".join(
+            _weighted(name, values[w] if isinstance(w, str) else w, phase, experiment)
+            for name, w in terms.items()
+        ).removeprefix("1 × ")
+        if terms == {"kl": "alpha", "ce": "1-alpha"}:
+            text = _weights(experiment, world)
+        if "ce" in phase.public and world.public.labels is None:
+            text += " of private images"
+        losses.append(f"{phase.name} {text}")
+    return "; ".join(losses)
+
+
+def _weighted(name: str, weight: float, phase: Fit, experiment: Experiment) -> str:
+    """Write a term with its weight; that of the soft term includes τ²."""
+    if name != "kl":
+        return f"{weight:g} × {name.upper() if name == 'ce' else name.rpartition(':')[2]}"
+    tau = phase.numbers.get("tau", experiment.tau)
+    return f"{weight:g}·{tau:g}² = {weight * tau**2:g} × KL"
+
+
+def _training(experiment: Experiment) -> str:
+    return f"{experiment.optimizer} at {experiment.learning_rate:g}, batches of {experiment.batch_size}"

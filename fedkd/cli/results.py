@@ -1,0 +1,287 @@
+"""What there is, and what came of it: lines, facts and tables of runs, strategies and data sets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from fedkd.cli.console import table_of
+from fedkd.data import DATASETS, Dataset
+from fedkd.experiment import kebab
+from fedkd.knowledge import ClassMeans, SoftLabels, Weights
+from fedkd.profiling import PART
+from fedkd.records.files import Row
+from fedkd.records.results import CentralRun, Run
+from fedkd.strategy import DistillationStrategy
+from fedkd.testing.findings import Report
+
+SHOWN_ROUNDS = 5
+"""Rounds in the table at the end; all are in the run folder."""
+
+STRATEGIES_LEGEND = {
+    "sends": "what crosses the wire; weights are shared by those that send them, and by no other",
+    "up, down": "payload bytes of a client in a round, at most where ≤ stands",
+    "P": "public images asked for",
+    "I": "bytes of the list of these: 0 for the whole public set, else 4 P or a bit a public image",
+    "C, K, D": "classes, clients, width of the student's features",
+    "S": "bytes of the student's parameters and buffers",
+}
+
+
+# --- A federation ---------------------------------------------------------------------------------
+
+
+def round_line(row: Row, rounds: int) -> str:
+    """Say in a line what a round gave."""
+    parts = [f"{_percent(row[name])} {label}" for name, label in _accuracies([row]).items()]
+    if row["dropped"]:
+        reasons = "; ".join(sorted(set(row["dropped"].values())))
+        parts.append(f"{len(row['dropped'])} dropped ({reasons})")
+    return f"round {row['round']} of {rounds}: {', '.join(parts) or 'not evaluated'}"
+
+
+def rounds_table(done: Run) -> Table:
+    """Return the last rounds as a table."""
+    rows = done.rounds[-SHOWN_ROUNDS:]
+    accuracies = _accuracies(rows)
+    table = table_of("round", "answered", *accuracies.values(), "bytes up", "bytes down", "seconds")
+    for row in rows:
+        table.add_row(
+            str(row["round"]),
+            f"{len(row['answered'])} of {len(row['sampled'])}",
+            *(_percent(row.get(name)) for name in accuracies),
+            f"{row['bytes_up']:,}",
+            f"{row['bytes_down']:,}",
+            f"{row['seconds']['round']:.1f}",
+        )
+    return table
+
+
+def _accuracies(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the accuracies that the rows hold, with labels, in the order of a usual round."""
+    found: dict[str, str] = {}
+    for row in reversed(rows):  # the first round may have phases of its own
+        for name, value in row.items():
+            if name.startswith("accuracy_after_") and value is not None:
+                found[name] = name.removeprefix("accuracy_").replace("_", " ")
+    if any(row["server_accuracy"] is not None for row in rows):
+        found["server_accuracy"] = "server"
+    return found
+
+
+def run_facts(done: Run) -> dict[str, str]:
+    """Say what a federation gave."""
+    tested = [accuracy for accuracy in done.client_accuracy if accuracy is not None]
+    server = done.server_accuracy
+    return {
+        "accuracy": f"{_percent(done.accuracy)} on average over {len(tested)} clients "
+        f"({_percent(min(tested))} to {_percent(max(tested))})",
+        "server": "keeps no model" if server is None else _percent(server),
+        "bytes": f"{done.bytes_up:,} up, {done.bytes_down:,} down",
+        "seconds": f"{done.result['seconds']:.1f}",
+        "folder": str(done.path),
+    }
+
+
+def run_profile(done: Run) -> Table:
+    """Return where the time of all rounds went, part by part."""
+    spent: dict[str, float] = {}
+    for row in done.rounds:
+        for name, seconds in row["seconds"].items():
+            part = name.removeprefix(f"{PART} ")
+            if part != name or name in ("encode", "aggregate"):
+                spent[part] = spent.get(part, 0.0) + seconds
+    total = sum(spent.values())
+    table = table_of("part", "seconds", "share")
+    for part, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        table.add_row(part, f"{seconds:.2f}", f"{100 * seconds / total:.0f} %")
+    return table
+
+
+def run_line(done: Run) -> str:
+    """Say the same in a line."""
+    facts = run_facts(done)
+    return f"{facts['accuracy']}; bytes {facts['bytes']}; {facts['seconds']} s; {done.path}"
+
+
+# --- The central baseline -------------------------------------------------------------------------
+
+
+def central_table(done: CentralRun) -> Table:
+    """Return the three models as a table."""
+    table = table_of("", "test accuracy", "test errors", "parameters")
+    for label, model, accuracies in _central_rows(done):
+        errors = _mean_std([(1 - accuracy) * done.test_size for accuracy in accuracies])
+        table.add_row(label, spread(accuracies), errors, f"{done.parameters[model]:,}")
+    return table
+
+
+def central_facts(done: CentralRun) -> dict[str, str]:
+    """Say what else a central baseline gave."""
+    several = " (mean ± standard deviation)" if len(done.seeds) > 1 else ""
+    return {
+        "gap closed": _gap(done),
+        "agreement": f"{spread(done.agreements)} of test images alike by teacher and student distilled",
+        "test set": f"{done.test_size:,} images",
+        "seeds": f"{', '.join(str(seed) for seed in done.seeds)}{several}",
+        "seconds": ", ".join(f"{what} {spent:.1f}" for what, spent in done.seconds.items()),
+        "folder": str(done.path),
+    }
+
+
+def central_line(done: CentralRun) -> str:
+    """Say the same in a line."""
+    parts = [f"{label} {spread(values)}" for label, _, values in _central_rows(done)]
+    return f"{', '.join(parts)}; gap closed {_gap(done)}; {done.path}"
+
+
+def _central_rows(done: CentralRun) -> list[tuple[str, str, list[float]]]:
+    return [
+        ("teacher", "teacher", done.teacher_accuracies),
+        ("student alone", "student", done.student_alone_accuracies),
+        ("student distilled", "student", done.student_accuracies),
+    ]
+
+
+def _gap(done: CentralRun) -> str:
+    if done.gap_closed is None:
+        return "n/a (the teacher is not better than the student alone)"
+    return _percent(done.gap_closed)
+
+
+# --- Strategies and data sets ---------------------------------------------------------------------
+
+_SENDS: dict[type | None, str] = {
+    SoftLabels: "soft labels",
+    ClassMeans: "class means",
+    Weights: "weights",
+    None: "nothing",
+}
+
+
+def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
+    """Return what a strategy declares."""
+    strategy = cls()
+    return {
+        "name": cls.name(),
+        **asdict(cls.facts),
+        "sends": _SENDS[strategy.uploads()],
+        "settings": strategy.settings(),
+        "summary": (cls.__doc__ or "").strip().partition("\n")[0],
+    }
+
+
+def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Return rows of `strategy_row` as a table; `STRATEGIES_LEGEND` explains it."""
+    table = table_of(
+        "strategy", "paper", "sends", "up", "down", "public labels", "server model",
+        "mixed models", "reports", right=False,
+    )  # fmt: skip
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in sorted(rows, key=lambda row: list(_SENDS.values()).index(row["sends"])):
+        table.add_row(
+            row["name"],
+            row["paper"],
+            row["sends"],
+            row["up"].replace("<=", "≤"),
+            row["down"].replace("<=", "≤"),
+            "needed" if row["public_labels"] else "not needed",
+            row["server_model"],
+            "yes" if row["mixed_models"] else "no",
+            row["reports"],
+        )
+    return table
+
+
+def strategies_settings(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the settings of strategies with their defaults, as ``strategy-config`` takes them."""
+    return {
+        row["name"]: " ".join(f"{kebab(key)}={value}" for key, value in row["settings"].items())
+        for row in rows
+        if row["settings"]
+    }
+
+
+def findings_table(report: Report) -> Table:
+    """Return what was found as a table: what each check shows, or what to change."""
+    table = table_of("check", "result", "what it shows, or what to change", right=False)
+    for finding in report.findings:
+        table.add_row(finding.check, finding.result, finding.detail or finding.shows)
+    return table
+
+
+def check_line(report: Report) -> str:
+    """Count the results."""
+    counts = Counter(finding.result for finding in report.findings)
+    return ", ".join(f"{count} {result}" for result, count in counts.items())
+
+
+def dataset_row(name: str, folder: Path) -> dict[str, Any]:
+    """Say what is known of a data set without loading it, and whether it is in the folder."""
+    info = DATASETS[name]
+    file = folder / f"{name}.safetensors"
+    return {
+        "name": name,
+        "train": info.num_train,
+        "test": info.num_test,
+        "input_shape": list(info.input_shape),
+        "classes": info.num_classes,
+        "needs_download": info.needs_download,
+        "cached": str(file) if file.is_file() else None,
+        "description": info.description,
+    }
+
+
+def datasets_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Return rows of `dataset_row` as a table."""
+    table = table_of("data set", "training", "test", "classes", "image", "where", "what")
+    table.columns[-1].justify = table.columns[-2].justify = "left"
+    for row in rows:
+        where = "in the folder" if row["cached"] else "to be downloaded"
+        table.add_row(
+            row["name"],
+            f"{row['train']:,}",
+            f"{row['test']:,}",
+            str(row["classes"]),
+            "×".join(str(side) for side in row["input_shape"]),
+            where if row["needs_download"] else "installed",
+            row["description"],
+        )
+    return table
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """Say what a loaded data set holds."""
+    return {
+        "name": dataset.name,
+        "train": len(dataset.train_images),
+        "test": len(dataset.test_images),
+        "input_shape": list(dataset.input_shape),
+        "class_names": list(dataset.class_names),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+    }
+
+
+# --- Text -----------------------------------------------------------------------------------------
+
+
+def spread(fractions: Sequence[float]) -> str:
+    """Write fractions in percent: the mean and, from two on, the standard deviation."""
+    return f"{_mean_std([100 * fraction for fraction in fractions])} %"
+
+
+def _mean_std(values: Sequence[float]) -> str:
+    around = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{around}"
+
+
+def _percent(fraction: float | None) -> str:
+    return "n/a" if fraction is None else f"{100 * fraction:.1f} %"

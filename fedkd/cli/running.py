@@ -1,0 +1,231 @@
+"""The commands that run experiments; what each needs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fedkd.cli.options import (
+    DEFAULTS,
+    OUTPUT,
+    TEXT,
+    WORK,
+    AnyOutput,
+    AnyStart,
+    Resume,
+    Seeds,
+    chosen_accuracy,
+    chosen_count,
+    chosen_seeds,
+    refuse_beside,
+)
+from fedkd.experiment import Experiment
+
+
+def run(
+    *,
+    track: Annotated[
+        str | None,
+        Parameter(
+            group=OUTPUT,
+            metavar="NAME",
+            help="follow the run in tensorboard, wandb, or both separated by a comma [default neither]",
+        ),
+    ] = None,
+    resume: Resume = None,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Run a federation and write its run folder, or go on with one that was cut off."""
+    with start.experiment(resume) as experiment:
+        from fedkd import runner
+        from fedkd.cli import preview, results
+        from fedkd.engines import preflight
+        from fedkd.findings.diagnose import findings
+        from fedkd.records import callbacks, trackers
+
+        followers = [] if track is None else trackers.trackers(track)
+        strategy = preflight.check(experiment, is_new=resume is None)
+        rounds = experiment.num_server_rounds
+        with output.progress(lambda: preview.run_plan(experiment, strategy)) as steps:
+            steps.show("starting", 0)
+            shown = callbacks.EachRound(
+                lambda row: steps.show(results.round_line(row, rounds), row["round"] / rounds)
+            )
+            told = [shown, *followers]
+            done = runner.resume(resume, told) if resume else runner.run(experiment, told)
+    found = findings(done)
+    output.result(
+        {"path": str(done.path), **done.result, "findings": [each.as_json() for each in found]},
+        [results.run_line(done)],
+        [
+            results.rounds_table(done),
+            *([results.run_profile(done)] if experiment.profile else []),
+            results.run_facts(done),
+            *map(str, found),
+        ],
+    )
+
+
+def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutput = TEXT) -> None:
+    """Train a teacher on the pooled data, a student alone and a student distilled from it."""
+    with start.experiment() as experiment:
+        from fedkd import baseline
+        from fedkd.cli import preview, results
+        from fedkd.findings.diagnose import findings
+
+        chosen = chosen_seeds(seeds, experiment)
+        with output.progress(lambda: preview.central_plan(experiment, chosen)) as steps:
+            done = baseline.central(experiment, chosen, progress=steps.show)
+    found = findings(done)
+    output.result(
+        {
+            "path": str(done.path),
+            **done.as_json(),
+            "findings": [each.as_json() for each in found],
+        },
+        [results.central_line(done)],
+        [results.central_table(done), results.central_facts(done), *map(str, found)],
+    )
+
+
+def compare(
+    *,
+    methods: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="A,B,C",
+            help="strategies, teacher, student-alone, student-distilled, separated by commas "
+            "[default all three, LocalOnly, FedAvg, FedMD, DSFL]",
+        ),
+    ] = None,
+    seeds: Seeds = None,
+    reference: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="METHOD",
+            help="method that the others are compared with [default LocalOnly if it is one of them, "
+            "else the first]",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="ACCURACY",
+            help="accuracy of which to say when it is reached [0.85 or 85%; default what all that send "
+            "something reach]",
+        ),
+    ] = None,
+    jobs: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="N",
+            help="runs made at once, in processes of their own, when they fit [whole number ≥ 1; "
+            "default 1]",
+        ),
+    ] = None,
+    resume: Resume = None,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Run methods side by side on the same shards, public set and initial weights."""
+    refuse_beside(resume, methods=methods, seeds=seeds, reference=reference, target=target)
+    with start.experiment(resume, _begun_comparison) as experiment:
+        from fedkd import comparison
+        from fedkd.cli import preview, results
+
+        names = None if methods is None else methods.split(",")
+        chosen = chosen_seeds(seeds, experiment)
+        share, at_once = chosen_accuracy(target), chosen_count(jobs)
+        with output.progress(lambda: preview.compare_plan(experiment)) as steps:
+            if resume is not None:
+                done = comparison.resume(resume, jobs=at_once, progress=steps.show)
+            else:
+                done = comparison.compare(
+                    experiment,
+                    names,
+                    chosen,
+                    reference=reference,
+                    target=share,
+                    jobs=at_once,
+                    progress=steps.show,
+                )
+    brief = [f"{entry.label}: {results.spread(entry.accuracies)}" for entry in done.entries]
+    said = ["\n".join(lines) for lines in (done.notes, done.sentences) if lines]
+    output.result(done.as_json(), brief, [done.table(), *said, {"folder": str(done.path)}])
+
+
+def _begun_comparison(folder: str) -> Experiment:
+    from fedkd.comparing.record import Record
+
+    return Record.read(Path(folder)).experiment
+
+
+def sweep(
+    *,
+    vary: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="GRID",
+            help="keys and values, such as 'alpha=0.1,0.5,0.9 tau=1,5 learning-rate=0.001,0.01'; or, "
+            "with --trials, ranges, such as 'alpha=0.1..0.9 tau=1..20' [needed unless --resume]",
+        ),
+    ] = None,
+    of: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="WHAT",
+            help="whose accuracy counts [federation: mean over its clients; central: the student "
+            "distilled from the pooled teacher; default federation]",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        Parameter(
+            group=WORK,
+            metavar="F",
+            help="parts of the training images, each held out once and measured on; the test set is "
+            "never touched [whole number ≥ 2; default 3]",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        Parameter(
+            group=WORK,
+            metavar="N",
+            help="points that Optuna chooses from the ranges [whole number ≥ 1; default none: a grid]",
+        ),
+    ] = None,
+    seeds: Seeds = None,
+    resume: Resume = None,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Choose alpha, tau and the like by cross-validation on the training images."""
+    refuse_beside(resume, vary=vary, of=of, folds=folds, trials=trials, seeds=seeds)
+    with start.experiment(resume) as experiment:
+        from fedkd import sweeps
+        from fedkd.cli import preview
+
+        if resume is not None:
+            asked = sweeps.Asked.in_folder(resume)
+        else:
+            grid = sweeps.parse(vary, is_search=trials is not None)
+            chosen = chosen_seeds(seeds, experiment)
+            parts = 3 if folds is None else folds
+            asked = sweeps.Asked(grid, trials, chosen, parts, of or "federation")
+        with output.progress(
+            lambda: preview.sweep_plan(experiment, str(asked), asked.seeds, asked.folds, asked.of)
+        ) as steps:
+            done = asked.make(experiment, steps.show)
+    output.result(
+        done.as_json(), [f"{done.best}: {done.accuracy_text}"], [done.table(), done.facts()]
+    )
