@@ -1,17 +1,82 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for users, and how any exception becomes one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import NamedTuple, Self
+
+
+class Setting(NamedTuple):
+    """A key of the experiment with its value, as an error names it.
+
+    Attributes:
+        key: as in TOML (``num-clients``).
+        value: of the key, or the part of it that is wrong.
+        source: where it came from (``from --num-clients``), where that is known.
+    """
+
+    key: str
+    value: object
+    source: str | None = None
+
+    def __str__(self) -> str:
+        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        shown = value if isinstance(self.value, bool | int | float) else f"'{value}'"
+        return f"{self.key} = {shown}" + (f" ({self.source})" if self.source else "")
 
 
 class FedkdError(ValueError):
-    """A mistake that a user can mend.
+    """An error that the user can fix.
 
     The text is one line and names the value, the key or file it came from, and what is accepted.
     The command line prints it without a traceback and exits with code 2.
+
+    Args:
+        parts: texts and settings, which together are the text.
     """
+
+    def __init__(self, *parts: str | Setting) -> None:
+        super().__init__("".join(map(str, parts)))
+        self.parts = parts
+
+    def with_sources(self, origins: Mapping[str, tuple[object, str]]) -> Self:
+        """Return the same error, its settings with their sources.
+
+        Args:
+            origins: by key, the value that was given and where it came from. A setting of another value
+                gets no source: it was derived.
+        """
+        seen: set[str] = set()
+        parts: list[str | Setting] = []
+        for part in self.parts:
+            if isinstance(part, Setting) and part.source is None and part.key not in seen:
+                seen.add(part.key)
+                given, source = origins.get(part.key, (None, ""))
+                part = part._replace(source=source) if _is_part(part.value, given) else part
+            parts.append(part)
+        return type(self)(*parts)
+
+
+def _is_part(value: object, given: object) -> bool:
+    """Whether `value` is `given` or a part of it: one model of a list, the file of file:class."""
+    try:
+        return float(str(value)) == float(str(given))
+    except ValueError:
+        return str(value).lower() in str(given).lower()
+
+
+def one_line(what: str | BaseException, limit: int = 200) -> str:
+    """Return a text, or an exception's type and text, in one line that a console can show.
+
+    Args:
+        what: may hold a stranger's words, of any length.
+        limit: most characters; what is longer ends in ``…``.
+    """
+    text = what if isinstance(what, str) else f"{type(what).__name__}: {what}"
+    shown = "".join(c if c.isprintable() else " " for c in text[: 10 * limit])
+    line = " ".join(shown.split()) or "nothing that can be shown"
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -35,4 +100,4 @@ def printable(text: str) -> str:
 
 
 class DivergedError(FedkdError):
-    """Training went where numbers are no longer finite."""
+    """Training gave numbers that are not finite."""

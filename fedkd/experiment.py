@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import lcm
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
-from fedkd.errors import FedkdError, nearest
-
-Scalar = bool | int | float | str
-
-AUTO = "auto"
-"""How an optional key (``None`` in Python) is written in TOML, on the command line and on the wire."""
+from fedkd.errors import FedkdError, Setting
+from fedkd.keys import AUTO, Role, Scalar, declared, extra, kebab, refusal, snake, unknown
 
 
 def _auto_to_none(value: object) -> object:
@@ -40,29 +34,6 @@ def _auto_to_none(value: object) -> object:
 
 OptionalInt = Annotated[int | None, BeforeValidator(_auto_to_none)]
 OptionalStr = Annotated[str | None, BeforeValidator(_auto_to_none)]
-
-_ALIASES = {
-    "temperature": "tau",
-    "rounds": "num-server-rounds",
-    "num-rounds": "num-server-rounds",
-    "lr": "learning-rate",
-    "epochs": "local-epochs",
-    "clients": "num-clients",
-    "model": "student",
-    "method": "strategy",
-}
-"""Words that other frameworks use, answered with ours."""
-
-
-def kebab(name: str) -> str:
-    """Spell a key as in TOML and on the command line."""
-    return name.replace("_", "-")
-
-
-def snake(name: str) -> str:
-    """Spell a key as in Python."""
-    return name.replace("-", "_")
-
 
 _PLAN = r"(loop|stacked(-[1-9]\d*)?)(x[1-9]\d*)?"
 _PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
@@ -84,97 +55,131 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     # data
-    dataset: str = Field("mnist-5k", description="data set: see `fedkd data`, or module:function")
-    data_dir: OptionalStr = Field(
-        None, description="folder of the data cache (auto: $FEDKD_DATA_DIR, then your cache folder)"
+    dataset: str = declared(
+        "data", "mnist-5k", "data set: see `fedkd data`, or module:function", names_code=True
     )
-    train_size: OptionalInt = Field(
-        None, ge=10, description="training images used, public set included (auto: all)"
+    data_dir: OptionalStr = declared(
+        "bookkeeping",
+        None,
+        "folder of the data cache (auto: $FEDKD_DATA_DIR, then your cache folder)",
+        node_decides=True,
     )
-    test_size: OptionalInt = Field(None, ge=10, description="test images used (auto: all)")
-    fold: str = Field(
+    train_size: OptionalInt = declared(
+        "data", None, "training images used, public set included (auto: all)", ge=10
+    )
+    test_size: OptionalInt = declared("data", None, "test images used (auto: all)", ge=10)
+    fold: str = declared(
+        "data",
         "none",
+        "test on this part of the training images, held out from everybody, instead of the test set",
         pattern=r"^(none|[1-9]\d*/[1-9]\d*)$",
-        description="test on this part of the training images, held out from everybody, instead of the "
-        "test set",
-        json_schema_extra={"accepted": "none, or I/N such as 2/5, with 1 ≤ I ≤ N and N ≥ 2"},
+        accepted="none, or I/N such as 2/5, with 1 ≤ I ≤ N and N ≥ 2",
     )
-    public: str = Field(
-        "train", description="public set: cut from the training split, or another data set's name"
+    public: str = declared(
+        "data",
+        "train",
+        "public set: cut from the training split, or another data set's name",
+        names_code=True,
     )
-    public_size: OptionalInt = Field(
-        None, ge=1, description="public images (auto: a fifth of the training images)"
+    public_size: OptionalInt = declared(
+        "data", None, "public images (auto: a fifth of the training images)", ge=1
     )
-    public_labels: bool = Field(True, description="whether the public set comes with its labels")
-    partition: Literal["iid", "dirichlet", "shard", "pathological"] = Field(
-        "dirichlet", description="how private images are dealt to clients"
+    public_labels: bool = declared(
+        "federated data", True, "whether the public set comes with its labels"
     )
-    partition_alpha: float = Field(
-        0.3, gt=0, le=1_000_000, description="Dirichlet concentration: small is more skewed"
+    partition: Literal["iid", "dirichlet", "shard", "pathological"] = declared(
+        "federated data", "dirichlet", "how private images are dealt to clients"
     )
-    classes_per_client: int = Field(
-        2, ge=1, description="classes (pathological) or shards (shard) a client holds"
+    partition_alpha: float = declared(
+        "federated data", 0.3, "Dirichlet concentration: small is more skewed", gt=0, le=1_000_000
     )
-    min_partition_size: int = Field(2, ge=1, description="fewest private images of a client")
-    partition_seed: OptionalInt = Field(
-        None, ge=0, description="seed of public set and shards (auto: the seed)"
+    classes_per_client: int = declared(
+        "federated data", 2, "classes (pathological) or shards (shard) a client holds", ge=1
     )
-    num_clients: int = Field(10, ge=1, le=100_000, description="clients in the federation")
+    min_partition_size: int = declared(
+        "federated data", 2, "fewest private images of a client", ge=1
+    )
+    partition_seed: OptionalInt = declared(
+        "seed", None, "seed of public set and shards (auto: the seed)", ge=0
+    )
+    num_clients: int = declared("federated data", 10, "clients in the federation", ge=1, le=100_000)
 
     # models
-    student: str = Field(
-        "mlp-20", description="local model, or a comma list that cycles over the clients"
+    student: str = declared(
+        "models",
+        "mlp-20",
+        "local model, or a comma list that cycles over the clients",
+        names_code=True,
     )
-    teacher: str = Field(
-        "none", description="local teacher (or comma list); none: the student is its own teacher"
+    teacher: str = declared(
+        "models",
+        "none",
+        "local teacher (or comma list); none: the student is its own teacher",
+        names_code=True,
     )
-    server_model: str = Field("none", description="model kept by the server; none: it keeps none")
+    server_model: str = declared(
+        "federation", "none", "model kept by the server; none: it keeps none"
+    )
 
     # method
-    strategy: str = Field("FedMD", description="federated algorithm: see `fedkd strategies`")
-    strategy_config: str = Field(
-        "none", description="its own settings as key=value pairs separated by spaces"
+    strategy: str = declared("federation", "FedMD", "federated algorithm: see `fedkd strategies`")
+    strategy_config: str = declared(
+        "federation", "none", "its own settings as key=value pairs separated by spaces"
     )
-    num_server_rounds: int = Field(10, ge=1, description="rounds of the federation")
-    fraction_train: float = Field(1.0, gt=0, le=1, description="share of clients drawn each round")
-    public_per_round: OptionalInt = Field(
-        None, ge=1, description="public images drawn each round (auto: all)"
+    num_server_rounds: int = declared("federation", 10, "rounds of the federation", ge=1)
+    fraction_train: float = declared(
+        "federation", 1.0, "share of clients drawn each round", gt=0, le=1
     )
-    codec: str = Field(
+    public_per_round: OptionalInt = declared(
+        "federation", None, "public images drawn each round (auto: all)", ge=1
+    )
+    codec: str = declared(
+        "federation",
         "auto",
-        description="how soft labels cross the wire, up and down (auto: as the strategy says)",
-        json_schema_extra={
-            "accepted": "auto, or number+rows+pack such as simplex:1+changed+range; UP/DOWN for two"
-        },
+        "how soft labels cross the wire, up and down (auto: as the strategy says)",
+        accepted="auto, or number+rows+pack such as simplex:1+changed+range; UP/DOWN for two",
     )
-    evaluate_phases: Literal["all", "last"] = Field(
-        "all", description="after which phases of a round clients test: all that train, or the last"
+    evaluate_phases: Literal["all", "last"] = declared(
+        "evaluation",
+        "all",
+        "after which phases of a round clients test: all that train, or the last",
     )
-    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
-    quorum: int = Field(1, ge=1, description="fewest good replies for a round to count")
-    round_timeout: float = Field(
-        600.0, gt=0, description="seconds until a round stops waiting for Flower clients"
+    evaluate_every: int = declared(
+        "evaluation", 1, "rounds between evaluations on the test set", ge=1
     )
-    client_code: str = Field(
-        "none", description="comma list of modules whose functions a server may ask a client to run"
+    quorum: int = declared("federation", 1, "fewest good replies for a round to count", ge=1)
+    round_timeout: float = declared(
+        "clients", 600.0, "seconds until a round stops waiting for Flower clients", gt=0
+    )
+    client_code: str = declared(
+        "clients",
+        "none",
+        "comma list of modules whose functions a server may ask a client to run",
+        node_decides=True,
+        names_code=True,
     )
 
     # training
-    local_epochs: int = Field(1, ge=1, description="passes over the private shard a round")
-    distill_epochs: int = Field(1, ge=1, description="passes over the received soft labels a round")
-    batch_size: int = Field(64, ge=1, description="images a step")
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="optimiser")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="step size of the optimiser")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum (sgd only)")
-    weight_decay: float = Field(0.0, ge=0, le=1, description="weight decay")
-    augment: Literal["none", "crop-flip", "jitter-2"] = Field(
-        "none", description="augmentation of private images while training on hard labels"
+    local_epochs: int = declared("optimisation", 1, "passes over the private shard a round", ge=1)
+    distill_epochs: int = declared(
+        "distillation", 1, "passes over the received soft labels a round", ge=1
     )
-    alpha: float = Field(0.7, ge=0, le=1, description="weight of the soft term, 1 - alpha of CE")
-    tau: float = Field(5.0, gt=0, le=1000, description="temperature of the soft term")
-    kl_reduction: Literal["batchmean", "mean"] = Field(
+    batch_size: int = declared("training", 64, "images a step", ge=1)
+    optimizer: Literal["adam", "adamw", "sgd"] = declared("training", "adam", "optimiser")
+    learning_rate: float = declared("optimisation", 1e-3, "step size of the optimiser", gt=0, le=10)
+    momentum: float = declared("optimisation", 0.0, "momentum (sgd only)", ge=0, lt=1)
+    weight_decay: float = declared("optimisation", 0.0, "weight decay", ge=0, le=1)
+    augment: Literal["none", "crop-flip", "jitter-2"] = declared(
+        "training", "none", "augmentation of private images while training on hard labels"
+    )
+    alpha: float = declared(
+        "distillation", 0.7, "weight of the soft term, 1 - alpha of CE", ge=0, le=1
+    )
+    tau: float = declared("distillation", 5.0, "temperature of the soft term", gt=0, le=1000)
+    kl_reduction: Literal["batchmean", "mean"] = declared(
+        "training",
         "batchmean",
-        description="batchmean: mean over samples, the formula; mean: divided by the classes as well",
+        "batchmean: mean over samples, the formula; mean: divided by the classes as well",
     )
 
     # attacks and privacy
@@ -186,60 +191,73 @@ class Experiment(BaseModel):
         "least-likely",
         "colluding",
         "little-is-enough",
-    ] = Field("none", description="what malicious clients do (none: there are none)")
-    attackers: float = Field(
-        0.0, ge=0, le=1, description="share of the clients that are malicious, rounded"
+    ] = declared(
+        "federation", "none", "what malicious clients do (none: there are none)", node_decides=True
     )
-    dp_noise: float = Field(
+    attackers: float = declared(
+        "federation",
         0.0,
+        "share of the clients that are malicious, rounded",
+        ge=0,
+        le=1,
+        node_decides=True,
+    )
+    dp_noise: float = declared(
+        "federation",
+        0.0,
+        "standard deviation of the Gaussian noise on the soft labels that a client sends, in "
+        "units of dp-clip (0: none)",
         ge=0,
         le=1_000_000,
-        description="standard deviation of the Gaussian noise on the soft labels that a client sends, in "
-        "units of dp-clip (0: none)",
     )
-    dp_clip: float = Field(
-        1.0, gt=0, le=1_000_000, description="largest Euclidean norm of a row before noise is added"
+    dp_clip: float = declared(
+        "federation",
+        1.0,
+        "largest Euclidean norm of a row before noise is added",
+        gt=0,
+        le=1_000_000,
     )
-    dp_delta: float = Field(
-        1e-5, gt=0, lt=1, description="δ of the (ε, δ)-differential privacy that is accounted for"
+    dp_delta: float = declared(
+        "federation", 1e-5, "δ of the (ε, δ)-differential privacy that is accounted for", gt=0, lt=1
     )
 
     # running
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of weights, shuffles and client samples")
-    engine: Literal["cohort", "flower"] = Field(
-        "cohort", description="cohort: all clients in this process; flower: Flower clients on Ray"
+    seed: int = declared("seed", 0, "seed of weights, shuffles and client samples", ge=0, lt=2**31)
+    engine: Literal["cohort", "flower"] = declared(
+        "clients", "cohort", "cohort: all clients in this process; flower: Flower clients on Ray"
     )
-    num_workers: int = Field(
-        0, ge=0, description="Ray workers of the cohort engine (0: the clients run in this process)"
+    num_workers: int = declared(
+        "clients", 0, "Ray workers of the cohort engine (0: the clients run in this process)", ge=0
     )
-    ray_address: OptionalStr = Field(
-        None, description="Ray cluster that the workers join (auto: Ray is started on this machine)"
+    ray_address: OptionalStr = declared(
+        "clients", None, "Ray cluster that the workers join (auto: Ray is started on this machine)"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32", description="arithmetic of the models: exact, or faster on a GPU's tensor cores"
+    device: str = declared("machine", "auto", "auto, cpu, cuda, cuda:N or mps", node_decides=True)
+    precision: Literal["float32", "tf32", "bfloat16"] = declared(
+        "training", "float32", "arithmetic of the models: exact, or faster on a GPU's tensor cores"
     )
-    plan: str = Field(
+    plan: str = declared(
+        "machine",
         "auto",
-        description="how models are run: one by one or stacked, and how many at once (auto: measured)",
-        json_schema_extra={
-            "accepted": "auto, loop, stacked or stacked-BLOCK, with xLANES for so many at once; or "
-            "architecture=plan pairs with commas"
-        },
+        "how models are run: one by one or stacked, and how many at once (auto: measured)",
+        accepted="auto, loop, stacked or stacked-BLOCK, with xLANES for so many at once; or "
+        "architecture=plan pairs with commas",
     )
-    profile: bool = Field(False, description="whether to measure where the time goes, part by part")
-    client_cpus: float = Field(1.0, gt=0, description="CPUs a Flower client gets from Ray")
-    client_gpus: float = Field(0.0, ge=0, description="GPUs (or a fraction) a Flower client gets")
-    run_dir: str = Field("runs", description="folder of the run folders")
-    name: OptionalStr = Field(
-        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder"
+    profile: bool = declared(
+        "bookkeeping", False, "whether to measure where the time goes, part by part"
+    )
+    client_cpus: float = declared("clients", 1.0, "CPUs a Flower client gets from Ray", gt=0)
+    client_gpus: float = declared("clients", 0.0, "GPUs (or a fraction) a Flower client gets", ge=0)
+    run_dir: str = declared("bookkeeping", "runs", "folder of the run folders", node_decides=True)
+    name: OptionalStr = declared(
+        "bookkeeping", None, "name of the run folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
 
     def __init__(self, **keys: Any) -> None:
         try:
             super().__init__(**keys)
         except ValidationError as error:
-            raise FedkdError(_one_line(error, {})) from None
+            raise refusal(error, {}, type(self).model_fields) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -273,47 +291,9 @@ class Experiment(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _contradictions(self) -> Self:
-        if self.public != "train" and self.public_labels:
-            raise ValueError(
-                f"public-labels = true contradicts public = '{self.public}': labels of another data "
-                "set name other classes; set public-labels = false"
-            )
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(
-                f"momentum = {self.momentum} contradicts optimizer = '{self.optimizer}': "
-                "set optimizer = 'sgd' or momentum = 0"
-            )
-        if self.num_workers and self.engine == "flower":
-            raise ValueError(
-                f"num-workers = {self.num_workers} contradicts engine = 'flower', whose Flower "
-                "clients share out the machine by client-cpus; set engine = 'cohort'"
-            )
-        if self.num_workers > self.num_clients:
-            raise ValueError(
-                f"num-workers = {self.num_workers} contradicts num-clients = {self.num_clients}: "
-                "a worker needs a client"
-            )
-        if self.ray_address is not None and not self.num_workers:
-            raise ValueError(
-                f"ray-address = '{self.ray_address}' contradicts num-workers = 0, which uses no Ray; "
-                "set num-workers"
-            )
-        if self.attackers and self.attack == "none":
-            raise ValueError(
-                f"attackers = {self.attackers} contradicts attack = 'none': name an attack, or set "
-                "attackers = 0"
-            )
-        if self.quorum > self.clients_per_round:
-            raise ValueError(
-                f"quorum = {self.quorum} contradicts fraction-train = {self.fraction_train} of "
-                f"num-clients = {self.num_clients}: only {self.clients_per_round} are asked a round"
-            )
-        if self.public_size and self.public_per_round and self.public_per_round > self.public_size:
-            raise ValueError(
-                f"public-per-round = {self.public_per_round} contradicts public-size = "
-                f"{self.public_size}: a round cannot draw more than there are"
-            )
+    def _refuse_contradictions(self) -> Self:
+        for contradiction in _CONTRADICTIONS:
+            contradiction(self)
         return self
 
     @property
@@ -345,9 +325,23 @@ class Experiment(BaseModel):
         """Return the local teacher's architecture of `client`, or ``"none"``."""
         return _cycle(self.teacher, client)
 
+    @classmethod
+    def keys(cls, *roles: Role) -> tuple[str, ...]:
+        """Return the keys that have one of these roles, in order."""
+        return tuple(name for name, key in cls.model_fields.items() if extra(key, "role") in roles)
+
+    @classmethod
+    def keys_that(cls, quality: Literal["names_code", "node_decides"]) -> tuple[str, ...]:
+        """Return the keys of a quality; see `fedkd.keys.declared`."""
+        return tuple(name for name, key in cls.model_fields.items() if extra(key, quality))
+
     def replace(self, **keys: Any) -> Experiment:
         """Return a changed copy, validated again."""
         return Experiment(**{**self.model_dump(), **keys})
+
+    def at_default(self, *keys: str) -> Experiment:
+        """Return a copy in which these keys have their defaults: equal if all others are."""
+        return self.replace(**{key: Experiment.model_fields[key].default for key in keys})
 
     def smoke(self) -> Experiment:
         """Return a copy shrunk to seconds: the same data set and method, fewer of everything."""
@@ -390,7 +384,7 @@ class Experiment(BaseModel):
             for name, value in keys.items():
                 field = snake(name)
                 if field not in cls.model_fields:
-                    raise FedkdError(_unknown(name, source))
+                    raise FedkdError(unknown(name, source, cls.model_fields))
                 values[field] = value
                 origin[field] = source
         experiment = cls.__new__(cls)
@@ -398,7 +392,7 @@ class Experiment(BaseModel):
             # Not through __init__, which would take the keys to come from Python.
             cls.__pydantic_validator__.validate_python(values, self_instance=experiment)
         except ValidationError as error:
-            raise FedkdError(_one_line(error, origin)) from None
+            raise refusal(error, origin, cls.model_fields) from None
         return experiment
 
 
@@ -424,74 +418,88 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, object]]:
     return str(path), keys
 
 
-def accepted(field: FieldInfo) -> str:
-    """Say in words which values a key accepts (``0 to 1``, ``iid, dirichlet, ...``)."""
-    if isinstance(field.json_schema_extra, dict):
-        return str(field.json_schema_extra["accepted"])
-    annotation = field.annotation
-    if get_origin(annotation) is Literal:
-        return ", ".join(str(choice) for choice in get_args(annotation))
-    if annotation is bool:
-        return "true, false"
-    low, high, kind = _bounds(field)
-    if not low and not high:
-        return kind
-    if low[2:] == high[2:]:
-        return low[2:]
-    return f"{kind} " + " and ".join(part for part in (low, high) if part)
-
-
-def _bounds(field: FieldInfo) -> tuple[str, str, str]:
-    low = high = ""
-    for constraint in field.metadata:
-        for name, sign in (("ge", "≥"), ("gt", ">")):
-            if (bound := getattr(constraint, name, None)) is not None:
-                low = f"{sign} {bound}"
-        for name, sign in (("le", "≤"), ("lt", "<")):
-            if (bound := getattr(constraint, name, None)) is not None:
-                high = f"{sign} {bound}"
-    text = str(field.annotation)
-    kind = "whole number" if "int" in text else "number" if "float" in text else "text"
-    if "None" in text and kind != "text":
-        kind = f"auto, or a {kind}"
-    return low, high, kind
-
-
 def _cycle(names: str, client: int) -> str:
     choices = [name.strip() for name in names.split(",")]
     return choices[client % len(choices)]
 
 
-def _unknown(name: str, source: str) -> str:
-    spell = snake if source == "Python" else kebab
-    keys = [spell(field) for field in Experiment.model_fields]
-    ours = _ALIASES.get(kebab(name))
-    hint = f": the key is '{spell(ours)}'" if ours else nearest(spell(name), keys)
-    return f"unknown key '{name}' (from {source}){hint or '; `fedkd run --help` lists the keys'}"
+# --- Keys that contradict each other ----------------------------------------------------------------
 
 
-def _one_line(error: ValidationError, origin: Mapping[str, str]) -> str:
-    """Turn pydantic's report into one line that names key, value, source and what is accepted."""
-    return "; ".join(_describe(problem, origin) for problem in _distinct(error.errors()))
+def _refuse_labels_of_other_classes(experiment: Experiment) -> None:
+    if experiment.public != "train" and experiment.public_labels:
+        raise FedkdError(
+            *_contradicting(experiment, "public_labels", "public"),
+            ": labels of another data set name other classes; set public-labels = false",
+        )
 
 
-def _distinct(problems: Iterable[Any]) -> list[Any]:
-    by_key = {problem["loc"][:1]: problem for problem in problems}
-    return list(by_key.values())
+def _refuse_momentum_without_sgd(experiment: Experiment) -> None:
+    if experiment.momentum and experiment.optimizer != "sgd":
+        raise FedkdError(
+            *_contradicting(experiment, "momentum", "optimizer"),
+            ": set optimizer = 'sgd' or momentum = 0",
+        )
 
 
-def _describe(problem: Any, origin: Mapping[str, str]) -> str:
-    if not problem["loc"]:
-        return str(problem["msg"]).removeprefix("Value error, ")
-    name = str(problem["loc"][0])
-    source = origin.get(name, "Python")
-    field = Experiment.model_fields.get(name)
-    if field is None:
-        return _unknown(name, source)
-    value = problem["input"]
-    text = f"{kebab(name)} = {value!r} (from {source}): must be {accepted(field)}"
-    if isinstance(value, str) and get_origin(field.annotation) is Literal:
-        text += nearest(value, [str(choice) for choice in get_args(field.annotation)])
-    if name == "name":
-        text += " made of letters, digits, '.', '_' and '-', starting with a letter or digit"
-    return text
+def _refuse_workers_without_use(experiment: Experiment) -> None:
+    if experiment.num_workers and experiment.engine == "flower":
+        raise FedkdError(
+            *_contradicting(experiment, "num_workers", "engine"),
+            ", whose Flower clients share out the machine by client-cpus; set engine = 'cohort'",
+        )
+    if experiment.num_workers > experiment.num_clients:
+        raise FedkdError(
+            *_contradicting(experiment, "num_workers", "num_clients"), ": a worker needs a client"
+        )
+    if experiment.ray_address is not None and not experiment.num_workers:
+        raise FedkdError(
+            *_contradicting(experiment, "ray_address", "num_workers"),
+            ", which uses no Ray; set num-workers",
+        )
+
+
+def _refuse_attackers_without_attack(experiment: Experiment) -> None:
+    if experiment.attackers and experiment.attack == "none":
+        raise FedkdError(
+            *_contradicting(experiment, "attackers", "attack"),
+            ": name an attack, or set attackers = 0",
+        )
+
+
+def _refuse_quorum_out_of_reach(experiment: Experiment) -> None:
+    if experiment.quorum > experiment.clients_per_round:
+        raise FedkdError(
+            *_contradicting(experiment, "quorum", "fraction_train"),
+            " of ",
+            _setting(experiment, "num_clients"),
+            f": only {experiment.clients_per_round} are asked a round",
+        )
+
+
+def _refuse_drawing_more_than_there_are(experiment: Experiment) -> None:
+    drawn, size = experiment.public_per_round, experiment.public_size
+    if drawn and size and drawn > size:
+        raise FedkdError(
+            *_contradicting(experiment, "public_per_round", "public_size"),
+            ": a round cannot draw more than there are",
+        )
+
+
+_CONTRADICTIONS = (
+    _refuse_labels_of_other_classes,
+    _refuse_momentum_without_sgd,
+    _refuse_workers_without_use,
+    _refuse_attackers_without_attack,
+    _refuse_quorum_out_of_reach,
+    _refuse_drawing_more_than_there_are,
+)
+"""In the order in which they are told."""
+
+
+def _contradicting(experiment: Experiment, key: str, other: str) -> tuple[Setting, str, Setting]:
+    return _setting(experiment, key), " contradicts ", _setting(experiment, other)
+
+
+def _setting(experiment: Experiment, key: str) -> Setting:
+    return Setting(kebab(key), getattr(experiment, key))
