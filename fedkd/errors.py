@@ -21,8 +21,8 @@ class Setting(NamedTuple):
     source: str | None = None
 
     def __str__(self) -> str:
-        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
-        shown = value if isinstance(self.value, bool | int | float) else f"'{value}'"
+        is_truth = isinstance(self.value, bool)
+        shown = str(self.value).lower() if is_truth else repr(self.value)
         return f"{self.key} = {shown}" + (f" ({self.source})" if self.source else "")
 
 

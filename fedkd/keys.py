@@ -71,10 +71,9 @@ def declared(
         node_decides: whether the node of a deployment sets it for itself, whatever the server says.
         bounds: pydantic's own (``ge``, ``lt``, ``pattern``, ...).
     """
-    extra = {"role": role, "names_code": names_code, "node_decides": node_decides}
-    if accepted is not None:
-        extra["accepted"] = accepted
-    return Field(default, description=description, json_schema_extra=extra, **bounds)
+    said: dict[str, Any] = {"role": role, "names_code": names_code, "node_decides": node_decides}
+    said["accepted"] = accepted
+    return Field(default, description=description, json_schema_extra=said, **bounds)
 
 
 def extra(field: FieldInfo, name: str) -> Any:

@@ -16,7 +16,8 @@ from typing import Any, TypeGuard
 
 from fedkd.codecs import Wire
 from fedkd.errors import FedkdError, nearest
-from fedkd.experiment import Experiment, kebab, snake
+from fedkd.experiment import Experiment
+from fedkd.keys import kebab, snake
 from fedkd.phases import GROUP, check_phases, to_text
 from fedkd.randomness import key
 from fedkd.references import MADE_UP, blamed, blaming, find_in, users_module

@@ -13,9 +13,10 @@ from typing import Any
 from fedkd import __version__
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import Experiment
 from fedkd.findings.diagnose import findings
 from fedkd.findings.learning import Finding
+from fedkd.keys import kebab
 from fedkd.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE
 from fedkd.records.files import read_shards, replace_file
 from fedkd.records.results import CentralRun, Run

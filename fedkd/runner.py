@@ -15,8 +15,9 @@ from fedkd.checkpoints import Checkpoint
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError
-from fedkd.experiment import AUTO, Experiment
+from fedkd.experiment import Experiment
 from fedkd.interrupts import InterruptedRun, between_rounds, naming_how_to_go_on
+from fedkd.keys import AUTO
 from fedkd.knowledge import SoftLabels
 from fedkd.records.callbacks import Callback, Callbacks
 from fedkd.records.files import Row

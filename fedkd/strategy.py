@@ -34,8 +34,9 @@ from fedkd.attacks import check_attack
 from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
 from fedkd.events import Events
-from fedkd.experiment import Experiment, accepted, kebab
+from fedkd.experiment import Experiment
 from fedkd.federation import Federation
+from fedkd.keys import accepted, kebab
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.privacy import check_privacy

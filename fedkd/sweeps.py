@@ -19,7 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment, Scalar, kebab, snake
+from fedkd.experiment import Experiment
+from fedkd.keys import Scalar, kebab, snake
 from fedkd.records.folder import RunFolder
 from fedkd.trials import Keys, Of, Progress, SweepFolder, Trials, silent
 

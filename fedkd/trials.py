@@ -16,7 +16,8 @@ from fedkd.engines.preflight import check
 from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError
-from fedkd.experiment import Experiment, Scalar
+from fedkd.experiment import Experiment
+from fedkd.keys import Scalar
 from fedkd.pooled import Pooled, accuracies
 from fedkd.records.callbacks import Callback
 from fedkd.records.files import Row, write_json

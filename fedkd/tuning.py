@@ -18,7 +18,8 @@ import torch
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
-from fedkd.experiment import AUTO, Experiment
+from fedkd.experiment import Experiment
+from fedkd.keys import AUTO
 from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings
 from fedkd.plans import Plan, default_plan, largest_block

@@ -12,7 +12,8 @@ import pytest
 
 from fedkd.citations import ENTRIES, citations
 from fedkd.data import DATASETS
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import Experiment
+from fedkd.keys import kebab
 from fedkd.models import build
 from fedkd.registry import strategies
 from fedkd.robust import Rule

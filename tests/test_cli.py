@@ -20,8 +20,9 @@ import fedkd
 from fedkd.cli import main
 from fedkd.cli.options import Source, with_sources
 from fedkd.data import DATASETS
-from fedkd.experiment import Experiment, accepted, kebab
+from fedkd.experiment import Experiment
 from fedkd.findings.diagnose import findings
+from fedkd.keys import accepted, kebab
 from fedkd.records import Run
 
 COMMAND = [sys.executable, "-c", "from fedkd.cli import main; main()"]

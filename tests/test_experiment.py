@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from fedkd.errors import FedkdError
 from fedkd.exchange import wire_bytes
-from fedkd.experiment import Experiment, accepted, kebab, read_toml, snake
+from fedkd.experiment import Experiment, read_toml
+from fedkd.keys import accepted, kebab, snake
 from fedkd.messages import experiment_record
 from fedkd.world import world_of
 
@@ -92,7 +93,7 @@ def test_a_value_out_of_range_is_refused_with_key_value_and_range(name: str, val
     with pytest.raises(FedkdError) as caught:
         Experiment(**{**TOGETHER.get(name, {}), name: value})
     text = str(caught.value)
-    assert text.startswith(f"{kebab(name)} = {value!r} ")
+    assert text.startswith(f"{kebab(name)} = {shown(value)} ")
     assert accepted(FIELDS[name]) in text
     assert "\n" not in text
 
@@ -119,12 +120,16 @@ def refusal(**keys: object) -> str:
     return ""
 
 
+def shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def taken(values: dict[str, object]) -> list[str]:
     """Return the keys that do not refuse their value by name."""
     return [
         name
         for name, value in values.items()
-        if not refusal(**{name: value}).startswith(f"{kebab(name)} = {value!r} ")
+        if not refusal(**{name: value}).startswith(f"{kebab(name)} = {shown(value)} ")
     ]
 
 

@@ -19,7 +19,8 @@ from cyclopts import Group, Parameter
 
 from fedkd.cli.presets import PRESETS, preset
 from fedkd.errors import FedkdError
-from fedkd.experiment import AUTO, Experiment, accepted, kebab, read_toml
+from fedkd.experiment import Experiment, read_toml
+from fedkd.keys import AUTO, accepted, kebab
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import Experiment
+from fedkd.keys import kebab
 from fedkd.losses import effective_weights
 from fedkd.models import num_parameters
 from fedkd.phases import Fit

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedkd.cli.console import table_of
 from fedkd.data import DATASETS, Dataset
-from fedkd.experiment import kebab
+from fedkd.keys import kebab
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.profiling import PART
 from fedkd.records.files import Row

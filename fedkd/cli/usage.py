@@ -13,7 +13,8 @@ from cyclopts.exceptions import (
 )
 
 from fedkd.errors import FedkdError, nearest
-from fedkd.experiment import Experiment, accepted, kebab, snake
+from fedkd.experiment import Experiment
+from fedkd.keys import accepted, kebab, snake
 
 
 def usage(error: CycloptsError, commands: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedkd.checkpoints import FILE as CHECKPOINT
 from fedkd.errors import FedkdError
-from fedkd.experiment import AUTO, Experiment
+from fedkd.experiment import Experiment
+from fedkd.keys import AUTO
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun

@@ -22,7 +22,8 @@ from fedkd.allocator import keep_freed_memory
 from fedkd.engines.answering import Sent, answers_together, introduce, reply, store_of
 from fedkd.engines.deployment import ends_in_time
 from fedkd.errors import FedkdError
-from fedkd.experiment import AUTO, Experiment, kebab
+from fedkd.experiment import Experiment
+from fedkd.keys import AUTO, kebab
 from fedkd.messages import decode_experiment, encode_introduction
 from fedkd.phases import installed_modules
 from fedkd.sources import digest

@@ -19,7 +19,8 @@ from flwr.app import RecordDict
 from fedkd.engines.answering import Sent, answers_together, store_of
 from fedkd.engines.in_process import Clients
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import Experiment
+from fedkd.keys import kebab
 from fedkd.orders import Failure
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder

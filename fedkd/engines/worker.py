@@ -17,7 +17,8 @@ from fedkd import data
 from fedkd.allocator import keep_freed_memory
 from fedkd.engines.answering import answers, store_of
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment, Scalar
+from fedkd.experiment import Experiment
+from fedkd.keys import Scalar
 from fedkd.orders import Failure
 from fedkd.sources import digest
 from fedkd.world import world_of

@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedkd.experiment import AUTO, Experiment, Scalar, kebab
+from fedkd.experiment import Experiment
+from fedkd.keys import AUTO, Scalar, kebab
 
 _OWN = ("name", "run_dir")
 """Keys of where a run's folder is: a repetition has another."""

@@ -10,7 +10,8 @@ from string import ascii_uppercase
 from fedkd.comparing.methods import label
 from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
-from fedkd.experiment import Experiment, kebab
+from fedkd.experiment import Experiment
+from fedkd.keys import kebab
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun, Run

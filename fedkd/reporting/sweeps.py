@@ -7,7 +7,7 @@ from math import nan
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from fedkd.experiment import Scalar, kebab
+from fedkd.keys import Scalar, kebab
 from fedkd.plots import points as point_plots
 from fedkd.plots.curves import Curve, curves
 from fedkd.plots.maps import grid
