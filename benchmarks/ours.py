@@ -17,7 +17,7 @@ from torch import Tensor
 from work import ALPHA, BATCH_SIZE, LEARNING_RATE, TAU, Job
 
 import fedkd
-from fedkd.images import Images
+from fedkd.data.images import Images
 from fedkd.records import Row
 from fedkd.records.callbacks import EachRound
 from fedkd.records.folder import environment

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedkd.images import Augment, Images
+from fedkd.data.images import Augment, Images
 from fedkd.keyed import at_steps
 from fedkd.losses import Term
 from fedkd.randomness import key

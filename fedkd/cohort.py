@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedkd.batches import VECTOR, Block, Side
+from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.fit import BlockFit, Fitted, Progress, joined_fits
-from fedkd.images import Images
 from fedkd.keyed import FeaturesFirst
 from fedkd.lanes import in_lanes
 from fedkd.optimizers import OptimizerSettings

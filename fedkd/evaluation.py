@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkd.cohort import Answers
-from fedkd.images import Images
+from fedkd.data.images import Images
 from fedkd.knowledge import ClassMeans, SoftLabels
 from fedkd.memories import TESTED
 from fedkd.phases import Role

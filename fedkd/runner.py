@@ -38,7 +38,7 @@ def run(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
     Args:
         experiment: what to run. Its folder ``<run-dir>/<name>`` must not exist; without a name one is
             made up from strategy, data set and seed.
-        callbacks: told of the run as it goes; see `fedkd.callbacks`.
+        callbacks: told of the run as it goes; see `fedkd.records.callbacks`.
 
     Returns:
         The finished run, read back from its folder.

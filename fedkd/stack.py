@@ -15,8 +15,8 @@ from torch import Tensor
 from fedkd.attacks import Attack, attack_of
 from fedkd.codecs import Packed, Reference
 from fedkd.cohort import Cohort
+from fedkd.data.images import Images
 from fedkd.experiment import Experiment
-from fedkd.images import Images
 from fedkd.knowledge import Knowledge, Output, SoftLabels
 from fedkd.memories import Memory
 from fedkd.orders import Order

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fedkd import data, models
 from fedkd.cohort import Cohort
+from fedkd.data.images import Images
+from fedkd.data.partition import label_counts, partition, split_public
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.images import Images
 from fedkd.keys import kebab
 from fedkd.knowledge import Sizes
 from fedkd.parameters import State, initial_state
-from fedkd.partition import label_counts, partition, split_public
 from fedkd.plans import Plan, wanted_plan
 from fedkd.randomness import permutation
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedkd.client import execute
+from fedkd.data.images import Images
 from fedkd.experiment import Experiment
-from fedkd.images import Images
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
 from fedkd.losses import mae_logits
 from fedkd.models import build

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedkd import models
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.fit import NORM_EVERY, Fitted
-from fedkd.images import Images
 from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.parameters import State, initial_state

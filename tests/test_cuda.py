@@ -22,7 +22,7 @@ import fedkd
 from fedkd import models, tuning
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
-from fedkd.images import Images
+from fedkd.data.images import Images
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings
 from fedkd.parameters import State, initial_state, stacked

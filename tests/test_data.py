@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedkd import data
-from fedkd.data import DATASETS, TENSORS, Dataset, DatasetInfo
+from fedkd.data import DATASETS, TENSORS, Dataset, DatasetInfo, cache
 from fedkd.errors import FedkdError
 
 TINY = DatasetInfo(
@@ -50,7 +50,7 @@ def tiny_tensors(seed: int = 0) -> dict[str, Tensor]:
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Register the small data set ``mnist`` with a known digest, and return its cache file."""
     info = replace(TINY, sha256=data.digest(tiny_tensors()))
-    monkeypatch.setattr(data, "DATASETS", MappingProxyType({"mnist": info}))
+    monkeypatch.setattr(cache, "DATASETS", MappingProxyType({"mnist": info}))
     path = tmp_path / "mnist.safetensors"
     save_file(tiny_tensors(), path)
     return path
@@ -223,7 +223,7 @@ def test_torchvision_files_are_converted_once(
     linked_raw_files(name, real_data, tmp_path)
     first = data.load(name, tmp_path)
     assert torch.equal(first.test_images, data.load(name, real_data).test_images)
-    monkeypatch.setattr(data, "_convert", None)  # not called again
+    monkeypatch.setattr(cache, "_convert", None)  # not called again
     assert torch.equal(data.load(name, tmp_path).train_labels, first.train_labels)
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == [f"{name}.safetensors"]
     umask = os.umask(0)
@@ -269,7 +269,7 @@ def test_cifar_files_in_torchvision_s_layout(
 
     source = getattr(torchvision.datasets, str(DATASETS[name].torchvision))
     info = replace(DATASETS[name], num_train=14, num_test=3, sha256=None)
-    monkeypatch.setattr(data, "DATASETS", MappingProxyType({name: info}))
+    monkeypatch.setattr(cache, "DATASETS", MappingProxyType({name: info}))
     folder = tmp_path / source.base_folder
     folder.mkdir()
     generator = torch.Generator().manual_seed(3)
@@ -339,7 +339,7 @@ def test_a_file_is_hashed_once_for_each_of_its_states(
         calls.append(1)
         return digest(tensors)
 
-    monkeypatch.setattr(data, "digest", counted)
+    monkeypatch.setattr(cache, "digest", counted)
     data.load("mnist", tiny.parent)
     data.load("mnist", tiny.parent)
     assert len(calls) == 1
@@ -406,8 +406,8 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data, "DATASETS", MappingProxyType({"mnist": TINY}))
-    monkeypatch.setattr(data, "_from_torchvision", lambda *_: tiny_tensors())
+    monkeypatch.setattr(cache, "DATASETS", MappingProxyType({"mnist": TINY}))
+    monkeypatch.setattr(cache, "_from_torchvision", lambda *_: tiny_tensors())
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert "(No space left on device)" in message("mnist", tmp_path)

@@ -9,9 +9,9 @@ import torch
 from federation_tools import Finished, P, federate, tiny
 from torch import Tensor, nn
 
+from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.images import Images
 from fedkd.knowledge import ModelWeights, Weights
 from fedkd.models import build
 from fedkd.phases import Load, Revisit, SendWeights, closing

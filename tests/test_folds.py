@@ -15,9 +15,9 @@ from torch import Tensor
 
 import fedkd
 from fedkd import data, world
+from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.images import Images
 from fedkd.messages import decode_experiment, experiment_record
 from fedkd.world import World, who_holds_what, world_of
 

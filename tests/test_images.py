@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedkd.images import Augment, Images
+from fedkd.data.images import Augment, Images
 from fedkd.randomness import key
 
 N, CHANNELS, HEIGHT, WIDTH = 11, 3, 7, 5

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkd import data, randomness
+from fedkd.data.partition import KINDS, label_counts, partition, split_public
 from fedkd.errors import FedkdError
-from fedkd.partition import KINDS, label_counts, partition, split_public
 
 SKEWED = torch.repeat_interleave(torch.arange(7), torch.tensor([211, 83, 101, 61, 131, 47, 97]))
 """731 labels of 7 classes of different sizes, sorted."""
@@ -402,7 +402,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_importing_the_module_imports_no_partitioner() -> None:
     code = (
-        "import sys, fedkd.partition; "
+        "import sys, fedkd.data.partition; "
         "print([m for m in ('flwr', 'flwr_datasets', 'datasets', 'ray') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -18,8 +18,8 @@ import fedkd
 from fedkd import models
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.images import Images
 from fedkd.errors import FedkdError
-from fedkd.images import Images
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.parameters import State, initial_state, stacked

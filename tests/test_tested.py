@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fedkd
 from fedkd import evaluation, tested
+from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.evaluation import record_predicted
-from fedkd.images import Images
 from fedkd.knowledge import ClassMeans
 from fedkd.models import build
 from fedkd.records import Run

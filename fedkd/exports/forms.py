@@ -41,7 +41,7 @@ class FromPixels(nn.Module):
         super().__init__()
         self.model = model
         means, deviations = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-        # The very numbers of `fedkd.images.Images.normalise`.
+        # The very numbers of `fedkd.data.images.Images.normalise`.
         self.register_buffer("scale", 1 / (255 * deviations))
         self.register_buffer("shift", means / deviations)
         self.eval().requires_grad_(False)

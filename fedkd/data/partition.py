@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedkd import randomness
-from fedkd.data import digest, read_tensors, write_tensors
+from fedkd.data.cache import digest, read_tensors, write_tensors
 from fedkd.errors import FedkdError, nearest
 
 KINDS = ("iid", "dirichlet", "shard", "pathological")

@@ -1,0 +1,16 @@
+"""Data sets, the public set and the clients' shards, images on the device."""
+
+from fedkd.data.cache import data_folder, digest, load, read_tensors, write_tensors
+from fedkd.data.datasets import DATASETS, TENSORS, Dataset, DatasetInfo
+
+__all__ = [
+    "DATASETS",
+    "TENSORS",
+    "Dataset",
+    "DatasetInfo",
+    "data_folder",
+    "digest",
+    "load",
+    "read_tensors",
+    "write_tensors",
+]
