@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkd import data, losses, testing
-    from fedkd.baseline import central
-    from fedkd.comparison import Comparison, compare
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
     from fedkd.exporting import Export, export
@@ -23,7 +21,11 @@ if TYPE_CHECKING:
     from fedkd.reports import report
     from fedkd.runner import resume, run
     from fedkd.strategy import DistillationStrategy
-    from fedkd.sweeps import Sweep, sweep
+    from fedkd.studies.central import central
+    from fedkd.studies.comparison.result import Comparison
+    from fedkd.studies.comparison.run import compare
+    from fedkd.studies.sweep.result import Sweep
+    from fedkd.studies.sweep.run import sweep
 
 __version__ = "0.1.0"
 
@@ -39,7 +41,7 @@ for _variable, _value in {
 _HOME = {
     "Callback": "records.callbacks",
     "CentralRun": "records.results",
-    "Comparison": "comparison",
+    "Comparison": "studies.comparison.result",
     "DistillationStrategy": "strategy",
     "Experiment": "experiment",
     "Export": "exporting",
@@ -47,14 +49,14 @@ _HOME = {
     "Run": "records.results",
     "SoftLabels": "knowledge",
     "Weights": "knowledge",
-    "Sweep": "sweeps",
-    "central": "baseline",
-    "compare": "comparison",
+    "Sweep": "studies.sweep.result",
+    "central": "studies.central",
+    "compare": "studies.comparison.run",
     "export": "exporting",
     "report": "reports",
     "resume": "runner",
     "run": "runner",
-    "sweep": "sweeps",
+    "sweep": "studies.sweep.run",
 }
 
 __all__ = [

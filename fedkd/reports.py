@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fedkd import __version__
-from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.findings.diagnose import findings
@@ -37,7 +36,8 @@ from fedkd.reporting.parts import (
 )
 from fedkd.reporting.sources import Federations, Sources, dealt, find
 from fedkd.reporting.tables import Table
-from fedkd.sweeps import Sweep
+from fedkd.studies.comparison.result import Comparison
+from fedkd.studies.sweep.result import Sweep
 
 LIGHT = {
     "paper": PAPER,

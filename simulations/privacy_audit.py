@@ -3,9 +3,10 @@
 mnist-5k, DS-FL, Dirichlet 0.5, in two settings: five clients that overfit (some 200 private images each,
 students `mlp-256`, five rounds of 300 public images), and a hundred clients that answer once (some 30
 images each, `mlp-64`, 100 public images), which suits noise: few rows, averaged over many clients. For
-every `dp-noise` σ: ε at δ = 1e-5, accuracy, and what a curious server finds out (`fedkd.leakage`) from
-the mean of a client's answers over the rounds. Members are told from test images of the same classes.
-Three seeds. No download; a quarter of an hour on one core (`pip install 'fedkd[privacy]'`):
+every `dp-noise` σ: ε at δ = 1e-5, accuracy, and what a curious server finds out
+(`fedkd.studies.leakage`) from the mean of a client's answers over the rounds. Members are told
+from test images of the same classes. Three seeds. No download;
+a quarter of an hour on one core (`pip install 'fedkd[privacy]'`):
 
     python simulations/privacy_audit.py --write docs
 """
@@ -27,11 +28,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 import fedkd
-from fedkd import leakage
 from fedkd.cohort import Cohort
 from fedkd.privacy import epsilon
 from fedkd.state_files import StateFiles
 from fedkd.strategy import Replies, Server
+from fedkd.studies import leakage
 from fedkd.world import World, world_of
 from strategies.dsfl import DSFL
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fedkd
-from fedkd.comparison import Comparison
 from fedkd.losses import effective_weights
 from fedkd.plots.curves import accuracy_by_round
 from fedkd.records import Run
+from fedkd.studies.comparison.result import Comparison
 
 EXPERIMENT = fedkd.Experiment(
     dataset="mnist-5k",

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedkd
-from fedkd.baseline import central
 from fedkd.cli.presets import PRESETS, preset
 from fedkd.data import load
 from fedkd.models import build
 from fedkd.randomness import key, permutation
 from fedkd.records.results import CentralRun, gap_closed
+from fedkd.studies.central import central
 
 SHAPE, CLASSES = (1, 8, 8), 10
 TINY = fedkd.Experiment(

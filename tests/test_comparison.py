@@ -21,14 +21,14 @@ from scipy.stats import binomtest
 
 import fedkd
 from fedkd import tested
-from fedkd.comparing.entries import Entry, Point, counted, curve, default_target, reached
-from fedkd.comparing.methods import default_methods
-from fedkd.comparing.tables import notes
-from fedkd.comparison import Comparison
 from fedkd.records import Run
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
 from fedkd.registry import find
+from fedkd.studies.comparison.entries import Entry, Point, counted, curve, default_target, reached
+from fedkd.studies.comparison.methods import default_methods
+from fedkd.studies.comparison.result import Comparison
+from fedkd.studies.comparison.tables import notes
 from strategies import DSFL
 
 EXPERIMENT = fedkd.Experiment(

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import fedkd
-from fedkd.comparing import capacity, jobs
-from fedkd.comparing.jobs import Job, fitting, make
+from fedkd.studies.comparison import capacity, jobs
+from fedkd.studies.comparison.jobs import Job, fitting, make
 
 EXPERIMENT = fedkd.Experiment(
     dataset="digits",
@@ -43,7 +43,7 @@ def makers(parent: int) -> list[int]:
 def is_there(number: int) -> bool:
     """Whether a process makes runs, as far as one that has ended shows its command no more."""
     try:
-        return "fedkd.comparing.jobs" in Path(f"/proc/{number}/cmdline").read_text()
+        return "fedkd.studies.comparison.jobs" in Path(f"/proc/{number}/cmdline").read_text()
     except OSError:
         return False
 
@@ -170,7 +170,8 @@ def test_where_free_memory_is_not_known_as_many_run_as_asked() -> None:
 def test_memory_is_measured() -> None:
     """A process that fills 300 MB has held 300 MB more, and its parent's peak is not its own."""
     code = (
-        "from fedkd.comparing.capacity import peak_bytes; a = peak_bytes(); b = b'x' * 300_000_000;"
+        "from fedkd.studies.comparison.capacity import peak_bytes; a = peak_bytes();"
+        "b = b'x' * 300_000_000;"
         "print(a, peak_bytes())"
     )
     filled = b"x" * 900_000_000

@@ -14,7 +14,6 @@ from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from fedkd import leakage
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
@@ -22,6 +21,7 @@ from fedkd.knowledge import SoftLabels
 from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator
+from fedkd.studies import leakage
 from fedkd.world import World, world_of
 from simulations import privacy_audit
 

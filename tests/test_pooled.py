@@ -17,7 +17,7 @@ from scipy.stats import entropy as scipy_entropy
 
 import fedkd
 from fedkd.experiment import Experiment
-from fedkd.pooled import Pooled, accuracies
+from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.world import world_of
 
 F64 = torch.float64

@@ -17,7 +17,6 @@ import torch
 
 import fedkd
 from fedkd import (
-    sweeps,
     tested,
 )
 from fedkd.errors import FedkdError
@@ -31,6 +30,7 @@ from fedkd.reporting import sweeps as report_sweeps
 from fedkd.reporting.parts import Drawing
 from fedkd.reporting.tables import Table
 from fedkd.reports import report
+from fedkd.studies.sweep.result import Point, Sweep
 
 BASE = fedkd.Experiment(
     dataset="digits",
@@ -487,14 +487,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
         strategy="DSFL", train_size=301, public_size=61, num_server_rounds=1,
         run_dir=str(tmp_path_factory.mktemp("sweeps")),
     )  # fmt: skip
-    return sweeps.sweep(experiment, {"alpha": [0.2, 0.9], "tau": [1.0, 2.0, 8.0]}, [0, 1], 2).path
+    return fedkd.sweep(experiment, {"alpha": [0.2, 0.9], "tau": [1.0, 2.0, 8.0]}, [0, 1], 2).path
 
 
 def test_a_sweep_shows_its_map_and_its_points(swept: Path, tmp_path: Path) -> None:
     found = Page(report([swept], tmp_path / "report.html"))
     (name,) = found.figures
     assert name == f"{swept.name}-sweep"
-    done = sweeps.Sweep.load(swept)
+    done = Sweep.load(swept)
     for point in done.points:
         means = [100 * mean(folds) for folds in point.accuracies]
         assert f"{mean(means):.1f} ± {stdev(means):.1f}" in found.text
@@ -505,22 +505,21 @@ def test_a_sweep_shows_its_map_and_its_points(swept: Path, tmp_path: Path) -> No
 
 
 def test_a_sweep_of_one_key_is_a_curve_and_of_names_dots(swept: Path) -> None:
-    done = sweeps.Sweep.load(swept)
+    done = Sweep.load(swept)
     one = [point for point in done.points if point.keys["tau"] == 2.0]
     chosen: dict[str, list[Any]] = {"alpha": [0.2, 0.9], "optimizer": ["adam", "sgd"]}
     for key, values in chosen.items():
         points = [
-            sweeps.Point({key: value}, point.accuracies)
-            for value, point in zip(values, one, strict=True)
+            Point({key: value}, point.accuracies) for value, point in zip(values, one, strict=True)
         ]
         fields = {**vars(done), "grid": {key: values}, "points": points}
-        (shown,) = report_sweeps.of_sweep(sweeps.Sweep(**fields))
+        (shown,) = report_sweeps.of_sweep(Sweep(**fields))
         assert shown.title.startswith("Held-out accuracy")
 
 
 def test_a_search_is_dots_over_each_key(swept: Path) -> None:
-    done = sweeps.Sweep.load(swept)
-    found = sweeps.Sweep(**{**vars(done), "is_search": True})
+    done = Sweep.load(swept)
+    found = Sweep(**{**vars(done), "is_search": True})
     (shown,) = report_sweeps.of_sweep(found)
     assert isinstance(shown, Drawing)
     assert [axes.get_xlabel() for axes in shown.figure.axes] == ["α", "τ"]

@@ -21,11 +21,9 @@ from federation_tools import tiny
 from killing import Killers
 
 import fedkd
-from fedkd import comparison, sweeps
 from fedkd.checkpoints import Checkpoint
 from fedkd.cli import main
 from fedkd.codecs import Reference
-from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
 from fedkd.records import Run
@@ -33,6 +31,10 @@ from fedkd.records.callbacks import EachRound
 from fedkd.records.files import read_lines
 from fedkd.records.folder import RunFolder
 from fedkd.runner import resume
+from fedkd.studies.comparison.result import Comparison
+from fedkd.studies.comparison.run import resume as resume_comparison
+from fedkd.studies.sweep.request import resume as resume_sweep
+from fedkd.studies.sweep.run import sweep
 
 ROUNDS = 5
 PARTLY: dict[str, Any] = {"num_clients": 5, "fraction_train": 0.6, "public_per_round": 23}
@@ -451,7 +453,7 @@ def test_a_comparison_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     assert Checkpoint.load(tmp_path / "both-dsfl-seed3").round == 2
     with pytest.raises(FedkdError, match="is unfinished: fedkd compare --resume"):
         Comparison.load(tmp_path / "both")
-    done = comparison.resume(tmp_path / "both")
+    done = resume_comparison(tmp_path / "both")
     assert done.reused == 5
     assert (tmp_path / "both-dsfl-seed3/resumptions.jsonl").is_file()
     assert [entry.accuracies for entry in done.entries] == [e.accuracies for e in whole.entries]
@@ -471,7 +473,7 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path, seeds: list[int]) -
     """Two seeds train side by side; one trains alone."""
     experiment = tiny(num_server_rounds=3, strategy="DSFL", partition_seed=2, plan="stacked")
     grid = {"alpha": [0.3]}
-    whole = sweeps.sweep(experiment.replace(run_dir=str(tmp_path / "whole")), grid, seeds, 2)
+    whole = sweep(experiment.replace(run_dir=str(tmp_path / "whole")), grid, seeds, 2)
     shares: list[float] = []
 
     def stop(_: str, share: float) -> None:
@@ -481,12 +483,12 @@ def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path, seeds: list[int]) -
 
     cut_off = experiment.replace(run_dir=str(tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
-        sweeps.sweep(cut_off, grid, seeds, 2, progress=stop)
+        sweep(cut_off, grid, seeds, 2, progress=stop)
     (folder,) = (tmp_path / "cut").iterdir()
     rounds = [Checkpoint.load(each).round for each in sorted((folder / "runs").iterdir())]
     assert len(rounds) == len(seeds)
     assert max(rounds) >= 2
-    done = sweeps.resume(folder, progress=lambda _, share: shares.append(-share))
+    done = resume_sweep(folder, progress=lambda _, share: shares.append(-share))
     assert done.path == folder
     assert [point.accuracies for point in done.points] == [p.accuracies for p in whole.points]
     told = [-share for share in shares if share < 0]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from fedkd.comparing import significance
-from fedkd.comparing.significance import (
+from fedkd.studies.comparison import significance
+from fedkd.studies.comparison.significance import (
     bootstrap,
     images_won,
     mean_difference,

@@ -28,11 +28,11 @@ from test_reports import Page
 import fedkd
 from fedkd import cli, data
 from fedkd.cli import console
-from fedkd.comparing.record import Record
 from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.folder import RunFolder
 from fedkd.reports import report
+from fedkd.studies.comparison.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fedkd", "strategies", "simulations", "benchmarks")

@@ -17,12 +17,17 @@ import pytest
 from federation_tools import tiny
 
 import fedkd
-from fedkd import client, sweeps, trials
+from fedkd import client
+from fedkd.engines import run_folder
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.folder import RunFolder
-from fedkd.sweeps import Point, Sweep, parse, search, sweep
-from fedkd.trials import Cell, SweepFolder, Trials
+from fedkd.studies.sweep import folder, run, training
+from fedkd.studies.sweep.folder import Cell, SweepFolder
+from fedkd.studies.sweep.grid import parse
+from fedkd.studies.sweep.result import Point, Sweep
+from fedkd.studies.sweep.run import search, sweep
+from fedkd.studies.sweep.training import Trials
 
 CLOSE = 1.5 / 40
 """A test image of a fold of 50 may fall to the other side: see CLOSE of test_together.py."""
@@ -33,7 +38,8 @@ Grid = dict[str, list[Any]]
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the sources be the same throughout a test, also while somebody edits them."""
-    monkeypatch.setattr(trials, "digest", lambda _: "0123456789abcdef")
+    for module in (folder, run_folder):
+        monkeypatch.setattr(module, "digest", lambda _: "0123456789abcdef")
 
 
 def federation(folder: Path, **keys: Any) -> Experiment:
@@ -153,11 +159,11 @@ def test_seeds_with_shards_of_their_own_are_stacks_of_their_own(
 def test_a_stack_holds_no_more_models_than_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "MODELS_AT_ONCE", 7)  # two federations of three clients
+    monkeypatch.setattr(training, "MODELS_AT_ONCE", 7)  # two federations of three clients
     stacks = watched(monkeypatch)
     found = sweep(federation(tmp_path), {"tau": [1, 2, 3, 4, 5]}, folds=2)
     assert [len(stack) for stack in stacks] == [2, 2, 1] * 2
-    monkeypatch.setattr(trials, "MODELS_AT_ONCE", 2)
+    monkeypatch.setattr(training, "MODELS_AT_ONCE", 2)
     again = sweep(federation(tmp_path, name="again"), {"tau": [1, 2, 3, 4, 5]}, folds=2)
     for one, other in zip(found.points, again.points, strict=True):
         assert np.array(one.accuracies) == pytest.approx(np.array(other.accuracies), abs=CLOSE)
@@ -296,7 +302,8 @@ def test_other_folds_another_base_or_other_code_are_another_sweep(
     paths.append(sweep(base, grid, [5], 3, of="central").path)
     paths.append(sweep(base.replace(alpha=0.1), grid, [5], 2, of="central").path)
     paths.append(sweep(base.replace(strategy="LocalOnly", num_server_rounds=1), grid, [5], 2).path)
-    monkeypatch.setattr(trials, "digest", lambda _: "fedcba9876543210")
+    for module in (folder, run_folder):
+        monkeypatch.setattr(module, "digest", lambda _: "fedcba9876543210")
     paths.append(sweep(base, grid, [5], 2, of="central").path)
     assert len(set(paths)) == 5
     named = base.replace(name=paths[0].name)
@@ -378,12 +385,13 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests")
 from federation_tools import tiny
-from fedkd import sweeps, trials
-trials.digest = lambda _: "0123456789abcdef"
+from fedkd.engines import run_folder
+from fedkd.studies.sweep import folder, run, training
+folder.digest = run_folder.digest = lambda _: "0123456789abcdef"
 base = tiny(strategy="DSFL", plan="stacked-6", run_dir=sys.argv[1], name="mine", num_server_rounds=2)
 print("begins", flush=True)
 told = lambda what, done: print(done, flush=True)
-sweeps.sweep(base, {"tau": [1, 3]}, [5, 8], 2, progress=told)
+run.sweep(base, {"tau": [1, 3]}, [5, 8], 2, progress=told)
 """
 
 
@@ -521,7 +529,8 @@ def test_other_text_is_refused(text: str) -> None:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "digest", lambda _: "0123456789abcdef")
+        for module in (folder, run_folder):
+            patch.setattr(module, "digest", lambda _: "0123456789abcdef")
         base = central(tmp_path_factory.mktemp("runs"), name="mine")
         yield search(base, RANGES, 13, [5, 8], 2, of="central")
 
@@ -602,9 +611,9 @@ def test_other_ranges_are_refused(
 
 @pytest.mark.parametrize("bounds", [(0.12346, 0.12348), (0.99991, 0.99999)], ids=str)
 def test_a_suggestion_stays_within_its_bounds(bounds: tuple[float, float]) -> None:
-    study = sweeps._study(3)
+    study = run._study(3)
     for _ in range(31):
-        value = sweeps._suggested(study.ask(), "alpha", bounds)
+        value = run._suggested(study.ask(), "alpha", bounds)
         assert bounds[0] <= float(value) <= bounds[1]
 
 

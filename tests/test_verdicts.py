@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fedkd.comparing.entries import Difference, Entry, as_row
-from fedkd.comparing.verdicts import percent, rivals, sentence, size
+from fedkd.studies.comparison.entries import Difference, Entry, as_row
+from fedkd.studies.comparison.verdicts import percent, rivals, sentence, size
 
 
 def entry(

@@ -72,13 +72,13 @@ def run(
 def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutput = TEXT) -> None:
     """Train a teacher on the pooled data, a student alone and a student distilled from it."""
     with start.experiment() as experiment:
-        from fedkd import baseline
         from fedkd.cli import preview, results
         from fedkd.findings.diagnose import findings
+        from fedkd.studies.central import central as run_central
 
         chosen = chosen_seeds(seeds, experiment)
         with output.progress(lambda: preview.central_plan(experiment, chosen)) as steps:
-            done = baseline.central(experiment, chosen, progress=steps.show)
+            done = run_central(experiment, chosen, progress=steps.show)
     found = findings(done)
     output.result(
         {
@@ -137,8 +137,8 @@ def compare(
     """Run methods side by side on the same shards, public set and initial weights."""
     refuse_beside(resume, methods=methods, seeds=seeds, reference=reference, target=target)
     with start.experiment(resume, _begun_comparison) as experiment:
-        from fedkd import comparison
         from fedkd.cli import preview, results
+        from fedkd.studies.comparison import run as comparison
 
         names = None if methods is None else methods.split(",")
         chosen = chosen_seeds(seeds, experiment)
@@ -162,7 +162,7 @@ def compare(
 
 
 def _begun_comparison(folder: str) -> Experiment:
-    from fedkd.comparing.record import Record
+    from fedkd.studies.comparison.record import Record
 
     return Record.read(Path(folder)).experiment
 
@@ -212,16 +212,17 @@ def sweep(
     """Choose alpha, tau and the like by cross-validation on the training images."""
     refuse_beside(resume, vary=vary, of=of, folds=folds, trials=trials, seeds=seeds)
     with start.experiment(resume) as experiment:
-        from fedkd import sweeps
         from fedkd.cli import preview
+        from fedkd.studies.sweep.grid import parse
+        from fedkd.studies.sweep.request import Asked
 
         if resume is not None:
-            asked = sweeps.Asked.in_folder(resume)
+            asked = Asked.in_folder(resume)
         else:
-            grid = sweeps.parse(vary, is_search=trials is not None)
+            grid = parse(vary, is_search=trials is not None)
             chosen = chosen_seeds(seeds, experiment)
             parts = 3 if folds is None else folds
-            asked = sweeps.Asked(grid, trials, chosen, parts, of or "federation")
+            asked = Asked(grid, trials, chosen, parts, of or "federation")
         with output.progress(
             lambda: preview.sweep_plan(experiment, str(asked), asked.seeds, asked.folds, asked.of)
         ) as steps:

@@ -49,23 +49,27 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, what: str) -> Iterator[None]:
     """Say what is wrong with a file of a run folder that cannot be read."""
     try:
         yield
     except OSError:
-        raise FedkdError(f"{path.parent} holds no finished run: {path.name} is missing") from None
-    except json.JSONDecodeError as error:
+        raise FedkdError(f"{path.parent} holds no {what}: {path.name} is missing") from None
+    except ValueError as error:
         raise FedkdError(f"{path.parent}: {path.name} is not valid JSON ({error})") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, what: str = "finished run") -> dict[str, Any]:
     """Read an object of a run folder.
+
+    Args:
+        path: the file.
+        what: a folder that has such a file holds.
 
     Raises:
         FedkdError: the file is missing or damaged.
     """
-    with _reading(path):
+    with _reading(path, what):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -75,7 +79,7 @@ def read_lines(path: Path) -> list[Row]:
     Raises:
         FedkdError: the file is missing or damaged.
     """
-    with _reading(path):
+    with _reading(path, "finished run"):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

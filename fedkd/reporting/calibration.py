@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd.comparing import methods
 from fedkd.plots import points as point_plots
 from fedkd.plots.points import Reliability
 from fedkd.records.results import Run
 from fedkd.reporting.parts import Drawing, knowledge_of
+from fedkd.studies.comparison import methods
 from fedkd.tested import Tested, expected_calibration_error, reliability
 
 _KIND_OF = {

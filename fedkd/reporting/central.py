@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from math import nan
 
-from fedkd.comparing import methods
 from fedkd.plots.curves import Curve, curves
 from fedkd.plots.points import points
 from fedkd.records.results import CentralRun
@@ -17,6 +16,7 @@ from fedkd.reporting.parts import (
     spread_over,
     tested_on,
 )
+from fedkd.studies.comparison import methods
 
 
 def of_central(run: CentralRun) -> list[Shown]:

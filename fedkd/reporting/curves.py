@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 
-from fedkd.comparing.entries import Counted, Point, counted, curve
 from fedkd.errors import FedkdError
 from fedkd.records.files import Row
 from fedkd.records.results import Run
 from fedkd.registry import strategy_of
+from fedkd.studies.comparison.entries import Counted, Point, counted, curve
 
 Points = dict[int, float]
 """Accuracy 0..1 by round."""

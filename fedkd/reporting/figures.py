@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from math import log, nan
 from statistics import mean, median
 
-from fedkd.comparing.methods import LOCAL
 from fedkd.plots import points as point_plots
 from fedkd.plots.curves import Curve, curves
 from fedkd.plots.maps import FEW_CLIENTS, shards, soft_labels
@@ -29,6 +28,7 @@ from fedkd.reporting.parts import (
     tested_on,
 )
 from fedkd.reporting.sources import Federations, dealt
+from fedkd.studies.comparison.methods import LOCAL
 
 _PHASES = ("load", "transfer", "digest", "revisit", "predict", "send", "encode", "aggregate")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkd.comparing import methods
-from fedkd.comparing.methods import CENTRAL
 from fedkd.experiment import Experiment
 from fedkd.records.files import read_lines
 from fedkd.records.results import CentralRun, Run
+from fedkd.studies.comparison import methods
+from fedkd.studies.comparison.methods import CENTRAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
-from fedkd.comparing.methods import label
-from fedkd.comparison import Comparison
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun, Run
-from fedkd.sweeps import Sweep
+from fedkd.studies.comparison.methods import label
+from fedkd.studies.comparison.result import Comparison
+from fedkd.studies.sweep.result import Sweep
 
 RUNS = "runs"
 """Where folders are looked for when none is named."""

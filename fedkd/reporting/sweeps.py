@@ -13,7 +13,7 @@ from fedkd.plots.curves import Curve, curves
 from fedkd.plots.maps import grid
 from fedkd.reporting.parts import Drawing, Missing, Shown
 from fedkd.reporting.tables import Table, from_cells, percent
-from fedkd.sweeps import Point, Sweep
+from fedkd.studies.sweep.result import Point, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,11 +8,11 @@ from statistics import mean, stdev
 
 from rich.table import Table as RichTable
 
-from fedkd.comparing.verdicts import size
-from fedkd.comparison import Comparison
 from fedkd.records.results import CentralRun, Run
 from fedkd.reporting.parts import central_accuracies, tested_on
 from fedkd.reporting.sources import Federations
+from fedkd.studies.comparison.result import Comparison
+from fedkd.studies.comparison.verdicts import size
 
 NONE = "–"
 

@@ -2,138 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal
 
 from fedkd.allocator import keep_freed_memory
-from fedkd.baseline import check_central
 from fedkd.engines.preflight import check
-from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
-from fedkd.pooled import Pooled, accuracies
 from fedkd.records.callbacks import Callback
-from fedkd.records.files import Row, write_json
+from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import Run
 from fedkd.runner import is_begun, run_or_resume, run_side_by_side
-from fedkd.sources import digest
+from fedkd.studies.arguments import Progress
+from fedkd.studies.central import check_central
+from fedkd.studies.pooled import Pooled, accuracies
+from fedkd.studies.sweep.folder import Cell, Done, Keys, SweepFolder
 from fedkd.tuning import Counts, clients_at_once, planned
-from fedkd.world import check_models, resolve_device, world_of
-
-Of = Literal["federation", "central"]
-"""Whose accuracy: the mean over a federation's clients, or the central distilled student's."""
-
-Keys = dict[str, Scalar]
-"""A point: values by key, as in Python."""
-
-Progress = Callable[[str, float], None]
-"""Called with what is going on and how far it is, 0..1."""
+from fedkd.world import check_models, world_of
 
 MODELS_AT_ONCE = 500
 """Models of an architecture in one stack: enough to fill a device, few enough for its memory."""
 
-_RECORD, _POINTS, _RUNS = "sweep.json", "points.jsonl", "runs"
-
-
-def silent(_: str, __: float) -> None:
-    """Tell nobody."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A point for one seed and fold.
-
-    Attributes:
-        keys: of the point.
-        seed: of everything random.
-        fold: the part held out, 1..F.
-    """
-
-    keys: Keys
-    seed: int
-    fold: int
-
-    @property
-    def name(self) -> tuple[Any, ...]:
-        """What tells it from others."""
-        return (*sorted(self.keys.items()), self.seed, self.fold)
-
-
-class Done:
-    """Accuracies by cell."""
-
-    def __init__(self) -> None:
-        self._accuracies: dict[tuple[Any, ...], float] = {}
-
-    def __contains__(self, cell: Cell) -> bool:
-        return cell.name in self._accuracies
-
-    def add(self, cell: Cell, accuracy: float) -> None:
-        """Take note of a cell."""
-        self._accuracies[cell.name] = accuracy
-
-    def table(self, keys: Keys, seeds: Sequence[int], folds: int) -> list[list[float]]:
-        """Return a point's accuracies ``[S][F]``.
-
-        Raises:
-            FedkdError: not all are known.
-        """
-        cells = [[Cell(keys, seed, fold) for fold in range(1, folds + 1)] for seed in seeds]
-        if not all(cell in self for row in cells for cell in row):
-            raise FedkdError("the sweep is unfinished: run it again, and it goes on")
-        return [[self._accuracies[cell.name] for cell in row] for row in cells]
-
-
-@dataclass(frozen=True)
-class SweepFolder:
-    """The folder of a sweep: ``sweep.json`` says what is swept, ``points.jsonl`` what is done."""
-
-    path: Path
-
-    def record(self) -> dict[str, Any]:
-        """Return what is swept.
-
-        Raises:
-            FedkdError: nothing is, here.
-        """
-        try:
-            found = dict(json.loads((self.path / _RECORD).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            raise FedkdError(f"{self.path} holds no sweep: no {_RECORD} to be read") from None
-        missing = {"of", "grid", "is_search", "trials", "seeds", "folds", "points"} - set(found)
-        if missing:
-            raise FedkdError(f"{self.path / _RECORD} says nothing of {', '.join(sorted(missing))}")
-        return found
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Say what is swept."""
-        write_json(self.path / _RECORD, dict(record))
-
-    def done(self) -> Done:
-        """Return what is done; a line that was cut off is not."""
-        found, path = Done(), self.path / _POINTS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                said = json.loads(line)
-                cell = Cell(said["keys"], said["seed"], int(said["fold"].partition("/")[0]))
-                found.add(cell, said["accuracy"])
-            except (ValueError, KeyError):
-                continue
-        return found
-
-    def append(self, cell: Cell, folds: int, accuracy: float, failure: str | None) -> None:
-        """Write down that a cell is done, and what ended it early."""
-        said = {"keys": cell.keys, "seed": cell.seed, "fold": f"{cell.fold}/{folds}"}
-        RunFolder(self.path).append(_POINTS, {**said, "accuracy": accuracy, "failure": failure})
+_RUNS = "runs"
+"""Folder of federations that were cut off."""
 
 
 class Trials:
@@ -211,8 +107,7 @@ class Trials:
             "folds": self._folds,
             "points": list(points),
         }
-        self.folder = self._earlier() or self._made()
-        self.folder.write(self._said)
+        self.folder = SweepFolder.begin(self._experiment, self._said)
         self._done = self.folder.done()
 
     def evaluate(self, points: Sequence[Keys], start: float = 0.0, share: float = 1.0) -> None:
@@ -251,40 +146,6 @@ class Trials:
         """Write down that these points are all, and return the folder."""
         self.folder.write({**self._said, "points": list(points)})
         return self.folder.path
-
-    # --- Folders ---
-
-    def _earlier(self) -> SweepFolder | None:
-        """Return the folder of the same sweep, of these or other points and seeds."""
-        name, parent = self._experiment.name, Path(self._experiment.run_dir)
-        if name is not None and not (parent / name).exists():
-            return None
-        for path in [parent / name] if name is not None else sorted(parent.glob("sweep-*")):
-            if self._is_same(path):
-                return SweepFolder(path)
-            if name is not None:
-                raise FedkdError(
-                    f"name = '{name}': {path} exists and holds another sweep, or one of other code; "
-                    "choose another name, or remove the folder"
-                )
-        return None
-
-    def _is_same(self, path: Path) -> bool:
-        try:
-            said, folder = SweepFolder(path).record(), RunFolder.existing(path)
-            before = folder.experiment
-        except FedkdError:  # no sweep, or one of another version
-            return False
-        same = all(said.get(key) == self._said[key] for key in ("of", "folds", "is_search"))
-        own = {"name": None, "run_dir": "runs", "seed": 0}
-        is_equal = before.replace(**own) == self._experiment.replace(**own)
-        return same and is_equal and folder.sources == digest(self._experiment)
-
-    def _made(self) -> SweepFolder:
-        experiment = self._experiment
-        folder = RunFolder.create(experiment, f"sweep-{experiment.dataset.replace(':', '.')}")
-        record_beginning(folder, experiment, str(resolve_device(experiment.device)))
-        return SweepFolder(folder.path)
 
     # --- Training ---
 

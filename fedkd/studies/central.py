@@ -21,9 +21,10 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.models import num_parameters
-from fedkd.pooled import Pooled, Progress, accuracies
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
+from fedkd.studies.arguments import Progress, seeds_of, silent
+from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.tested import Predictions, Tested, save_models
 from fedkd.tuning import check_plan, described, planned
 from fedkd.world import check_models, who_holds_what, world_of
@@ -34,7 +35,7 @@ def central(
     seeds: Sequence[int] | None = None,
     *,
     save: bool = True,
-    progress: Progress = lambda _, __: None,
+    progress: Progress = silent,
 ) -> CentralRun:
     """Train teacher, student alone and student distilled on the pooled data.
 
@@ -51,9 +52,7 @@ def central(
     Raises:
         FedkdError: a key, the data or a model is not right; nothing has been trained then.
     """
-    seeds = [experiment.seed] if seeds is None else list(seeds)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise FedkdError(f"seeds = {seeds}: at least one, and none of them twice")
+    seeds = seeds_of(experiment, seeds)
     check_central(experiment)
     if save:
         RunFolder.check(experiment)
@@ -128,33 +127,25 @@ def _trained(pooled: Pooled) -> tuple[CentralRun, Tested]:
 def _training(pooled: Pooled, teaching: Fitted, learning: Fitted) -> dict[str, dict[str, Any]]:
     """Say how the training of each model went, epoch by epoch."""
     experiment, count = pooled.experiment, len(teaching.losses)
-    on_own = pooled.training_accuracies(pooled.students)
-    found = {}
-    for model, fitted, rows, epochs, accuracy in (
-        (
-            "teacher",
-            teaching,
-            slice(None),
-            experiment.local_epochs,
-            pooled.training_accuracies(pooled.teachers),
-        ),
-        ("student-alone", learning, slice(count), experiment.distill_epochs, on_own[:count]),
-        (
-            "student-distilled",
-            learning,
-            slice(count, None),
-            experiment.distill_epochs,
-            on_own[count:],
-        ),
-    ):
-        steps = fitted.loss_by_step.shape[1] // epochs
-        norms = fitted.gradient_norm_by_step[rows]
-        found[model] = {
-            "loss": _by_epoch(fitted.loss_by_step[rows], steps, epochs, 1),
-            "gradient_norm": _by_epoch(norms, steps, epochs, NORM_EVERY),
-            "accuracy": accuracy,
-        }
-    return found
+    own = pooled.training_accuracies(pooled.students)
+    alone, distilled = slice(count), slice(count, None)
+    students = experiment.distill_epochs
+    taught = pooled.training_accuracies(pooled.teachers)
+    return {
+        "teacher": _course(teaching, slice(None), experiment.local_epochs, taught),
+        "student-alone": _course(learning, alone, students, own[alone]),
+        "student-distilled": _course(learning, distilled, students, own[distilled]),
+    }
+
+
+def _course(fitted: Fitted, rows: slice, epochs: int, accuracy: list[float]) -> dict[str, Any]:
+    """Say how the training of some rows of a fit went, and where it led on their own images."""
+    steps = fitted.loss_by_step.shape[1] // epochs
+    return {
+        "loss": _by_epoch(fitted.loss_by_step[rows], steps, epochs, 1),
+        "gradient_norm": _by_epoch(fitted.gradient_norm_by_step[rows], steps, epochs, NORM_EVERY),
+        "accuracy": accuracy,
+    }
 
 
 def _by_epoch(values: Tensor, steps: int, epochs: int, every: int) -> list[list[float | None]]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import normpath, relpath
 from pathlib import Path
 from typing import Any
 
-from fedkd.comparing.entries import Counted, counted
-from fedkd.comparing.methods import variant
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.records.files import write_json
+from fedkd.records.files import read_json, write_json
 from fedkd.records.folder import RunFolder
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
+from fedkd.studies.comparison.entries import Counted, counted
+from fedkd.studies.comparison.methods import variant
 
 FILE = "comparison.json"
 
@@ -130,12 +129,7 @@ class Record:
         Raises:
             FedkdError: there is none in it.
         """
-        try:
-            found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        except OSError:
-            raise FedkdError(f"{folder} holds no comparison: {FILE} is missing") from None
-        except ValueError as error:
-            raise FedkdError(f"{folder / FILE} is not valid JSON ({error})") from None
+        found = read_json(folder / FILE, "comparison")
         try:
             return cls._of(found, folder)
         except (AttributeError, KeyError, TypeError) as error:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from fedkd.comparing.entries import Difference, Entry
-from fedkd.comparing.methods import DISTILLED, LOCAL, label, subject
+from fedkd.studies.comparison.entries import Difference, Entry
+from fedkd.studies.comparison.methods import DISTILLED, LOCAL, label, subject
 
 
 def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float | None) -> str:

@@ -13,10 +13,10 @@ from math import floor
 from statistics import mean, stdev
 from typing import Any
 
-from fedkd.comparing.methods import CENTRAL, DISTILLED, LOCAL, label
 from fedkd.phases import Fit, Load, Phase, closing
 from fedkd.records.results import CentralRun, Run, gap_closed
 from fedkd.strategy import DistillationStrategy
+from fedkd.studies.comparison.methods import CENTRAL, DISTILLED, LOCAL, label
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from statistics import mean
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fedkd.comparing.entries import Difference, Entry
-from fedkd.comparing.methods import CENTRAL, DISTILLED, LOCAL, label
-from fedkd.comparing.verdicts import percent, size
+from fedkd.studies.comparison.entries import Difference, Entry
+from fedkd.studies.comparison.methods import CENTRAL, DISTILLED, LOCAL, label
+from fedkd.studies.comparison.verdicts import percent, size
 
 Cells = Mapping[str, str | None]
 """A row by column; `None` where the column means nothing for it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedkd.baseline import check_central
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
@@ -12,6 +11,8 @@ from fedkd.knowledge import SoftLabels
 from fedkd.plans import without
 from fedkd.registry import find, strategies
 from fedkd.strategy import DistillationStrategy
+from fedkd.studies.arguments import refuse_repeats
+from fedkd.studies.central import check_central
 
 CENTRAL = ("teacher", "student-alone", "student-distilled")
 """Methods of the central baseline; all others are strategies."""
@@ -84,10 +85,8 @@ def check_all(experiment: Experiment, names: Sequence[str], seeds: Sequence[int]
     Raises:
         FedkdError: one of them could not be run, or there is nothing to compare.
     """
-    labels = [_folder_word(name) for name in names]
-    for what, values in (("methods", labels), ("seeds", [str(seed) for seed in seeds])):
-        if not values or len(set(values)) < len(values):
-            raise FedkdError(f"{what} = '{','.join(values)}': at least one, and none of them twice")
+    refuse_repeats("methods", [_folder_word(name) for name in names])
+    refuse_repeats("seeds", seeds)
     if experiment.strategy_config != "none" and canonical(experiment.strategy) not in names:
         raise FedkdError(
             f"strategy-config = '{experiment.strategy_config}' belongs to strategy = "

@@ -23,16 +23,14 @@ from typing import IO, Any
 
 import torch
 
-from fedkd.baseline import central
-from fedkd.comparing import capacity
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.callbacks import EachRound
 from fedkd.references import in_one_line
 from fedkd.runner import resume, run
-
-Progress = Callable[[str, float], None]
-"""Called with what is going on and how far it is, 0..1."""
+from fedkd.studies.arguments import Progress
+from fedkd.studies.central import central
+from fedkd.studies.comparison import capacity
 
 _SPARE = 0.8
 """Share of the free memory that may be taken."""
@@ -184,7 +182,7 @@ def serve() -> None:
 
 _SERVE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from fedkd.comparing.jobs import serve; serve()"
+    "from fedkd.studies.comparison.jobs import serve; serve()"
 )
 
 Answers = SimpleQueue[tuple["_Maker", dict[str, Any] | None]]

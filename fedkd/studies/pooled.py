@@ -6,7 +6,7 @@ trained once for all students whose experiments do not differ in what a teacher 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 import torch
@@ -21,10 +21,8 @@ from fedkd.fit import Fitted
 from fedkd.losses import Term, ce, kl_term
 from fedkd.optimizers import OptimizerSettings, shared
 from fedkd.parameters import stacked
+from fedkd.studies.arguments import Progress
 from fedkd.world import world_of
-
-Progress = Callable[[str, float], None]
-"""Called with what is going on and how far it is, 0..1."""
 
 _STUDENTS_OWN = {"alpha": 0.0, "tau": 1.0, "distill_epochs": 1}
 """Keys that a teacher does not depend on, at a value for all."""

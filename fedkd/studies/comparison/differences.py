@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd.comparing import significance
-from fedkd.comparing.entries import Difference, Entry
-from fedkd.comparing.methods import CENTRAL
-from fedkd.comparing.verdicts import sentence
 from fedkd.records.results import Run
+from fedkd.studies.comparison import significance
+from fedkd.studies.comparison.entries import Difference, Entry
+from fedkd.studies.comparison.methods import CENTRAL
+from fedkd.studies.comparison.verdicts import sentence
 from fedkd.tested import Tested
 
 Bools = NDArray[np.bool_]

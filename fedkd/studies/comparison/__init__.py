@@ -1,0 +1,1 @@
+"""Methods compared on the same data: the runs, their numbers, how sure differences are, tables."""

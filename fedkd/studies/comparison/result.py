@@ -1,0 +1,205 @@
+"""A finished comparison: every number is computed from the folders of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Group
+from rich.table import Table
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.records.results import CentralRun, Run
+from fedkd.studies.comparison import tables
+from fedkd.studies.comparison.differences import Bools, difference, right, with_differences
+from fedkd.studies.comparison.entries import (
+    Difference,
+    Entry,
+    as_row,
+    central_entry,
+    curve,
+    default_target,
+    federated_entry,
+    with_gaps,
+    with_target,
+)
+from fedkd.studies.comparison.methods import CENTRAL, Method, canonical
+from fedkd.studies.comparison.record import Record
+from fedkd.studies.comparison.reuse import joined
+from fedkd.studies.comparison.verdicts import rivals, sentence
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods × seeds on the same data.
+
+    Attributes:
+        path: its folder, which holds ``comparison.json``.
+        experiment: what all methods share, as it was asked for.
+        entries: one a method, in the order asked for.
+        seeds: of every method.
+        test_size: test images behind every accuracy.
+        runs: the federated runs by method, one a seed.
+        central: the central baseline, if any of its methods was asked for; its path is `None` where
+            its seeds lie in several folders.
+        central_folders: by seed, where it lies.
+        reference: the method that the others are compared with.
+        target: accuracy 0..1 of which the entries say when it was reached, or `None`.
+        target_reason: why it is that one, or `None` if it was asked for.
+        reused: runs that were there already; a central baseline counts once a seed.
+        remark: how many runs were made at once, and why, where several were asked for.
+    """
+
+    path: Path
+    experiment: Experiment
+    entries: list[Entry]
+    seeds: list[int]
+    test_size: int
+    runs: dict[str, list[Run]]
+    central: CentralRun | None
+    central_folders: dict[int, Path]
+    reference: str
+    target: float | None
+    target_reason: str | None
+    reused: int
+    remark: str | None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a comparison's folder and the run folders that it names, beside it or elsewhere.
+
+        Raises:
+            FedkdError: there is no comparison, or one of its runs is gone.
+        """
+        return cls.from_record(Record.read(Path(path)))
+
+    @classmethod
+    def from_record(cls, record: Record) -> Self:
+        """Compute everything from a comparison's record and the run folders that it names.
+
+        Raises:
+            FedkdError: it is unfinished, or one of its runs is gone.
+        """
+        return cls(**_assembled(record))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One plain dict a method."""
+        return [as_row(entry) for entry in self.entries]
+
+    def __getitem__(self, method: Method) -> Entry:
+        name = canonical(method)
+        for entry in self.entries:
+            if entry.method == name:
+                return entry
+        there = ", ".join(entry.method for entry in self.entries)
+        raise FedkdError(f"method = '{name}' is not compared here; there are {there}")
+
+    @property
+    def sentences(self) -> list[str]:
+        """What it comes to: a sentence a method, and one on the two methods that matter most.
+
+        See `fedkd.studies.comparison.verdicts.rivals`.
+        """
+        found = [entry.sentence for entry in self.entries if entry.sentence is not None]
+        if (pair := rivals(self.entries, self.reference)) is not None:
+            ours, theirs = self[pair[0]], self[pair[1]]
+            found.append(sentence(ours, theirs, self.difference(*pair), self.target))
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known to read the tables."""
+        found = tables.notes(self.entries, len(self.seeds), self.target, self.target_reason)
+        count = len(self.seeds) * (len(self.runs) + (self.central is not None))
+        if self.reused:
+            found.append(f"{self.reused} of {count} runs were there already.")
+        return [*found, self.remark + "."] if self.remark is not None else found
+
+    def difference(self, method: Method, reference: Method) -> Difference:
+        """Return one method minus another, with how sure that is; the docs say what it covers."""
+        ours, theirs = self[method], self[reference]
+        return difference(ours, theirs, *map(self._right, (ours, theirs)))
+
+    def _right(self, entry: Entry) -> Bools | None:
+        return right(entry.method, self.runs.get(entry.method, ()), self.central_folders)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything that ``--json`` prints."""
+        paths = {method: [str(run.path) for run in runs] for method, runs in self.runs.items()}
+        return {
+            "path": str(self.path),
+            "seeds": self.seeds,
+            "test_size": self.test_size,
+            "reference": self.reference,
+            "target": self.target,
+            "target_reason": self.target_reason,
+            "reused": self.reused,
+            "remark": self.remark,
+            "methods": self.rows,
+            "sentences": self.sentences,
+            "notes": self.notes,
+            "runs": paths,
+            "central": {str(seed): str(path) for seed, path in self.central_folders.items()},
+        }
+
+    def table(self) -> Group:
+        """Return both tables, one above the other, at most 100 columns wide."""
+        return Group(self.accuracy_table(), self.cost_table())
+
+    def accuracy_table(self) -> Table:
+        """Return accuracies and differences, in percent and percentage points."""
+        seeds = _seeds(self.seeds)
+        title = f"Test accuracy in %, {seeds}, {self.test_size:,} test images"
+        return tables.accuracy_table(self.entries, title, self.reference)
+
+    def cost_table(self) -> Table:
+        """Return bytes, rounds and seconds."""
+        clients = self.experiment.num_clients
+        title = f"Payload of all {clients:,} clients and seconds, means of {_seeds(self.seeds)}"
+        return tables.cost_table(self.entries, title, self.target)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+
+
+def _assembled(record: Record) -> dict[str, Any]:
+    """Compute a comparison's attributes from its record and run folders."""
+    if not record.is_finished:
+        raise FedkdError(
+            f"{record.path} is unfinished: fedkd compare --resume {record.path} goes on"
+        )
+    runs = {name: [Run.load(path) for path in paths] for name, paths in record.runs.items()}
+    baseline = joined(record.central) if record.central else None
+    points = {n: [curve(run, record.counted[n]) for run in each] for n, each in runs.items()}
+    entries = [
+        central_entry(name, baseline)
+        if baseline and name in CENTRAL
+        else federated_entry(name, runs[name], record.counted[name])
+        for name in record.methods
+    ]
+    target, why = record.target, None
+    if target is None:
+        target, why = default_target(entries, points) or (None, None)
+    entries = [with_target(e, points.get(e.method), target) for e in with_gaps(entries)]
+    answers = {n: right(n, runs.get(n, ()), record.central) for n in record.methods}
+    sizes = [run.result["test_size"] for each in runs.values() for run in each[:1]]
+    return {
+        "path": record.path,
+        "experiment": record.experiment,
+        "entries": with_differences(entries, record.reference, target, answers),
+        "seeds": record.seeds,
+        "test_size": baseline.test_size if baseline else int(sizes[0]),
+        "runs": runs,
+        "central": baseline,
+        "central_folders": record.central,
+        "reference": record.reference,
+        "target": target,
+        "target_reason": why,
+        "reused": record.reused,
+        "remark": record.remark,
+    }

@@ -1,0 +1,161 @@
+"""The folder of a sweep: what is swept, and the accuracies that are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from fedkd.engines.run_folder import record_beginning
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.keys import Scalar
+from fedkd.records.files import read_json, write_json
+from fedkd.records.folder import RunFolder
+from fedkd.sources import digest
+from fedkd.world import resolve_device
+
+Of = Literal["federation", "central"]
+"""Whose accuracy: the mean over a federation's clients, or the central distilled student's."""
+
+Keys = dict[str, Scalar]
+"""A point: values by key, as in Python."""
+
+_RECORD, _POINTS = "sweep.json", "points.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point for one seed and fold.
+
+    Attributes:
+        keys: of the point.
+        seed: of everything random.
+        fold: the part held out, 1..F.
+    """
+
+    keys: Keys
+    seed: int
+    fold: int
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What tells it from others."""
+        return (*sorted(self.keys.items()), self.seed, self.fold)
+
+
+class Done:
+    """Accuracies by cell."""
+
+    def __init__(self) -> None:
+        self._accuracies: dict[tuple[Any, ...], float] = {}
+
+    def __contains__(self, cell: Cell) -> bool:
+        return cell.name in self._accuracies
+
+    def add(self, cell: Cell, accuracy: float) -> None:
+        """Take note of a cell."""
+        self._accuracies[cell.name] = accuracy
+
+    def table(self, keys: Keys, seeds: Sequence[int], folds: int) -> list[list[float]]:
+        """Return a point's accuracies ``[S][F]``.
+
+        Raises:
+            FedkdError: not all are known.
+        """
+        cells = [[Cell(keys, seed, fold) for fold in range(1, folds + 1)] for seed in seeds]
+        if not all(cell in self for row in cells for cell in row):
+            raise FedkdError("the sweep is unfinished: run it again, and it goes on")
+        return [[self._accuracies[cell.name] for cell in row] for row in cells]
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of a sweep: ``sweep.json`` says what is swept, ``points.jsonl`` what is done."""
+
+    path: Path
+
+    @classmethod
+    def begin(cls, experiment: Experiment, record: Mapping[str, Any]) -> Self:
+        """Make the folder of a sweep, or open that of the same sweep, of these or other points and seeds.
+
+        Args:
+            experiment: what its points share.
+            record: what is swept, which is written there.
+
+        Raises:
+            FedkdError: the folder that the experiment names belongs to something else.
+        """
+        folder = cls._earlier(experiment, record) or cls._made(experiment)
+        folder.write(record)
+        return folder
+
+    @classmethod
+    def _earlier(cls, experiment: Experiment, record: Mapping[str, Any]) -> Self | None:
+        """Return the folder of the same sweep, if there is one."""
+        name, parent = experiment.name, Path(experiment.run_dir)
+        if name is not None and not (parent / name).exists():
+            return None
+        for path in [parent / name] if name is not None else sorted(parent.glob("sweep-*")):
+            if cls(path)._is_of(experiment, record):
+                return cls(path)
+            if name is not None:
+                raise FedkdError(
+                    f"name = '{name}': {path} exists and holds another sweep, or one of other code; "
+                    "choose another name, or remove the folder"
+                )
+        return None
+
+    def _is_of(self, experiment: Experiment, record: Mapping[str, Any]) -> bool:
+        """Whether it holds this sweep, made by the same code."""
+        try:
+            said, folder = self.record(), RunFolder.existing(self.path)
+            before = folder.experiment
+        except FedkdError:  # no sweep, or one of another version
+            return False
+        same = all(said.get(key) == record[key] for key in ("of", "folds", "is_search"))
+        own = {"name": None, "run_dir": "runs", "seed": 0}
+        is_equal = before.replace(**own) == experiment.replace(**own)
+        return same and is_equal and folder.sources == digest(experiment)
+
+    @classmethod
+    def _made(cls, experiment: Experiment) -> Self:
+        folder = RunFolder.create(experiment, f"sweep-{experiment.dataset.replace(':', '.')}")
+        record_beginning(folder, experiment, str(resolve_device(experiment.device)))
+        return cls(folder.path)
+
+    def record(self) -> dict[str, Any]:
+        """Return what is swept.
+
+        Raises:
+            FedkdError: nothing is, here.
+        """
+        found = read_json(self.path / _RECORD, "sweep")
+        missing = {"of", "grid", "is_search", "trials", "seeds", "folds", "points"} - set(found)
+        if missing:
+            raise FedkdError(f"{self.path / _RECORD} says nothing of {', '.join(sorted(missing))}")
+        return found
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Say what is swept."""
+        write_json(self.path / _RECORD, dict(record))
+
+    def done(self) -> Done:
+        """Return what is done; a line that was cut off is not."""
+        found, path = Done(), self.path / _POINTS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                said = json.loads(line)
+                cell = Cell(said["keys"], said["seed"], int(said["fold"].partition("/")[0]))
+                found.add(cell, said["accuracy"])
+            except (ValueError, KeyError):
+                continue
+        return found
+
+    def append(self, cell: Cell, folds: int, accuracy: float, failure: str | None) -> None:
+        """Write down that a cell is done, and what ended it early."""
+        said = {"keys": cell.keys, "seed": cell.seed, "fold": f"{cell.fold}/{folds}"}
+        RunFolder(self.path).append(_POINTS, {**said, "accuracy": accuracy, "failure": failure})

@@ -1,0 +1,84 @@
+"""What is varied: a grid of values, or ranges for a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.keys import Scalar, kebab, snake
+
+_FIXED = ("seed", "fold", "name", "run_dir", "data_dir", "engine", "plan")
+"""Keys that a sweep sets itself."""
+
+
+def typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[str, list[Scalar]]:
+    """Validate each value by itself, and give it its type: it may be text, as on the command line."""
+    found: dict[str, list[Scalar]] = {}
+    for name, given in grid.items():
+        key = snake(name)
+        if key in _FIXED:
+            raise FedkdError(f"{kebab(key)} cannot be swept: a sweep sets it itself")
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise FedkdError(f"{kebab(key)} = {given!r} (from the grid): must be a list of values")
+        base = ("the experiment", experiment.flat())
+        values = [getattr(Experiment.load(base, ("the grid", {name: v})), key) for v in given]
+        if not values or len(set(values)) < len(values):
+            raise FedkdError(f"{kebab(key)} = {list(given)}: at least one value, and none twice")
+        found[key] = values
+    if not found:
+        raise FedkdError("the grid is empty: name keys and values, as in alpha=0.3,0.7 tau=1,5")
+    return found
+
+
+def typed_ranges(
+    experiment: Experiment, ranges: Mapping[str, Sequence[Scalar]]
+) -> dict[str, list[Scalar]]:
+    """Validate the bounds of each range as `typed` does values, and that they are a range.
+
+    Raises:
+        FedkdError: a key, a bound or a range is not right.
+    """
+    values = typed(experiment, ranges)
+    for key, bounds in values.items():
+        if len(bounds) != 2 or not all(type(b) in (int, float) for b in bounds):
+            raise FedkdError(f"{kebab(key)} = {bounds}: a range is LOW..HIGH, two numbers")
+        if float(bounds[0]) >= float(bounds[1]):
+            raise FedkdError(f"{kebab(key)} = {bounds[0]}..{bounds[1]}: LOW must be below HIGH")
+    return values
+
+
+def parse(text: str | None, *, is_search: bool) -> dict[str, list[Scalar]]:
+    """Read a grid such as ``alpha=0.3,0.7 tau=1,5``, or ranges such as ``alpha=0.1..0.9``.
+
+    Args:
+        text: of either.
+        is_search: whether it has to be ranges.
+
+    Returns:
+        Values (or bounds) by key, as text.
+
+    Raises:
+        FedkdError: it is neither, or the other.
+    """
+    if text is None:
+        raise FedkdError("--vary is missing: name keys and values, as in 'alpha=0.3,0.7 tau=1,5'")
+    found: dict[str, list[Scalar]] = {}
+    ranges = set()
+    for pair in text.split():
+        key, equals, values = pair.partition("=")
+        if not (key and equals and values):
+            raise FedkdError(
+                f"vary = '{pair}': must be KEY=VALUE,VALUE,... or KEY=LOW..HIGH, with spaces between keys"
+            )
+        if snake(key) in found:
+            raise FedkdError(f"vary = '{text}': {key} stands there twice")
+        found[snake(key)] = list(values.split(".." if ".." in values else ","))
+        ranges.add(".." in values)
+    if len(ranges) > 1:
+        raise FedkdError(f"vary = '{text}': either values or ranges, not both")
+    if ranges != {is_search}:
+        raise FedkdError(
+            f"vary = '{text}': values make a grid, ranges (LOW..HIGH) a search, which needs --trials"
+        )
+    return found
