@@ -16,8 +16,8 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import KINDS, ClassMeans, Knowledge, SoftLabels, check_answer, require_one
 from fedkd.phases import Apply, Phase, check_phases, closing
-from fedkd.references import blaming
 from fedkd.server import Replies, Server
+from fedkd.user_code import blaming
 
 
 @dataclass(frozen=True)

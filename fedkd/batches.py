@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.data.images import Augment, Images
-from fedkd.keyed import at_steps
 from fedkd.losses import Term
-from fedkd.randomness import key
+from fedkd.randomness import at_steps, key
 from fedkd.schedule import Stream, schedule
 
 VECTOR = 4

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkd.codecs import Packed
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.events import OUT_OF_MEMORY
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
@@ -25,11 +25,11 @@ from fedkd.memories import Memory
 from fedkd.orders import Failure, Order, Report
 from fedkd.parameters import State
 from fedkd.phases import Role, to_text
-from fedkd.references import blamed, in_one_line, place
 from fedkd.run_phases import run_phases
 from fedkd.stack import Stack, has_news
 from fedkd.state_store import ResidentStates
 from fedkd.states import INITIAL, States, concatenated
+from fedkd.user_code import blamed, place
 from fedkd.world import World
 
 _logger = logging.getLogger(__name__)

@@ -21,13 +21,13 @@ from fedkd.batches import VECTOR, Block, Side
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.fit import BlockFit, Fitted, Progress, joined_fits
-from fedkd.keyed import FeaturesFirst
 from fedkd.lanes import in_lanes
+from fedkd.machine import Precision, forward_pass, matrix_products
 from fedkd.optimizers import OptimizerSettings
 from fedkd.parameters import State, Stateless, stacked
 from fedkd.plans import Plan
-from fedkd.precision import Precision, forward_pass, matrix_products
 from fedkd.schedule import Stream, steps_per_epoch
+from fedkd.vmap_modes import FeaturesFirst
 
 _Forward = Callable[[Stateless, Mapping[str, Tensor], Tensor], Tensor]
 

@@ -86,6 +86,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return an exception's type and text without line breaks, 300 characters at most."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 _UNPRINTABLE = {
     code: "\ufffd"
     for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))

@@ -13,12 +13,12 @@ from torch.nn.functional import pad
 
 from fedkd.batches import Batches, Block, Side, spread
 from fedkd.errors import FedkdError
-from fedkd.keyed import KeyedMode
 from fedkd.losses import Step
+from fedkd.machine import Precision, forward_pass
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.parameters import State, Stateless
-from fedkd.precision import Precision, forward_pass
 from fedkd.profiling import part
+from fedkd.vmap_modes import KeyedMode
 
 NORM_EVERY = 8
 """Steps from one measurement of the gradient's norm to the next: a pass over all gradients costs time."""

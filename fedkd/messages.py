@@ -17,14 +17,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedkd.codecs import PLAIN, Packed, Reference, Wire, pack_samples, unpack_samples
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.events import REPORTED
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Sizes, SoftLabels
 from fedkd.knowledge_records import decode_knowledge, decode_tensor, encode_knowledge, typed_record
 from fedkd.orders import Order, Report
 from fedkd.phases import from_text, to_text
-from fedkd.references import in_one_line
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
 """Message types: execute an order; say who you are."""
@@ -57,7 +56,7 @@ class Introduction:
         client: partition id.
         num_examples: its private images.
         student: architecture of its student.
-        sources: digest of the code it runs.
+        sources: fingerprint of the code it runs.
     """
 
     client: int

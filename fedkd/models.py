@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.errors import FedkdError, nearest
-from fedkd.references import find_function, in_one_line
+from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.user_code import find_function
 
 InputShape = tuple[int, int, int]
 Builder = Callable[[InputShape, int], nn.Module]

@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from fedkd import losses
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, in_one_line, nearest
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Output, SoftLabels, Space
 from fedkd.losses import Term, kl_term
-from fedkd.references import in_one_line
 
 GROUP = "fedkd.strategies"
 """Entry-point group of strategies that other packages install."""

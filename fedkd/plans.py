@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedkd.references import in_one_line
+from fedkd.errors import in_one_line
 
 _logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from fedkd.experiment import Experiment
 from fedkd.keys import kebab, snake
 from fedkd.phases import GROUP, check_phases, to_text
 from fedkd.randomness import key
-from fedkd.references import MADE_UP, blamed, blaming, find_in, users_module
 from fedkd.strategy import DistillationStrategy
+from fedkd.user_code import MADE_UP, blamed, blaming, find_in, users_module
 
 _read: dict[str, int] = {}
 """When the files were last changed that were read here, in ns, by path."""

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, Introduction, decode_introduction
-from fedkd.sources import digest as sources_digest
 from fedkd.transport.replies import failure_reason
+from fedkd.user_code import fingerprint
 from fedkd.world import World
 
 HELLO_TIMEOUT = 60.0
@@ -110,7 +110,7 @@ class Roster:
 
     def _enrol(self, introduction: Introduction, node: int) -> None:
         client, num_clients = introduction.client, self._experiment.num_clients
-        if introduction.sources != sources_digest(self._experiment):
+        if introduction.sources != fingerprint(self._experiment.client_modules):
             raise FedkdError(
                 f"client {client} runs other code than the server (fedkd, strategies or "
                 "client-code differ); start both from the same installation"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from fedkd.allocator import keep_freed_memory
 from fedkd.checkpoints import Checkpoint
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
@@ -19,14 +18,15 @@ from fedkd.experiment import Experiment
 from fedkd.interrupts import InterruptedRun, between_rounds, naming_how_to_go_on
 from fedkd.keys import AUTO
 from fedkd.knowledge import SoftLabels
+from fedkd.machine import keep_freed_memory
 from fedkd.records.callbacks import Callback, Callbacks
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder, environment
 from fedkd.records.results import Run
 from fedkd.registry import recorded, strategy_of
-from fedkd.sources import digest
 from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import described, planned
+from fedkd.user_code import fingerprint
 from fedkd.world import resolve_device
 
 _ENGINES = {"cohort": "fedkd.engines.in_process", "flower": "fedkd.engines.simulation"}
@@ -100,7 +100,7 @@ def check_resumable(folder: RunFolder, experiment: Experiment) -> None:
     Raises:
         FedkdError: the sources differ from those that the run began with.
     """
-    if folder.sources != digest(experiment):
+    if folder.sources != fingerprint(experiment.client_modules):
         raise FedkdError(
             f"{folder.path} was begun by other code (fedkd {folder.version}; fedkd, strategies or "
             "client-code differ): go on with that, or begin a new run"
@@ -240,7 +240,7 @@ def is_begun(experiment: Experiment) -> bool:
     )
     with suppress(FedkdError):
         folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))
-        return folder.experiment == wanted and folder.sources == digest(wanted)
+        return folder.experiment == wanted and folder.sources == fingerprint(wanted.client_modules)
     return False
 
 

@@ -17,13 +17,12 @@ import torch
 
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
 from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings
 from fedkd.plans import Plan, default_plan, largest_block
-from fedkd.references import in_one_line
 from fedkd.schedule import steps_per_epoch
 from fedkd.world import World, world_of
 

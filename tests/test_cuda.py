@@ -24,10 +24,10 @@ from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.data.images import Images
 from fedkd.losses import ce, kl
+from fedkd.machine import Precision
 from fedkd.optimizers import OptimizerSettings
 from fedkd.parameters import State, initial_state, stacked
 from fedkd.plans import Plan
-from fedkd.precision import Precision
 from fedkd.world import world_of
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -21,10 +21,10 @@ from fedkd.cohort import Cohort
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.losses import ce, kl
+from fedkd.machine import Precision, forward_pass, matrix_products
 from fedkd.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.parameters import State, initial_state, stacked
 from fedkd.plans import Plan
-from fedkd.precision import Precision, forward_pass, matrix_products
 
 SHAPE, C, N, B, K = (1, 8, 8), 7, 101, 8, 3
 SIZES = [29, 17, 53]

@@ -42,8 +42,8 @@ from fedkd.orders import Failure, Order
 from fedkd.phases import Digest, Phase, Revisit
 from fedkd.records import Run
 from fedkd.server import Replies, Server
-from fedkd.sources import digest
 from fedkd.strategy import DistillationStrategy
+from fedkd.user_code import fingerprint
 
 # --- Who is where ---------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ def test_what_many_messages_share_travels_once_and_arrives_as_one() -> None:
 
 def test_a_worker_that_runs_other_code_is_refused(tmp_path: Path) -> None:
     experiment = tiny(num_workers=2, name="x", run_dir=str(tmp_path))
-    same = Worker(experiment.flat(), digest(experiment), [], 1)
+    same = Worker(experiment.flat(), fingerprint(experiment.client_modules), [], 1)
     assert same.answers([], {}) == []
     keys = {**experiment.flat(), "a-key-of-another-version": 3}
     with pytest.raises(FedkdError, match=f"worker on {socket.gethostname()} runs other code"):
@@ -193,7 +193,10 @@ def test_a_worker_that_runs_other_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_machine_without_the_data_asks_for_them_and_downloads_none(tmp_path: Path) -> None:
     experiment = tiny(dataset="mnist", data_dir=str(tmp_path), name="x", run_dir=str(tmp_path))
-    assert Worker(experiment.flat(), digest(experiment), [], 1).answers([], {}) is None
+    assert (
+        Worker(experiment.flat(), fingerprint(experiment.client_modules), [], 1).answers([], {})
+        is None
+    )
     assert list(tmp_path.iterdir()) == []
 
 

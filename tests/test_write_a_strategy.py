@@ -28,9 +28,9 @@ from fedkd.phases import Fit
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.registry import find, recorded, strategy_of
-from fedkd.sources import digest
 from fedkd.transport.local_grid import task_identity
 from fedkd.transport.replies import failure_reason
+from fedkd.user_code import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/write-a-strategy.md").read_text(encoding="utf-8")
@@ -192,10 +192,10 @@ def test_a_file_that_has_changed_is_read_again(folder: Path) -> None:
     path.write_text(OWN)
     first, same = (type(find(f"{path}:Own")) for _ in range(2))
     assert first is same
-    before = digest(Experiment(client_code="own_d"))
+    before = fingerprint(["own_d"])
     path.write_text(OWN.replace("class Own", "class Other").replace("2 *", "3 *"))
     assert find(f"{path}:Other").name() == "Other"
-    assert digest(Experiment(client_code="own_d")) != before
+    assert fingerprint(["own_d"]) != before
 
 
 def test_the_digest_covers_a_users_file(folder: Path) -> None:
@@ -203,7 +203,8 @@ def test_the_digest_covers_a_users_file(folder: Path) -> None:
     experiment = Experiment(strategy=f"{folder}/own_e.py:Own", **SMALL)
     keys = recorded(experiment, strategy_of(experiment))
     assert keys["client_code"] == "own_e"
-    assert digest(experiment.replace(**keys)) != digest(experiment)
+    named = experiment.replace(**keys)
+    assert fingerprint(named.client_modules) != fingerprint(experiment.client_modules)
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ def test_in_a_simulation_the_experiment_says_what_code_runs(
     simulated(monkeypatch, "ab12")
     experiment = tiny(client_code=own_module, name="simulated")
     reply = asked(experiment, HELLO)
-    assert decode_introduction(reply.content).sources == digest(experiment)
+    assert decode_introduction(reply.content).sources == fingerprint(experiment.client_modules)
     assert not asked(experiment, TRAIN, DOUBLED).has_error()
     without = asked(tiny(name="without"), TRAIN, DOUBLED)
     assert "only runs code of" in failure_reason(without)
@@ -322,7 +323,7 @@ def test_in_a_deployment_the_node_says_what_code_runs(
     for experiment in (claiming, tiny(name="allowed")):
         assert not asked(experiment, TRAIN, DOUBLED, **allowed).has_error()
     reply = asked(claiming, HELLO, **allowed)
-    assert decode_introduction(reply.content).sources == digest(claiming)
+    assert decode_introduction(reply.content).sources == fingerprint(claiming.client_modules)
 
 
 @pytest.mark.parametrize("key", ["dataset", "public", "student", "teacher"])

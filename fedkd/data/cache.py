@@ -31,8 +31,8 @@ from fedkd.data.datasets import (
     dtype_of,
     shipped,
 )
-from fedkd.errors import FedkdError, nearest
-from fedkd.references import find_function, in_one_line
+from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.user_code import find_function
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:

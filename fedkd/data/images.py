@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedkd.keyed import draws, mix
+from fedkd.randomness import draws, mix
 
 Augment = Literal["none", "crop-flip", "jitter-2"]
 _SHIFT = {"crop-flip": 4, "jitter-2": 2}

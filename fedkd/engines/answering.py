@@ -17,10 +17,10 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge
 from fedkd.messages import Introduction, decode_order, encode_report
 from fedkd.orders import Failure, Order
-from fedkd.sources import digest
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
 from fedkd.transport.replies import error_reply
+from fedkd.user_code import fingerprint
 from fedkd.world import World, world_of
 
 
@@ -101,7 +101,9 @@ def reply(message: Message, answer: RecordDict | Failure) -> Message:
 def introduce(experiment: Experiment, client: int) -> Introduction:
     """Say who a client is."""
     num_examples = len(world_of(experiment).shards[client])
-    return Introduction(client, num_examples, experiment.student_of(client), digest(experiment))
+    return Introduction(
+        client, num_examples, experiment.student_of(client), fingerprint(experiment.client_modules)
+    )
 
 
 def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:

@@ -18,16 +18,16 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkd.allocator import keep_freed_memory
 from fedkd.engines.answering import Sent, answers_together, introduce, reply, store_of
 from fedkd.engines.deployment import ends_in_time
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO, kebab
+from fedkd.machine import keep_freed_memory
 from fedkd.messages import decode_experiment, encode_introduction
 from fedkd.phases import installed_modules
-from fedkd.sources import digest
 from fedkd.transport.replies import always_reply
+from fedkd.user_code import fingerprint
 
 _NODE = "this node's --node-config"
 
@@ -44,7 +44,7 @@ def hello(message: Message, context: Context) -> Message:
     experiment = _accepted(sent, context)
     introduction = introduce(experiment, _partition(context, experiment))
     # The server compares the code that the run names; a node may allow more.
-    introduction = replace(introduction, sources=digest(sent))
+    introduction = replace(introduction, sources=fingerprint(sent.client_modules))
     return Message(encode_introduction(introduction), reply_to=message)
 
 

@@ -15,7 +15,7 @@ from threading import Event, Thread
 from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
-from fedkd.references import in_one_line
+from fedkd.errors import in_one_line
 from fedkd.transport.backend import GuardedGrid
 from fedkd.transport.replies import error_reply
 

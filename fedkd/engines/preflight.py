@@ -9,7 +9,7 @@ from inspect import signature
 
 from fedkd.checks import means_width
 from fedkd.engines.resources import check_resources
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
 from fedkd.phases import (
     Apply,
@@ -21,10 +21,10 @@ from fedkd.phases import (
     resolve_term,
 )
 from fedkd.records.folder import RunFolder
-from fedkd.references import MADE_UP, in_one_line, is_importable
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import check_plan
+from fedkd.user_code import MADE_UP, is_importable
 from fedkd.world import World, check_models, resolve_device, world_of
 
 _PATIENCE_S = 5.0

@@ -16,8 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
-from fedkd.errors import FedkdError
-from fedkd.references import in_one_line
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.transport.backend import quiet, replaced
 
 RAY_TIMEOUT = 120.0

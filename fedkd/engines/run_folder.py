@@ -8,7 +8,7 @@ import torch
 
 from fedkd.experiment import Experiment
 from fedkd.records.folder import RunFolder, environment
-from fedkd.sources import digest
+from fedkd.user_code import fingerprint
 
 
 def record_beginning(
@@ -23,5 +23,5 @@ def record_beginning(
         reasons: why something was decided so, by key.
     """
     surroundings = environment(device, torch.get_num_threads())
-    sources = {"sources": digest(experiment)}
+    sources = {"sources": fingerprint(experiment.client_modules)}
     folder.write_experiment(experiment, {**surroundings, **sources, **(reasons or {})})

@@ -16,12 +16,11 @@ from fedkd.engines.answering import located
 from fedkd.engines.client_app import app
 from fedkd.engines.ray_session import RaySession, local_ray, ray_session
 from fedkd.engines.resources import check_resources
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
-from fedkd.references import in_one_line
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.backend import (
     ClientProcessLost,

@@ -14,13 +14,13 @@ import torch
 from flwr.app import RecordDict
 
 from fedkd import data
-from fedkd.allocator import keep_freed_memory
 from fedkd.engines.answering import answers, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
+from fedkd.machine import keep_freed_memory
 from fedkd.orders import Failure
-from fedkd.sources import digest
+from fedkd.user_code import fingerprint
 from fedkd.world import world_of
 
 Contents = list[tuple[int, RecordDict]]
@@ -35,7 +35,7 @@ class Worker:
 
     Args:
         keys: the experiment's.
-        sources: digest of the code that the driver runs.
+        sources: fingerprint of the code that the driver runs.
         paths: where the driver finds modules.
         threads: that torch may use.
     """
@@ -81,7 +81,7 @@ class Worker:
     def _refuse_other_code(self) -> None:
         # Of the keys only this one matters here; other code may know other keys.
         code = Experiment.load(("the driver", {"client-code": self._keys["client-code"]}))
-        if digest(code) != self._sources:
+        if fingerprint(code.client_modules) != self._sources:
             raise FedkdError(
                 f"a worker on {gethostname()} runs other code than this process "
                 "(fedkd, strategies or client-code differ); start both from the same installation"

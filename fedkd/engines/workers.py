@@ -34,12 +34,11 @@ from fedkd.engines.ray_session import (
 )
 from fedkd.engines.resources import Share, available_cpus, placement, share_of
 from fedkd.engines.worker import Answers, Contents, Worker, data_sets, packed
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.orders import Failure
-from fedkd.references import in_one_line
-from fedkd.sources import digest
+from fedkd.user_code import fingerprint
 from fedkd.world import resolve_device, world_of
 
 REBUILDS = 2
@@ -196,7 +195,7 @@ class Workers:
     def _built(self, worker: int) -> Any:
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus, "max_restarts": 0}
         paths = [str(Path(path).absolute()) for path in sys.path]
-        keys, sources = self._experiment.flat(), digest(self._experiment)
+        keys, sources = self._experiment.flat(), fingerprint(self._experiment.client_modules)
         build = self._actor_class.options(**options).remote
         try:
             return within(START_TIMEOUT, lambda: build(keys, sources, paths, self._share.threads))

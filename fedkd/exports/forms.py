@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkd.errors import FedkdError
-from fedkd.references import in_one_line
+from fedkd.errors import FedkdError, in_one_line
 
 INPUT, OUTPUT, BATCH = "pixels", "logits", "batch"
 """Names of the program's input and output, and of their first axis."""

@@ -154,7 +154,7 @@ class RunFolder:
 
     @property
     def sources(self) -> str | None:
-        """The digest of the code that wrote it, if it says so; see `fedkd.sources`."""
+        """The fingerprint of the code that wrote it, if it says so; see `fedkd.user_code`."""
         return self._said("sources")
 
     def _said(self, name: str) -> str | None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd.allocator import keep_freed_memory
 from fedkd.cohort import Answers
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.fit import NORM_EVERY, Fitted
+from fedkd.machine import keep_freed_memory
 from fedkd.models import num_parameters
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Output, Space
 from fedkd.losses import Step, Term
@@ -27,9 +27,9 @@ from fedkd.phases import (
     resolve_term,
     to_text,
 )
-from fedkd.references import in_one_line, place
 from fedkd.testing.bench import Bench
 from fedkd.testing.findings import NotApplicable, Wrong
+from fedkd.user_code import place
 
 SYMBOLS = ("P", "C", "K", "S", "D", "I")
 """What formulas of bytes are made of, besides settings; `fedkd.strategy.Facts` explains them."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
-from fedkd.references import in_one_line, place
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing import declared, mail, rounds, rule
 from fedkd.testing.bench import Bench
 from fedkd.testing.findings import Finding, NotApplicable, Report, StrategyCheckFailed, Wrong
+from fedkd.user_code import place
 
 _ADVICE = {
     "server-model = 'none': there is no model": "declare server_model='required' in facts",

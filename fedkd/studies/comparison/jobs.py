@@ -23,10 +23,9 @@ from typing import IO, Any
 
 import torch
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
 from fedkd.records.callbacks import EachRound
-from fedkd.references import in_one_line
 from fedkd.runner import resume, run
 from fedkd.studies.arguments import Progress
 from fedkd.studies.central import central

@@ -17,9 +17,8 @@ from fedkd.keys import AUTO
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
-from fedkd.references import is_importable
 from fedkd.registry import recorded, strategy_of
-from fedkd.sources import digest
+from fedkd.user_code import fingerprint, is_importable
 from fedkd.world import resolve_device
 
 _NO_NUMBERS = ("name", "run_dir", "data_dir", "profile")
@@ -53,8 +52,8 @@ class _Found:
 class Shelf:
     """The runs in a folder that could have been made by this code here and now.
 
-    The digest of the sources and the version of PyTorch must be the same. A run is left out where the
-    digest does not tell whether a user's own code is still the same: a strategy in a script or
+    The fingerprint of the sources and the version of PyTorch must be the same. A run is left out where
+    it does not tell whether a user's own code is still the same: a strategy in a script or
     notebook, and data sets and models whose modules ``client-code`` does not name.
     """
 
@@ -108,7 +107,7 @@ def _read(folder: Path) -> _Found | None:
         if said.get("torch") != version("torch") or "sources" not in said:
             return None
         experiment = RunFolder(folder).experiment
-        if not _is_covered(experiment) or said["sources"] != digest(experiment):
+        if not _is_covered(experiment) or said["sources"] != fingerprint(experiment.client_modules):
             return None
         seeds = tuple(result["seeds"]) if "seeds" in result else ()
         return _Found(folder, experiment.replace(device=said["device"]), is_finished, seeds)

@@ -14,7 +14,7 @@ from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
 from fedkd.records.files import read_json, write_json
 from fedkd.records.folder import RunFolder
-from fedkd.sources import digest
+from fedkd.user_code import fingerprint
 from fedkd.world import resolve_device
 
 Of = Literal["federation", "central"]
@@ -118,7 +118,7 @@ class SweepFolder:
         same = all(said.get(key) == record[key] for key in ("of", "folds", "is_search"))
         own = {"name": None, "run_dir": "runs", "seed": 0}
         is_equal = before.replace(**own) == experiment.replace(**own)
-        return same and is_equal and folder.sources == digest(experiment)
+        return same and is_equal and folder.sources == fingerprint(experiment.client_modules)
 
     @classmethod
     def _made(cls, experiment: Experiment) -> Self:

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
-from fedkd.allocator import keep_freed_memory
 from fedkd.engines.preflight import check
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
+from fedkd.machine import keep_freed_memory
 from fedkd.records.callbacks import Callback
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder

@@ -1,19 +1,22 @@
-"""A user's own function by ``module:function``."""
+"""A user's own code: found by ``module:function``, blamed by file and line, fingerprinted."""
 
 from __future__ import annotations
 
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import blake2b
 from importlib import import_module
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, in_one_line, nearest
 
 
 def find_function(reference: str, what: str) -> Callable[..., Any]:
@@ -127,6 +130,36 @@ def blaming(where: str) -> Iterator[None]:
         raise FedkdError(f"{where}: {blamed(error)}") from error
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return an exception's type and text without line breaks, 300 characters at most."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def fingerprint(modules: Iterable[str]) -> str:
+    """Return a hash of the Python sources of fedkd, strategies and `modules`.
+
+    Clients and server must run the same code. Under ``flwr run`` the server app comes out of Flower's
+    archive while Ray workers import from a working directory, so that the two can differ without
+    anybody noticing. A script that is run, and a file with another module's name, are left out: only
+    this process knows them.
+    """
+    known = [module for module in modules if is_importable(module)]
+    origins = [_origin(module) for module in ("fedkd", "strategies", *known)]
+    # A user's file may be changed and read again while a notebook runs.
+    return _hash(tuple((path, path.stat().st_mtime_ns) for path in origins if path is not None))
+
+
+@lru_cache(maxsize=8)
+def _hash(origins: tuple[tuple[Path, int], ...]) -> str:
+    found = blake2b(digest_size=8)
+    for origin, _ in origins:
+        for path in _files(origin):
+            found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def _origin(module: str) -> Path | None:
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # the package of a dotted name
+        return None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def _files(origin: Path) -> list[Path]:
+    return sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]

@@ -13,8 +13,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from fedkd.errors import FedkdError
-from fedkd.keyed import KeyedMode, at_steps, draws, mix
-from fedkd.randomness import key
+from fedkd.randomness import at_steps, draws, key, mix
+from fedkd.vmap_modes import KeyedMode
 
 K, B, UNITS = 3, 5, 7
 WORD = (1 << 64) - 1
