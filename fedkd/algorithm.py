@@ -11,10 +11,17 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fedkd.codecs import Wire
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import KINDS, ClassMeans, Knowledge, SoftLabels, check_answer, require_one
+from fedkd.knowledge import (
+    KINDS,
+    ClassMeans,
+    Knowledge,
+    SoftLabels,
+    Wire,
+    check_answer,
+    require_one,
+)
 from fedkd.phases import Apply, Phase, check_phases, closing
 from fedkd.server import Replies, Server
 from fedkd.user_code import blaming

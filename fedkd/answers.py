@@ -7,9 +7,10 @@ from time import monotonic
 import torch
 
 from fedkd.attacks import attacked
-from fedkd.codecs import PLAIN, Packed
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge.codec import Packed
+from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import MeanByClass, Predict
 from fedkd.privacy import privatise
 from fedkd.profiling import part

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge.codec import Reference
 from fedkd.parameters import State
 from fedkd.records.files import replace_file
 

@@ -16,11 +16,11 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from fedkd.codecs import Packed
 from fedkd.errors import FedkdError, in_one_line
 from fedkd.events import OUT_OF_MEMORY
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
+from fedkd.knowledge.codec import Packed
 from fedkd.memories import Memory
 from fedkd.orders import Failure, Order, Report
 from fedkd.parameters import State

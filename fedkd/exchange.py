@@ -16,10 +16,10 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedkd.checks import check_report, with_known_numbers
-from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment
+from fedkd.knowledge.codec import Reference
 from fedkd.knowledge_records import typed_record
 from fedkd.messages import decode_report, in_a_line
 from fedkd.orders import Order, Report

@@ -41,7 +41,7 @@ _PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
 
 _WIRE = r"[a-z0-9]+(:[0-9]+)?(\+[a-z]+)*"
 _CODECS = re.compile(rf"auto|{_WIRE}(/{_WIRE})?")
-"""Values of ``codec``; `fedkd.codecs` reads them."""
+"""Values of ``codec``; `fedkd.knowledge.wire` reads them."""
 
 
 class Experiment(BaseModel):

@@ -14,7 +14,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.codecs import PLAIN, Packed, Wire, pack_samples, unpack_samples
 from fedkd.errors import FedkdError
 from fedkd.knowledge import (
     ClassMeans,
@@ -23,8 +22,11 @@ from fedkd.knowledge import (
     Sizes,
     SoftLabels,
     Weights,
+    Wire,
     require_one,
 )
+from fedkd.knowledge.codec import Packed, pack_samples, unpack_samples
+from fedkd.knowledge.wire import PLAIN
 from fedkd.npy import read_npy
 
 MOST_SETS = 1000

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.parameters import State, stacked
+from fedkd.records.predictions import MOST_ANSWERS, Predictions, Tested
 from fedkd.slot_file import DTYPES
 from fedkd.state_files import StateFiles
 from fedkd.states import States
-from fedkd.tested import MOST_ANSWERS, Predictions, Tested
 
 _KEPT = "kept"
 """The role under which a memory's tensors stand in a file of states."""

@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedkd.codecs import PLAIN, Packed, Reference, Wire
-from fedkd.knowledge import Knowledge
+from fedkd.knowledge import Knowledge, Wire
+from fedkd.knowledge.codec import Packed, Reference
+from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import Phase
 
 

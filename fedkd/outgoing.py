@@ -8,8 +8,8 @@ from weakref import WeakValueDictionary
 
 from fedkd.algorithm import CheckedAlgorithm
 from fedkd.checkpoints import Checkpoint
-from fedkd.codecs import Reference
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.knowledge.codec import Reference
 from fedkd.knowledge_records import encode_knowledge
 from fedkd.phases import Phase
 from fedkd.server import Server

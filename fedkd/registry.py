@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
-from fedkd.codecs import Wire
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab, snake
+from fedkd.knowledge import Wire
 from fedkd.phases import GROUP, check_phases, to_text
 from fedkd.randomness import key
 from fedkd.strategy import DistillationStrategy
@@ -135,7 +135,7 @@ def _check_saying(strategy: DistillationStrategy) -> None:
     with blaming(f"wire of {strategy.name()}"):
         wires: object = strategy.wire()
         if not isinstance(wires, tuple) or [type(wire) for wire in wires] != [Wire, Wire]:
-            raise FedkdError(f"{wires!r} is not two of fedkd.codecs.Wire, up and down")
+            raise FedkdError(f"{wires!r} is not two of fedkd.knowledge.Wire, up and down")
 
 
 def _named(name: str) -> type[DistillationStrategy]:

@@ -13,10 +13,10 @@ from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result
 
 from fedkd.checkpoints import Checkpoint
-from fedkd.diagnostics import described, detailed
 from fedkd.exchange import Exchange
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels, Weights
+from fedkd.knowledge.calibration import described, detailed
 from fedkd.memories import Memories, collected
 from fedkd.orders import Report
 from fedkd.privacy import epsilon

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedkd.attacks import Attack, attack_of
-from fedkd.codecs import Packed, Reference
 from fedkd.cohort import Cohort
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Output, SoftLabels
+from fedkd.knowledge.codec import Packed, Reference
 from fedkd.memories import Memory
 from fedkd.orders import Order
 from fedkd.parameters import State

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from fedkd.algorithm import Facts
 from fedkd.attacks import check_attack
-from fedkd.codecs import PLAIN, Wire, parse_codec
 from fedkd.errors import FedkdError, nearest
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
 from fedkd.keys import accepted, kebab
-from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, Wire
+from fedkd.knowledge.wire import PLAIN, parse_codec
 from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.privacy import check_privacy
 from fedkd.records.files import Row

@@ -10,10 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedkd.codecs import Wire
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, Wire, combine_probabilities
 from fedkd.phases import Digest, Phase, Predict, Reset, Revisit
-from fedkd.robust import Rule, combine_probabilities
 from fedkd.strategy import DistillationStrategy, Facts, Replies, Server
 
 Bits = Literal[1, 2, 4, 8, 32]
@@ -44,7 +42,7 @@ class CFD(DistillationStrategy):
         up_bits: b_up, bits of a probability that a client sends: 1 (the most probable class), 2, 4, 8, or
             32 for floats as they are.
         down_bits: b_down, the same for the server's; the paper's CFD-1-32 and CFD-1-1.
-        combine: ``"mean"`` (equation 14), or a robust rule in its place (`fedkd.robust.combine`).
+        combine: ``"mean"`` (equation 14), or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
     # P/8: the bitmap. The rest of deflate's own is below a thousandth and 64 bytes.

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import SoftLabels, in_canonical_order
 from fedkd.phases import Apply, Fit, LocalClient, Phase, Predict, Revisit, procedure
-from fedkd.robust import in_canonical_order
 from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
 
 By = Literal["client", "sample"]

@@ -12,9 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import SoftLabels, in_canonical_order
 from fedkd.phases import Fit, Phase, Predict, Revisit
-from fedkd.robust import in_canonical_order
 from fedkd.strategy import DistillationStrategy, Facts
 
 _TIE = 1e-9

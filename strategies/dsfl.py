@@ -10,9 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, combine_probabilities
 from fedkd.phases import Digest, Phase, Predict, Revisit
-from fedkd.robust import Rule, combine_probabilities
 from fedkd.strategy import DistillationStrategy, Facts, Positive
 
 
@@ -27,7 +26,7 @@ class DSFL(DistillationStrategy):
             aggregation).
         era_temperature: T; 0.1 in the paper. As the softmax is taken of probabilities, the sharpest
             label it can give is e^(1/T) / (e^(1/T) + C − 1).
-        combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`).
+        combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
     facts = Facts(

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkd.knowledge import Knowledge, SoftLabels
+from fedkd.knowledge import Knowledge, Rule, SoftLabels, combine
 from fedkd.phases import Digest, Phase, Predict, Revisit
-from fedkd.robust import Rule, combine
 from fedkd.strategy import DistillationStrategy, Facts, Positive, Replies, Server
 
 

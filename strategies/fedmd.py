@@ -9,10 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, combine_logits
 from fedkd.losses import mae_logits
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit, reference
-from fedkd.robust import Rule, combine_logits
 from fedkd.strategy import Count, DistillationStrategy, Facts
 
 
@@ -28,7 +27,7 @@ class FedMD(DistillationStrategy):
         digest: ``"kl"`` is the τ-softened loss of the experiment's α and τ; ``"mae"`` the mean
             absolute error between logits, as in the authors' code.
         transfer_epochs: passes over the labelled public set in round 1 (the authors': up to 20).
-        combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`), of logits.
+        combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`), of logits.
     """
 
     facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + 2*I", server_model="optional")

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd.codecs import Wire
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, Wire, combine_probabilities
 from fedkd.phases import Digest, Phase, Predict, Revisit
-from fedkd.robust import Rule, combine_probabilities
 from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
 
 
@@ -44,7 +42,7 @@ class SCARLET(DistillationStrategy):
             published 50 goes with draws of a tenth of the public set a round and 2,000 rounds; 3 suits
             short runs that draw all of it (``public-per-round`` = auto), in which at 50 the labels of
             round 1 would be the last.
-        combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`).
+        combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
     # P: the samples drawn. They are asked for only in part; a bit for each says whether its row follows.

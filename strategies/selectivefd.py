@@ -14,9 +14,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, combine_probabilities
 from fedkd.phases import Apply, Digest, LocalClient, Phase, Predict, Revisit, procedure
-from fedkd.robust import Rule, combine_probabilities
 from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
 
 ROWS = 1024
@@ -119,7 +118,7 @@ class SelectiveFD(DistillationStrategy):
             demonstration, which has no selector there.
         labels: ``"soft"`` sends the mean on, ``"hard"`` its one-hot label, for a digest with τ = 1: at
             a higher temperature it asks for logits that are τ times as far apart.
-        combine: ``"mean"``, or a robust rule in its place (`fedkd.robust.combine`).
+        combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
     facts = Facts(paper="2304.01731", up="<= P*C*4 + P*4", down="<= P*C*4 + P*4 + I")

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from fedkd.codecs import Wire
 from fedkd.data import Dataset
+from fedkd.knowledge import Wire
 
 Corruption = Callable[[Message], "Message | list[Message]"]
 Spoil = Callable[[RecordDict, Random], RecordDict]

@@ -44,11 +44,10 @@ from fedkd.client import execute
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Space, Weights
+from fedkd.knowledge import ClassMeans, Knowledge, Rule, SoftLabels, Space, Weights
 from fedkd.orders import Order, Report
 from fedkd.phases import Fit, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.registry import strategies, strategy_of
-from fedkd.robust import Rule
 from fedkd.server import Replies, Server
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates

@@ -18,13 +18,12 @@ from flwr.app import Array, Message
 from test_scarlet import watch
 from torch import Tensor
 
-from fedkd.codecs import Reference, Wire, pack, unpack
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, Wire
+from fedkd.knowledge.codec import Reference, pack, unpack
 from fedkd.orders import Order
 from fedkd.phases import Digest, Phase, Predict, Reset, Revisit
-from fedkd.robust import Rule
 from fedkd.server import Replies
 from strategies.cfd import CFD
 

@@ -14,9 +14,9 @@ from fedkd.citations import ENTRIES, citations
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
+from fedkd.knowledge import Rule
 from fedkd.models import build
 from fedkd.registry import strategies
-from fedkd.robust import Rule
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "strategies"
 HEADINGS = [

@@ -21,21 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedkd.codecs import (
-    NUMBERS,
-    PACKS,
-    PLAIN,
-    ROWS,
-    Packed,
-    Reference,
-    Wire,
-    pack,
-    pack_samples,
-    parse_codec,
-    unpack,
-    unpack_samples,
-)
 from fedkd.errors import FedkdError
+from fedkd.knowledge import Wire
+from fedkd.knowledge.codec import Packed, Reference, pack, pack_samples, unpack, unpack_samples
+from fedkd.knowledge.wire import NUMBERS, PACKS, PLAIN, ROWS, parse_codec
 
 
 def makes_sense(number: str, packing: str) -> bool:

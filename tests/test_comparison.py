@@ -20,8 +20,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 import fedkd
-from fedkd import tested
-from fedkd.records import Run
+from fedkd.records import Run, predictions
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
 from fedkd.registry import find
@@ -382,7 +381,7 @@ def test_differences_are_those_of_clients_and_of_answers(comparison: fedkd.Compa
 def _won(ours: list[Run], theirs: list[Run]) -> tuple[int, int]:
     shares = []
     for runs in (ours, theirs):
-        kept = [tested.Tested.load(run.path) for run in runs]
+        kept = [predictions.Tested.load(run.path) for run in runs]
         rows = [k.models["student"].classes == k.labels for k in kept if k is not None]
         assert torch.cat(rows).shape == (6, 359)
         shares.append(torch.cat(rows).sum(0))
@@ -401,7 +400,7 @@ def test_two_central_models_of_one_seed_are_compared_by_mcnemars_test(copy: Path
         [3],
         reference="student-alone",
     )
-    kept = tested.Tested.load(one.central_folders[3])
+    kept = predictions.Tested.load(one.central_folders[3])
     assert kept is not None
     row = kept.models["teacher"].owners.index(3)
     teacher, student = (

@@ -15,8 +15,8 @@ from scipy.stats import entropy as scipy_entropy
 from torch import Tensor
 
 import fedkd
-from fedkd.diagnostics import HISTOGRAM_BINS, described, detailed, entropy
 from fedkd.knowledge import SoftLabels
+from fedkd.knowledge.calibration import HISTOGRAM_BINS, described, detailed, entropy
 from fedkd.records import Run
 from fedkd.world import world_of
 

@@ -31,9 +31,10 @@ from fedkd.exporting import Export, export
 from fedkd.exports import latency
 from fedkd.exports.card import as_markdown, wilson
 from fedkd.exports.forms import FORMS, FromPixels
-from fedkd.exports.trained import MODELS, find
+from fedkd.exports.trained import find
 from fedkd.models import build
 from fedkd.records import Run
+from fedkd.studies.central import MODELS
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 needs_onnx = pytest.mark.skipif(

@@ -40,9 +40,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.knowledge.codec import Packed
 from fedkd.messages import experiment_record
 from fedkd.orders import Order
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit

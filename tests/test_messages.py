@@ -13,10 +13,10 @@ from federation_tools import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.exchange import payload_bytes, wire_bytes
 from fedkd.knowledge import Knowledge, ModelWeights, Sizes, SoftLabels, Space, Weights
+from fedkd.knowledge.codec import Packed
 from fedkd.knowledge_records import decode_knowledge, encode_knowledge
 from fedkd.messages import (
     HELLO,

@@ -16,12 +16,10 @@ import pytest
 import torch
 
 import fedkd
-from fedkd import (
-    tested,
-)
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.records import Run
+from fedkd.records import predictions
+from fedkd.records.results import Run
 from fedkd.reporting import calibration as report_calibration
 from fedkd.reporting import curves as report_curves
 from fedkd.reporting import experiment as report_experiment
@@ -442,8 +440,8 @@ def test_calibration_is_over_all_models_and_seeds_without_those_that_have_no_con
         sure[1, :5] = np.nan
         folder = tmp_path / f"run-{seed}"
         folder.mkdir()
-        answers = tested.Predictions(torch.tensor(classes), torch.tensor(sure), [seed, 1, 2])
-        tested.Tested(torch.tensor(labels), {"student": answers}).save(folder)
+        answers = predictions.Predictions(torch.tensor(classes), torch.tensor(sure), [seed, 1, 2])
+        predictions.Tested(torch.tensor(labels), {"student": answers}).save(folder)
         counts = ~np.isnan(sure) & np.array([[seed in (1, 2)], [True], [True]])
         confidences.append(sure[counts])
         right.append((classes == labels)[counts])

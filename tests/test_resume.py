@@ -23,9 +23,9 @@ from killing import Killers
 import fedkd
 from fedkd.checkpoints import Checkpoint
 from fedkd.cli import main
-from fedkd.codecs import Reference
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge.codec import Reference
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.records.files import read_lines

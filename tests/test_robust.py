@@ -14,17 +14,16 @@ from federation_tools import P, federate, tiny
 from torch import Tensor
 
 from fedkd.errors import FedkdError
-from fedkd.knowledge import SoftLabels, Space
-from fedkd.robust import (
+from fedkd.knowledge import (
     Rule,
+    SoftLabels,
+    Space,
     combine,
     combine_logits,
     combine_probabilities,
-    coordinate_median,
-    geometric_median,
     in_canonical_order,
-    trimmed_mean,
 )
+from fedkd.knowledge.robust import coordinate_median, geometric_median, trimmed_mean
 from strategies import DSFL, FedMD
 
 N, C = 5, 7

@@ -26,14 +26,13 @@ from torch import Tensor
 
 from fedkd import client as executing
 from fedkd import stack
-from fedkd.codecs import Packed, Wire
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import SoftLabels
+from fedkd.knowledge import Rule, SoftLabels, Wire
+from fedkd.knowledge.codec import Packed
 from fedkd.memories import Memory
 from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Predict, Revisit
-from fedkd.robust import Rule
 from fedkd.run_phases import run_phases
 from fedkd.server import Replies, Server
 from fedkd.stack import Stack

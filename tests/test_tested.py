@@ -14,21 +14,17 @@ from sklearn.calibration import calibration_curve
 from torch import Tensor, nn
 
 import fedkd
-from fedkd import evaluation, tested
+from fedkd import evaluation
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.evaluation import record_predicted
 from fedkd.knowledge import ClassMeans
+from fedkd.knowledge.calibration import BINS, expected_calibration_error, reliability
 from fedkd.models import build
-from fedkd.records import Run
+from fedkd.records import Run, predictions
+from fedkd.records.predictions import Predictions
 from fedkd.stack import Stack
 from fedkd.state_files import StateFiles
-from fedkd.tested import (
-    BINS,
-    Predictions,
-    expected_calibration_error,
-    reliability,
-)
 from fedkd.world import World, world_of
 
 # --- Bins ----------------------------------------------------------------------------------------
@@ -96,9 +92,9 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
         classes = torch.randint(0, 997, shape, generator=generator)
         models[kind] = Predictions(classes, confidences, owners)
     models["teacher"].confidences[0, 3] = torch.nan
-    given = tested.Tested(torch.randint(0, 997, (11,), generator=generator), models)
+    given = predictions.Tested(torch.randint(0, 997, (11,), generator=generator), models)
     given.save(tmp_path)
-    found = tested.Tested.load(tmp_path)
+    found = predictions.Tested.load(tmp_path)
     assert found is not None
     assert torch.equal(found.labels, given.labels)
     assert found.labels.dtype == torch.int64
@@ -118,20 +114,20 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_run_that_kept_nothing_has_none_and_a_file_that_is_broken_is_named(
     tmp_path: Path,
 ) -> None:
-    assert tested.Tested.load(tmp_path) is None
+    assert predictions.Tested.load(tmp_path) is None
     (tmp_path / "tested.safetensors").write_bytes(b"half a file")
     with pytest.raises(FedkdError, match=r"tested\.safetensors cannot be read"):
-        tested.Tested.load(tmp_path)
+        predictions.Tested.load(tmp_path)
 
 
 def test_of_many_models_the_first_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tested, "MOST_ANSWERS", 25)
+    monkeypatch.setattr(predictions, "MOST_ANSWERS", 25)
     classes = torch.arange(35).view(5, 7)
-    given = tested.Tested(
+    given = predictions.Tested(
         torch.arange(7), {"student": Predictions(classes, classes.float(), [9, 8, 7, 6, 5])}
     )
     given.save(tmp_path)
-    found = tested.Tested.load(tmp_path)
+    found = predictions.Tested.load(tmp_path)
     assert found is not None
     assert found.models["student"].owners == [9, 8, 7]
     assert torch.equal(found.models["student"].classes, classes[:3])
@@ -140,9 +136,9 @@ def test_of_many_models_the_first_are_kept(tmp_path: Path, monkeypatch: pytest.M
 # --- Of a run ------------------------------------------------------------------------------------
 
 
-def assert_agrees(run: Run, kind: str = "student") -> tested.Tested:
+def assert_agrees(run: Run, kind: str = "student") -> predictions.Tested:
     """The answers are the accuracies of the run, exactly."""
-    found = tested.Tested.load(run.path)
+    found = predictions.Tested.load(run.path)
     assert found is not None
     labels = world_of(run.experiment).test.labels
     assert labels is not None
@@ -262,7 +258,7 @@ def test_a_central_run_keeps_its_answers_by_seed(tmp_path: Path) -> None:
     experiment = tiny(teacher="mlp-11", local_epochs=2, distill_epochs=2, run_dir=str(tmp_path))
     run = fedkd.central(experiment, [3, 0, 2**31 - 1])
     assert run.path is not None
-    found = tested.Tested.load(run.path)
+    found = predictions.Tested.load(run.path)
     assert found is not None
     for kind, accuracies in (
         ("teacher", run.teacher_accuracies),

@@ -11,9 +11,10 @@ import torch
 from federation_tools import C, P, federate, reply_with, tiny, without
 from flwr.app import Message
 
-from fedkd.codecs import Packed, parse_codec
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
+from fedkd.knowledge.codec import Packed
+from fedkd.knowledge.wire import parse_codec
 from fedkd.memories import Memories, Memory
 from fedkd.orders import Order
 from fedkd.registry import find

@@ -423,7 +423,10 @@ def test_what_a_method_raises_has_its_place(
             "phases(self, round):\n        return [Apply(trips, {'x': torch.ones(3)}), Predict()]",
             "phases of Bad, round 1: numbers of apply: x = tensor.* must be a finite number",
         ),
-        ("wire(self):\n        return None", "wire of Bad: None is not two of fedkd.codecs.Wire"),
+        (
+            "wire(self):\n        return None",
+            "wire of Bad: None is not two of fedkd.knowledge.Wire",
+        ),
     ],
     ids=["phase", "nothing", "lambda", "closure", "numbers", "wire"],
 )

@@ -11,10 +11,10 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedkd.client import Part, execute_together
-from fedkd.codecs import Packed
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge
+from fedkd.knowledge.codec import Packed
 from fedkd.messages import Introduction, decode_order, encode_report
 from fedkd.orders import Failure, Order
 from fedkd.state_files import StateFiles

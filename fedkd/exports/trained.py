@@ -21,12 +21,10 @@ from fedkd.parameters import State
 from fedkd.plans import Plan
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
+from fedkd.records.predictions import Tested
 from fedkd.state_files import StateFiles
-from fedkd.tested import Tested
+from fedkd.studies.central import MODELS
 from fedkd.world import World, world_of
-
-MODELS = "models.safetensors"
-"""A central run's models: tensors ``<model>/<seed>/<parameter>``."""
 
 _RECORDED = {
     "teacher": "teacher_accuracies",

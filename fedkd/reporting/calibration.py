@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedkd.knowledge.calibration import expected_calibration_error, reliability
 from fedkd.plots import points as point_plots
 from fedkd.plots.points import Reliability
+from fedkd.records.predictions import Tested
 from fedkd.records.results import Run
 from fedkd.reporting.parts import Drawing, knowledge_of
 from fedkd.studies.comparison import methods
-from fedkd.tested import Tested, expected_calibration_error, reliability
 
 _KIND_OF = {
     "teacher": "teacher",

@@ -12,6 +12,7 @@ from math import isfinite
 from typing import Any
 
 import torch
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedkd.cohort import Answers
@@ -21,13 +22,17 @@ from fedkd.experiment import Experiment
 from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.machine import keep_freed_memory
 from fedkd.models import num_parameters
+from fedkd.records.files import replace_file
 from fedkd.records.folder import RunFolder
+from fedkd.records.predictions import Predictions, Tested
 from fedkd.records.results import CentralRun
 from fedkd.studies.arguments import Progress, seeds_of, silent
 from fedkd.studies.pooled import Pooled, accuracies
-from fedkd.tested import Predictions, Tested, save_models
 from fedkd.tuning import check_plan, described, planned
 from fedkd.world import check_models, who_holds_what, world_of
+
+MODELS = "models.safetensors"
+"""A central run's models: tensors ``<model>/<seed>/<parameter>``."""
 
 
 def central(
@@ -174,7 +179,7 @@ def _saved(
     record_beginning(folder, experiment, str(pooled.world.train.device), reasons)
     folder.write_shards(who_holds_what(pooled.world))
     tested.save(folder.path)
-    save_models(folder.path, _models(pooled, run.seeds))
+    replace_file(folder.path / MODELS, safetensors_bytes(_models(pooled, run.seeds)))
     folder.write_result(run.as_json())
     return replace(run, path=folder.path)
 
@@ -189,5 +194,5 @@ def _models(pooled: Pooled, seeds: Sequence[int]) -> dict[str, Tensor]:
     ):
         for row, seed in enumerate(seeds):
             state = cohort.state(first + row)
-            tensors |= {f"{model}/{seed}/{name}": t.cpu() for name, t in state.items()}
+            tensors |= {f"{model}/{seed}/{name}": t.cpu().contiguous() for name, t in state.items()}
     return tensors

@@ -15,9 +15,9 @@ from torch import Tensor
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.data.images import Augment, Images
-from fedkd.diagnostics import entropy
 from fedkd.experiment import Experiment
 from fedkd.fit import Fitted
+from fedkd.knowledge.calibration import entropy
 from fedkd.losses import Term, ce, kl_term
 from fedkd.optimizers import OptimizerSettings, shared
 from fedkd.parameters import stacked

@@ -19,7 +19,7 @@ from fedkd.data import Dataset, load
 from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
-from fedkd.knowledge import KINDS, Knowledge, SoftLabels, tensors_of
+from fedkd.knowledge import KINDS, Knowledge, ModelWeights, SoftLabels, tensors_of
 from fedkd.messages import HELLO, encode_introduction
 from fedkd.phases import Apply, Fit, reference
 from fedkd.records.files import Row
@@ -335,12 +335,10 @@ def same(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(one[n], other[n]) for n in one)
-    if isinstance(one, KINDS) and isinstance(other, KINDS):
-        return type(one) is type(other) and same(vars(one), vars(other))
+    if isinstance(one, (*KINDS, ModelWeights)) and type(one) is type(other):
+        return same(vars(one), vars(other))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
-    if type(one).__module__ == "fedkd.knowledge" and type(one) is type(other):
-        return same(vars(one), vars(other))
     return bool(type(one) is type(other) and one == other)
 
 

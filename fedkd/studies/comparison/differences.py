@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkd.records.predictions import Tested
 from fedkd.records.results import Run
 from fedkd.studies.comparison import significance
 from fedkd.studies.comparison.entries import Difference, Entry
 from fedkd.studies.comparison.methods import CENTRAL
 from fedkd.studies.comparison.verdicts import sentence
-from fedkd.tested import Tested
 
 Bools = NDArray[np.bool_]
 

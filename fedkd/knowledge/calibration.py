@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import log
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedkd.knowledge import SoftLabels
-from fedkd.tested import expected_calibration_error, reliability
+from fedkd.knowledge.soft_labels import SoftLabels
+
+BINS = 15
+"""Bins of confidence (Guo et al. 2017, section 4)."""
 
 HISTOGRAM_BINS = 20
 
@@ -70,6 +74,44 @@ def detailed(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
         "entropy_histogram": [int(count) for count in entropies],
         "reliability": None if truth is None else reliability(*_right(logits, rows)),
     }
+
+
+def reliability(confidences: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, list[Any]]:
+    """Sort answers into bins of confidence of equal width (Guo et al. 2017, section 2).
+
+    Args:
+        confidences: 0..1, any shape.
+        correct: bool, of the same shape.
+        bins: how many; bin m holds those in ((m − 1)/bins, m/bins].
+
+    Returns:
+        By bin: ``count``, and the means ``confidence`` and ``accuracy``, `None` where it is empty.
+    """
+    confidences, correct = confidences.flatten().double(), correct.flatten()
+    place = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    count = torch.bincount(place, minlength=bins)
+    sums = [
+        torch.bincount(place, weights=values, minlength=bins)
+        for values in (confidences, correct.double())
+    ]
+    confidence, accuracy = (
+        [float(s / n) if n else None for s, n in zip(each, count, strict=True)] for each in sums
+    )
+    return {"count": count.tolist(), "confidence": confidence, "accuracy": accuracy}
+
+
+def expected_calibration_error(bins: Mapping[str, Sequence[Any]]) -> float:
+    """Return Σ n_m/n · |accuracy_m − confidence_m| over the bins of `reliability` (equation 3)."""
+    total = sum(bins["count"])
+    return float(
+        sum(
+            count / total * abs(accuracy - confidence)
+            for count, confidence, accuracy in zip(
+                bins["count"], bins["confidence"], bins["accuracy"], strict=True
+            )
+            if count
+        )
+    )
 
 
 def _flat(labels: SoftLabels) -> tuple[Tensor, Tensor]:

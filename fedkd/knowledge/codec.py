@@ -1,4 +1,4 @@
-"""Codecs: how soft labels cross the wire, and how many bytes that takes.
+"""How soft labels cross the wire, and how many bytes that takes.
 
 A `Wire` has three slots in a fixed order: the number that stands for a value, the rows that are sent,
 and how what is left is packed. `pack` and `unpack` apply it to one peer's soft labels; where only
@@ -9,130 +9,24 @@ Everything here works on the CPU and without a loop over samples.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkd.errors import FedkdError, nearest
-from fedkd.rangecoding import range_coded, range_decoded
+from fedkd.errors import FedkdError
+from fedkd.knowledge.packing import (
+    check_plain,
+    packed_codes,
+    read_bitmap,
+    unpacked_codes,
+    write_bitmap,
+)
+from fedkd.knowledge.wire import Wire
 
-Array = npt.NDArray[Any]
-
-NUMBERS = ("float32", "float16", "simplex:8", "simplex:4", "simplex:2", "simplex:1")
-ROWS = ("all", "changed")
-PACKS = ("raw", "bits", "deflate", "range")
 SPACES = ("logits", "probabilities")
-
-
-@dataclass(frozen=True)
-class Wire:
-    """How soft labels cross the wire in one direction.
-
-    Attributes:
-        number: ``"float32"``, ``"float16"`` or ``"simplex:b"``: every row is rounded to multiples of
-            1/(2^b − 1) that sum to 1, b = 8, 4, 2 or 1 (Sattler et al. 2021, constrained uniform
-            quantisation; b = 1 is the most probable class).
-        rows: ``"all"``, or ``"changed"``: only rows that differ from what the receiver has.
-        pack: ``"raw"``, ``"bits"`` (b bits a code; for b = 1 a class index), ``"deflate"`` (zlib) or
-            ``"range"`` (range coding; needs the extra ``codec``).
-
-    Raises:
-        FedkdError: an unknown value, or bits or range with floating-point numbers.
-    """
-
-    number: str = "float32"
-    rows: str = "all"
-    pack: str = "raw"
-
-    def __post_init__(self) -> None:
-        for slot, accepted in (("number", NUMBERS), ("rows", ROWS), ("pack", PACKS)):
-            value = getattr(self, slot)
-            if value not in accepted:
-                raise FedkdError(f"{slot} = {value!r}: must be one of {', '.join(accepted)}")
-        if self.pack in ("bits", "range") and not self.number.startswith("simplex"):
-            raise FedkdError(
-                f"pack = {self.pack!r} with number = {self.number!r}: needs one of "
-                f"{', '.join(NUMBERS[2:])}; floats are packed by raw or deflate"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Wire:
-        """Read ``"simplex:1+changed+range"``: the slots in their order, each may be left out.
-
-        Raises:
-            FedkdError: the text is none; it begins with ``codec = '...'``.
-        """
-        try:
-            return cls(**_slots(text))
-        except FedkdError as error:
-            raise FedkdError(f"codec = {text!r}: {error}") from None
-
-    def __str__(self) -> str:
-        values = (self.number, self.rows, self.pack)
-        words = [
-            v for v, plain in zip(values, ("float32", "all", "raw"), strict=True) if v != plain
-        ]
-        return "+".join(words) or "float32"
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code on the simplex; 0 for floating-point numbers."""
-        name, _, bits = self.number.partition(":")
-        return int(bits) if name == "simplex" else 0
-
-    @property
-    def steps(self) -> int:
-        """What the codes of a row on the simplex sum to, 2^b − 1."""
-        return (1 << self.bits) - 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of a code: uint8, float16 or float32."""
-        return torch.uint8 if self.bits else getattr(torch, self.number)
-
-
-PLAIN = Wire()
-
-
-def _slots(text: str) -> dict[str, str]:
-    order = {"number": NUMBERS, "rows": ROWS, "pack": PACKS}
-    found: dict[str, str] = {}
-    left = list(order)
-    for word in str(text).split("+"):
-        slot = next((s for s in order if word in order[s]), None)
-        if slot is None:
-            known = [w for words in order.values() for w in words]
-            raise FedkdError(
-                f"{word!r} is none of {', '.join(known)}{nearest(word, known)}; an example is "
-                "simplex:1+changed+deflate"
-            )
-        if slot not in left:
-            raise FedkdError(f"{word!r} is out of place: the order is number+rows+pack, each once")
-        del left[: left.index(slot) + 1]
-        found[slot] = word
-    return found
-
-
-def parse_codec(text: str) -> tuple[Wire, Wire]:
-    """Read ``"UP/DOWN"``, or one codec for both directions: (clients to server, server to clients).
-
-    Raises:
-        FedkdError: one of the two is no codec, or there are more; it begins with ``codec = '...'``.
-    """
-    parts = str(text).split("/")
-    if len(parts) > 2:
-        raise FedkdError(f"codec = {text!r}: must be UP/DOWN, or one codec for both directions")
-    try:
-        wires = [Wire(**_slots(part)) for part in parts]
-    except FedkdError as error:
-        raise FedkdError(f"codec = {text!r}: {error}") from None
-    return wires[0], wires[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,10 +127,10 @@ def pack(
     if wire.rows == "changed":
         base = _reference(reference, wire, num_public, sets * classes)
         changed = ~base.known[samples] | _differ(codes, base.codes[samples])
-        arrays["changed"] = _tensor(np.packbits(changed.numpy()))
+        arrays["changed"] = write_bitmap(changed)
         codes = codes[changed]
         updated = base.updated(samples[changed], codes)
-    arrays["values"] = _packed(codes, wire, classes)
+    arrays["values"] = packed_codes(codes, wire, classes)
     return Packed(wire, space, sets, classes, samples, arrays), updated
 
 
@@ -268,16 +162,16 @@ def unpack(
             f"arrays = {sorted(map(str, packed.arrays))}: must be {sorted(wanted)} for {wire}"
         )
     if wire.rows == "all":
-        codes = _unpacked(packed.arrays["values"], wire, len(samples), sets, classes)
+        codes = unpacked_codes(packed.arrays["values"], wire, len(samples), sets, classes)
         return _dequantised(codes, packed), None
-    changed = _bitmap("changed", packed.arrays["changed"], len(samples))
+    changed = read_bitmap("changed", packed.arrays["changed"], len(samples))
     base = _reference(reference, wire, num_public, sets * classes)
     lost = int((~changed & ~base.known[samples]).sum())
     if lost:
         raise FedkdError(
             f"{lost} of {len(samples)} rows are marked as unchanged, but none was received before"
         )
-    codes = _unpacked(packed.arrays["values"], wire, int(changed.sum()), sets, classes)
+    codes = unpacked_codes(packed.arrays["values"], wire, int(changed.sum()), sets, classes)
     updated = base.updated(samples[changed], codes)
     return _dequantised(updated.codes[samples], packed), updated
 
@@ -297,9 +191,9 @@ def pack_samples(samples: Tensor, num_public: int) -> Tensor | None:
     if torch.equal(samples, torch.arange(num_public)):
         return None
     if bool((samples.diff() > 0).all()) and -(-num_public // 8) < 4 * len(samples):
-        marked = np.zeros(num_public, dtype=bool)
-        marked[samples.numpy()] = True
-        return _tensor(np.packbits(marked))
+        marked = torch.zeros(num_public, dtype=torch.bool)
+        marked[samples] = True
+        return write_bitmap(marked)
     return samples.to(torch.int32)
 
 
@@ -312,9 +206,9 @@ def unpack_samples(packed: Tensor | None, num_public: int) -> Tensor:
     """
     if packed is None:
         return torch.arange(num_public)
-    _check_plain("samples", packed, 1)
+    check_plain("samples", packed, 1)
     if packed.dtype == torch.uint8:
-        return _bitmap("samples", packed, num_public).nonzero().squeeze(1)
+        return read_bitmap("samples", packed, num_public).nonzero().squeeze(1)
     if packed.dtype != torch.int32:
         raise FedkdError(f"samples are {packed.dtype}: must be an int32 list or a uint8 bitmap")
     samples = packed.to(torch.int64)
@@ -332,7 +226,7 @@ def _check_header(space: str, sets: int, classes: int, samples: Tensor, num_publ
     for name, value in numbers.items():
         if not isinstance(value, int) or value < 1:
             raise FedkdError(f"{name} = {value!r}: must be a whole number >= 1")
-    _check_plain("samples", samples, 1)
+    check_plain("samples", samples, 1)
     if samples.dtype != torch.int64:
         raise FedkdError(f"samples are {samples.dtype}: must be int64")
     _check_samples(samples, num_public)
@@ -349,24 +243,6 @@ def _check_samples(samples: Tensor, num_public: int) -> None:
         raise FedkdError(f"sample {wrong}: must be in 0 .. {num_public - 1}, the public set")
     if len(samples.unique()) < len(samples):
         raise FedkdError("samples occur twice: must be distinct")
-
-
-def _check_plain(name: str, tensor: Any, ndim: int) -> None:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        raise FedkdError(f"{name} is a {type(tensor).__name__}: must be a dense tensor")
-    if tensor.device.type != "cpu" or tensor.ndim != ndim:
-        raise FedkdError(
-            f"{name} has shape {tuple(tensor.shape)} on {tensor.device}: must have {ndim} "
-            f"dimension{'s' if ndim > 1 else ''}, on the CPU"
-        )
-
-
-def _check_array(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    _check_plain(name, tensor, len(shape))
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise FedkdError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}: must be {dtype} {list(shape)}"
-        )
 
 
 def _reference(reference: Reference | None, wire: Wire, num_public: int, width: int) -> Reference:
@@ -445,142 +321,9 @@ def _dequantised(codes: Tensor, packed: Packed) -> Tensor:
     return torch.log(smooth / smooth.sum(-1, keepdim=True)).to(torch.float32).contiguous()
 
 
-def _check_codes(codes: Tensor, wire: Wire, classes: int) -> None:
-    """Refuse codes ``[n, W]`` that are off the simplex."""
-    steps = wire.steps
-    sums = codes.reshape(-1, classes).sum(-1, dtype=torch.int64)
-    off = sums[sums != steps]
-    if len(off):
-        raise FedkdError(f"values hold a row of codes with sum {int(off[0])}: must be {steps}")
-
-
-# --- Rows --------------------------------------------------------------------------------------
-
-
 def _differ(codes: Tensor, known: Tensor) -> Tensor:
     """Return which rows differ, bool ``[N]``, bit by bit: −0.0 is not 0.0, a NaN is itself."""
     if codes.dtype != torch.uint8:
         bits = torch.int32 if codes.dtype == torch.float32 else torch.int16
         codes, known = codes.view(bits), known.view(bits)
     return (codes != known).any(-1)
-
-
-def _bitmap(name: str, packed: Tensor, count: int) -> Tensor:
-    """Read `count` bits, bool ``[count]``."""
-    _check_array(name, packed, torch.uint8, (-(-count // 8),))
-    bits = _from_bits(name, packed.contiguous().numpy(), count, 1)
-    return torch.from_numpy(bits.astype(np.bool_))
-
-
-# --- Packing -----------------------------------------------------------------------------------
-
-
-def _packed(codes: Tensor, wire: Wire, classes: int) -> Tensor:
-    """Pack codes ``[n, W]``."""
-    if wire.pack == "raw":
-        return codes.contiguous()
-    if wire.pack == "range":
-        return _tensor(
-            np.frombuffer(range_coded(_symbols(codes, wire, classes), wire.bits, classes), "u1")
-        )
-    if wire.pack == "deflate" and wire.bits != 1:
-        plain = codes.numpy().astype(_on_wire(wire)).tobytes()
-    else:
-        # Deflated class indices are packed to bits before: a byte each costs more at ten classes.
-        plain = _to_bits(_symbols(codes, wire, classes), _width(wire, classes))
-    if wire.pack == "deflate":
-        plain = zlib.compress(plain, 9)
-    return _tensor(np.frombuffer(plain, "u1"))
-
-
-def _unpacked(packed: Tensor, wire: Wire, rows: int, sets: int, classes: int) -> Tensor:
-    """Return the codes ``[rows, W]`` of an array from the wire."""
-    shape = (rows, sets * classes)
-    if wire.pack == "raw":
-        _check_array("values", packed, wire.dtype, shape)
-        codes = packed.detach()
-    else:
-        codes = _read_codes(packed, wire, rows * sets * classes, classes).reshape(shape)
-    if wire.bits:
-        _check_codes(codes, wire, classes)
-    return codes
-
-
-def _read_codes(packed: Tensor, wire: Wire, codes: int, classes: int) -> Tensor:
-    """Return `codes` codes, flat, of an array that is not raw."""
-    _check_plain("values", packed, 1)
-    if packed.dtype != torch.uint8:
-        raise FedkdError(f"values are {packed.dtype}: must be uint8 for {wire}")
-    count = codes // classes if wire.bits == 1 else codes
-    data = packed.contiguous().numpy()
-    if wire.pack == "range":
-        return _codes_of(range_decoded(data.tobytes(), count, wire.bits, classes), wire, classes)
-    if wire.pack == "deflate" and wire.bits != 1:
-        plain = _inflated(data, count * _on_wire(wire).itemsize).view(_on_wire(wire))
-        return _tensor(plain.astype(plain.dtype.newbyteorder("=")))
-    width = _width(wire, classes)
-    if wire.pack == "deflate":
-        data = _inflated(data, -(-count * width // 8))
-    return _codes_of(_from_bits("values", data, count, width), wire, classes)
-
-
-def _symbols(codes: Tensor, wire: Wire, classes: int) -> Array:
-    """Return codes on the simplex as int64, flat; at one bit the class of each row instead."""
-    table: Array = codes.numpy().astype(np.int64)
-    return table.reshape(-1, classes).argmax(-1) if wire.bits == 1 else table.reshape(-1)
-
-
-def _codes_of(symbols: Array, wire: Wire, classes: int) -> Tensor:
-    """Undo `_symbols`: uint8, flat."""
-    if wire.bits != 1:
-        return torch.from_numpy(symbols.astype(np.uint8))
-    if len(symbols) and int(symbols.max()) >= classes:
-        raise FedkdError(f"values hold class {int(symbols.max())}: must be below {classes}")
-    codes = torch.zeros(len(symbols), classes, dtype=torch.uint8)
-    return codes.scatter_(1, torch.from_numpy(symbols).unsqueeze(1), 1).reshape(-1)
-
-
-def _on_wire(wire: Wire) -> np.dtype[Any]:
-    """Return the type of a code as bytes: little-endian."""
-    return np.dtype({"float32": "<f4", "float16": "<f2"}.get(wire.number, "u1"))
-
-
-def _width(wire: Wire, classes: int) -> int:
-    """Return bits of a symbol: b, or at one bit ceil(log2 C) (0 for a single class)."""
-    return wire.bits if wire.bits > 1 else (classes - 1).bit_length()
-
-
-def _tensor(array: Array) -> Tensor:
-    """Return a tensor with memory of its own (it may be written to, unlike bytes)."""
-    return torch.from_numpy(array.copy())
-
-
-def _to_bits(symbols: Array, width: int) -> bytes:
-    """Pack whole numbers with `width` bits each, the highest first, ceil(count·width/8) bytes."""
-    shifts = np.arange(width - 1, -1, -1)
-    return np.packbits(((symbols[:, None] >> shifts) & 1).astype(np.uint8)).tobytes()
-
-
-def _from_bits(name: str, data: Array, count: int, width: int) -> Array:
-    """Read `count` numbers of `width` bits, int64 ``[count]``, from bytes."""
-    if len(data) != -(-count * width // 8):
-        raise FedkdError(f"{name}: {len(data)} bytes: must be {-(-count * width // 8)}")
-    bits: Array = np.unpackbits(data)
-    if bits[count * width :].any():
-        raise FedkdError(f"{name} has bits behind its end: must be 0")
-    table: Array = bits[: count * width].reshape(count, width).astype(np.int64)
-    shifts = np.arange(width - 1, -1, -1)
-    numbers: Array = np.bitwise_or.reduce(table << shifts, axis=1, initial=0)
-    return numbers
-
-
-def _inflated(data: Array, expected: int) -> Array:
-    """Undo zlib, never far beyond the bytes that are expected."""
-    reader = zlib.decompressobj()
-    try:
-        plain = reader.decompress(data.tobytes(), expected + 1)
-    except zlib.error as error:
-        raise FedkdError(f"values are no zlib stream: {error}") from None
-    if len(plain) != expected or not reader.eof or reader.unused_data:
-        raise FedkdError(f"values do not inflate to exactly {expected} bytes")
-    return np.frombuffer(plain, np.uint8)

@@ -6,10 +6,9 @@ needs neither the data nor the models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +19,9 @@ from fedkd.errors import FedkdError
 from fedkd.records.files import replace_file
 
 FILE = "tested.safetensors"
-MODELS = "models.safetensors"
 
 MOST_ANSWERS = 100_000_000
 """Models × images kept of a run; 4 bytes each. Of larger populations the first models are kept."""
-
-BINS = 15
-"""Bins of confidence (Guo et al. 2017, section 4)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,50 +98,3 @@ class Tested:
     def correct(self, kind: str) -> Tensor:
         """Say who was right: bool ``[M, N]``."""
         return self.models[kind].classes == self.labels
-
-
-def save_models(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the models of a central run, ``<model>/<seed>/<name>``, to its folder.
-
-    Raises:
-        FedkdError: the file cannot be written.
-    """
-    replace_file(folder / MODELS, save({n: t.contiguous() for n, t in tensors.items()}))
-
-
-def reliability(confidences: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, list[Any]]:
-    """Sort answers into bins of confidence of equal width (Guo et al. 2017, section 2).
-
-    Args:
-        confidences: 0..1, any shape.
-        correct: bool, of the same shape.
-        bins: how many; bin m holds those in ((m − 1)/bins, m/bins].
-
-    Returns:
-        By bin: ``count``, and the means ``confidence`` and ``accuracy``, `None` where it is empty.
-    """
-    confidences, correct = confidences.flatten().double(), correct.flatten()
-    place = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    count = torch.bincount(place, minlength=bins)
-    sums = [
-        torch.bincount(place, weights=values, minlength=bins)
-        for values in (confidences, correct.double())
-    ]
-    confidence, accuracy = (
-        [float(s / n) if n else None for s, n in zip(each, count, strict=True)] for each in sums
-    )
-    return {"count": count.tolist(), "confidence": confidence, "accuracy": accuracy}
-
-
-def expected_calibration_error(bins: Mapping[str, Sequence[Any]]) -> float:
-    """Return Σ n_m/n · |accuracy_m − confidence_m| over the bins of `reliability` (equation 3)."""
-    total = sum(bins["count"])
-    return float(
-        sum(
-            count / total * abs(accuracy - confidence)
-            for count, confidence, accuracy in zip(
-                bins["count"], bins["confidence"], bins["accuracy"], strict=True
-            )
-            if count
-        )
-    )

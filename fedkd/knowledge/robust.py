@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError
-from fedkd.knowledge import SoftLabels, Space
+from fedkd.knowledge.soft_labels import SoftLabels, Space
 
 Rule = Literal["mean", "median", "trimmed-mean", "geometric-median"]
 """How the answers of clients become one; see `combine`."""

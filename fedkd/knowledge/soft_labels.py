@@ -1,0 +1,204 @@
+"""Soft labels: what clients think of public samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+from fedkd.knowledge.codec import Packed, Reference, pack, unpack
+from fedkd.knowledge.wire import Wire
+
+Space = Literal["logits", "probabilities"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What both sides know of soft labels: P public images and C classes."""
+
+    num_public: int
+    num_classes: int
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class SoftLabels:
+    """What K clients think of N public samples.
+
+    Attributes:
+        values: ``[K, N, C]`` in the space named by `space`.
+        space: ``"logits"`` or ``"probabilities"``.
+        samples: int64 ``[N]``, indices into the public set, distinct.
+        clients: int64 ``[K]``, partition ids.
+        num_examples: int64 ``[K]``, private images behind each client's answer.
+        mask: bool ``[K, N]``, which samples each client answered.
+        targets: int64 ``[N]``, the public labels, or ``None`` where there are none.
+
+    Raises:
+        FedkdError: shapes or space do not fit together; the text names both.
+    """
+
+    values: Tensor
+    space: Space
+    samples: Tensor
+    clients: Tensor
+    num_examples: Tensor
+    mask: Tensor
+    targets: Tensor | None
+
+    def __init__(
+        self,
+        values: Tensor,
+        space: Space,
+        samples: Tensor | None = None,
+        clients: Tensor | None = None,
+        num_examples: Tensor | None = None,
+        mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> None:
+        if space not in ("logits", "probabilities"):
+            raise FedkdError(f"space = {space!r}: must be 'logits' or 'probabilities'")
+        if values.ndim != 3:
+            raise FedkdError(f"soft labels have shape {tuple(values.shape)}: must be [K, N, C]")
+        k, n, _ = values.shape
+        device = values.device
+        fields = {
+            "values": values,
+            "space": space,
+            "samples": torch.arange(n, device=device) if samples is None else samples,
+            "clients": torch.arange(k, device=device) if clients is None else clients,
+            "num_examples": (
+                torch.ones(k, dtype=torch.int64, device=device)
+                if num_examples is None
+                else num_examples
+            ),
+            "mask": torch.ones(k, n, dtype=torch.bool, device=device) if mask is None else mask,
+            "targets": targets,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        wanted = {"samples": (n,), "clients": (k,), "num_examples": (k,), "mask": (k, n)}
+        for name, shape in {**wanted, **({"targets": (n,)} if targets is not None else {})}.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise FedkdError(
+                    f"{name} of soft labels has shape {tuple(getattr(self, name).shape)}: must be "
+                    f"{shape} beside values {tuple(values.shape)}"
+                )
+
+    @classmethod
+    def shared(cls, values: Tensor, samples: Tensor, space: Space) -> SoftLabels:
+        """Wrap ``[N, C]`` as knowledge that is the same for all (K = 1)."""
+        return cls(values.unsqueeze(0), space, samples)
+
+    @classmethod
+    def stack(cls, answers: Sequence[SoftLabels], targets: Tensor | None = None) -> SoftLabels:
+        """Join answers of one client each: the union of their samples, masked.
+
+        `targets` are the labels of the whole public set, where it has any. Samples nobody answered do
+        not appear. At least one answer is needed; all share space and C.
+        """
+        samples, values, mask = _same_samples(answers) or _united(answers)
+        return cls(
+            values,
+            answers[0].space,
+            samples,
+            torch.cat([a.clients for a in answers]),
+            torch.cat([a.num_examples for a in answers]),
+            mask,
+            None if targets is None else targets[samples],
+        )
+
+    @property
+    def logits(self) -> Tensor:
+        """``[K, N, C]``; log p of probabilities (their logits up to a constant a row), kept finite."""
+        if self.space == "logits":
+            return self.values
+        return self.values.clamp_min(torch.finfo(self.values.dtype).tiny).log()
+
+    @property
+    def probabilities(self) -> Tensor:
+        """``[K, N, C]``; the softmax of logits."""
+        return self.values.softmax(-1) if self.space == "logits" else self.values
+
+    def mean_logits(self) -> Tensor:
+        """Plain mean over the clients that answered, ``[N, C]``."""
+        return self._mean(self.logits)
+
+    def mean_probabilities(self) -> Tensor:
+        """Plain mean over the clients that answered, ``[N, C]``."""
+        return self._mean(self.probabilities)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        # Summed in float64: finite answers must not add up to infinity.
+        answered = self.mask.unsqueeze(-1)
+        total = torch.where(answered, values, values.new_zeros(())).sum(0, dtype=torch.float64)
+        return (total / answered.sum(0).clamp_min(1)).to(values.dtype)
+
+    def keep(self, rows: Tensor) -> SoftLabels:
+        """Keep the samples `rows`, bool ``[N]`` or positions."""
+        return SoftLabels(
+            self.values[:, rows],
+            self.space,
+            self.samples[rows],
+            self.clients,
+            self.num_examples,
+            self.mask[:, rows],
+            None if self.targets is None else self.targets[rows],
+        )
+
+    def pack(
+        self, wire: Wire, num_public: int, reference: Reference | None = None
+    ) -> tuple[Packed, Reference | None]:
+        """Encode all K of these for one peer; see `fedkd.knowledge.codec.pack`."""
+        values = self.values.detach().cpu().float()
+        return pack(values, self.space, self.samples.cpu(), wire, num_public, reference)
+
+    @classmethod
+    def unpack(
+        cls,
+        packed: Packed,
+        num_public: int,
+        reference: Reference | None = None,
+        owner: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[SoftLabels, Reference | None]:
+        """Decode what `pack` encoded.
+
+        Args:
+            packed: as it came.
+            num_public: P.
+            reference: what this side has already of the peer's soft labels.
+            owner: clients and num_examples, ``[K]`` each.
+
+        Raises:
+            FedkdError: see `fedkd.knowledge.codec.unpack`.
+        """
+        values, newer = unpack(packed, num_public, reference)
+        space: Any = packed.space
+        return cls(values, space, packed.samples, *(owner or ())), newer
+
+
+def _same_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Join answers that are all complete and for the same sorted samples, as most are: one copy."""
+    samples = answers[0].samples
+    alike = all(a.samples is samples or torch.equal(a.samples, samples) for a in answers)
+    if not alike or not bool((samples.diff() > 0).all()):
+        return None
+    mask = torch.cat([a.mask for a in answers])
+    return (samples, torch.cat([a.values for a in answers]), mask) if bool(mask.all()) else None
+
+
+def _united(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor]:
+    """Join answers for the union of their samples."""
+    samples = torch.cat([a.samples[a.mask[0]] for a in answers]).unique()
+    first = answers[0].values
+    values = first.new_zeros(len(answers), len(samples), first.shape[-1])
+    mask = torch.zeros(values.shape[:2], dtype=torch.bool, device=first.device)
+    for k, answer in enumerate(answers):
+        given = answer.mask[0]
+        rows = torch.searchsorted(samples, answer.samples[given])
+        values[k].index_copy_(0, rows, answer.values[0, given])
+        mask[k].index_fill_(0, rows, True)
+    return samples, values, mask
