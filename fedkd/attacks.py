@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
+from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.randomness import generator, permutation
 
 
@@ -234,9 +234,7 @@ def attacked(
     return replace(honest, values=values_NC.to(honest.values.dtype).unsqueeze(0))
 
 
-def check_attack(
-    experiment: Experiment, uploads: type[SoftLabels] | type[ClassMeans] | type[Weights] | None
-) -> None:
+def check_attack(experiment: Experiment, uploads: type[Knowledge] | None) -> None:
     """Refuse an attack on soft labels where clients send something else.
 
     Where they send nothing at all there is nobody to be attacked, and any attack will do.

@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedkd.errors import FedkdError
-from fedkd.knowledge import ClassMeans, Knowledge, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge import Knowledge
 from fedkd.knowledge.codec import Reference
+from fedkd.knowledge.kinds import BY_NAME
 from fedkd.parameters import State
 from fedkd.records.files import replace_file
 
@@ -165,30 +166,9 @@ def _knowledge_out(knowledge: Knowledge | None) -> tuple[dict[str, Tensor], dict
     """Return the tensors of knowledge by name, and what is to be said of it."""
     if knowledge is None:
         return {}, None
-    if isinstance(knowledge, Weights):
-        found: dict[str, Tensor] = {}
-        for number, part in enumerate(knowledge.by_model.values()):
-            start = f"knowledge/{number}"
-            found |= {f"{start}/tensors/{name}": tensor for name, tensor in part.tensors.items()}
-            found |= {f"{start}/clients": part.clients, f"{start}/examples": part.num_examples}
-        return found, {"kind": "weights", "models": list(knowledge.by_model)}
-    named = {n: t for n, t in vars(knowledge).items() if isinstance(t, Tensor)}
-    tensors = {f"knowledge/{name}": tensor for name, tensor in named.items()}
-    if isinstance(knowledge, ClassMeans):
-        return tensors, {"kind": "class-means", "of": knowledge.of}
-    return tensors, {"kind": "soft-labels", "space": knowledge.space}
+    tensors = {f"knowledge/{name}": tensor for name, tensor in knowledge.tensors().items()}
+    return tensors, {"kind": knowledge.kind, **knowledge.stored_fields()}
 
 
 def _knowledge_in(said: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> Knowledge | None:
-    if said is None:
-        return None
-    if said["kind"] == "soft-labels":
-        return SoftLabels(space=said["space"], **tensors)
-    if said["kind"] == "class-means":
-        return ClassMeans(of=said["of"], **tensors)
-    parts = {}
-    for number, model in enumerate(said["models"]):
-        part = _under(str(number), tensors)
-        weights = _under("tensors", part)
-        parts[model] = ModelWeights(weights, part["clients"], part["examples"])
-    return Weights(parts)
+    return None if said is None else BY_NAME[said["kind"]].from_tensors(tensors, said)

@@ -6,31 +6,18 @@ named by a bitmap or by int32 indices, whichever is less.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from reprlib import repr as shown
 from typing import Any, TypeVar
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedkd.errors import FedkdError
-from fedkd.knowledge import (
-    ClassMeans,
-    Knowledge,
-    ModelWeights,
-    Sizes,
-    SoftLabels,
-    Weights,
-    Wire,
-    require_one,
-)
-from fedkd.knowledge.codec import Packed, pack_samples, unpack_samples
-from fedkd.knowledge.wire import PLAIN
+from fedkd.knowledge import Knowledge, Sizes, require_one
+from fedkd.knowledge.arrival import Arrival
+from fedkd.knowledge.codec import Packed
+from fedkd.knowledge.kinds import BY_NAME
 from fedkd.npy import read_npy
-
-MOST_SETS = 1000
-"""The most sets of soft labels that are decoded: packed, millions of them fit into a few bytes."""
 
 _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -51,31 +38,12 @@ def encode_knowledge(knowledge: Knowledge | Packed, sizes: Sizes, *, asked: bool
         asked: whether soft labels are for the very samples that the receiver asked for, so that it
             knows which.
     """
-    if isinstance(knowledge, SoftLabels):
+    if not isinstance(knowledge, Packed):
         require_one(knowledge)
-        knowledge, _ = knowledge.pack(PLAIN, sizes.num_public)
-    tensors, kind = _encoded(knowledge)
-    if isinstance(knowledge, Packed):
-        listed = None if asked else pack_samples(knowledge.samples, sizes.num_public)
-        if listed is not None:
-            tensors = {**tensors, "samples": listed}
-        kind["samples"] = "asked" if asked else "all" if listed is None else "listed"
+    tensors, fields = knowledge.to_message(sizes, asked=asked)
     arrays = {name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()}
-    return {"knowledge": ArrayRecord(arrays), "knowledge-kind": ConfigRecord(kind)}
-
-
-def _encoded(knowledge: Packed | ClassMeans | Weights) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return knowledge as tensors and what is to be said of them."""
-    if isinstance(knowledge, Packed):
-        kind = {"kind": "soft-labels", "space": knowledge.space, "wire": str(knowledge.wire)}
-        return dict(knowledge.arrays), {**kind, "sets": knowledge.sets}
-    require_one(knowledge)
-    if isinstance(knowledge, ClassMeans):
-        means = {"values": knowledge.values[0], "counts": knowledge.counts[0].to(torch.int32)}
-        return means, {"kind": "class-means", "of": knowledge.of}
-    ((model, weights),) = knowledge.by_model.items()
-    named = {name: stacked[0] for name, stacked in weights.tensors.items()}
-    return named, {"kind": "weights", "model": model}
+    described = ConfigRecord({"kind": knowledge.kind, **fields})
+    return {"knowledge": ArrayRecord(arrays), "knowledge-kind": described}
 
 
 def decode_knowledge(
@@ -105,72 +73,23 @@ def decode_knowledge(
     if arrays is None:
         return None
     try:
-        kind = _kind(records)
+        kind, fields = _described(records)
         tensors = {name: decode_tensor(name, array) for name, array in arrays.items()}
-        if kind["kind"] == "soft-labels":
-            return _packed(tensors, kind, sizes, samples)
-        if kind["kind"] == "class-means":
-            return _class_means(tensors, kind, client)
+        return kind.from_message(tensors, fields, Arrival(sizes, client, num_examples, samples))
     except FedkdError as error:
         raise FedkdError(f"sends knowledge that cannot be read: {error}") from None
-    stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
-    owner = torch.tensor([client]), torch.tensor([num_examples])
-    return Weights({kind["model"]: ModelWeights(stacked, *owner)})
 
 
-_KINDS: dict[str, dict[str, type]] = {
-    "soft-labels": {"space": str, "wire": str, "sets": int, "samples": str},
-    "class-means": {"of": str},
-    "weights": {"model": str},
-}
-"""What is said of knowledge of each kind besides its kind."""
-
-
-def _kind(records: RecordDict) -> dict[str, Any]:
-    """Return what a message says of its knowledge, names and types checked."""
+def _described(records: RecordDict) -> tuple[type[Knowledge], dict[str, Any]]:
+    """Return the kind of a message's knowledge and what is said of it, names and types checked."""
     said = dict(typed_record(records, "knowledge-kind", ConfigRecord) or {})
-    kind = said.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise FedkdError(f"kind = {shown(kind)} is none of {', '.join(_KINDS)}")
-    wanted = {"kind": str, **_KINDS[kind]}
+    name = said.get("kind")
+    if not isinstance(name, str) or name not in BY_NAME:
+        raise FedkdError(f"kind = {shown(name)} is none of {', '.join(BY_NAME)}")
+    wanted = {"kind": str, **BY_NAME[name].message_fields}
     if {name: type(value) for name, value in said.items()} != wanted:
-        raise FedkdError(f"{kind} must be described by {', '.join(wanted)}, not by {shown(said)}")
-    return said
-
-
-def _packed(
-    tensors: dict[str, Tensor], kind: Mapping[str, Any], sizes: Sizes, asked: Tensor | None
-) -> Packed:
-    if kind["samples"] not in ("asked", "all", "listed"):
-        raise FedkdError(f"samples = {shown(kind['samples'])}: must be asked, all or listed")
-    if kind["samples"] == "listed":
-        named = unpack_samples(_taken(tensors, "samples"), sizes.num_public)
-    elif kind["samples"] == "all":
-        named = torch.arange(sizes.num_public)
-    elif asked is None:
-        raise FedkdError("it is for samples that it does not name")
-    else:
-        named = asked
-    if not 0 < kind["sets"] <= MOST_SETS:
-        raise FedkdError(f"sets = {shown(kind['sets'])}: must be 1 to {MOST_SETS}")
-    wire = Wire.parse(kind["wire"])
-    return Packed(wire, kind["space"], kind["sets"], sizes.num_classes, named, tensors)
-
-
-def _class_means(tensors: dict[str, Tensor], kind: Mapping[str, Any], client: int) -> ClassMeans:
-    values, counts = _taken(tensors, "values"), _taken(tensors, "counts")
-    if tensors:
-        raise FedkdError(f"class means come with {shown([*tensors])}")
-    if counts.dtype != torch.int32:  # longer ones could add up to anything
-        raise FedkdError(f"counts are {counts.dtype}: must be torch.int32")
-    means, images = values.unsqueeze(0), counts.to(torch.int64).unsqueeze(0)
-    return ClassMeans(means, images, torch.tensor([client]), kind["of"])
-
-
-def _taken(tensors: dict[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise FedkdError(f"it has no {name} (but {shown([*tensors])})")
-    return tensors.pop(name)
+        raise FedkdError(f"{name} must be described by {', '.join(wanted)}, not by {shown(said)}")
+    return BY_NAME[name], said
 
 
 def decode_tensor(name: str, array: Array) -> Tensor:

@@ -20,7 +20,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from math import isfinite
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from fedkd import losses
 from fedkd.errors import FedkdError, in_one_line, nearest
 from fedkd.experiment import Experiment
-from fedkd.knowledge import Output, SoftLabels, Space
+from fedkd.knowledge import ClassMeans, Knowledge, Output, SoftLabels, Space, Weights
 from fedkd.losses import Term, kl_term
 
 GROUP = "fedkd.strategies"
@@ -205,6 +205,8 @@ class Fit:
 class Predict:
     """Answer with a local model's soft labels on the public samples asked for."""
 
+    sends: ClassVar[type[Knowledge]] = SoftLabels
+
     space: Space = "logits"
     model: Role = "teacher"
     name: str = "predict"
@@ -219,6 +221,8 @@ class Predict:
 @dataclass(frozen=True)
 class MeanByClass:
     """Answer with a local model's mean output by class over the private shard."""
+
+    sends: ClassVar[type[Knowledge]] = ClassMeans
 
     of: Output = "probabilities"
     model: Role = "student"
@@ -242,6 +246,8 @@ class ClassifyByMeans:
 @dataclass(frozen=True)
 class SendWeights:
     """Answer with the student's parameters and buffers."""
+
+    sends: ClassVar[type[Knowledge]] = Weights
 
     name: str = "send"
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.knowledge import ClassMeans, SoftLabels, Space, Weights
+from fedkd.knowledge import Knowledge, SoftLabels, Space
+from fedkd.knowledge.kinds import in_words
 
 LARGEST_MU = 1e6
 """The largest μ whose ε is worked out, some 5·10^11; beyond it ε is infinite."""
@@ -126,12 +127,7 @@ def epsilon(*, noise: float, rows: int, delta: float) -> float:
         return float(get_epsilon_gaussian(1 / mu, delta))
 
 
-_KINDS = {ClassMeans: "class means", Weights: "weights"}
-
-
-def check_privacy(
-    experiment: Experiment, uploads: type[SoftLabels] | type[ClassMeans] | type[Weights] | None
-) -> None:
+def check_privacy(experiment: Experiment, uploads: type[Knowledge] | None) -> None:
     """Refuse ``dp-noise`` where it would protect nothing, or nobody could say what.
 
     Args:
@@ -144,9 +140,9 @@ def check_privacy(
     if not experiment.dp_noise:
         return
     said = f"dp-noise = {experiment.dp_noise:g}"
-    if uploads in _KINDS:
+    if uploads not in (SoftLabels, None):
         raise FedkdError(
-            f"{said}: {experiment.strategy} sends {_KINDS[uploads]}, to which no noise is added; set "
+            f"{said}: {experiment.strategy} sends {in_words(uploads)}, to which no noise is added; set "
             "dp-noise = 0 or choose a strategy that sends soft labels"
         )
     if find_spec("dp_accounting") is None:

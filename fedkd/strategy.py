@@ -36,9 +36,9 @@ from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
 from fedkd.keys import accepted, kebab
-from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, Wire
+from fedkd.knowledge import Knowledge, SoftLabels, Wire
 from fedkd.knowledge.wire import PLAIN, parse_codec
-from fedkd.phases import ANSWERS, Digest, MeanByClass, Phase, Predict, Revisit, SendWeights
+from fedkd.phases import ANSWERS, Digest, Phase, Predict, Revisit
 from fedkd.privacy import check_privacy
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
@@ -55,12 +55,6 @@ __all__ = [
     "Replies",
     "Server",
 ]
-
-_KINDS: dict[type, type[SoftLabels] | type[ClassMeans] | type[Weights]] = {
-    Predict: SoftLabels,
-    MeanByClass: ClassMeans,
-    SendWeights: Weights,
-}
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """Type of a setting that is a number above 0."""
@@ -168,11 +162,11 @@ class DistillationStrategy(Strategy):
         """Return the hyper-parameters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
-    def uploads(self) -> type[SoftLabels] | type[ClassMeans] | type[Weights] | None:
+    def uploads(self) -> type[Knowledge] | None:
         """Return the kind of knowledge that clients send, from the phases of a usual round."""
         for phase in self.phases(2):
             if isinstance(phase, ANSWERS):
-                return _KINDS[type(phase)]
+                return phase.sends
         return None
 
     def wires(self, experiment: Experiment) -> tuple[Wire, Wire]:

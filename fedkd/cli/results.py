@@ -14,7 +14,7 @@ from rich.table import Table
 from fedkd.cli.console import table_of
 from fedkd.data import DATASETS, Dataset
 from fedkd.keys import kebab
-from fedkd.knowledge import ClassMeans, SoftLabels, Weights
+from fedkd.knowledge.kinds import KINDS, in_words
 from fedkd.profiling import PART
 from fedkd.records.files import Row
 from fedkd.records.results import CentralRun, Run
@@ -157,12 +157,7 @@ def _gap(done: CentralRun) -> str:
 
 # --- Strategies and data sets ---------------------------------------------------------------------
 
-_SENDS: dict[type | None, str] = {
-    SoftLabels: "soft labels",
-    ClassMeans: "class means",
-    Weights: "weights",
-    None: "nothing",
-}
+_SENDS = [in_words(kind) for kind in (*KINDS, None)]
 
 
 def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
@@ -171,7 +166,7 @@ def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
     return {
         "name": cls.name(),
         **asdict(cls.facts),
-        "sends": _SENDS[strategy.uploads()],
+        "sends": in_words(strategy.uploads()),
         "settings": strategy.settings(),
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
     }
@@ -185,7 +180,7 @@ def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     )  # fmt: skip
     for column in table.columns:
         column.overflow = "fold"
-    for row in sorted(rows, key=lambda row: list(_SENDS.values()).index(row["sends"])):
+    for row in sorted(rows, key=lambda row: _SENDS.index(row["sends"])):
         table.add_row(
             row["name"],
             row["paper"],

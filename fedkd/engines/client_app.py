@@ -23,6 +23,7 @@ from fedkd.engines.deployment import ends_in_time
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO, kebab
+from fedkd.knowledge.kinds import BY_NAME
 from fedkd.machine import keep_freed_memory
 from fedkd.messages import decode_experiment, encode_introduction
 from fedkd.phases import installed_modules
@@ -30,9 +31,6 @@ from fedkd.transport.replies import always_reply
 from fedkd.user_code import fingerprint
 
 _NODE = "this node's --node-config"
-
-_SENT = ("soft-labels", "class-means", "weights")
-"""What a node may be asked to send, as its ``sends`` names it."""
 
 app = ClientApp(mods=[always_reply, ends_in_time])
 
@@ -128,11 +126,11 @@ def _check_leaving(answer: RecordDict, context: Context) -> None:
 
 def _sends(context: Context) -> list[str]:
     """Return the kinds of knowledge that this node may be asked to send."""
-    value = context.node_config.get("sends", ",".join(_SENT))
+    value = context.node_config.get("sends", ",".join(BY_NAME))
     allowed = [kind.strip() for kind in str(value).split(",")]
-    if not set(allowed) <= set(_SENT):
+    if not set(allowed) <= set(BY_NAME):
         raise FedkdError(
-            f"sends = {value!r} (from {_NODE}): must be a comma list of {', '.join(_SENT)}"
+            f"sends = {value!r} (from {_NODE}): must be a comma list of {', '.join(BY_NAME)}"
         )
     return allowed
 

@@ -7,11 +7,10 @@ knowledge that all share. A `Wire` says how soft labels are encoded, a `Rule` ho
 become one.
 """
 
-from fedkd.knowledge.class_means import ClassMeans, Output
+from fedkd.knowledge.arrival import Sizes
+from fedkd.knowledge.class_means import LARGEST_MEAN, ClassMeans, Output
 from fedkd.knowledge.kinds import (
     KINDS,
-    LARGEST_MEAN,
-    SIMPLEX_TOLERANCE,
     Knowledge,
     check_answer,
     require_one,
@@ -24,7 +23,7 @@ from fedkd.knowledge.robust import (
     combine_probabilities,
     in_canonical_order,
 )
-from fedkd.knowledge.soft_labels import Sizes, SoftLabels, Space
+from fedkd.knowledge.soft_labels import SIMPLEX_TOLERANCE, SoftLabels, Space
 from fedkd.knowledge.weights import ModelWeights, Weights
 from fedkd.knowledge.wire import Wire
 

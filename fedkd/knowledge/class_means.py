@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from reprlib import repr as shown
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError
+from fedkd.knowledge.arrival import Arrival, Sizes, taken
+from fedkd.knowledge.soft_labels import check_simplex
 
 Output = Literal["logits", "probabilities", "features"]
 """What class means are means of."""
+
+LARGEST_MEAN = 1e15
+"""The largest class mean that is believed: distances to it are squared and added in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,9 @@ class ClassMeans:
     Raises:
         FedkdError: the shapes do not fit together.
     """
+
+    kind: ClassVar[str] = "class-means"
+    message_fields: ClassVar[dict[str, type]] = {"of": str}
 
     values: Tensor
     counts: Tensor
@@ -92,3 +101,54 @@ class ClassMeans:
             self.clients[:1],
             self.of,
         )
+
+    def value_tensors(self) -> list[Tensor]:
+        """Return the tensors that hold values, ``[K, ...]``."""
+        return [self.values]
+
+    def check(self) -> None:
+        """Refuse means that nobody can have.
+
+        Raises:
+            FedkdError: negative counts, means too large, or probabilities off the simplex.
+        """
+        if bool((self.counts < 0).any()):
+            raise FedkdError("holds negative counts")
+        if bool((self.values.abs() > LARGEST_MEAN).any()):
+            raise FedkdError(f"holds class means beyond {LARGEST_MEAN:g}, whose squares overflow")
+        if self.of == "probabilities":
+            check_simplex(self.values[self.present])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, as they are stored."""
+        return {"values": self.values, "counts": self.counts, "clients": self.clients}
+
+    def stored_fields(self) -> dict[str, Any]:
+        """Return what is stored beside the tensors."""
+        return {"of": self.of}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> ClassMeans:
+        """Undo `tensors` and `stored_fields`."""
+        return cls(of=fields["of"], **tensors)
+
+    def to_message(self, sizes: Sizes, *, asked: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors of a message, and its `message_fields`; K = 1."""
+        return {"values": self.values[0], "counts": self.counts[0].to(torch.int32)}, {"of": self.of}
+
+    @classmethod
+    def from_message(
+        cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
+    ) -> ClassMeans:
+        """Undo `to_message`.
+
+        Raises:
+            FedkdError: there are other tensors, or of other shapes or types.
+        """
+        values, counts = taken(tensors, "values"), taken(tensors, "counts")
+        if tensors:
+            raise FedkdError(f"class means come with {shown([*tensors])}")
+        if counts.dtype != torch.int32:  # longer ones could add up to anything
+            raise FedkdError(f"counts are {counts.dtype}: must be torch.int32")
+        means, images = values.unsqueeze(0), counts.to(torch.int64).unsqueeze(0)
+        return cls(means, images, torch.tensor([arrival.client]), fields["of"])

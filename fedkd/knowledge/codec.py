@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from reprlib import repr as shown
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError
+from fedkd.knowledge.arrival import Arrival, Sizes, taken
 from fedkd.knowledge.packing import (
     check_plain,
     packed_codes,
@@ -27,6 +29,9 @@ from fedkd.knowledge.packing import (
 from fedkd.knowledge.wire import Wire
 
 SPACES = ("logits", "probabilities")
+
+MOST_SETS = 1000
+"""The most sets of soft labels that are decoded: packed, millions of them fit into a few bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +81,57 @@ class Packed:
             sent as they are may share memory with the values they were made of.
     """
 
+    kind: ClassVar[str] = "soft-labels"
+    message_fields: ClassVar[dict[str, type]] = {
+        "space": str,
+        "wire": str,
+        "sets": int,
+        "samples": str,
+    }
+
     wire: Wire
     space: str
     sets: int
     num_classes: int
     samples: Tensor
     arrays: dict[str, Tensor]
+
+    def to_message(self, sizes: Sizes, *, asked: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors of a message, and its `message_fields`.
+
+        Args:
+            sizes: of the public set.
+            asked: whether the samples are those that the receiver asked for, so that it knows them.
+        """
+        listed = None if asked else pack_samples(self.samples, sizes.num_public)
+        named = "asked" if asked else "all" if listed is None else "listed"
+        fields = {"space": self.space, "wire": str(self.wire), "sets": self.sets, "samples": named}
+        return self.arrays if listed is None else {**self.arrays, "samples": listed}, fields
+
+    @classmethod
+    def from_message(
+        cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
+    ) -> Packed:
+        """Undo `to_message`.
+
+        Raises:
+            FedkdError: the samples cannot be known, or there are too many sets.
+        """
+        sizes, named = arrival.sizes, fields["samples"]
+        if named not in ("asked", "all", "listed"):
+            raise FedkdError(f"samples = {shown(named)}: must be asked, all or listed")
+        if named == "listed":
+            samples = unpack_samples(taken(tensors, "samples"), sizes.num_public)
+        elif named == "all":
+            samples = torch.arange(sizes.num_public)
+        elif arrival.samples is None:
+            raise FedkdError("it is for samples that it does not name")
+        else:
+            samples = arrival.samples
+        if not 0 < fields["sets"] <= MOST_SETS:
+            raise FedkdError(f"sets = {shown(fields['sets'])}: must be 1 to {MOST_SETS}")
+        wire = Wire.parse(fields["wire"])
+        return cls(wire, fields["space"], fields["sets"], sizes.num_classes, samples, tensors)
 
 
 def pack(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from torch import Tensor
 
@@ -12,20 +12,22 @@ from fedkd.knowledge.soft_labels import SoftLabels
 from fedkd.knowledge.weights import Weights
 
 Knowledge: TypeAlias = SoftLabels | ClassMeans | Weights
-KINDS = (SoftLabels, ClassMeans, Weights)
+"""A new kind is a class with the same methods, named here."""
 
-LARGEST_MEAN = 1e15
-"""The largest class mean that is believed: distances to it are squared and added in float32."""
+KINDS: tuple[type[Knowledge], ...] = get_args(Knowledge)
 
-SIMPLEX_TOLERANCE = 1e-3
-"""How far a row of probabilities may be from summing to 1 (float16 rounding stays below it)."""
+BY_NAME = {kind.kind: kind for kind in KINDS}
+"""The kinds by the names that they have in messages and in stored files."""
+
+
+def in_words(kind: type[Knowledge] | None) -> str:
+    """Return what a kind is called, such as ``"soft labels"``; ``"nothing"`` without one."""
+    return "nothing" if kind is None else kind.kind.replace("-", " ")
 
 
 def tensors_of(knowledge: Knowledge) -> list[Tensor]:
     """Return the tensors of knowledge that hold values, ``[K, ...]``."""
-    if isinstance(knowledge, Weights):
-        return [t for part in knowledge.by_model.values() for t in part.tensors.values()]
-    return [knowledge.values]
+    return knowledge.value_tensors()
 
 
 def require_one(knowledge: Knowledge) -> None:
@@ -50,20 +52,4 @@ def check_answer(answer: Knowledge) -> None:
     """
     if not all(bool(t.isfinite().all()) for t in tensors_of(answer)):
         raise FedkdError("holds NaN or infinity")
-    if isinstance(answer, SoftLabels) and answer.space == "probabilities":
-        _check_simplex(answer.values[answer.mask])
-    if isinstance(answer, ClassMeans):
-        if bool((answer.counts < 0).any()):
-            raise FedkdError("holds negative counts")
-        if bool((answer.values.abs() > LARGEST_MEAN).any()):
-            raise FedkdError(f"holds class means beyond {LARGEST_MEAN:g}, whose squares overflow")
-        if answer.of == "probabilities":
-            _check_simplex(answer.values[answer.present])
-
-
-def _check_simplex(rows: Tensor) -> None:
-    if bool((rows < 0).any()):
-        raise FedkdError("holds negative probabilities")
-    off = float((rows.sum(-1) - 1).abs().amax()) if rows.numel() else 0.0
-    if off > SIMPLEX_TOLERANCE:
-        raise FedkdError(f"holds rows of probabilities that miss a sum of 1 by {off:.3g}")
+    answer.check()

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError
+from fedkd.knowledge.arrival import Arrival, Sizes
 from fedkd.knowledge.codec import Packed, Reference, pack, unpack
-from fedkd.knowledge.wire import Wire
+from fedkd.knowledge.wire import PLAIN, Wire
 
 Space = Literal["logits", "probabilities"]
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What both sides know of soft labels: P public images and C classes."""
-
-    num_public: int
-    num_classes: int
+SIMPLEX_TOLERANCE = 1e-3
+"""How far a row of probabilities may be from summing to 1 (float16 rounding stays below it)."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -40,6 +36,9 @@ class SoftLabels:
     Raises:
         FedkdError: shapes or space do not fit together; the text names both.
     """
+
+    kind: ClassVar[str] = Packed.kind
+    message_fields: ClassVar[dict[str, type]] = Packed.message_fields
 
     values: Tensor
     space: Space
@@ -149,6 +148,44 @@ class SoftLabels:
             None if self.targets is None else self.targets[rows],
         )
 
+    def value_tensors(self) -> list[Tensor]:
+        """Return the tensors that hold values, ``[K, ...]``."""
+        return [self.values]
+
+    def check(self) -> None:
+        """Refuse probabilities off the simplex.
+
+        Raises:
+            FedkdError: the text says which.
+        """
+        if self.space == "probabilities":
+            check_simplex(self.values[self.mask])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, as they are stored."""
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+
+    def stored_fields(self) -> dict[str, Any]:
+        """Return what is stored beside the tensors."""
+        return {"space": self.space}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> SoftLabels:
+        """Undo `tensors` and `stored_fields`."""
+        return cls(space=fields["space"], **tensors)
+
+    def to_message(self, sizes: Sizes, *, asked: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return these as they are (K = 1): see `Packed.to_message`."""
+        packed, _ = self.pack(PLAIN, sizes.num_public)
+        return packed.to_message(sizes, asked=asked)
+
+    @classmethod
+    def from_message(
+        cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
+    ) -> Packed:
+        """Read soft labels as they came, which `unpack` decodes: see `Packed.from_message`."""
+        return Packed.from_message(tensors, fields, arrival)
+
     def pack(
         self, wire: Wire, num_public: int, reference: Reference | None = None
     ) -> tuple[Packed, Reference | None]:
@@ -178,6 +215,19 @@ class SoftLabels:
         values, newer = unpack(packed, num_public, reference)
         space: Any = packed.space
         return cls(values, space, packed.samples, *(owner or ())), newer
+
+
+def check_simplex(rows: Tensor) -> None:
+    """Refuse rows ``[..., C]`` that are no probabilities.
+
+    Raises:
+        FedkdError: negative ones, or a sum that is not 1.
+    """
+    if bool((rows < 0).any()):
+        raise FedkdError("holds negative probabilities")
+    off = float((rows.sum(-1) - 1).abs().amax()) if rows.numel() else 0.0
+    if off > SIMPLEX_TOLERANCE:
+        raise FedkdError(f"holds rows of probabilities that miss a sum of 1 by {off:.3g}")
 
 
 def _same_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor] | None:

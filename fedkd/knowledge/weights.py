@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from fedkd.knowledge.arrival import Arrival, Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,9 @@ class ModelWeights:
 class Weights:
     """Model parameters, by architecture: only like is averaged with like."""
 
+    kind: ClassVar[str] = "weights"
+    message_fields: ClassVar[dict[str, type]] = {"model": str}
+
     by_model: Mapping[str, ModelWeights]
 
     @classmethod
@@ -78,6 +84,50 @@ class Weights:
     def only(self, model: str) -> Weights:
         """Return the part that a client with architecture `model` can load."""
         return Weights({model: self.by_model[model]})
+
+    def value_tensors(self) -> list[Tensor]:
+        """Return the tensors that hold values, ``[K, ...]``."""
+        return [tensor for part in self.by_model.values() for tensor in part.tensors.values()]
+
+    def check(self) -> None:
+        """Refuse nothing: finite weights of any size may be right."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, as they are stored."""
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(self.by_model.values()):
+            found |= {f"{number}/tensors/{name}": tensor for name, tensor in part.tensors.items()}
+            found |= {f"{number}/clients": part.clients, f"{number}/examples": part.num_examples}
+        return found
+
+    def stored_fields(self) -> dict[str, Any]:
+        """Return what is stored beside the tensors."""
+        return {"models": list(self.by_model)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Weights:
+        """Undo `tensors` and `stored_fields`."""
+        parts = {}
+        for number, model in enumerate(fields["models"]):
+            start = f"{number}/tensors/"
+            named = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            owners = tensors[f"{number}/clients"], tensors[f"{number}/examples"]
+            parts[model] = ModelWeights(named, *owners)
+        return cls(parts)
+
+    def to_message(self, sizes: Sizes, *, asked: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors of a message, and its `message_fields`; one architecture and K = 1."""
+        ((model, weights),) = self.by_model.items()
+        return {name: stacked[0] for name, stacked in weights.tensors.items()}, {"model": model}
+
+    @classmethod
+    def from_message(
+        cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
+    ) -> Weights:
+        """Undo `to_message`."""
+        stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
+        owner = torch.tensor([arrival.client]), torch.tensor([arrival.num_examples])
+        return cls({fields["model"]: ModelWeights(stacked, *owner)})
 
 
 def _joined(weights: Sequence[ModelWeights]) -> ModelWeights:
