@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import compress
 
 import torch
 from torch import Tensor
 
+from fedkd.accuracy import accuracy, correct_by_class
 from fedkd.cohort import Answers
 from fedkd.data.images import Images
 from fedkd.knowledge import ClassMeans, SoftLabels
@@ -71,8 +71,8 @@ def record_training_accuracy(stack: Stack) -> None:
     assert train.labels is not None
     for row, (metrics, shard) in enumerate(zip(stack.metrics, stack.shards, strict=True)):
         rows = shard.to(train.device)
-        right = _classified(stack, row, train, rows) == train.labels[rows]
-        metrics["training_accuracy"] = float(right.double().mean())
+        predicted = _classified(stack, row, train, rows).unsqueeze(0)
+        metrics["training_accuracy"] = float(accuracy(predicted, train.labels[rows]))
 
 
 def _classified(stack: Stack, row: int, images: Images, rows: Tensor) -> Tensor:
@@ -101,30 +101,15 @@ def record_predicted(stack: Stack, name: str, predicted: Tensor) -> None:
         predicted: classes ``[K, N]`` of the test images.
     """
     test, classes = stack.world.test, stack.world.num_classes
-    right = correct_by_class(predicted, test, classes)
+    assert test.labels is not None
+    predicted, labels = predicted.cpu(), test.labels.cpu()
+    right = correct_by_class(predicted, labels, classes)
     # Over the classes that the test set has; a shard without any of them counts evenly.
     counts = stack.world.private_label_counts[stack.clients].double() * (right.total > 0)
     counts += (counts.sum(1, keepdim=True) == 0) * (right.total > 0)
     share = counts / counts.sum(1, keepdim=True)
     own = (share * right.correct / right.total.clamp_min(1)).sum(1)
-    accuracy = right.correct.sum(1) / right.total.sum()
-    for metrics, a, o in zip(stack.metrics, accuracy.tolist(), own.tolist(), strict=True):
+    whole = accuracy(predicted, labels)
+    for metrics, a, o in zip(stack.metrics, whole.tolist(), own.tolist(), strict=True):
         metrics[name] = a
         metrics["own_accuracy"] = min(1.0, o)  # shares add up to 1 but for rounding
-
-
-@dataclass(frozen=True, eq=False)
-class ByClass:
-    """Test results by true class: correct answers float64 ``[K, C]``, and test images ``[C]``."""
-
-    correct: Tensor
-    total: Tensor
-
-
-def correct_by_class(predicted: Tensor, test: Images, num_classes: int) -> ByClass:
-    """Count correct predictions (int ``[K, N]``) by true class."""
-    assert test.labels is not None
-    labels = test.labels.cpu()  # some devices know no float64
-    member = torch.nn.functional.one_hot(labels, num_classes).float()  # counts are exact in it
-    right = (predicted.cpu() == labels).float()
-    return ByClass((right @ member).double(), member.sum(0).double())

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fedkd.accuracy import accuracy
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.errors import FedkdError
-from fedkd.evaluation import correct_by_class
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
 from fedkd.losses import Term
@@ -226,8 +226,8 @@ class Server:
 
     def _tested(self, cohort: Cohort) -> float:
         test = self.world.test
-        right = correct_by_class(cohort.classify(test), test, self.world.num_classes)
-        return float(right.correct.sum() / right.total.sum())
+        assert test.labels is not None
+        return float(accuracy(cohort.classify(test).cpu(), test.labels.cpu()))
 
     def _cohort(self, name: str, stack: Mapping[str, Tensor] | None = None) -> Cohort:
         """Make a cohort of copies of a stack ``[K, ...]``, or of one model with initial weights."""

@@ -12,6 +12,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from fedkd.accuracy import accuracy
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.data.images import Augment, Images
@@ -90,11 +91,13 @@ class Pooled:
         """Return each model's accuracy on the pooled images that it was trained on."""
         train = self.world.train
         assert train.labels is not None
-        whole = cohort.classify(train).cpu()
-        right = (whole == train.labels.cpu()).double()
+        predicted, labels = cohort.classify(train).cpu(), train.labels.cpu()
         mine = self.experiments if cohort is self.students else self._teachers_experiments
         rows = [world_of(experiment).pooled for experiment in mine]
-        return [float(each[chosen].mean()) for each, chosen in zip(right, rows, strict=True)]
+        return [
+            float(accuracy(each[chosen].unsqueeze(0), labels[chosen]))
+            for each, chosen in zip(predicted, rows, strict=True)
+        ]
 
     def _cohort(self, name: str, experiments: Sequence[Experiment]) -> Cohort:
         states = [self.world.initial_state(name, experiment.seed) for experiment in experiments]
@@ -146,4 +149,5 @@ class Pooled:
 def accuracies(predicted: Tensor, images: Images) -> list[float]:
     """Return the share of images that each model got right, of classes ``[K, N]``."""
     assert images.labels is not None
-    return [float(a) for a in (predicted.cpu() == images.labels.cpu()).double().mean(1)]
+    shares: list[float] = accuracy(predicted.cpu(), images.labels.cpu()).tolist()
+    return shares
