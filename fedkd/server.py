@@ -18,6 +18,7 @@ from fedkd.losses import Term
 from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import Fit, experiment_term
 from fedkd.randomness import generator, permutation
+from fedkd.terms import Terms, public_side, resolved_terms
 from fedkd.world import World
 
 
@@ -173,30 +174,23 @@ class Server:
         return SoftLabels(values[order], "logits", samples, clients[order], examples[order])
 
     def _public_side(self, phase: Fit, labels: SoftLabels | None, samples: Tensor | None) -> Side:
-        public = self.world.public
-        rows = samples if labels is None else labels.samples
-        assert rows is not None
         terms = self._terms(phase, labels)
-        logits = None if labels is None else labels.logits.to(public.device, public.dtype)
-        return Side("public", public, [rows], terms, logits)
+        if labels is not None:
+            return public_side(self.world.public, terms, [labels])
+        assert samples is not None
+        return Side("public", self.world.public, [samples], terms)
 
-    def _terms(self, phase: Fit, labels: SoftLabels | None) -> dict[Term, float | Tensor]:
+    def _terms(self, phase: Fit, labels: SoftLabels | None) -> Terms:
         """Resolve a fit's public terms, without hard labels where there are none."""
         experiment = self.experiment
         has_labels = self.world.public.labels is not None
+        for name in phase.public:
+            _check_needs(name, experiment_term(name, experiment), labels)
         # Without hard labels the soft part is all of the loss.
         alpha = experiment.alpha if has_labels else 1.0
-        values = {"alpha": alpha, "1-alpha": 1 - alpha}
-        terms: dict[Term, float | Tensor] = {}
-        for name, coefficient in phase.public.items():
-            term = experiment_term(name, experiment)
-            if term.needs is None and not has_labels:
-                continue
-            if term.needs == "class-means":
-                raise FedkdError(f"{name} needs class means, which public samples have not")
-            if term.needs is not None and labels is None:
-                raise FedkdError(f"{name} needs soft labels, and server.fit was given none")
-            terms[term] = values[coefficient] if isinstance(coefficient, str) else coefficient
+        terms = resolved_terms(
+            phase.public, alpha, lambda term: term.needs is not None or has_labels, experiment
+        )
         if not terms:
             raise FedkdError(f"the fit '{phase.name}' has no term for an unlabelled public set")
         return terms
@@ -236,3 +230,11 @@ class Server:
         device = self.world.train.device
         own = {n: t.to(device, copy=True) for n, t in stack.items()}
         return self.world.cohort(self.experiment, name, own)
+
+
+def _check_needs(name: str, term: Term, labels: SoftLabels | None) -> None:
+    """Refuse a term for whose needs the server has nothing."""
+    if term.needs == "class-means":
+        raise FedkdError(f"{name} needs class means, which public samples have not")
+    if term.needs is not None and labels is None:
+        raise FedkdError(f"{name} needs soft labels, and server.fit was given none")

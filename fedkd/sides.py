@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fedkd.batches import Side
 from fedkd.errors import FedkdError
@@ -16,8 +15,7 @@ from fedkd.losses import Term
 from fedkd.optimizers import shared
 from fedkd.phases import Coefficient, Fit, experiment_term
 from fedkd.stack import Stack
-
-_Terms = dict[Term, float | Tensor]
+from fedkd.terms import Terms, public_side, resolved_terms
 
 
 def sides_of(stack: Stack, phase: Fit) -> list[Side]:
@@ -50,23 +48,15 @@ def sides_of(stack: Stack, phase: Fit) -> list[Side]:
     return sides
 
 
-def _terms(stack: Stack, named: Mapping[str, Coefficient]) -> _Terms:
+def _terms(stack: Stack, named: Mapping[str, Coefficient]) -> Terms:
     """Resolve a fit's terms; those whose knowledge has not come, or is old, are left out."""
-    alpha = shared(stack.experiments, "alpha")
-    values = {"alpha": alpha, "1-alpha": 1 - alpha}
-    terms: _Terms = {}
-    for name, coefficient in named.items():
-        term = experiment_term(name, stack.experiment)
-        if _has(stack, term):
-            terms[term] = values[coefficient] if isinstance(coefficient, str) else coefficient
-    return terms
 
+    def has(term: Term) -> bool:
+        if term.needs == "class-means":
+            return isinstance(stack.knowledge[0], ClassMeans)
+        return term.needs is None or stack.is_fresh  # soft labels only if they are news
 
-def _has(stack: Stack, term: Term) -> bool:
-    """Whether what a term needs is there: soft labels only if they are news."""
-    if term.needs == "class-means":
-        return isinstance(stack.knowledge[0], ClassMeans)
-    return term.needs is None or stack.is_fresh
+    return resolved_terms(named, shared(stack.experiments, "alpha"), has, stack.experiment)
 
 
 def _wants_knowledge(stack: Stack, named: Mapping[str, Coefficient]) -> bool:
@@ -78,26 +68,15 @@ def _counts(coefficient: float | Tensor) -> bool:
     return bool((torch.as_tensor(coefficient) != 0).any())
 
 
-def _public_side(stack: Stack, terms: _Terms) -> Side:
+def _public_side(stack: Stack, terms: Terms) -> Side:
     public = stack.world.public
     if all(term.needs is None for term in terms):
         rows = torch.arange(len(public))
         return Side("public", public, [rows] * len(stack.orders), terms)
-    labels = _to_digest(stack, terms)
-    different = {id(each): each for each in labels}  # most share one
-    place = {which: n for n, which in enumerate(different)}
-    logits = [each.logits[0] for each in different.values()]
-    return Side(
-        "public",
-        public,
-        [each.samples for each in labels],
-        terms,
-        pad_sequence(logits, batch_first=True).to(public.device, public.dtype),
-        torch.tensor([place[id(each)] for each in labels]),
-    )
+    return public_side(public, terms, _to_digest(stack, terms))
 
 
-def _to_digest(stack: Stack, terms: _Terms) -> list[SoftLabels]:
+def _to_digest(stack: Stack, terms: Terms) -> list[SoftLabels]:
     """Return the soft labels that each client digests, of K = 1."""
     if not all(isinstance(k, SoftLabels) for k in stack.knowledge):
         raise FedkdError("a term needs soft labels, and other knowledge was received")
@@ -120,7 +99,7 @@ def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
             )
 
 
-def _private_side(stack: Stack, terms: _Terms) -> Side:
+def _private_side(stack: Stack, terms: Terms) -> Side:
     side = Side("private", stack.world.train, stack.shards, terms, augment=stack.experiment.augment)
     clients = range(len(stack.orders))
     if any(stack.attack(row).labels for row in clients):
