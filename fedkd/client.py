@@ -1,7 +1,7 @@
 """A client executes phases: the one implementation behind every engine.
 
-`execute` takes the orders of any number of clients, runs those that can share a stack as one cohort,
-and returns a report or a failure for each. A Flower client hands over its single order, the
+`execute_together` takes the orders of any number of clients, runs those that can share a stack as one
+cohort, and returns a report or a failure for each. A Flower client hands over its single order, the
 in-process engine all of a round.
 """
 
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError, in_one_line
-from fedkd.events import OUT_OF_MEMORY
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.codec import Packed
 from fedkd.memories import Memory
-from fedkd.orders import Failure, Order, Report
+from fedkd.orders import OUT_OF_MEMORY, Failure, Order, Report
 from fedkd.parameters import State
 from fedkd.phases import Role, to_text
 from fedkd.run_phases import run_phases
@@ -51,18 +50,6 @@ class Part:
     orders: Sequence[Order]
     store: ResidentStates
     secret_noise: bool = False
-
-
-def execute(
-    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
-) -> list[Report | Failure]:
-    """Execute orders of one federation; see `execute_together`.
-
-    Returns:
-        One result an order, in the same sequence. States are stored only for reports.
-    """
-    (results,) = execute_together(world, [Part(experiment, orders, store)])
-    return results
 
 
 def execute_together(world: World, parts: Sequence[Part]) -> list[list[Report | Failure]]:
@@ -245,6 +232,8 @@ def _is_refused_by_vmap(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("vmap" in text or "batching rule" in text)
 
+
+# --- One stack, from stored states to reports -----------------------------------------------------
 
 _Outcome = tuple[list[Report | Failure], list[States], dict[int, Memory]]
 """Of one part: a result for each order, the new states, and the new memories by client."""

@@ -8,12 +8,6 @@ from threading import Lock
 
 _logger = logging.getLogger(__name__)
 
-OUT_OF_MEMORY = "out-of-memory"
-"""A stack of clients did not fit, and was run again by halves."""
-
-REPORTED = (OUT_OF_MEMORY,)
-"""Kinds that happen at a client, which tells of them in its report."""
-
 
 class Events:
     """What has happened since the last round's record; any thread may add to it."""

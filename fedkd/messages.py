@@ -17,13 +17,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedkd.errors import FedkdError, in_one_line
-from fedkd.events import REPORTED
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Sizes, SoftLabels, Wire
 from fedkd.knowledge.codec import Packed, Reference, pack_samples, unpack_samples
 from fedkd.knowledge.wire import PLAIN
 from fedkd.knowledge_records import decode_knowledge, decode_tensor, encode_knowledge, typed_record
-from fedkd.orders import Order, Report
+from fedkd.orders import REPORTED, Order, Report
 from fedkd.phases import from_text, to_text
 
 TRAIN, HELLO = "train.fedkd", "query.hello"

@@ -12,6 +12,12 @@ from fedkd.knowledge.codec import Packed, Reference
 from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import Phase
 
+OUT_OF_MEMORY = "out-of-memory"
+"""A stack of clients did not fit, and was run again by halves."""
+
+REPORTED = (OUT_OF_MEMORY,)
+"""Kinds of events that happen at a client, which counts them in its report."""
+
 
 @dataclass(frozen=True, eq=False)
 class Order:
@@ -54,7 +60,7 @@ class Report:
         seconds: by phase; a stack's time is shared equally by its clients.
         packed: the answer as it is sent, where that is not simply its numbers.
         reference: what the server then has of this client's soft labels, where only changes are sent.
-        events: what broke at the client and was mended, how often by kind: see `fedkd.events.REPORTED`.
+        events: what broke at the client and was fixed, how often by kind: see `REPORTED`.
         round: of the order that it answers; 0 where the client does not say.
     """
 

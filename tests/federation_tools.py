@@ -17,6 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from fedkd.client import Part, execute_together
 from fedkd.engines import in_process
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
@@ -24,10 +25,11 @@ from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Wei
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.messages import HELLO, decode_order, decode_report
 from fedkd.models import build
-from fedkd.orders import Order, Report
+from fedkd.orders import Failure, Order, Report
 from fedkd.records import Row
 from fedkd.records.folder import RunFolder
 from fedkd.registry import strategy_of
+from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy
 from fedkd.transport.local_grid import LocalGrid, task_identity
 from fedkd.world import World, world_of
@@ -90,6 +92,14 @@ def starting(experiment: Experiment, client: int) -> Any:
     state = world.initial_state(name, experiment.seed)
     model.load_state_dict({n: t.to(torch.float64) for n, t in state.items()})
     return model
+
+
+def execute(
+    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
+) -> list[Report | Failure]:
+    """Execute orders of one federation, and return one result an order."""
+    (results,) = execute_together(world, [Part(experiment, orders, store)])
+    return results
 
 
 # --- Clients with their mail on record -----------------------------------------------------------

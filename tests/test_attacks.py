@@ -18,6 +18,7 @@ from federation_tools import (
     ROUGH,
     Finished,
     P,
+    execute,
     federate,
     one_step,
     shard,
@@ -40,7 +41,6 @@ from fedkd.attacks import (
     deviations,
     malicious_clients,
 )
-from fedkd.client import execute
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment

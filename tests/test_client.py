@@ -17,11 +17,10 @@ from typing import Any
 import federation_tools
 import pytest
 import torch
-from federation_tools import P, refuses_nines, tiny
+from federation_tools import P, execute, refuses_nines, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.client import execute
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights

@@ -12,10 +12,10 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from federation_tools import ROUGH, tiny
+from federation_tools import ROUGH, execute, tiny
 
 import fedkd
-from fedkd.client import Part, execute, execute_together
+from fedkd.client import Part, execute_together
 from fedkd.engines import answering
 from fedkd.engines import in_process as engine
 from fedkd.knowledge import SoftLabels

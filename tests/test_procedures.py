@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from federation_tools import C, P, federate, tiny
+from federation_tools import C, P, execute, federate, tiny
 from torch import Tensor, nn
 
-from fedkd.client import execute
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels
 from fedkd.losses import Step, term
