@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from fedkd import data, losses, testing
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
-    from fedkd.exporting import Export, export
     from fedkd.knowledge import SoftLabels, Weights
     from fedkd.records.callbacks import Callback
     from fedkd.records.results import CentralRun, Run
-    from fedkd.reports import report
+    from fedkd.reports.export.export import Export, export
+    from fedkd.reports.report import report
     from fedkd.runner import resume, run
     from fedkd.strategy import DistillationStrategy
     from fedkd.studies.central import central
@@ -44,7 +44,7 @@ _HOME = {
     "Comparison": "studies.comparison.result",
     "DistillationStrategy": "strategy",
     "Experiment": "experiment",
-    "Export": "exporting",
+    "Export": "reports.export.export",
     "FedkdError": "errors",
     "Run": "records.results",
     "SoftLabels": "knowledge",
@@ -52,8 +52,8 @@ _HOME = {
     "Sweep": "studies.sweep.result",
     "central": "studies.central",
     "compare": "studies.comparison.run",
-    "export": "exporting",
-    "report": "reports",
+    "export": "reports.export.export",
+    "report": "reports.report",
     "resume": "runner",
     "run": "runner",
     "sweep": "studies.sweep.run",

@@ -18,8 +18,8 @@ from rich.table import Table
 
 import fedkd
 from fedkd.losses import effective_weights
-from fedkd.plots.curves import accuracy_by_round
 from fedkd.records import Run
+from fedkd.reports.plots.curves import accuracy_by_round
 from fedkd.studies.comparison.result import Comparison
 
 EXPERIMENT = fedkd.Experiment(

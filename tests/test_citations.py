@@ -10,13 +10,13 @@ from typing import get_args
 
 import pytest
 
-from fedkd.citations import ENTRIES, citations
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.knowledge import Rule
 from fedkd.models import build
 from fedkd.registry import strategies
+from fedkd.reports.citations import ENTRIES, citations
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "strategies"
 HEADINGS = [
@@ -114,7 +114,7 @@ def test_the_year_is_plausible_and_the_key_says_author_and_year(key: str) -> Non
 
 
 def test_no_work_stands_there_twice() -> None:
-    from fedkd import citations as module
+    from fedkd.reports import citations as module
 
     source = Path(str(module.__file__)).read_text(encoding="utf-8")
     assert len(re.findall(r"^@\w+\{", source, re.MULTILINE)) == len(ENTRIES)

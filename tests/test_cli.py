@@ -21,9 +21,9 @@ from fedkd.cli import main
 from fedkd.cli.options import Source, with_sources
 from fedkd.data import DATASETS
 from fedkd.experiment import Experiment
-from fedkd.findings.diagnose import findings
 from fedkd.keys import accepted, kebab
 from fedkd.records import Run
+from fedkd.reports.findings.diagnose import findings
 
 COMMAND = [sys.executable, "-c", "from fedkd.cli import main; main()"]
 SMALL = ["--dataset", "digits", "--smoke"]

@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fedkd
-from fedkd import exporting
 from fedkd.data import load
-from fedkd.exporting import Export, export
-from fedkd.exports import latency
-from fedkd.exports.card import as_markdown, wilson
-from fedkd.exports.forms import FORMS, FromPixels
-from fedkd.exports.trained import find
 from fedkd.models import build
 from fedkd.records import Run
+from fedkd.reports.export import export as exporting
+from fedkd.reports.export import latency
+from fedkd.reports.export.card import as_markdown, wilson
+from fedkd.reports.export.export import Export, export
+from fedkd.reports.export.forms import FORMS, FromPixels
+from fedkd.reports.export.trained import find
 from fedkd.studies.central import MODELS
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

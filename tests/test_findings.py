@@ -17,10 +17,10 @@ import torch
 
 import fedkd
 from fedkd.experiment import Experiment
-from fedkd.findings.diagnose import findings
-from fedkd.findings.learning import Finding
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun, Run
+from fedkd.reports.findings.diagnose import findings
+from fedkd.reports.findings.learning import Finding
 
 BASE = {
     "dataset": "mnist-5k",

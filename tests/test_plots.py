@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 
-from fedkd.plots.curves import Curve, accuracy_by_round, curves, size
-from fedkd.plots.maps import MOST_COLUMNS, grid, shards, soft_labels
-from fedkd.plots.points import Clients, Reliability, clients, reliability, seconds
-from fedkd.plots.style import WIDTH
-from fedkd.reporting import svg as report_svg
+from fedkd.reports.page import svg as report_svg
+from fedkd.reports.plots.curves import Curve, accuracy_by_round, curves, size
+from fedkd.reports.plots.maps import MOST_COLUMNS, grid, shards, soft_labels
+from fedkd.reports.plots.points import Clients, Reliability, clients, reliability, seconds
+from fedkd.reports.plots.style import WIDTH
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -282,7 +282,7 @@ def rgb(text: str) -> tuple[float, ...]:
 
 
 def themes() -> list[dict[str, tuple[float, ...]]]:
-    page = (files("fedkd.reporting") / "report.html.jinja").read_text(encoding="utf-8")
+    page = (files("fedkd.reports.page") / "report.html.jinja").read_text(encoding="utf-8")
     dark = page[page.index("prefers-color-scheme: dark") :]
     found = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", dark))
     light = {name: colour for colour, name in report_svg.VARIABLES.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fedkd
-from fedkd.reports import report
+from fedkd.reports.report import report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = next(

@@ -20,14 +20,14 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import predictions
 from fedkd.records.results import Run
-from fedkd.reporting import calibration as report_calibration
-from fedkd.reporting import curves as report_curves
-from fedkd.reporting import experiment as report_experiment
-from fedkd.reporting import sources as report_sources
-from fedkd.reporting import sweeps as report_sweeps
-from fedkd.reporting.parts import Drawing
-from fedkd.reporting.tables import Table
-from fedkd.reports import report
+from fedkd.reports.page import calibration as report_calibration
+from fedkd.reports.page import collect as report_collect
+from fedkd.reports.page import curves as report_curves
+from fedkd.reports.page import experiment as report_experiment
+from fedkd.reports.page import sweeps as report_sweeps
+from fedkd.reports.page.parts import Drawing
+from fedkd.reports.page.tables import Table
+from fedkd.reports.report import report
 from fedkd.studies.sweep.result import Point, Sweep
 
 BASE = fedkd.Experiment(
@@ -176,7 +176,7 @@ def test_names_are_escaped(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_runs_gives_all_that_is_in_it_once(runs: Path, page: Page) -> None:
-    sources = report_sources.find([runs])
+    sources = report_collect.find([runs])
     assert [group.title for group in sources.federations] == ["compare-digits"]
     assert not sources.centrals
     assert not sources.skipped
@@ -220,7 +220,7 @@ def test_runs_that_are_no_comparison_stand_together_with_their_baseline(
     runs: Path, tmp_path: Path
 ) -> None:
     shutil.rmtree(runs / "compare-digits")
-    (group,) = report_sources.find([runs]).federations
+    (group,) = report_collect.find([runs]).federations
     assert {name: len(found) for name, found in group.runs.items()} == {
         "DSFL": 2, "FedAvg": 2, "local only": 2,
     }  # fmt: skip
@@ -238,7 +238,7 @@ def test_runs_on_other_data_stand_apart(runs: Path) -> None:
     path.write_text(
         text.replace("partition-alpha = 0.3", "partition-alpha = 0.7"), encoding="utf-8"
     )
-    groups = report_sources.find([runs]).federations
+    groups = report_collect.find([runs]).federations
     assert sorted(sum(map(len, group.runs.values())) for group in groups) == [1, 5]
 
 
@@ -248,9 +248,9 @@ def test_a_repeated_run_and_one_with_another_key_have_labels_of_their_own(runs: 
     other = Path(shutil.copytree(first, runs / "other"))
     text = (other / "experiment.toml").read_text(encoding="utf-8")
     (other / "experiment.toml").write_text(text.replace("tau = 5.0", "tau = 2.5"), encoding="utf-8")
-    twins, _ = report_sources.by_method([Run.load(p) for p in (first, twin)])
+    twins, _ = report_collect.by_method([Run.load(p) for p in (first, twin)])
     assert list(twins) == ["DSFL", "DSFL #2"]
-    labels, notes = report_sources.by_method([Run.load(p) for p in (first, other)])
+    labels, notes = report_collect.by_method([Run.load(p) for p in (first, other)])
     assert list(labels) == ["DSFL (tau 5.0)", "DSFL (tau 2.5)"]
     assert not notes
 
@@ -261,7 +261,7 @@ def test_labels_that_are_long_become_letters_and_are_explained(runs: Path) -> No
     text = (other / "experiment.toml").read_text(encoding="utf-8")
     changed = text.replace("tau = 5.0", "tau = 2.5").replace("batch-size = 64", "batch-size = 32")
     (other / "experiment.toml").write_text(changed, encoding="utf-8")
-    labels, notes = report_sources.by_method([Run.load(p) for p in (first, other)])
+    labels, notes = report_collect.by_method([Run.load(p) for p in (first, other)])
     assert list(labels) == ["DSFL A", "DSFL B"]
     assert notes == ["DSFL A: batch-size 64, tau 5.0.", "DSFL B: batch-size 32, tau 2.5."]
 

@@ -31,7 +31,7 @@ from fedkd.cli import console
 from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.folder import RunFolder
-from fedkd.reports import report
+from fedkd.reports.report import report
 from fedkd.studies.comparison.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +56,13 @@ UNLESS_FALSE = {
 
 ALLOWED = {
     (
-        "fedkd/exports/forms.py",
+        "fedkd/reports/export/forms.py",
         "torch.export.save",
     ): "a program without example inputs: JSON, no pickle",
-    ("fedkd/exports/forms.py", "torch.export.load"): "the file that was written a moment before",
+    (
+        "fedkd/reports/export/forms.py",
+        "torch.export.load",
+    ): "the file that was written a moment before",
     ("fedkd/testing/declared.py", "eval"): "a formula of a class whose module is imported already",
 }
 """Where something of this may stand, and why."""

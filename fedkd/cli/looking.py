@@ -40,11 +40,11 @@ def report(
     output: AnyOutput = TEXT,
 ) -> None:
     """Write one page about runs, comparisons and sweeps: tables, figures, findings."""
-    from fedkd import reports
-    from fedkd.reporting import sources
+    from fedkd.reports.page.collect import find
+    from fedkd.reports.report import write
 
-    found = sources.find(folders)
-    path = reports.write(found, file, figures)
+    found = find(folders)
+    path = write(found, file, figures)
     for line in found.skipped:
         print(printable(line), file=sys.stderr)
     facts = {"report": str(path), **({"figures": figures} if figures is not None else {})}
@@ -96,9 +96,9 @@ def export(
     output: AnyOutput = TEXT,
 ) -> None:
     """Export a trained model of a run as a file for deployment, verified, with a card."""
-    from fedkd import exporting
+    from fedkd.reports.export.export import export as export_model
 
-    done = exporting.export(run, to, model=model, client=client, seed=seed, output=file)
+    done = export_model(run, to, model=model, client=client, seed=seed, output=file)
     value = {"path": str(done.path), "card": str(done.card_path), **done.card}
     output.result(value, [f"{done.path}: {done.facts['accuracy']}"], [done.facts])
 
@@ -123,9 +123,9 @@ def cite(
     output: AnyOutput = TEXT,
 ) -> None:
     """Print the BibTeX of what a run used: strategy, data, codec, Flower, distillation."""
-    from fedkd.citations import citations
     from fedkd.records.folder import RunFolder
     from fedkd.registry import strategy_of
+    from fedkd.reports.citations import citations
 
     folder = RunFolder.existing(run)
     experiment = folder.experiment

@@ -43,8 +43,8 @@ def run(
         from fedkd import runner
         from fedkd.cli import preview, results
         from fedkd.engines import preflight
-        from fedkd.findings.diagnose import findings
         from fedkd.records import callbacks, trackers
+        from fedkd.reports.findings.diagnose import findings
 
         followers = [] if track is None else trackers.trackers(track)
         strategy = preflight.check(experiment, is_new=resume is None)
@@ -73,7 +73,7 @@ def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutpu
     """Train a teacher on the pooled data, a student alone and a student distilled from it."""
     with start.experiment() as experiment:
         from fedkd.cli import preview, results
-        from fedkd.findings.diagnose import findings
+        from fedkd.reports.findings.diagnose import findings
         from fedkd.studies.central import central as run_central
 
         chosen = chosen_seeds(seeds, experiment)

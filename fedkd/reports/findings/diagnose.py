@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from math import log
 
-from fedkd.findings import centralised, federated
-from fedkd.findings.learning import Finding, too_high
 from fedkd.records.files import read_shards
 from fedkd.records.results import CentralRun, Run
+from fedkd.reports.findings import centralised, federated
+from fedkd.reports.findings.learning import Finding, too_high
 
 
 def findings(run: Run | CentralRun) -> list[Finding]:

@@ -8,11 +8,11 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from fedkd.keys import Scalar, kebab
-from fedkd.plots import points as point_plots
-from fedkd.plots.curves import Curve, curves
-from fedkd.plots.maps import grid
-from fedkd.reporting.parts import Drawing, Missing, Shown
-from fedkd.reporting.tables import Table, from_cells, percent
+from fedkd.reports.page.parts import Drawing, Missing, Shown
+from fedkd.reports.page.tables import Table, from_cells, percent
+from fedkd.reports.plots import points as point_plots
+from fedkd.reports.plots.curves import Curve, curves
+from fedkd.reports.plots.maps import grid
 from fedkd.studies.sweep.result import Point, Sweep
 
 if TYPE_CHECKING:

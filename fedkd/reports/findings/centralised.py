@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import ceil, log
 
 from fedkd.experiment import Experiment
-from fedkd.findings.learning import (
+from fedkd.records.results import CentralRun
+from fedkd.reports.findings.learning import (
     FEW,
     LITTLE,
     RATES,
@@ -27,7 +28,6 @@ from fedkd.findings.learning import (
     too_high,
     too_soft,
 )
-from fedkd.records.results import CentralRun
 
 UNLEARNED_CENTRALLY = 0.5
 """`UNLEARNED` for models that see all data, in whose way no shard stands."""

@@ -8,7 +8,7 @@ from math import ceil, isfinite
 from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
-from fedkd.plots.style import (
+from fedkd.reports.plots.style import (
     COLOURS,
     INK,
     MARKERS,

@@ -7,7 +7,9 @@ from math import ceil, log
 from typing import Any
 
 from fedkd.experiment import Experiment
-from fedkd.findings.learning import (
+from fedkd.records.files import Row
+from fedkd.records.results import Run
+from fedkd.reports.findings.learning import (
     FEW,
     LITTLE,
     SHARP,
@@ -26,8 +28,6 @@ from fedkd.findings.learning import (
     too_high,
     too_soft,
 )
-from fedkd.records.files import Row
-from fedkd.records.results import Run
 
 HALFWAY = 0.7
 """`LITTLE` for a federation that is still learning."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fedkd.knowledge.calibration import expected_calibration_error, reliability
-from fedkd.plots import points as point_plots
-from fedkd.plots.points import Reliability
 from fedkd.records.predictions import Tested
 from fedkd.records.results import Run
-from fedkd.reporting.parts import Drawing, knowledge_of
+from fedkd.reports.page.parts import Drawing, knowledge_of
+from fedkd.reports.plots import points as point_plots
+from fedkd.reports.plots.points import Reliability
 from fedkd.studies.comparison import methods
 
 _KIND_OF = {

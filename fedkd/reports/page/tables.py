@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from rich.table import Table as RichTable
 
 from fedkd.records.results import CentralRun, Run
-from fedkd.reporting.parts import central_accuracies, tested_on
-from fedkd.reporting.sources import Federations
+from fedkd.reports.page.collect import Federations
+from fedkd.reports.page.parts import central_accuracies, tested_on
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.verdicts import size
 

@@ -13,19 +13,19 @@ from typing import Any
 from fedkd import __version__
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.findings.diagnose import findings
-from fedkd.findings.learning import Finding
 from fedkd.keys import kebab
-from fedkd.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE
 from fedkd.records.files import read_shards, replace_file
 from fedkd.records.results import CentralRun, Run
-from fedkd.reporting import experiment as report_experiment
-from fedkd.reporting import svg as report_svg
-from fedkd.reporting import sweeps as report_sweeps
-from fedkd.reporting import tables as report_tables
-from fedkd.reporting.central import of_central
-from fedkd.reporting.figures import of_federations
-from fedkd.reporting.parts import (
+from fedkd.reports.findings.diagnose import findings
+from fedkd.reports.findings.learning import Finding
+from fedkd.reports.page import experiment as report_experiment
+from fedkd.reports.page import svg as report_svg
+from fedkd.reports.page import sweeps as report_sweeps
+from fedkd.reports.page import tables as report_tables
+from fedkd.reports.page.central import of_central
+from fedkd.reports.page.collect import Federations, Sources, dealt, find
+from fedkd.reports.page.figures import of_federations
+from fedkd.reports.page.parts import (
     Drawing,
     Missing,
     Shown,
@@ -34,8 +34,8 @@ from fedkd.reporting.parts import (
     slug,
     tested_on,
 )
-from fedkd.reporting.sources import Federations, Sources, dealt, find
-from fedkd.reporting.tables import Table
+from fedkd.reports.page.tables import Table
+from fedkd.reports.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.sweep.result import Sweep
 
@@ -75,7 +75,7 @@ def report(
 
 
 def write(sources: Sources, output: str | Path, figures: str | Path | None = None) -> Path:
-    """Write a report on what `fedkd.reporting.sources.find` found; see `report`."""
+    """Write a report on what `fedkd.reports.page.collect.find` found; see `report`."""
     path = Path(output)
     if not path.parent.is_dir():
         raise FedkdError(f"output = {path}: there is no folder {path.parent}")
@@ -305,7 +305,7 @@ def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("fedkd.reporting", ""),
+        loader=PackageLoader("fedkd.reports.page", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

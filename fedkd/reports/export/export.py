@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.errors import FedkdError, in_one_line, nearest
-from fedkd.exports.card import Verified, as_markdown, card_of, facts_of
-from fedkd.exports.forms import FORMS, Form, FromPixels, Predictor, check_packages
-from fedkd.exports.latency import latencies
-from fedkd.exports.trained import Trained, find
 from fedkd.randomness import permutation
 from fedkd.records.files import replace_file, write_json
+from fedkd.reports.export.card import Verified, as_markdown, card_of, facts_of
+from fedkd.reports.export.forms import FORMS, Form, FromPixels, Predictor, check_packages
+from fedkd.reports.export.latency import latencies
+from fedkd.reports.export.trained import Trained, find
 
 TOLERANCE = 1e-4
 """Largest difference of logits for which rounding in float32 accounts, per unit of the largest logit:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedkd.plots.style import (
+from fedkd.reports.plots.style import (
     COLOURS,
     MARKERS,
     MUTED,

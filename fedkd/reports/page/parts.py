@@ -28,7 +28,7 @@ class Drawing:
         key: names its file, and with its section its anchor.
         title: what it shows, in a few words.
         caption: how to read it: units, seeds, test images.
-        figure: as drawn by `fedkd.plots`.
+        figure: as drawn by `fedkd.reports.plots`.
         described: the numbers that are to be seen, for those who cannot see them.
     """
 

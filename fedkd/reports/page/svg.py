@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from fedkd.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE, style
+from fedkd.reports.plots.style import COLOURS, HEAT, INK, MUTED, ON_HEAT, PAPER, RULE, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def inline(figure: Figure, anchor: str, title: str, description: str) -> str:
     figures do not meet. The same figure gives the same text.
 
     Args:
-        figure: as drawn by `fedkd.plots`.
+        figure: as drawn by `fedkd.reports.plots`.
         anchor: unique in the page; letters, digits and hyphens.
         title: what a screen reader says first.
         description: what is to be seen, in words.

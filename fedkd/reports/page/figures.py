@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from math import log, nan
 from statistics import mean, median
 
-from fedkd.plots import points as point_plots
-from fedkd.plots.curves import Curve, curves
-from fedkd.plots.maps import FEW_CLIENTS, shards, soft_labels
-from fedkd.plots.points import Clients, Reliability
 from fedkd.records.files import read_shards
 from fedkd.records.results import Run
-from fedkd.reporting import calibration as report_calibration
-from fedkd.reporting import curves as report_curves
-from fedkd.reporting.curves import Points
-from fedkd.reporting.parts import (
+from fedkd.reports.page import calibration as report_calibration
+from fedkd.reports.page import curves as report_curves
+from fedkd.reports.page.collect import Federations, dealt
+from fedkd.reports.page.curves import Points
+from fedkd.reports.page.parts import (
     MOST_PANELS,
     Drawing,
     Missing,
@@ -27,7 +24,10 @@ from fedkd.reporting.parts import (
     spread_over,
     tested_on,
 )
-from fedkd.reporting.sources import Federations, dealt
+from fedkd.reports.plots import points as point_plots
+from fedkd.reports.plots.curves import Curve, curves
+from fedkd.reports.plots.maps import FEW_CLIENTS, shards, soft_labels
+from fedkd.reports.plots.points import Clients, Reliability
 from fedkd.studies.comparison.methods import LOCAL
 
 _PHASES = ("load", "transfer", "digest", "revisit", "predict", "send", "encode", "aggregate")

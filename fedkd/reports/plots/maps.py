@@ -7,7 +7,7 @@ from math import ceil, isfinite, nan
 from statistics import mean
 from typing import TYPE_CHECKING, Literal
 
-from fedkd.plots.style import (
+from fedkd.reports.plots.style import (
     COLOURS,
     HEAT,
     INK,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from math import nan
 
-from fedkd.plots.curves import Curve, curves
-from fedkd.plots.points import points
 from fedkd.records.results import CentralRun
-from fedkd.reporting import calibration as report_calibration
-from fedkd.reporting.parts import (
+from fedkd.reports.page import calibration as report_calibration
+from fedkd.reports.page.parts import (
     Drawing,
     Missing,
     Shown,
@@ -16,6 +14,8 @@ from fedkd.reporting.parts import (
     spread_over,
     tested_on,
 )
+from fedkd.reports.plots.curves import Curve, curves
+from fedkd.reports.plots.points import points
 from fedkd.studies.comparison import methods
 
 

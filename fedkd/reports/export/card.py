@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fedkd import __version__, data
-from fedkd.exports.forms import BATCH, INPUT, OUTPUT
-from fedkd.exports.latency import machine
-from fedkd.exports.trained import Trained
 from fedkd.models import num_parameters
+from fedkd.reports.export.forms import BATCH, INPUT, OUTPUT
+from fedkd.reports.export.latency import machine
+from fedkd.reports.export.trained import Trained
 
 Card = Mapping[str, Any]
 

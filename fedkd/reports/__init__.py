@@ -1,0 +1,1 @@
+"""What is made of finished runs: the report, its figures and findings, citations, exported models."""
