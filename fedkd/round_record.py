@@ -22,6 +22,7 @@ from fedkd.orders import Report
 from fedkd.privacy import epsilon
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder, environment
+from fedkd.records.results import mean_of
 from fedkd.server import Server
 
 
@@ -134,9 +135,9 @@ class RunRecord:
         clients = range(self._server.num_clients)
         device = str(self._server.world.train.device)
         result = {
-            "accuracy": _mean(m["accuracy"] for m in final.values()),
+            "accuracy": mean_of(m["accuracy"] for m in final.values()),
             "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
-            "own_accuracy": _mean(m["own_accuracy"] for m in final.values()),
+            "own_accuracy": mean_of(m["own_accuracy"] for m in final.values()),
             "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
             **_trained(final, clients),
             "server_accuracy": self._server_accuracy(exchange, kept),
@@ -209,7 +210,7 @@ def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -
     """Return accuracies on private training images, of those clients that told theirs."""
     told = [final.get(client, {}).get("training_accuracy") for client in clients]
     known = [accuracy for accuracy in told if accuracy is not None]
-    mean = _mean(known) if known else None
+    mean = mean_of(known) if known else None
     return {"training_accuracy": mean, "client_training_accuracy": told}
 
 
@@ -219,15 +220,10 @@ def _metrics(reports: Sequence[Report]) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name in names:
         values = [report.metrics.get(name) for report in reports]
-        metrics[name] = _mean(v for v in values if v is not None)
+        metrics[name] = mean_of(v for v in values if v is not None)
         if "accuracy" in name:
             metrics[f"client_{name}"] = values
     return metrics
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
 
 
 def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.text import Text
 
 from fedkd.reports.page import svg as report_svg
-from fedkd.reports.plots.curves import Curve, accuracy_by_round, curves, size
+from fedkd.reports.plots.curves import Curve, accuracy_by_round, curves, tick_of_bytes
 from fedkd.reports.plots.maps import MOST_COLUMNS, grid, shards, soft_labels
 from fedkd.reports.plots.points import Clients, Reliability, clients, reliability, seconds
 from fedkd.reports.plots.style import WIDTH
@@ -86,7 +86,7 @@ def test_methods_differ_in_colour_and_in_marker() -> None:
      (2_000_000, "2 MB"), (7.25e9, "7.2 GB"), (5e12, "5000 GB")],
 )  # fmt: skip
 def test_bytes_have_a_unit(count: float, text: str) -> None:
-    assert size(count) == text
+    assert tick_of_bytes(count) == text
 
 
 @pytest.mark.parametrize("span", [1.5, 7.0, 90.0, 20_000.0])

@@ -20,6 +20,7 @@ from fedkd.records.files import Row
 from fedkd.records.results import CentralRun, Run
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Report
+from fedkd.wording import percent, plus_minus
 
 SHOWN_ROUNDS = 5
 """Rounds in the table at the end; all are in the run folder."""
@@ -39,7 +40,7 @@ STRATEGIES_LEGEND = {
 
 def round_line(row: Row, rounds: int) -> str:
     """Say in a line what a round gave."""
-    parts = [f"{_percent(row[name])} {label}" for name, label in _accuracies([row]).items()]
+    parts = [f"{percent(row[name])} {label}" for name, label in _accuracies([row]).items()]
     if row["dropped"]:
         reasons = "; ".join(sorted(set(row["dropped"].values())))
         parts.append(f"{len(row['dropped'])} dropped ({reasons})")
@@ -55,7 +56,7 @@ def rounds_table(done: Run) -> Table:
         table.add_row(
             str(row["round"]),
             f"{len(row['answered'])} of {len(row['sampled'])}",
-            *(_percent(row.get(name)) for name in accuracies),
+            *(percent(row.get(name)) for name in accuracies),
             f"{row['bytes_up']:,}",
             f"{row['bytes_down']:,}",
             f"{row['seconds']['round']:.1f}",
@@ -80,9 +81,9 @@ def run_facts(done: Run) -> dict[str, str]:
     tested = [accuracy for accuracy in done.client_accuracy if accuracy is not None]
     server = done.server_accuracy
     return {
-        "accuracy": f"{_percent(done.accuracy)} on average over {len(tested)} clients "
-        f"({_percent(min(tested))} to {_percent(max(tested))})",
-        "server": "keeps no model" if server is None else _percent(server),
+        "accuracy": f"{percent(done.accuracy)} on average over {len(tested)} clients "
+        f"({percent(min(tested))} to {percent(max(tested))})",
+        "server": "keeps no model" if server is None else percent(server),
         "bytes": f"{done.bytes_up:,} up, {done.bytes_down:,} down",
         "seconds": f"{done.result['seconds']:.1f}",
         "folder": str(done.path),
@@ -152,7 +153,7 @@ def _central_rows(done: CentralRun) -> list[tuple[str, str, list[float]]]:
 def _gap(done: CentralRun) -> str:
     if done.gap_closed is None:
         return "n/a (the teacher is not better than the student alone)"
-    return _percent(done.gap_closed)
+    return percent(done.gap_closed)
 
 
 # --- Strategies and data sets ---------------------------------------------------------------------
@@ -274,9 +275,4 @@ def spread(fractions: Sequence[float]) -> str:
 
 
 def _mean_std(values: Sequence[float]) -> str:
-    around = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{around}"
-
-
-def _percent(fraction: float | None) -> str:
-    return "n/a" if fraction is None else f"{100 * fraction:.1f} %"
+    return plus_minus(mean(values), stdev(values) if len(values) > 1 else None)

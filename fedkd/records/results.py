@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -128,17 +129,17 @@ class CentralRun:
     @property
     def teacher_accuracy(self) -> float:
         """Mean over the seeds."""
-        return _mean(self.teacher_accuracies)
+        return mean_of(self.teacher_accuracies)
 
     @property
     def student_alone_accuracy(self) -> float:
         """Mean over the seeds."""
-        return _mean(self.student_alone_accuracies)
+        return mean_of(self.student_alone_accuracies)
 
     @property
     def student_accuracy(self) -> float:
         """Mean over the seeds."""
-        return _mean(self.student_accuracies)
+        return mean_of(self.student_accuracies)
 
     @property
     def gap_closed(self) -> float | None:
@@ -164,5 +165,7 @@ def gap_closed(value: float, low: float, high: float) -> float | None:
     return (value - low) / (high - low) if high > low else None
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def mean_of(values: Iterable[float]) -> float:
+    """Return the mean of at least one number, summed in their order."""
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -23,6 +23,7 @@ from fedkd.models import num_parameters
 from fedkd.reports.export.forms import BATCH, INPUT, OUTPUT
 from fedkd.reports.export.latency import machine
 from fedkd.reports.export.trained import Trained
+from fedkd.wording import percent
 
 Card = Mapping[str, Any]
 
@@ -274,7 +275,7 @@ def _accuracy(card: Card) -> str:
     accuracy = card["accuracy"]
     low, high = accuracy["interval"]
     return (
-        f"{_percent(accuracy['file'])} (95 % interval {_percent(low)} to {_percent(high)}) on "
+        f"{percent(accuracy['file'])} (95 % interval {percent(low)} to {percent(high)}) on "
         f"{_test_images(card)}"
     )
 
@@ -287,8 +288,8 @@ def _test_images(card: Card) -> str:
 def _original(card: Card) -> str:
     accuracy = card["accuracy"]
     return (
-        f"{_percent(accuracy['original'])} in PyTorch; same class on "
-        f"{_percent(accuracy['equal_predictions'])} of the images, logits differ by up to "
+        f"{percent(accuracy['original'])} in PyTorch; same class on "
+        f"{percent(accuracy['equal_predictions'])} of the images, logits differ by up to "
         f"{accuracy['largest_difference']:.2g} (the largest is {accuracy['largest_logit']:.3g})"
     )
 
@@ -374,15 +375,11 @@ def limits(card: Card) -> list[str]:
     recorded = accuracy["recorded"]
     if recorded is not None and abs(recorded - accuracy["original"]) > NOTABLE:
         texts.append(
-            f"The run's own record says {_percent(recorded)}, and the logits of the original give "
-            f"{_percent(accuracy['original'])}: the strategy classifies otherwise than by them (as "
+            f"The run's own record says {percent(recorded)}, and the logits of the original give "
+            f"{percent(accuracy['original'])}: the strategy classifies otherwise than by them (as "
             "FedProto does, by class means), or data or code have changed since."
         )
     return texts
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

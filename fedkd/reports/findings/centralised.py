@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import ceil, log
 
 from fedkd.experiment import Experiment
-from fedkd.records.results import CentralRun
+from fedkd.records.results import CentralRun, mean_of
 from fedkd.reports.findings.learning import (
     FEW,
     LITTLE,
@@ -21,13 +21,12 @@ from fedkd.reports.findings.learning import (
     flat,
     gain,
     label_entropy,
-    mean_of,
-    percent,
     rate_too_high,
     too_hard,
     too_high,
     too_soft,
 )
+from fedkd.wording import percent
 
 UNLEARNED_CENTRALLY = 0.5
 """`UNLEARNED` for models that see all data, in whose way no shard stands."""

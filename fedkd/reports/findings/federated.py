@@ -8,7 +8,7 @@ from typing import Any
 
 from fedkd.experiment import Experiment
 from fedkd.records.files import Row
-from fedkd.records.results import Run
+from fedkd.records.results import Run, mean_of
 from fedkd.reports.findings.learning import (
     FEW,
     LITTLE,
@@ -20,14 +20,13 @@ from fedkd.reports.findings.learning import (
     flat,
     gain,
     label_entropy,
-    mean_of,
     names_of,
-    percent,
     rate_too_high,
     too_hard,
     too_high,
     too_soft,
 )
+from fedkd.wording import percent
 
 HALFWAY = 0.7
 """`LITTLE` for a federation that is still learning."""

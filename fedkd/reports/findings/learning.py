@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import log
 
 from fedkd.experiment import Experiment
+from fedkd.records.results import mean_of
+from fedkd.wording import percent
 
 UNLEARNED = 0.9
 """Late loss in a federation, relative, above which clients have learnt nothing of their shards."""
@@ -205,14 +207,3 @@ def label_entropy(counts: Sequence[int]) -> float:
 def gain(accuracy: float, frequent: float) -> float:
     """Return how far accuracy got from the share of the most frequent class (0) to all right (1)."""
     return (accuracy - frequent) / (1 - frequent) if frequent < 1 else 1.0
-
-
-def mean_of(values: Iterable[float]) -> float:
-    """Return the mean of at least one value."""
-    listed = list(values)
-    return sum(listed) / len(listed)
-
-
-def percent(share: float) -> str:
-    """Write a share in percent with one decimal."""
-    return f"{100 * share:.1f} %"

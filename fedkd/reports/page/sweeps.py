@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedkd.keys import Scalar, kebab
 from fedkd.reports.page.parts import Drawing, Missing, Shown
-from fedkd.reports.page.tables import Table, from_cells, percent
+from fedkd.reports.page.tables import Table, from_cells, mean_percent
 from fedkd.reports.plots import points as point_plots
 from fedkd.reports.plots.curves import Curve, curves
 from fedkd.reports.plots.maps import grid
@@ -131,7 +131,7 @@ def table(sweep: Sweep) -> Table:
 
 
 def _accuracy(point: Point) -> str:
-    return percent([mean(folds) for folds in point.accuracies])
+    return mean_percent([mean(folds) for folds in point.accuracies])
 
 
 def _ordered(values: Sequence[Scalar]) -> list[Scalar]:

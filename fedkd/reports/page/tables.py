@@ -13,6 +13,7 @@ from fedkd.reports.page.collect import Federations
 from fedkd.reports.page.parts import central_accuracies, tested_on
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.verdicts import size
+from fedkd.wording import plus_minus
 
 NONE = "–"
 
@@ -95,10 +96,10 @@ def _piped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|")
 
 
-def percent(fractions: Sequence[float]) -> str:
+def mean_percent(fractions: Sequence[float]) -> str:
     """Write fractions in percent: the mean and, from two on, the standard deviation."""
-    around = f" ± {100 * stdev(fractions):.1f}" if len(fractions) > 1 else ""
-    return f"{100 * mean(fractions):.1f}{around}"
+    spread = 100 * stdev(fractions) if len(fractions) > 1 else None
+    return plus_minus(100 * mean(fractions), spread)
 
 
 # --- A comparison ---------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def of_runs(group: Federations) -> Table:
     """Return the table of federated runs that are no comparison."""
     central = central_accuracies(group.central) if group.central else {}
     rows = [
-        {"method": name, "test accuracy, %": percent(values), "seeds": str(len(values))}
+        {"method": name, "test accuracy, %": mean_percent(values), "seeds": str(len(values))}
         for name, values in central.items()
     ]
     rows += [{"method": name, **_cells(runs)} for name, runs in group.runs.items()]
@@ -158,9 +159,9 @@ def _cells(runs: Sequence[Run]) -> dict[str, str]:
     clients = [[a for a in run.client_accuracy if a is not None] for run in runs]
     servers = [run.server_accuracy for run in runs if run.server_accuracy is not None]
     return {
-        "test accuracy, %": percent([run.accuracy for run in runs]),
+        "test accuracy, %": mean_percent([run.accuracy for run in runs]),
         "clients, %": f"{100 * mean(map(min, clients)):.1f}–{100 * mean(map(max, clients)):.1f}",
-        "server, %": percent(servers) if servers else NONE,
+        "server, %": mean_percent(servers) if servers else NONE,
         "seeds": str(len(runs)),
         "rounds": f"{mean(len(run.rounds) for run in runs):g}",
         "bytes up": size(mean(run.bytes_up for run in runs)),
@@ -175,7 +176,7 @@ def of_central(run: CentralRun) -> Table:
     rows = [
         {
             "model": name,
-            "test accuracy, %": percent(values),
+            "test accuracy, %": mean_percent(values),
             "parameters": f"{run.parameters['teacher' if name == 'teacher' else 'student']:,}",
             "seeds": str(len(values)),
         }

@@ -125,12 +125,12 @@ def _bytes_axis(axes: Axes) -> None:
     decades = log10(high / low)
     subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_of_bytes(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def size(count: float) -> str:
-    """Write a number of bytes with a unit (powers of 1000), as in ``1.5 MB``."""
+def tick_of_bytes(count: float) -> str:
+    """Write bytes beside a tick, as short as can be: ``100 kB``, ``1.5 MB`` (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

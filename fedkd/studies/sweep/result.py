@@ -16,6 +16,7 @@ from fedkd.keys import Scalar, kebab
 from fedkd.records.folder import RunFolder
 from fedkd.studies.sweep.folder import Keys, Of, SweepFolder
 from fedkd.studies.sweep.tables import SHOWN, as_list, as_map, counted
+from fedkd.wording import plus_minus
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class Sweep:
 
 
 def _percent(point: Point) -> str:
-    spread = "" if point.spread is None else f" ± {100 * point.spread:.1f}"
-    return f"{100 * point.accuracy:.1f}{spread}"
+    spread = None if point.spread is None else 100 * point.spread
+    return plus_minus(100 * point.accuracy, spread)
 
 
 def _joined_to(
