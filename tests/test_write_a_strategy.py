@@ -440,8 +440,8 @@ def test_what_a_method_says_wrongly_is_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("phases", "line"),
     [
-        ("[Revisit({ce: 1.0, slips: 1.0}), Predict()]", 11),
-        ("[Apply(trips), Revisit(), Predict()]", 16),
+        ("[Revisit({ce: 1.0, slips: 1.0}), Predict()]", 10),
+        ("[Apply(trips), Revisit(), Predict()]", 15),
     ],
     ids=["term", "procedure"],
 )
