@@ -8,7 +8,6 @@ from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError
@@ -22,6 +21,7 @@ from fedkd.knowledge import (
     check_answer,
     require_one,
 )
+from fedkd.knowledge.samples import check_samples
 from fedkd.phases import Apply, Phase, check_phases, closing
 from fedkd.server import Replies, Server
 from fedkd.user_code import blaming
@@ -133,8 +133,7 @@ class CheckedAlgorithm:
     def request(self) -> Tensor:
         """Return the public samples that are wanted, int64 ``[M]``."""
         with self.named("request"):
-            asked: object = self._algorithm.request(self._server)
-            return self._check_samples(asked)
+            return check_samples(self._algorithm.request(self._server), self._server.num_public)
 
     def personalise(self, knowledge: Knowledge, client: int, phases: Sequence[Phase]) -> Knowledge:
         """Return what a client receives: K = 1, unless a procedure among its phases chooses."""
@@ -172,22 +171,12 @@ class CheckedAlgorithm:
                 raise FedkdError(
                     f"returns soft labels of {classes} classes: must be {sizes.num_classes}"
                 )
-            self._check_samples(new.samples)
+            check_samples(new.samples, self._server.num_public)
         if isinstance(new, ClassMeans) and new.values.shape[1] != self._server.num_classes:
             raise FedkdError(
                 f"returns means of {new.values.shape[1]} classes: must be {self._server.num_classes}"
             )
         check_answer(new)
-
-    def _check_samples(self, samples: object) -> Tensor:
-        if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.ndim != 1:
-            raise FedkdError(f"{samples!r} is not an int64 tensor [M] of public samples")
-        in_range = bool(((samples >= 0) & (samples < self._server.num_public)).all())
-        if not in_range or len(samples.unique()) < len(samples):
-            raise FedkdError(
-                f"public samples must be distinct and 0 to {self._server.num_public - 1}"
-            )
-        return samples
 
 
 def _listed(clients: Sequence[int]) -> str:

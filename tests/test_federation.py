@@ -1206,7 +1206,7 @@ class Asking(DistillationStrategy):
     ("slip", "reason"),
     [
         ("phases", "phases of Asking, round .: .*not a list of phases"),
-        ("far", f"request of Asking, round 1: .*distinct and 0 to {P - 1}"),
+        ("far", f"request of Asking, round 1: sample {P}: must be in 0 .. {P - 1}"),
         ("twice", "request of Asking, round 1: .*distinct"),
         ("list", "request of Asking, round 1: .*int64 tensor"),
         ("floats", "request of Asking, round 1: .*int64 tensor"),

@@ -26,6 +26,7 @@ from fedkd.knowledge.packing import (
     unpacked_codes,
     write_bitmap,
 )
+from fedkd.knowledge.samples import check_samples
 from fedkd.knowledge.wire import Wire
 
 SPACES = ("logits", "probabilities")
@@ -262,8 +263,7 @@ def unpack_samples(packed: Tensor | None, num_public: int) -> Tensor:
     if packed.dtype != torch.int32:
         raise FedkdError(f"samples are {packed.dtype}: must be an int32 list or a uint8 bitmap")
     samples = packed.to(torch.int64)
-    _check_samples(samples, num_public)
-    return samples
+    return check_samples(samples, num_public)
 
 
 # --- Checks ------------------------------------------------------------------------------------
@@ -277,22 +277,7 @@ def _check_header(space: str, sets: int, classes: int, samples: Tensor, num_publ
         if not isinstance(value, int) or value < 1:
             raise FedkdError(f"{name} = {value!r}: must be a whole number >= 1")
     check_plain("samples", samples, 1)
-    if samples.dtype != torch.int64:
-        raise FedkdError(f"samples are {samples.dtype}: must be int64")
-    _check_samples(samples, num_public)
-
-
-def _check_samples(samples: Tensor, num_public: int) -> None:
-    if len(samples) == 0:
-        return
-    if len(samples) > num_public:
-        raise FedkdError(f"{len(samples)} samples: must be at most {num_public}, the public set")
-    low, high = int(samples.min()), int(samples.max())
-    if low < 0 or high >= num_public:
-        wrong = low if low < 0 else high
-        raise FedkdError(f"sample {wrong}: must be in 0 .. {num_public - 1}, the public set")
-    if len(samples.unique()) < len(samples):
-        raise FedkdError("samples occur twice: must be distinct")
+    check_samples(samples, num_public)
 
 
 def _reference(reference: Reference | None, wire: Wire, num_public: int, width: int) -> Reference:

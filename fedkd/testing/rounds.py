@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels, Weights, tensors_of
+from fedkd.knowledge.samples import check_samples
 from fedkd.phases import MeanByClass, Predict
 from fedkd.records.folder import RunFolder
 from fedkd.server import Replies, Server
@@ -41,18 +42,13 @@ def request(bench: Bench) -> None:
 
 
 def _check_request(asked: object, server: Server) -> None:
-    if not isinstance(asked, Tensor) or asked.dtype != torch.int64 or asked.ndim != 1:
-        found = f"{asked.dtype} {list(asked.shape)}" if isinstance(asked, Tensor) else repr(asked)
+    try:
+        check_samples(asked, server.num_public)
+    except FedkdError as error:
         raise Wrong(
-            f"request gives {found}: return int64 [M], positions in the public set, such as "
-            "server.draw() or server.everything()[condition]"
-        )
-    outside = bool(((asked < 0) | (asked >= server.num_public)).any())
-    if outside or len(asked.unique()) < len(asked):
-        raise Wrong(
-            f"request asks for samples {'outside the public set' if outside else 'twice'}: they are "
-            f"distinct, 0 to server.num_public - 1 = {server.num_public - 1}"
-        )
+            f"request gives no public samples ({error}): return int64 [M], positions in the public set, "
+            "such as server.draw() or server.everything()[condition]"
+        ) from None
 
 
 def samples(bench: Bench) -> None:
