@@ -20,9 +20,10 @@ from torch import Tensor
 from fedkd.batches import Side
 from fedkd.cli.presets import mnist_mlp
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World, world_of
 from fedkd.losses import ce, kl
 from fedkd.optimizers import OptimizerSettings
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 
 SEEDS = (0, 1, 2)
 TEACHERS = ("mlp-1200", "mlp-800")
@@ -39,9 +40,9 @@ POINTS = {  # (weight of KL·τ², weight of CE, τ)
 
 def cohort(world: World, name: str, seeds: Sequence[int]) -> Cohort:
     """Stack one model a seed, from the weights that the preset starts from."""
-    skeleton = world.model(name)
-    states = [world.initial_state(name, seed) for seed in seeds]
-    return Cohort.of(skeleton, states, world.plan(name, "auto"))
+    architectures = architectures_of(world)
+    states = [architectures.initial_state(name, seed) for seed in seeds]
+    return Cohort.of(architectures.model(name), states, architectures.plan(name, "auto"))
 
 
 def train(

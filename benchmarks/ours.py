@@ -17,11 +17,12 @@ from torch import Tensor
 from work import ALPHA, BATCH_SIZE, LEARNING_RATE, TAU, Job
 
 import fedkd
+from fedkd.data.federated import World, world_of
 from fedkd.data.images import Images
 from fedkd.records import Row
 from fedkd.records.callbacks import EachRound
 from fedkd.records.folder import environment
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 
 OWN_NETWORKS = {"cnn-5x5": "task:cnn_5x5"}
 """Networks of the benchmark that fedkd has no name for."""
@@ -67,8 +68,9 @@ def images_of(job: Job) -> dict[str, Tensor]:
 
 def initial_weights(world: World, keys: fedkd.Experiment) -> Tensor:
     """Return the initial weights of every client as one vector, in the order of the layers."""
-    state = world.initial_state(keys.student, keys.seed)
-    names = [name for name, _ in world.model(keys.student).named_parameters()]
+    architectures = architectures_of(world)
+    state = architectures.initial_state(keys.student, keys.seed)
+    names = [name for name, _ in architectures.model(keys.student).named_parameters()]
     return torch.cat([state[name].flatten() for name in names])
 
 

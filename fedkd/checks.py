@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from fedkd.data.federated import World
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
 from fedkd.orders import Order, Report
 from fedkd.phases import ANSWERS, MeanByClass, Predict
 from fedkd.profiling import PART
-from fedkd.world import World
+from fedkd.training.architectures import architectures_of
 
 LARGEST_METRIC = 3.4e38
 """The largest loss or norm that is believed: one that fits into float32."""
@@ -131,7 +132,7 @@ def means_width(phase: MeanByClass, world: World, student: str) -> int:
     """
     if phase.of != "features":
         return world.num_classes
-    head = getattr(world.skeleton(student), "head", None)
+    head = getattr(architectures_of(world).skeleton(student), "head", None)
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
         raise FedkdError(
@@ -144,7 +145,7 @@ def means_width(phase: MeanByClass, world: World, student: str) -> int:
 def _check_weights(answer: Knowledge | None, world: World, student: str) -> None:
     if not isinstance(answer, Weights) or list(answer.by_model) != [student]:
         raise FedkdError(f"does not send the weights of {student} that were asked for")
-    model = world.skeleton(student)
+    model = architectures_of(world).skeleton(student)
     reference = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sent = answer.by_model[student].tensors
     if set(sent) != set(reference):

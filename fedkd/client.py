@@ -16,6 +16,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from fedkd.data.federated import World
 from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
@@ -28,8 +29,8 @@ from fedkd.run_phases import run_phases
 from fedkd.stack import Stack, has_news
 from fedkd.state_store import ResidentStates
 from fedkd.states import INITIAL, States, concatenated
+from fedkd.training.architectures import architectures_of
 from fedkd.user_code import blamed, place
-from fedkd.world import World
 
 _logger = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ def _starting_states(world: World, part: Part) -> States:
     if experiment.teacher_of(first.client) != "none":
         names["teacher"] = experiment.teacher_of(first.client)
     models: dict[str, State] = {
-        role: world.initial_states(name, experiment.seed, len(bases))
+        role: architectures_of(world).initial_states(name, experiment.seed, len(bases))
         for role, name in names.items()
     }
     return States(list(bases), models, [0] * len(bases))

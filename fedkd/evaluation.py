@@ -14,6 +14,7 @@ from fedkd.knowledge import ClassMeans, SoftLabels
 from fedkd.memories import TESTED
 from fedkd.phases import Role
 from fedkd.stack import Stack, remember
+from fedkd.training.architectures import architectures_of
 
 
 def measure_agreement(stack: Stack, role: Role) -> None:
@@ -60,7 +61,8 @@ def examine(stack: Stack) -> None:
 
 def _is_trained(stack: Stack, role: str, row: int) -> bool:
     """Whether a local teacher is one: some strategies have no use for it."""
-    initial = stack.world.initial_state(stack.architecture(role), stack.experiments[row].seed)
+    name, seed = stack.architecture(role), stack.experiments[row].seed
+    initial = architectures_of(stack.world).initial_state(name, seed)
     params = stack.cohorts[role].params
     return any(not torch.equal(tensor[row], initial[name]) for name, tensor in params.items())
 

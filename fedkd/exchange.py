@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedkd.checks import check_report, with_known_numbers
+from fedkd.data.federated import World
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.experiment import Experiment
@@ -24,7 +25,6 @@ from fedkd.knowledge_records import typed_record
 from fedkd.messages import decode_report, in_a_line
 from fedkd.orders import Order, Report
 from fedkd.transport.replies import failure_reason
-from fedkd.world import World
 
 _logger = logging.getLogger(__name__)
 

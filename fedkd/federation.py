@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedkd.algorithm import Algorithm, CheckedAlgorithm
 from fedkd.checkpoints import Checkpoint
+from fedkd.data.federated import World, who_holds_what
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.events import Events
 from fedkd.exchange import Exchange
@@ -37,7 +38,6 @@ from fedkd.roster import Roster
 from fedkd.round_record import RunRecord
 from fedkd.server import Replies, Server
 from fedkd.states import INITIAL
-from fedkd.world import World, who_holds_what
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""What is set of the machine: number formats of the arithmetic, and what becomes of freed memory.
+"""What is asked and set of the machine: devices, number formats, what becomes of freed memory.
 
 Products are exact float32, or the tensor cores' faster formats where asked for. Parameters, optimiser
 state, losses and everything on the wire stay float32.
@@ -19,7 +19,29 @@ from typing import Any, Literal
 
 import torch
 
+from fedkd.errors import FedkdError
+
 Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``device`` names; ``auto`` takes cuda, then mps, then cpu.
+
+    Raises:
+        FedkdError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FedkdError(
+            f"device = '{name}': {reason}; accepted: auto, cpu, cuda, cuda:N, mps"
+        ) from None
 
 
 @contextmanager

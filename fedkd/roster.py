@@ -8,12 +8,12 @@ from time import monotonic, sleep
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedkd.data.federated import World
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, Introduction, decode_introduction
 from fedkd.transport.replies import failure_reason
 from fedkd.user_code import fingerprint
-from fedkd.world import World
 
 HELLO_TIMEOUT = 60.0
 """Seconds until all clients must have introduced themselves."""

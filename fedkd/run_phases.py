@@ -35,6 +35,7 @@ from fedkd.randomness import generator
 from fedkd.sides import sides_of
 from fedkd.stack import Stack, has_news, remember
 from fedkd.states import INITIAL
+from fedkd.training.architectures import architectures_of
 
 
 def run_phases(stack: Stack) -> list[Report]:
@@ -97,7 +98,7 @@ def _run_phase(stack: Stack, phase: Phase, position: int) -> None:
 def _reset(stack: Stack) -> None:
     name = stack.architecture("student")
     for row, experiment in enumerate(stack.experiments):
-        initial = stack.world.initial_state(name, experiment.seed)
+        initial = architectures_of(stack.world).initial_state(name, experiment.seed)
         stack.cohorts["student"].load(row, initial)
     stack.is_fresh = has_news(stack.first, INITIAL)
 

@@ -18,7 +18,7 @@ from fedkd.experiment import Experiment
 from fedkd.interrupts import InterruptedRun, between_rounds, naming_how_to_go_on
 from fedkd.keys import AUTO
 from fedkd.knowledge import SoftLabels
-from fedkd.machine import keep_freed_memory
+from fedkd.machine import keep_freed_memory, resolve_device
 from fedkd.records.callbacks import Callback, Callbacks
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder, environment
@@ -27,7 +27,6 @@ from fedkd.registry import recorded, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.tuning import described, planned
 from fedkd.user_code import fingerprint
-from fedkd.world import resolve_device
 
 _ENGINES = {"cohort": "fedkd.engines.in_process", "flower": "fedkd.engines.simulation"}
 

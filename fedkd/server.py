@@ -11,6 +11,7 @@ from torch import Tensor
 from fedkd.accuracy import accuracy
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
@@ -19,7 +20,7 @@ from fedkd.optimizers import OptimizerSettings
 from fedkd.phases import Fit, experiment_term
 from fedkd.randomness import generator, permutation
 from fedkd.terms import Terms, public_side, resolved_terms
-from fedkd.world import World
+from fedkd.training.architectures import architectures_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,10 +227,10 @@ class Server:
     def _cohort(self, name: str, stack: Mapping[str, Tensor] | None = None) -> Cohort:
         """Make a cohort of copies of a stack ``[K, ...]``, or of one model with initial weights."""
         if stack is None:
-            stack = self.world.initial_states(name, self.experiment.seed, 1)
+            stack = architectures_of(self.world).initial_states(name, self.experiment.seed, 1)
         device = self.world.train.device
         own = {n: t.to(device, copy=True) for n, t in stack.items()}
-        return self.world.cohort(self.experiment, name, own)
+        return architectures_of(self.world).cohort(self.experiment, name, own)
 
 
 def _check_needs(name: str, term: Term, labels: SoftLabels | None) -> None:

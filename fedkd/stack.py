@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedkd.attacks import Attack, attack_of
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Output, SoftLabels
@@ -23,7 +24,7 @@ from fedkd.orders import Order
 from fedkd.parameters import State
 from fedkd.phases import Role
 from fedkd.states import States
-from fedkd.world import World
+from fedkd.training.architectures import architectures_of
 
 STACKABLE = (
     "alpha", "tau", "learning_rate", "momentum", "weight_decay", "local_epochs", "distill_epochs",
@@ -80,7 +81,9 @@ class Stack:
             for order, memory in zip(self.orders, self.memories, strict=True)
         ]
         self.cohorts = {
-            role: self.world.cohort(self.experiment, self.architecture(role), stack)
+            role: architectures_of(self.world).cohort(
+                self.experiment, self.architecture(role), stack
+            )
             for role, stack in self.states.models.items()
         }
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fedkd.algorithm import Facts
 from fedkd.attacks import check_attack
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError, nearest
 from fedkd.events import Events
 from fedkd.experiment import Experiment
@@ -44,7 +45,6 @@ from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.round_record import plain_numbers
 from fedkd.server import Replies, Server
-from fedkd.world import world_of
 
 __all__ = [
     "Count",

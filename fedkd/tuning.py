@@ -17,6 +17,7 @@ import torch
 
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
@@ -24,7 +25,7 @@ from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings
 from fedkd.plans import Plan, default_plan, largest_block
 from fedkd.schedule import steps_per_epoch
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
     world = world_of(experiment)
     counts = _largest(counts or clients_at_once(experiment))
     if experiment.plan != AUTO:
-        return tuple(Choice(n, world.plan(n, experiment.plan), "as asked for") for n, _ in counts)
+        plan = architectures_of(world).plan
+        return tuple(Choice(n, plan(n, experiment.plan), "as asked for") for n, _ in counts)
     threads = _threads(experiment)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -133,8 +135,9 @@ def _threads(experiment: Experiment) -> int:
 
 def _choose(experiment: Experiment, world: World, name: str, clients: int, threads: int) -> Choice:
     example = world.train.batch(torch.arange(2, device=world.train.device))
-    default = default_plan(world.skeleton(name), example)
-    largest = largest_block(world.skeleton(name))
+    skeleton = architectures_of(world).skeleton(name)
+    default = default_plan(skeleton, example)
+    largest = largest_block(skeleton)
     if world.train.device.type == "cuda":
         threads = 1  # one process feeds the device
         if default.stacked:
@@ -225,7 +228,8 @@ def _fitting_block(experiment: Experiment, world: World, name: str, clients: int
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    state = sum(t.numel() * t.element_size() for t in world.initial_state(name, 0).values())
+    initial = architectures_of(world).initial_state(name, 0)
+    state = sum(t.numel() * t.element_size() for t in initial.values())
     return fitting_block(free, clients * state, (peaks[1] - peaks[0]) / 2)
 
 
@@ -245,8 +249,9 @@ def _time(
 ) -> tuple[float, float]:
     """Return the seconds that measuring a plan took, and those of a client's step in it."""
     begun = perf_counter()
-    stack = world.initial_states(name, experiment.seed, clients)
-    cohort = Cohort.over(world.skeleton(name), stack, plan, experiment.precision)
+    architectures = architectures_of(world)
+    stack = architectures.initial_states(name, experiment.seed, clients)
+    cohort = Cohort.over(architectures.skeleton(name), stack, plan, experiment.precision)
 
     rows = torch.arange(STEPS * experiment.batch_size) % len(world.train)
     ticks: list[tuple[float, float]] = []

@@ -29,11 +29,12 @@ from torch import Tensor
 
 import fedkd
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World, world_of
 from fedkd.privacy import epsilon
 from fedkd.state_files import StateFiles
 from fedkd.strategy import Replies, Server
 from fedkd.studies import leakage
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 from strategies.dsfl import DSFL
 
 COMMON = fedkd.Experiment(
@@ -125,7 +126,7 @@ def _students(run: fedkd.Run, world: World) -> Cohort:
     experiment = run.experiment
     last = dict.fromkeys(range(experiment.num_clients), experiment.num_server_rounds)
     kept = StateFiles(run.path / "clients", experiment.architecture_period).load(last)
-    return world.cohort(experiment, experiment.student, kept.models["student"])
+    return architectures_of(world).cohort(experiment, experiment.student, kept.models["student"])
 
 
 def _membership(

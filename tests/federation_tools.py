@@ -18,6 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor, nn
 
 from fedkd.client import Part, execute_together
+from fedkd.data.federated import World, world_of
 from fedkd.engines import in_process
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
@@ -31,8 +32,8 @@ from fedkd.records.folder import RunFolder
 from fedkd.registry import strategy_of
 from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy
+from fedkd.training.architectures import architectures_of
 from fedkd.transport.local_grid import LocalGrid, task_identity
-from fedkd.world import World, world_of
 
 DATA = str(Path(tempfile.gettempdir()) / "fedkd-tests-data")
 P, C, B = 37, 10, 16
@@ -89,7 +90,7 @@ def starting(experiment: Experiment, client: int) -> Any:
     world = world_of(experiment)
     name = experiment.student_of(client)
     model = build(name, world.input_shape, world.num_classes).double()
-    state = world.initial_state(name, experiment.seed)
+    state = architectures_of(world).initial_state(name, experiment.seed)
     model.load_state_dict({n: t.to(torch.float64) for n, t in state.items()})
     return model
 

@@ -41,6 +41,7 @@ from fedkd.attacks import (
     deviations,
     malicious_clients,
 )
+from fedkd.data.federated import World, world_of
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -52,7 +53,6 @@ from fedkd.server import Replies, Server
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
 from fedkd.states import INITIAL
-from fedkd.world import World, world_of
 from strategies import ExpGuard
 
 K, N, C = 11, 5, 7

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 import fedkd
 from fedkd.data import Dataset
+from fedkd.data.federated import World, world_of
 from fedkd.engines import in_process
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.randomness import generator
 from fedkd.registry import strategies
 from fedkd.state_files import StateFiles
 from fedkd.transport.local_grid import LocalGrid, task_identity
-from fedkd.world import World, world_of
 
 CLASSES = tuple(f"canary-class-{number}" for number in range(10))
 SECRET = "canary-of-an-exception"

@@ -21,6 +21,7 @@ from federation_tools import P, execute, refuses_nines, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkd.data.federated import World, world_of
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
@@ -32,7 +33,7 @@ from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
 from fedkd.states import INITIAL
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 
 K, C = 3, 10
 EVERYTHING = 1000
@@ -159,7 +160,7 @@ def module(world: World, name: str, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def initial(experiment: Experiment, name: str = "mlp-8") -> dict[str, Tensor]:
-    return world_of(experiment).initial_state(name, experiment.seed)
+    return architectures_of(world_of(experiment)).initial_state(name, experiment.seed)
 
 
 def stepped(model: nn.Module, loss: Tensor, rate: float = 0.5) -> dict[str, Tensor]:
@@ -388,7 +389,7 @@ def test_all_clients_start_from_the_same_weights_which_follow_from_the_seed() ->
         sent = report.answer.by_model["mlp-8"].tensors
         for name, tensor in initial(tiny()).items():
             assert torch.equal(sent[name][0], tensor)
-    other = world_of(tiny()).initial_state("mlp-8", 6)
+    other = architectures_of(world_of(tiny())).initial_state("mlp-8", 6)
     assert not torch.equal(other["head.weight"], initial(tiny())["head.weight"])
 
 

@@ -22,13 +22,14 @@ import fedkd
 from fedkd import models, tuning
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.federated import world_of
 from fedkd.data.images import Images
 from fedkd.losses import ce, kl
 from fedkd.machine import Precision
 from fedkd.optimizers import OptimizerSettings
 from fedkd.parameters import State, initial_state, stacked
 from fedkd.plans import Plan
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -346,7 +347,7 @@ def test_the_memory_of_a_client_is_measured_without_what_the_first_step_leaves(
     """CUDA's libraries keep a workspace, many times as large as a small client."""
     experiment = tiny()
     world, clients = world_of(experiment), 100
-    state = sum(t.nbytes for t in world.initial_state("mlp-8", 0).values())
+    state = sum(t.nbytes for t in architectures_of(world).initial_state("mlp-8", 0).values())
     each, free = 1 << 20, 1 << 30
     with faked(Memory(each, workspace, free)):
         block = tuning._fitting_block(experiment, world, "mlp-8", clients)

@@ -15,10 +15,10 @@ from scipy.stats import entropy as scipy_entropy
 from torch import Tensor
 
 import fedkd
+from fedkd.data.federated import world_of
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.calibration import HISTOGRAM_BINS, described, detailed, entropy
 from fedkd.records import Run
-from fedkd.world import world_of
 
 N, C, P = 53, 7, 97
 

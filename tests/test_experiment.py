@@ -13,12 +13,12 @@ from federation_tools import DATA
 from flwr.app import RecordDict
 from pydantic import ValidationError
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.exchange import wire_bytes
 from fedkd.experiment import Experiment, read_toml
 from fedkd.keys import accepted, kebab, snake
 from fedkd.messages import experiment_record
-from fedkd.world import world_of
 
 FIELDS = Experiment.model_fields
 ROOT = Path(__file__).parent.parent

@@ -238,7 +238,7 @@ def test_the_normalisation_inside_is_that_of_training() -> None:
 
 
 def find_world() -> Any:
-    from fedkd.world import world_of
+    from fedkd.data.federated import world_of
 
     return world_of(TINY)
 

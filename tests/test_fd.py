@@ -12,13 +12,13 @@ from federation_tools import Exchange, Finished, federate, one_step, shard, star
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step, cross_entropy
 from fedkd.phases import MeanByClass, Revisit, closing
 from fedkd.server import Replies, Server
-from fedkd.world import world_of
 from strategies.fd import FD, towards_class_mean
 
 K, B, C = 3, 5, 7

@@ -9,6 +9,7 @@ import torch
 from federation_tools import Finished, P, federate, tiny
 from torch import Tensor, nn
 
+from fedkd.data.federated import world_of
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -16,7 +17,7 @@ from fedkd.knowledge import ModelWeights, Weights
 from fedkd.models import build
 from fedkd.phases import Load, Revisit, SendWeights, closing
 from fedkd.server import Replies, Server
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 from strategies.fedavg import FedAvg
 from strategies.feddf import FedDF
 
@@ -45,7 +46,7 @@ def replies_of(experiment: Experiment, clients: list[int], spread: float = 0.1) 
         name = experiment.student_of(k)
         state = {
             n: (t + spread * torch.randn(t.shape, generator=generator)).unsqueeze(0)
-            for n, t in world.initial_state(name, experiment.seed).items()
+            for n, t in architectures_of(world).initial_state(name, experiment.seed).items()
         }
         one = ModelWeights(state, torch.tensor([k]), torch.tensor([SIZES[k]]))
         parts.setdefault(name, []).append(Weights({name: one}))

@@ -40,6 +40,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.knowledge.codec import Packed
@@ -54,7 +55,6 @@ from fedkd.states import INITIAL
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.transport.local_grid import LocalGrid, task_identity
 from fedkd.transport.replies import error_reply
-from fedkd.world import world_of
 
 K, BAD = 3, 1
 HONEST = [0, 2]

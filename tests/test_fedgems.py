@@ -12,6 +12,7 @@ from federation_tools import C as CLASSES
 from federation_tools import P, federate, tiny
 from torch import Tensor, nn
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
@@ -19,7 +20,7 @@ from fedkd.losses import Step
 from fedkd.models import build
 from fedkd.phases import Fit, Predict, Revisit, closing, resolve_term
 from fedkd.server import Replies, Server
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 from strategies.fedgems import FedGEMS
 
 K, N, C = 3, 5, 7
@@ -205,7 +206,9 @@ class Learner:
     def of(cls, server: Server, *, swapped: bool = False) -> Learner:
         experiment, public = server.experiment, server.world.public
         model = build(experiment.server_model, server.world.input_shape, CLASSES).double()
-        state = server.world.initial_state(experiment.server_model, experiment.seed)
+        state = architectures_of(server.world).initial_state(
+            experiment.server_model, experiment.seed
+        )
         model.load_state_dict({n: t.to(F64) for n, t in state.items()})
         pixels = public.batch(torch.arange(len(public))).to(F64)
         assert public.labels is not None

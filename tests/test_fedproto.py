@@ -13,12 +13,12 @@ from federation_tools import federate, one_step, shard, starting
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step
 from fedkd.phases import ClassifyByMeans, MeanByClass, Revisit, closing
-from fedkd.world import world_of
 from strategies.fedproto import FedProto, towards_prototype
 
 K, B, L, D = 3, 5, 7, 11

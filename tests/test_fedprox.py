@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ModelWeights, Weights
 from fedkd.losses import Step
 from fedkd.models import build
 from fedkd.phases import Load, Revisit, SendWeights, closing
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx, proximal
 
@@ -158,7 +159,8 @@ def rounds_of_the_paper(experiment: Experiment, mu: float) -> list[list[dict[str
     )
     x = (world.train.pixels.to(F64) / 255 - mean) / std
     model = build("mlp-8", world.input_shape, world.num_classes).double()
-    at = {n: t.to(F64) for n, t in world.initial_state("mlp-8", experiment.seed).items()}
+    initial = architectures_of(world).initial_state("mlp-8", experiment.seed)
+    at = {n: t.to(F64) for n, t in initial.items()}
     rounds = []
     for _ in range(experiment.num_server_rounds):
         now = []
@@ -197,7 +199,7 @@ def test_two_rounds_are_those_of_the_papers_algorithm(mu: float, plan: str) -> N
 
 def test_the_larger_mu_the_closer_clients_stay() -> None:
     experiment = three_steps(num_server_rounds=1)
-    start = world_of(experiment).initial_state("mlp-8", experiment.seed)
+    start = architectures_of(world_of(experiment)).initial_state("mlp-8", experiment.seed)
     distances = []
     for mu in (0.0, 1.0, 3.0):
         weights = sent(federate(experiment, strategy=FedProx(mu=mu)), 0, 1)

@@ -14,12 +14,13 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 import fedkd
-from fedkd import data, world
+from fedkd import data
+from fedkd.data import federated
+from fedkd.data.federated import World, who_holds_what, world_of
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.messages import decode_experiment, experiment_record
-from fedkd.world import World, who_holds_what, world_of
 
 N = 151
 
@@ -27,9 +28,9 @@ N = 151
 @pytest.fixture(autouse=True)
 def fresh_worlds() -> Iterator[None]:
     """Keep no world that was built of other data, before or after."""
-    world._world.cache_clear()
+    federated._world.cache_clear()
     yield
-    world._world.cache_clear()
+    federated._world.cache_clear()
 
 
 def rows_of(images: Tensor, among: Tensor) -> list[int]:
@@ -154,8 +155,8 @@ def with_garbage(monkeypatch: pytest.MonkeyPatch, split: str, rows: Tensor | Non
             truth = 9 - truth
         return replace(found, **{f"{split}_images": pixels, f"{split}_labels": truth})
 
-    monkeypatch.setattr(data, "load", load)
-    world._world.cache_clear()
+    monkeypatch.setattr(federated, "load", load)
+    federated._world.cache_clear()
 
 
 def without(record: dict[str, Any], *beginnings: str) -> dict[str, Any]:

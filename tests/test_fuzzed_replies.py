@@ -27,6 +27,7 @@ from fuzzing import CASES, Numbers, cases_for, failed, with_arrays, with_content
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.events import Events
 from fedkd.exchange import REFUSED
@@ -39,7 +40,6 @@ from fedkd.registry import strategy_of
 from fedkd.testing.bench import same
 from fedkd.transport.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
 from fedkd.transport.replies import error_reply
-from fedkd.world import world_of
 
 P, C, K, QUORUM = 13, 7, 5, 3
 ROUND = 2

@@ -12,12 +12,12 @@ from federation_tools import C as CLASSES
 from federation_tools import P, federate, tiny
 from torch import Tensor
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Predict, Revisit
 from fedkd.server import Replies, Server
-from fedkd.world import world_of
 from strategies.ktpfl import KTpFL
 
 K, N, C = 3, 5, 7

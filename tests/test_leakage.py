@@ -16,13 +16,14 @@ from torch import Tensor
 
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import ce
 from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator
 from fedkd.studies import leakage
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 from simulations import privacy_audit
 
 K, N, C = 3, 5, 7
@@ -177,7 +178,10 @@ def _memorising() -> tuple[World, Cohort]:
     """Return models that have learnt random labels of their shards by heart."""
     experiment = tiny(train_size=300)
     world = world_of(experiment)
-    models = world.cohort(experiment, "mlp-64", world.initial_states("mlp-64", 0, 3))
+    architectures = architectures_of(world)
+    models = architectures.cohort(
+        experiment, "mlp-64", architectures.initial_states("mlp-64", 0, 3)
+    )
     labels = [_labels(f"{k}", shard) for k, shard in enumerate(world.shards)]
     models.fit(
         [Side("private", world.train, world.shards, {ce: 1.0}, labels=labels)],

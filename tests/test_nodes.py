@@ -19,6 +19,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import RunNotRunningException
 from httpx import ConnectError
 
+from fedkd.data.federated import world_of
 from fedkd.engines import client_app
 from fedkd.engines.deployment import DeployedGrid
 from fedkd.experiment import Experiment
@@ -27,7 +28,6 @@ from fedkd.orders import Order
 from fedkd.phases import MeanByClass, Phase, Predict, SendWeights
 from fedkd.transport.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
 from fedkd.transport.replies import failure_reason
-from fedkd.world import world_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,9 +16,10 @@ from scipy.special import softmax
 from scipy.stats import entropy as scipy_entropy
 
 import fedkd
+from fedkd.data.federated import world_of
 from fedkd.experiment import Experiment
 from fedkd.studies.pooled import Pooled, accuracies
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 
 F64 = torch.float64
 
@@ -99,7 +100,7 @@ def test_every_student_learns_from_the_soft_labels_of_its_own_pooled_images() ->
     for k, member in enumerate(members):
         rows = world_of(member).pooled
         assert len(rows) == 151 - 37
-        model = pooled.world.model("mlp-11").double()
+        model = architectures_of(pooled.world).model("mlp-11").double()
         state = pooled.teachers.state(int(pooled.teacher_of[k]))
         model.load_state_dict({n: t.double() for n, t in state.items()})
         logits = model.eval()(pixels[rows]).detach().numpy()
@@ -108,7 +109,7 @@ def test_every_student_learns_from_the_soft_labels_of_its_own_pooled_images() ->
         for at_tau, tau in ((False, 1.0), (True, member.tau)):
             expected = scipy_entropy(softmax(logits / tau, 1), axis=1).mean()
             assert pooled.soft_label_entropies(at_tau)[k] == pytest.approx(expected, rel=1e-4)
-        model = pooled.world.model("mlp-8").double()
+        model = architectures_of(pooled.world).model("mlp-8").double()
         model.load_state_dict({n: t.double() for n, t in pooled.students.state(k).items()})
         assert train.labels is not None
         right = model.eval()(pixels[rows]).argmax(1) == train.labels[rows]
@@ -203,7 +204,7 @@ def test_models_of_a_run_are_those_that_were_tested(run: fedkd.CentralRun) -> No
             state = {
                 n.removeprefix(head): t.double() for n, t in tensors.items() if n.startswith(head)
             }
-            module = world.model(name).double()
+            module = architectures_of(world).model(name).double()
             module.load_state_dict(state)
             right = module.eval()(pixels).argmax(1) == world.test.labels
             assert float(right.double().mean()) == pytest.approx(accuracy, abs=1.5 / 61)

@@ -16,6 +16,7 @@ from federation_tools import ROUGH, execute, tiny
 
 import fedkd
 from fedkd.client import Part, execute_together
+from fedkd.data.federated import World, world_of
 from fedkd.engines import answering
 from fedkd.engines import in_process as engine
 from fedkd.knowledge import SoftLabels
@@ -24,7 +25,6 @@ from fedkd.records import Run
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
 from fedkd.states import INITIAL, States
-from fedkd.world import World, world_of
 
 CLIENTS, ROUNDS, COHORT = 211, 5, 6
 MANY: dict[str, Any] = {

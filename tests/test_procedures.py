@@ -10,6 +10,7 @@ import torch
 from federation_tools import C, P, execute, federate, tiny
 from torch import Tensor, nn
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels
 from fedkd.losses import Step, term
@@ -32,7 +33,7 @@ from fedkd.server import Replies, Server
 from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 
 K = 3
 HERE = __name__
@@ -264,7 +265,7 @@ def test_means_by_class_are_those_of_a_loop_over_images(of: Any, plan: str, tmp_
     world = world_of(tiny())
     for client, report in enumerate(reports):
         state = store.files.load({client: 1}).models["student"]
-        model: Any = world.model("mlp-8").double().eval()
+        model: Any = architectures_of(world).model("mlp-8").double().eval()
         model.load_state_dict({name: tensor[0].double() for name, tensor in state.items()})
         rows: dict[int, list[Tensor]] = {}
         for row in world.shards[client].tolist():
@@ -307,8 +308,8 @@ def test_a_term_on_class_means_trains_as_plain_pytorch_does(
     store = make_store(tmp_path)
     execute(experiment, world, orders, store)
     for client in range(K):
-        model = world.model("mlp-8").double()
-        start = world.initial_state("mlp-8", experiment.seed)
+        model = architectures_of(world).model("mlp-8").double()
+        start = architectures_of(world).initial_state("mlp-8", experiment.seed)
         model.load_state_dict({name: tensor.double() for name, tensor in start.items()})
         shard = world.shards[client]
         assert world.train.labels is not None
@@ -343,7 +344,7 @@ def test_features_are_what_the_head_takes(plan: str, tmp_path: Any) -> None:
     }
     store = make_store(tmp_path)
     ordered(store, [Revisit({small_features: 1.0})], **experiment)
-    start = world_of(tiny()).initial_state("mlp-8", tiny().seed)
+    start = architectures_of(world_of(tiny())).initial_state("mlp-8", tiny().seed)
     after = store.files.load({0: 1}).models["student"]
     for name, tensor in start.items():
         assert torch.equal(after[name][0], tensor) == name.startswith("head"), name
@@ -378,7 +379,7 @@ def test_a_client_can_be_tested_by_the_nearest_class_mean(of: Any, tmp_path: Any
     for client, report in enumerate(reports):
         assert isinstance(report, Report)
         state = store.files.load({client: 1}).models["student"]
-        model: Any = world.model("mlp-8").eval()
+        model: Any = architectures_of(world).model("mlp-8").eval()
         model.load_state_dict({name: tensor[0] for name, tensor in state.items()})
         right = 0
         assert world.test.labels is not None

@@ -13,6 +13,7 @@ from federation_tools import Finished, P, federate, tiny
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import (
@@ -27,7 +28,6 @@ from fedkd.phases import (
 )
 from fedkd.randomness import generator
 from fedkd.server import Replies, Server
-from fedkd.world import world_of
 from strategies.selectivefd import SelectiveFD, density_ratio, kulsif
 
 K, N, C = 3, 5, 7

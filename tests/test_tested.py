@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fedkd
 from fedkd import evaluation
+from fedkd.data.federated import World, world_of
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.evaluation import record_predicted
@@ -25,7 +26,6 @@ from fedkd.records import Run, predictions
 from fedkd.records.predictions import Predictions
 from fedkd.stack import Stack
 from fedkd.state_files import StateFiles
-from fedkd.world import World, world_of
 
 # --- Bins ----------------------------------------------------------------------------------------
 

@@ -14,12 +14,13 @@ from federation_tools import tiny
 import fedkd
 from fedkd import tuning
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World, world_of
 from fedkd.experiment import Experiment, read_toml
 from fedkd.fit import Fitted
 from fedkd.plans import Plan
 from fedkd.records import Run
+from fedkd.training.architectures import architectures_of
 from fedkd.tuning import candidates, choices, fastest, planned
-from fedkd.world import World, world_of
 
 Timing = Callable[[Plan], tuple[float, float]]
 """Given a plan: the seconds that measuring it takes, and those of a client's step in it."""
@@ -151,12 +152,13 @@ def test_measuring_takes_few_steps_and_leaves_no_trace(monkeypatch: pytest.Monke
     experiment = tiny(teacher="lenet", student="mlp-8,mlp-7", num_server_rounds=20)
     world = world_of(experiment)
     names = ("mlp-8", "mlp-7", "lenet")
+    architectures = architectures_of(world)
     before = {
-        name: {n: t.clone() for n, t in world.initial_state(name, experiment.seed).items()}
+        name: {n: t.clone() for n, t in architectures.initial_state(name, experiment.seed).items()}
         for name in names
     }
     for name in names:
-        world.skeleton(name)  # building one draws weights
+        architectures.skeleton(name)  # building one draws weights
     generator = torch.get_rng_state()
     found = choices(experiment)
     assert [choice.architecture for choice in found] == list(names)
@@ -164,7 +166,7 @@ def test_measuring_takes_few_steps_and_leaves_no_trace(monkeypatch: pytest.Monke
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), generator)
     for name, state in before.items():
-        for parameter, tensor in world.initial_state(name, experiment.seed).items():
+        for parameter, tensor in architectures.initial_state(name, experiment.seed).items():
             assert torch.equal(tensor, state[parameter])
 
 
@@ -341,7 +343,7 @@ def test_the_choice_is_recorded_and_does_not_decide_results(
         entries = dict(entry.split("=") for entry in saved.plan.split(", "))
         assert set(entries) == {"mlp-8", "lenet"}
         for architecture, text in entries.items():
-            assert str(world_of(saved).plan(architecture, saved.plan)) == text
+            assert str(architectures_of(world_of(saved)).plan(architecture, saved.plan)) == text
         assert planned(saved) == saved
 
     expected = runs["loop"]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedkd.data.federated import World, world_of
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.losses import effective_weights
 from fedkd.models import num_parameters
 from fedkd.phases import Fit
 from fedkd.strategy import DistillationStrategy
+from fedkd.training.architectures import architectures_of
 from fedkd.tuning import choices
-from fedkd.world import World, world_of
 
 
 def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
@@ -115,7 +116,9 @@ def _public(experiment: Experiment, world: World) -> str:
 
 def _models(names: str, world: World) -> str:
     return ", ".join(
-        name if name == "none" else f"{name} ({num_parameters(world.model(name)):,} parameters)"
+        name
+        if name == "none"
+        else f"{name} ({num_parameters(architectures_of(world).model(name)):,} parameters)"
         for name in dict.fromkeys(part.strip() for part in names.split(","))
     )
 

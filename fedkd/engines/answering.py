@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedkd.client import Part, execute_together
+from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge
@@ -21,7 +22,6 @@ from fedkd.state_files import StateFiles
 from fedkd.state_store import ResidentStates
 from fedkd.transport.replies import error_reply
 from fedkd.user_code import fingerprint
-from fedkd.world import World, world_of
 
 
 def answers(

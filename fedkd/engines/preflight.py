@@ -8,9 +8,11 @@ from importlib.util import find_spec
 from inspect import signature
 
 from fedkd.checks import means_width
+from fedkd.data.federated import World, world_of
 from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError, in_one_line
 from fedkd.experiment import Experiment
+from fedkd.machine import resolve_device
 from fedkd.phases import (
     Apply,
     Fit,
@@ -23,9 +25,9 @@ from fedkd.phases import (
 from fedkd.records.folder import RunFolder
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
+from fedkd.training.architectures import check_models
 from fedkd.tuning import check_plan
 from fedkd.user_code import MADE_UP, is_importable
-from fedkd.world import World, check_models, resolve_device, world_of
 
 _PATIENCE_S = 5.0
 

@@ -14,11 +14,11 @@ from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.simulation import guarded
 from fedkd.events import Events
 from fedkd.experiment import Experiment
+from fedkd.machine import resolve_device
 from fedkd.records.folder import RunFolder
 from fedkd.registry import recorded
 from fedkd.transport.backend import is_simulated
 from fedkd.tuning import described, planned
-from fedkd.world import resolve_device
 
 app = ServerApp()
 

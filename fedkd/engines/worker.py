@@ -14,6 +14,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedkd import data
+from fedkd.data.federated import world_of
 from fedkd.engines.answering import answers, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -21,7 +22,6 @@ from fedkd.keys import Scalar
 from fedkd.machine import keep_freed_memory
 from fedkd.orders import Failure
 from fedkd.user_code import fingerprint
-from fedkd.world import world_of
 
 Contents = list[tuple[int, RecordDict]]
 """What the clients of a worker are sent: each one's partition id and its message."""

@@ -23,6 +23,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedkd import data
+from fedkd.data.federated import world_of
 from fedkd.engines.answering import located
 from fedkd.engines.ray_session import (
     RAY_TIMEOUT,
@@ -37,9 +38,9 @@ from fedkd.engines.worker import Answers, Contents, Worker, data_sets, packed
 from fedkd.errors import FedkdError, in_one_line
 from fedkd.events import Events
 from fedkd.experiment import Experiment
+from fedkd.machine import resolve_device
 from fedkd.orders import Failure
 from fedkd.user_code import fingerprint
-from fedkd.world import resolve_device, world_of
 
 REBUILDS = 2
 """How often a worker is built anew within one exchange before its clients are given up."""

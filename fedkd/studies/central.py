@@ -16,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedkd.cohort import Answers
+from fedkd.data.federated import who_holds_what, world_of
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -28,8 +29,8 @@ from fedkd.records.predictions import Predictions, Tested
 from fedkd.records.results import CentralRun
 from fedkd.studies.arguments import Progress, seeds_of, silent
 from fedkd.studies.pooled import Pooled, accuracies
+from fedkd.training.architectures import check_models
 from fedkd.tuning import check_plan, described, planned
-from fedkd.world import check_models, who_holds_what, world_of
 
 MODELS = "models.safetensors"
 """A central run's models: tensors ``<model>/<seed>/<parameter>``."""

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import kl, log_probabilities
 from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator
-from fedkd.world import World
+from fedkd.training.architectures import architectures_of
 
 # --- What the server has --------------------------------------------------------------------------
 
@@ -71,10 +72,10 @@ def distilled_proxies(
     rows = [labels.samples[mask] for mask in labels.mask]
     taught = [logits[mask] for logits, mask in zip(labels.logits, labels.mask, strict=True)]
     teacher = torch.nn.utils.rnn.pad_sequence(taught, batch_first=True)
-    proxies = world.cohort(
+    proxies = architectures_of(world).cohort(
         experiment,
         architecture,
-        world.initial_states(architecture, experiment.seed, len(clients)),
+        architectures_of(world).initial_states(architecture, experiment.seed, len(clients)),
     )
     proxies.fit(
         [Side("public", public, rows, {kl: 1.0}, teacher.to(public.device, public.dtype))],

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedkd.accuracy import accuracy
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
+from fedkd.data.federated import world_of
 from fedkd.data.images import Augment, Images
 from fedkd.experiment import Experiment
 from fedkd.fit import Fitted
@@ -23,7 +24,7 @@ from fedkd.losses import Term, ce, kl_term
 from fedkd.optimizers import OptimizerSettings, shared
 from fedkd.parameters import stacked
 from fedkd.studies.arguments import Progress
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 
 _STUDENTS_OWN = {"alpha": 0.0, "tau": 1.0, "distill_epochs": 1}
 """Keys that a teacher does not depend on, at a value for all."""
@@ -100,8 +101,9 @@ class Pooled:
         ]
 
     def _cohort(self, name: str, experiments: Sequence[Experiment]) -> Cohort:
-        states = [self.world.initial_state(name, experiment.seed) for experiment in experiments]
-        return self.world.cohort(self.experiment, name, stacked(states))
+        architectures = architectures_of(self.world)
+        states = [architectures.initial_state(name, experiment.seed) for experiment in experiments]
+        return architectures.cohort(self.experiment, name, stacked(states))
 
     def _soft_labels(self) -> Tensor:
         """Let each teacher label its own pooled images, ``[T, N, C]`` in the order of its rows."""

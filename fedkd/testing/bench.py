@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedkd.algorithm import Algorithm
 from fedkd.data import Dataset, load
+from fedkd.data.federated import world_of
 from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
@@ -27,7 +28,6 @@ from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Wrong
 from fedkd.transport.local_grid import LocalGrid, task_identity
-from fedkd.world import world_of
 
 K, ROUNDS, FEW = 5, 3, 11
 """Clients, rounds, and public samples drawn where not all are."""

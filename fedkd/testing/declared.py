@@ -29,6 +29,7 @@ from fedkd.phases import (
 )
 from fedkd.testing.bench import Bench
 from fedkd.testing.findings import NotApplicable, Wrong
+from fedkd.training.architectures import architectures_of
 from fedkd.user_code import place
 
 SYMBOLS = ("P", "C", "K", "S", "D", "I")
@@ -286,8 +287,9 @@ def _steps(
     world = bench.server().world
     classes = world.num_classes
     draw = torch.Generator().manual_seed(1)
-    state = world.initial_states(experiment.student_of(0), 1, clients)
-    trained = {name for name, _ in world.skeleton(experiment.student_of(0)).named_parameters()}
+    architectures, student = architectures_of(world), experiment.student_of(0)
+    state = architectures.initial_states(student, 1, clients)
+    trained = {name for name, _ in architectures.skeleton(student).named_parameters()}
     params = {n: t for n, t in state.items() if n in trained}
     of = {p.of for p in bench.strategy.phases(2) if isinstance(p, MeanByClass)}
     width = 11 if "features" in of else classes

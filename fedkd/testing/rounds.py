@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels, Weights, tensors_of
 from fedkd.knowledge.samples import check_samples
@@ -22,7 +23,7 @@ from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same
 from fedkd.testing.declared import evaluate
 from fedkd.testing.findings import NotApplicable, Wrong
-from fedkd.world import world_of
+from fedkd.training.architectures import architectures_of
 
 APART = 5e-3
 """Mean difference that rounding may make between two ways to train the same clients: usually 1e-8, but
@@ -282,7 +283,7 @@ def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -
 def symbols(bench: Bench, server: Server, p: int) -> dict[str, int]:
     """Return what the symbols of a formula stand for, where p samples are asked for."""
     experiment, world = server.experiment, server.world
-    model = world.skeleton(experiment.student_of(0))
+    model = architectures_of(world).skeleton(experiment.student_of(0))
     head = getattr(model, "head", None)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {

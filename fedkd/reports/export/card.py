@@ -23,6 +23,7 @@ from fedkd.models import num_parameters
 from fedkd.reports.export.forms import BATCH, INPUT, OUTPUT
 from fedkd.reports.export.latency import machine
 from fedkd.reports.export.trained import Trained
+from fedkd.training.architectures import architectures_of
 from fedkd.wording import percent
 
 Card = Mapping[str, Any]
@@ -138,11 +139,15 @@ def _model(trained: Trained) -> dict[str, Any]:
         "owner": trained.owner,
         "chosen": trained.chosen,
         "architecture": trained.architecture,
-        "parameters": num_parameters(trained.world.skeleton(trained.architecture)),
+        "parameters": num_parameters(
+            architectures_of(trained.world).skeleton(trained.architecture)
+        ),
     }
     if trained.teacher != "none" and trained.model != "teacher":
         facts["teacher"] = trained.teacher
-        facts["teacher_parameters"] = num_parameters(trained.world.skeleton(trained.teacher))
+        facts["teacher_parameters"] = num_parameters(
+            architectures_of(trained.world).skeleton(trained.teacher)
+        )
     return facts
 
 

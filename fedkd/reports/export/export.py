@@ -21,6 +21,7 @@ from fedkd.reports.export.card import Verified, as_markdown, card_of, facts_of
 from fedkd.reports.export.forms import FORMS, Form, FromPixels, Predictor, check_packages
 from fedkd.reports.export.latency import latencies
 from fedkd.reports.export.trained import Trained, find
+from fedkd.training.architectures import architectures_of
 
 TOLERANCE = 1e-4
 """Largest difference of logits for which rounding in float32 accounts, per unit of the largest logit:
@@ -231,7 +232,9 @@ def _seconds(
     contenders: dict[str, Predictor] = {"file": predictor, "original": _in_pytorch(original)}
     if trained.teacher != "none" and trained.model != "teacher":
         test = trained.world.test
-        teacher = FromPixels(trained.world.model(trained.teacher), test.mean, test.std)
+        teacher = FromPixels(
+            architectures_of(trained.world).model(trained.teacher), test.mean, test.std
+        )
         contenders["teacher"] = _in_pytorch(teacher)
     pixels = trained.world.test.pixels
     sizes = {size: pixels[torch.arange(size) % len(pixels)] for size in BATCHES}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedkd.cohort import Cohort
+from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError, nearest
 from fedkd.experiment import Experiment
 from fedkd.parameters import State
@@ -24,7 +25,7 @@ from fedkd.records.folder import RunFolder
 from fedkd.records.predictions import Tested
 from fedkd.state_files import StateFiles
 from fedkd.studies.central import MODELS
-from fedkd.world import World, world_of
+from fedkd.training.architectures import architectures_of
 
 _RECORDED = {
     "teacher": "teacher_accuracies",
@@ -74,7 +75,7 @@ class Trained:
         Raises:
             FedkdError: the architecture has other parameters than the ones kept.
         """
-        module = self.world.model(self.architecture).eval().requires_grad_(False)
+        module = architectures_of(self.world).model(self.architecture).eval().requires_grad_(False)
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         found = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         if found != {name: tuple(tensor.shape) for name, tensor in named.items()}:
@@ -88,7 +89,9 @@ class Trained:
 
     def cohort(self) -> Cohort:
         """Return the model as the run itself would test it, in float32."""
-        return Cohort.of(self.world.model(self.architecture), [self.state], Plan(stacked=False))
+        return Cohort.of(
+            architectures_of(self.world).model(self.architecture), [self.state], Plan(stacked=False)
+        )
 
 
 def find(

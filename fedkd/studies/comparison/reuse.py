@@ -14,12 +14,12 @@ from fedkd.checkpoints import FILE as CHECKPOINT
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
+from fedkd.machine import resolve_device
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
 from fedkd.registry import recorded, strategy_of
 from fedkd.user_code import fingerprint, is_importable
-from fedkd.world import resolve_device
 
 _NO_NUMBERS = ("name", "run_dir", "data_dir", "profile")
 """Keys that change no number of a record but its seconds."""

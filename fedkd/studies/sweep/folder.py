@@ -12,10 +12,10 @@ from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
+from fedkd.machine import resolve_device
 from fedkd.records.files import read_json, write_json
 from fedkd.records.folder import RunFolder
 from fedkd.user_code import fingerprint
-from fedkd.world import resolve_device
 
 Of = Literal["federation", "central"]
 """Whose accuracy: the mean over a federation's clients, or the central distilled student's."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
+from fedkd.data.federated import world_of
 from fedkd.engines.preflight import check
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError
@@ -22,8 +23,8 @@ from fedkd.studies.arguments import Progress
 from fedkd.studies.central import check_central
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.studies.sweep.folder import Cell, Done, Keys, SweepFolder
+from fedkd.training.architectures import check_models
 from fedkd.tuning import Counts, clients_at_once, planned
-from fedkd.world import check_models, world_of
 
 MODELS_AT_ONCE = 500
 """Models of an architecture in one stack: enough to fill a device, few enough for its memory."""

@@ -6,24 +6,21 @@ baseline all hold the same images in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedkd import data, models
-from fedkd.cohort import Cohort
+from fedkd.data.cache import data_folder, load
+from fedkd.data.datasets import Dataset
 from fedkd.data.images import Images
 from fedkd.data.partition import label_counts, partition, split_public
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.keys import kebab
 from fedkd.knowledge import Sizes
-from fedkd.parameters import State, initial_state
-from fedkd.plans import Plan, wanted_plan
+from fedkd.machine import resolve_device
 from fedkd.randomness import permutation
 
 _SUBSET = "subset"
@@ -58,56 +55,11 @@ class World:
     private_label_counts: Tensor
     class_names: tuple[str, ...]
     public_truth: Tensor | None
-    _plans: dict[tuple[str, str], Plan] = field(default_factory=dict, repr=False)
-    _skeletons: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    _initial: dict[tuple[str, int], State] = field(default_factory=dict, repr=False)
 
     @property
     def sizes(self) -> Sizes:
         """Sizes of soft labels on the public set."""
         return Sizes(len(self.public), self.num_classes)
-
-    def plan(self, name: str, wanted: str) -> Plan:
-        """Return how models of an architecture are run under a ``plan`` key, found out once."""
-        if (name, wanted) not in self._plans:
-            example = self.train.batch(torch.arange(2, device=self.train.device))
-            self._plans[name, wanted] = wanted_plan(wanted, name, self.model(name), example)
-        return self._plans[name, wanted]
-
-    def model(self, name: str) -> nn.Module:
-        """Build an architecture for these images, on their device."""
-        return models.build(name, self.input_shape, self.num_classes).to(self.train.device)
-
-    def skeleton(self, name: str) -> nn.Module:
-        """Return a model of an architecture for its structure alone, built once."""
-        if name not in self._skeletons:
-            self._skeletons[name] = self.model(name)
-        return self._skeletons[name]
-
-    def cohort(self, experiment: Experiment, name: str, stack: State) -> Cohort:
-        """Make a cohort of an architecture that trains the tensors of `stack`, ``[K, ...]``, in place."""
-        plan = self.plan(name, experiment.plan)
-        return Cohort.over(self.skeleton(name), stack, plan, experiment.precision)
-
-    def initial_state(self, name: str, seed: int) -> State:
-        """Return an architecture's initial weights, the same for every client, method and engine.
-
-        Made once; not to be written to.
-        """
-        if (name, seed) not in self._initial:
-            state = initial_state(
-                lambda: models.build(name, self.input_shape, self.num_classes),
-                seed,
-                "initial",
-                name,
-            )
-            self._initial[name, seed] = {n: t.to(self.train.device) for n, t in state.items()}
-        return self._initial[name, seed]
-
-    def initial_states(self, name: str, seed: int, count: int) -> State:
-        """Return the initial weights of `count` clients, ``[count, ...]`` by name, to be trained."""
-        state = self.initial_state(name, seed)
-        return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
 
 
 def who_holds_what(world: World) -> dict[str, Any]:
@@ -120,42 +72,6 @@ def who_holds_what(world: World) -> dict[str, Any]:
         "public": None if truth is None else truth.bincount(minlength=classes).tolist(),
         "test": world.test.labels.cpu().bincount(minlength=classes).tolist(),
     }
-
-
-def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> None:
-    """Build every model that `keys` (such as ``"student"``) name, before any work.
-
-    Raises:
-        FedkdError: there is no such model, or it does not fit the images; the text names the key.
-    """
-    for key in keys:
-        for name in str(getattr(experiment, key)).split(","):
-            if name == "none" and key != "student":
-                continue
-            try:
-                world.model(name.strip())
-            except FedkdError as error:
-                raise FedkdError(f"{kebab(key)} = '{name.strip()}': {error}") from None
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that ``device`` names; ``auto`` takes cuda, then mps, then cpu.
-
-    Raises:
-        FedkdError: there is no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FedkdError(
-            f"device = '{name}': {reason}; accepted: auto, cpu, cuda, cuda:N, mps"
-        ) from None
 
 
 def world_of(experiment: Experiment) -> World:
@@ -179,7 +95,7 @@ _DATA_KEYS = (
 @lru_cache(maxsize=8)
 def _world(experiment: Experiment) -> World:
     """Build the data of an experiment of which all other keys are at their defaults."""
-    source = data.load(experiment.dataset, experiment.data_dir)
+    source = load(experiment.dataset, experiment.data_dir)
     train = _subset(source, "train", experiment.train_size, experiment.device)
     if experiment.fold == "none":
         test = _subset(source, "test", experiment.test_size, experiment.device)
@@ -196,7 +112,7 @@ def _world(experiment: Experiment) -> World:
         alpha=experiment.partition_alpha,
         classes_per_client=experiment.classes_per_client,
         min_size=experiment.min_partition_size,
-        cache_dir=data.data_folder(experiment.data_dir) / "partitions",
+        cache_dir=data_folder(experiment.data_dir) / "partitions",
     )
     shards = tuple(private_rows[rows] for rows in dealt)
     return World(
@@ -214,7 +130,7 @@ def _world(experiment: Experiment) -> World:
 
 
 def _public(
-    experiment: Experiment, source: data.Dataset, train: Images, labels: Tensor
+    experiment: Experiment, source: Dataset, train: Images, labels: Tensor
 ) -> tuple[Images, Tensor | None, Tensor]:
     """Return the public images, their true classes, and which training images stay private."""
     size = len(train) // 5 if experiment.public_size is None else experiment.public_size
@@ -247,7 +163,7 @@ def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
     return train.keep((~chosen).nonzero().flatten()), train.keep(chosen.nonzero().flatten())
 
 
-def _subset(source: data.Dataset, split: str, size: int | None, device: str) -> Images:
+def _subset(source: Dataset, split: str, size: int | None, device: str) -> Images:
     """Take a split's images, or a fixed random part of them that does not depend on any seed."""
     pixels, labels = (
         (source.train_images, source.train_labels)
@@ -265,7 +181,7 @@ def _subset(source: data.Dataset, split: str, size: int | None, device: str) -> 
     return Images(pixels.to(device), labels.to(device), source.mean, source.std)
 
 
-def _refuse_overlap(name: str, public: Tensor, private: data.Dataset) -> None:
+def _refuse_overlap(name: str, public: Tensor, private: Dataset) -> None:
     """Refuse a public set that shares images with the private or the test images."""
     mine = {image.numpy().tobytes() for image in public}
     for split, images in (("training", private.train_images), ("test", private.test_images)):
@@ -276,10 +192,10 @@ def _refuse_overlap(name: str, public: Tensor, private: data.Dataset) -> None:
             )
 
 
-def _foreign(experiment: Experiment, size: int, private: data.Dataset) -> Images:
+def _foreign(experiment: Experiment, size: int, private: Dataset) -> Images:
     """Take an unlabelled public set from another data set's training split."""
     name = experiment.public
-    other = data.load(name, experiment.data_dir)
+    other = load(name, experiment.data_dir)
     if other.input_shape != private.input_shape:
         raise FedkdError(
             f"public = '{name}': its images are {other.input_shape}, those of dataset = "

@@ -12,9 +12,9 @@ from federation_tools import DATA, tiny
 from torch import Tensor
 
 from fedkd import data
+from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.world import World, resolve_device, world_of
 
 KINDS = ["iid", "dirichlet", "shard", "pathological"]
 
@@ -187,35 +187,3 @@ def test_a_public_set_may_be_another_data_set(real_data: Path) -> None:
         world_of(Experiment(**{**keys, "public_size": 60_001}))
     with pytest.raises(FedkdError, match=r"public = 'cifar10'.*\(3, 32, 32\).*\(1, 28, 28\)"):
         world_of(Experiment(**{**keys, "public": "cifar10"}))
-
-
-# --- Models and devices --------------------------------------------------------------------------
-
-
-def test_initial_weights_follow_from_seed_and_name_alone() -> None:
-    found = world()
-    one = found.initial_state("mlp-8", 3)
-    torch.manual_seed(123)
-    again = world(seed=8).initial_state("mlp-8", 3)
-    assert all(torch.equal(one[n], again[n]) for n in one)
-    assert not torch.equal(one["head.weight"], found.initial_state("mlp-8", 4)["head.weight"])
-    wider = found.initial_state("mlp-9", 3)["head.bias"]
-    assert not torch.equal(one["head.bias"], wider)
-    assert set(one) == set(found.model("mlp-8").state_dict())
-
-
-def test_drawing_initial_weights_leaves_the_global_generator_alone() -> None:
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    world().initial_state("lenet", 3)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_device_that_is_not_there_is_named() -> None:
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("gpu", "", "cuda:999", "tpu:0"):
-        with pytest.raises(FedkdError, match=rf"device = '{name}'.*auto, cpu, cuda") as caught:
-            resolve_device(name)
-        assert "\n" not in str(caught.value)

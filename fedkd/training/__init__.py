@@ -1,0 +1,1 @@
+"""K models of one architecture, trained and tested side by side."""

@@ -1,0 +1,120 @@
+"""The architectures that an experiment names, built for its images: plans, skeletons, first weights.
+
+The weights follow from a seed and a name alone, so that every process begins with the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fedkd import models
+from fedkd.cohort import Cohort
+from fedkd.data.federated import World
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.keys import kebab
+from fedkd.parameters import State, initial_state
+from fedkd.plans import Plan, wanted_plan
+
+
+class Architectures:
+    """Models for images of one shape and one number of classes, on one device.
+
+    Plans, skeletons and initial weights are made once and kept.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        device: torch.device,
+        example: Tensor,
+    ) -> None:
+        """Take what models are built for.
+
+        Args:
+            input_shape: ``(c, h, w)``.
+            num_classes: C.
+            device: where the models are.
+            example: two normalised images, ``[2, c, h, w]``, on which a plan is tried.
+        """
+        self._input_shape = input_shape
+        self._num_classes = num_classes
+        self._device = device
+        self._example = example
+        self._plans: dict[tuple[str, str], Plan] = {}
+        self._skeletons: dict[str, nn.Module] = {}
+        self._initial: dict[tuple[str, int], State] = {}
+
+    def plan(self, name: str, wanted: str) -> Plan:
+        """Return how models of an architecture are run under a ``plan`` key, found out once."""
+        if (name, wanted) not in self._plans:
+            self._plans[name, wanted] = wanted_plan(wanted, name, self.model(name), self._example)
+        return self._plans[name, wanted]
+
+    def model(self, name: str) -> nn.Module:
+        """Build an architecture for these images, on their device."""
+        return self._built(name).to(self._device)
+
+    def skeleton(self, name: str) -> nn.Module:
+        """Return a model of an architecture for its structure alone, built once."""
+        if name not in self._skeletons:
+            self._skeletons[name] = self.model(name)
+        return self._skeletons[name]
+
+    def cohort(self, experiment: Experiment, name: str, stack: State) -> Cohort:
+        """Make a cohort of an architecture that trains the tensors of `stack`, ``[K, ...]``, in place."""
+        plan = self.plan(name, experiment.plan)
+        return Cohort.over(self.skeleton(name), stack, plan, experiment.precision)
+
+    def initial_state(self, name: str, seed: int) -> State:
+        """Return an architecture's initial weights, the same for every client, method and engine.
+
+        Made once; not to be written to.
+        """
+        if (name, seed) not in self._initial:
+            state = initial_state(lambda: self._built(name), seed, "initial", name)
+            self._initial[name, seed] = {n: t.to(self._device) for n, t in state.items()}
+        return self._initial[name, seed]
+
+    def initial_states(self, name: str, seed: int, count: int) -> State:
+        """Return the initial weights of `count` clients, ``[count, ...]`` by name, to be trained."""
+        state = self.initial_state(name, seed)
+        return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
+
+    def _built(self, name: str) -> nn.Module:
+        return models.build(name, self._input_shape, self._num_classes)
+
+
+_architectures: WeakKeyDictionary[World, Architectures] = WeakKeyDictionary()
+
+
+def architectures_of(world: World) -> Architectures:
+    """Return the architectures for a world's images, the same object as long as the world lives."""
+    found = _architectures.get(world)
+    if found is None:
+        train = world.train
+        example = train.batch(torch.arange(2, device=train.device))
+        built = Architectures(world.input_shape, world.num_classes, train.device, example)
+        found = _architectures.setdefault(world, built)
+    return found
+
+
+def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> None:
+    """Build every model that `keys` (such as ``"student"``) name, before any work.
+
+    Raises:
+        FedkdError: there is no such model, or it does not fit the images; the text names the key.
+    """
+    for key in keys:
+        for name in str(getattr(experiment, key)).split(","):
+            if name == "none" and key != "student":
+                continue
+            try:
+                architectures_of(world).model(name.strip())
+            except FedkdError as error:
+                raise FedkdError(f"{kebab(key)} = '{name.strip()}': {error}") from None
