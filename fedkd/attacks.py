@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.randomness import generator, permutation
@@ -247,8 +247,10 @@ def check_attack(experiment: Experiment, uploads: type[Knowledge] | None) -> Non
     if ATTACKS[experiment.attack].answer is not None:
         other = ", ".join(name for name, attack in ATTACKS.items() if attack.answer is None)
         raise FedkdError(
-            f"attack = '{experiment.attack}' falsifies soft labels, and clients of strategy = "
-            f"'{experiment.strategy}' send none: accepted there: {other}"
+            Setting("attack", experiment.attack),
+            " falsifies soft labels, and clients of ",
+            Setting("strategy", experiment.strategy),
+            f" send none: accepted there: {other}",
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from fedkd.data.federated import World
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
 from fedkd.orders import Order, Report
 from fedkd.phases import ANSWERS, MeanByClass, Predict
@@ -136,8 +136,9 @@ def means_width(phase: MeanByClass, world: World, student: str) -> int:
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
         raise FedkdError(
-            f"student = '{student}': its features are asked for, so it must be head(body(images)) "
-            "with a torch.nn.Linear as head"
+            Setting("student", student),
+            ": its features are asked for, so it must be head(body(images)) with a "
+            "torch.nn.Linear as head",
         )
     return width
 

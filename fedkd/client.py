@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkd.data.federated import World
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.codec import Packed
@@ -153,7 +153,7 @@ def _pieces(parts: Sequence[Part], error: Exception) -> list[_Piece]:
     if is_out_of_memory(error):
         return _halves(parts)
     if first.experiment.plan != "loop" and _is_refused_by_vmap(error):
-        _logger.warning("run client by client, as vmap refuses: %s", in_one_line(error))
+        _logger.warning("run client by client, as vmap refuses: %s", one_line(error))
         loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in parts]
         return [dict(enumerate(loops))]
     if len(parts) > 1:

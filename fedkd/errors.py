@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import NamedTuple, Self
 
 
@@ -21,8 +22,8 @@ class Setting(NamedTuple):
     source: str | None = None
 
     def __str__(self) -> str:
-        is_truth = isinstance(self.value, bool)
-        shown = str(self.value).lower() if is_truth else repr(self.value)
+        shown = repr(str(self.value) if isinstance(self.value, PurePath) else self.value)
+        shown = shown.lower() if isinstance(self.value, bool) else shown
         return f"{self.key} = {shown}" + (f" ({self.source})" if self.source else "")
 
 
@@ -84,11 +85,6 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     by_lower = {choice.lower(): choice for choice in choices}
     matches = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
     return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return an exception's type and text without line breaks, 300 characters at most."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 _UNPRINTABLE = {

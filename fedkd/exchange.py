@@ -17,12 +17,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedkd.checks import check_report, with_known_numbers
 from fedkd.data.federated import World
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, one_line
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.knowledge.codec import Reference
 from fedkd.knowledge_records import typed_record
-from fedkd.messages import decode_report, in_a_line
+from fedkd.messages import decode_report
 from fedkd.orders import Order, Report
 from fedkd.transport.replies import failure_reason
 
@@ -128,7 +128,7 @@ class Exchange:
                 student = experiment.student_of(client)
                 self._judge(reply, client, world, student, heard.get(client))
         self.dropped.update(silent)
-        self.dropped = {client: in_a_line(reason) for client, reason in self.dropped.items()}
+        self.dropped = {client: one_line(reason) for client, reason in self.dropped.items()}
         self.reports.sort(key=lambda report: report.client)
         self.encoding += monotonic() - received
 

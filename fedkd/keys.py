@@ -77,9 +77,9 @@ def declared(
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return what `declared` was given of a key, or `None`."""
-    assert isinstance(field.json_schema_extra, dict)
-    return field.json_schema_extra.get(name)
+    """Return what `declared` was given of a key; `None` of the settings of a strategy."""
+    given = field.json_schema_extra
+    return given.get(name) if isinstance(given, dict) else None
 
 
 def kebab(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -40,7 +40,7 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise FedkdError(
-            f"device = '{name}': {reason}; accepted: auto, cpu, cuda, cuda:N, mps"
+            Setting("device", name), f": {reason}; accepted: auto, cpu, cuda, cuda:N, mps"
         ) from None
 
 

@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Sizes, SoftLabels, Wire
 from fedkd.knowledge.codec import Packed, Reference, pack_samples, unpack_samples
@@ -36,16 +36,6 @@ _EVENT = "event "
 
 MOST_NUMBERS = 1000
 """The most numbers that a report may hold: an honest one has a few for each phase."""
-
-LONGEST_REASON = 200
-"""Characters of what is said about a message that is not as it should be."""
-
-
-def in_a_line(reason: str) -> str:
-    """Return what may hold a stranger's words in one short line that a console can show."""
-    printable = "".join(c if c.isprintable() else " " for c in reason[: 10 * LONGEST_REASON])
-    line = " ".join(printable.split()) or "nothing that can be shown"
-    return line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -103,7 +93,7 @@ def decode_experiment(records: RecordDict) -> Experiment:
     try:
         return Experiment.load(("the message", dict(keys)))
     except FedkdError as error:
-        raise FedkdError(in_a_line(str(error))) from None
+        raise FedkdError(one_line(str(error))) from None
 
 
 def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
@@ -193,10 +183,10 @@ def decode_order(
             wire=Wire.parse(instruction["wire"]),
         )
     except FedkdError as error:
-        raise FedkdError(in_a_line(str(error))) from None
+        raise FedkdError(one_line(str(error))) from None
     except Exception as error:
         # As with knowledge: a foreign message can make the decoder raise anything.
-        raise FedkdError(f"the order cannot be read: {in_one_line(error)}") from None
+        raise FedkdError(f"the order cannot be read: {one_line(error)}") from None
 
 
 def _received(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.errors import FedkdError, nearest, one_line
 from fedkd.user_code import find_function
 
 InputShape = tuple[int, int, int]
@@ -238,14 +238,14 @@ def _build_own(name: str, builder: Builder, input_shape: InputShape, num_classes
     try:
         model: object = builder(input_shape, num_classes)
     except Exception as error:
-        raise FedkdError(f"{call} failed: {in_one_line(error)}") from error
+        raise FedkdError(f"{call} failed: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise FedkdError(f"{call} returned a {type(model).__name__}, not a torch.nn.Module")
     try:
         with torch.no_grad():
             logits: object = model.eval()(torch.zeros(2, *input_shape))
     except Exception as error:
-        raise FedkdError(f"{call} fails on two zero images: {in_one_line(error)}") from error
+        raise FedkdError(f"{call} fails on two zero images: {one_line(error)}") from error
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if shape != (2, num_classes):
         raise FedkdError(

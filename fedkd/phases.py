@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedkd import losses
-from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.errors import FedkdError, nearest, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, Output, SoftLabels, Space, Weights
 from fedkd.losses import Term, kl_term
@@ -367,7 +367,7 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
     try:
         found = getattr(import_module(module), function, None)
     except Exception as error:  # importing runs the module
-        raise FedkdError(f"{name} is not a {thing}: {in_one_line(error)}") from None
+        raise FedkdError(f"{name} is not a {thing}: {one_line(error)}") from None
     if not isinstance(found, kind):
         known = [n for n, v in vars(import_module(module)).items() if isinstance(v, kind)]
         raise FedkdError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedkd.errors import in_one_line
+from fedkd.errors import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _maps(model: nn.Module, example: Tensor) -> bool:
         with torch.no_grad():
             vmap(lambda p, b: functional_call(model, (p, b), (example,), strict=True))(*stacked)
     except RuntimeError as error:
-        _logger.warning("run one by one, as vmap refuses the model: %s", in_one_line(error))
+        _logger.warning("run one by one, as vmap refuses the model: %s", one_line(error))
         return False
     finally:
         model.train(training)

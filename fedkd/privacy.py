@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, SoftLabels, Space
 from fedkd.knowledge.kinds import in_words
@@ -139,11 +139,12 @@ def check_privacy(experiment: Experiment, uploads: type[Knowledge] | None) -> No
     """
     if not experiment.dp_noise:
         return
-    said = f"dp-noise = {experiment.dp_noise:g}"
+    noise = Setting("dp-noise", experiment.dp_noise)
     if uploads not in (SoftLabels, None):
         raise FedkdError(
-            f"{said}: {experiment.strategy} sends {in_words(uploads)}, to which no noise is added; set "
-            "dp-noise = 0 or choose a strategy that sends soft labels"
+            noise,
+            f": {experiment.strategy} sends {in_words(uploads)}, to which no noise is added; set "
+            "dp-noise = 0 or choose a strategy that sends soft labels",
         )
     if find_spec("dp_accounting") is None:
-        raise FedkdError(f"{said}: ε needs dp-accounting: pip install 'fedkd[privacy]'")
+        raise FedkdError(noise, ": ε needs dp-accounting: pip install 'fedkd[privacy]'")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab, snake
 from fedkd.knowledge import Wire
@@ -77,13 +77,13 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     settings = _settings(cls, config)
     bare = [f.name for f in fields(cls) if f.default is MISSING]  # type: ignore[arg-type]
     if bare:
-        raise FedkdError(f"strategy = '{name}': its setting {bare[0]} needs a default")
+        raise FedkdError(Setting("strategy", name), f": its setting {bare[0]} needs a default")
     try:
         return cls(**settings)
     except FedkdError as error:
-        raise FedkdError(f"strategy-config = '{config}': {error}") from None
+        raise FedkdError(Setting("strategy-config", config), f": {error}") from None
     except Exception as error:  # it declares no facts, or what it does with its settings went wrong
-        raise FedkdError(f"strategy = '{name}': {blamed(error)}") from error
+        raise FedkdError(Setting("strategy", name), f": {blamed(error)}") from error
 
 
 def strategy_of(experiment: Experiment) -> DistillationStrategy:
@@ -142,12 +142,15 @@ def _named(name: str) -> type[DistillationStrategy]:
     ours, installed = _ours(), _installed()
     names = {_plain(known): known for known in (*installed, *ours)}
     if name.endswith(".py"):
-        raise FedkdError(f"strategy = '{name}': say which class of the file, as {name}:MyStrategy")
+        raise FedkdError(
+            Setting("strategy", name), f": say which class of the file, as {name}:MyStrategy"
+        )
     if _plain(name) not in names:
         known = [*ours, *installed]
         raise FedkdError(
-            f"strategy = '{name}': no such strategy{nearest(name, known)}; there are "
-            f"{', '.join(known)}, or your own as module:Class or file.py:Class"
+            Setting("strategy", name),
+            f": no such strategy{nearest(name, known)}; there are {', '.join(known)}, "
+            "or your own as module:Class or file.py:Class",
         )
     found = names[_plain(name)]
     return ours[found] if found in ours else _load(installed[found])
@@ -164,9 +167,9 @@ def _own(name: str) -> type[DistillationStrategy]:
     if not _is_strategy(cls):
         present = [n for n, v in vars(module).items() if _is_strategy(v)]
         raise FedkdError(
-            f"strategy = '{name}': {where} defines no strategy {class_name}"
-            f"{nearest(class_name, present)}; a strategy is a subclass of "
-            "fedkd.DistillationStrategy"
+            Setting("strategy", name),
+            f": {where} defines no strategy {class_name}{nearest(class_name, present)}; "
+            "a strategy is a subclass of fedkd.DistillationStrategy",
         )
     return cls
 
@@ -185,7 +188,7 @@ def _import(module: str, what: str) -> ModuleType:
     except Exception as error:
         # Whatever the user's module does while it is imported is worth one line, not a traceback.
         raise FedkdError(
-            f"strategy = '{what}': {module} does not import: {blamed(error)}"
+            Setting("strategy", what), f": {module} does not import: {blamed(error)}"
         ) from error
 
 
@@ -196,7 +199,7 @@ def _load_file(path: Path) -> ModuleType:
     file what it defines, such as loss terms.
     """
     if not path.exists():
-        raise FedkdError(f"strategy = '{path}': there is no such file")
+        raise FedkdError(Setting("strategy", path), ": there is no such file")
     name, changed = _module_name(path), path.stat().st_mtime_ns
     where = str(path.resolve())
     if name in sys.modules and _read.setdefault(where, changed) == changed:
@@ -212,7 +215,7 @@ def _load_file(path: Path) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise FedkdError(
-            f"strategy = '{path}': the file does not import: {blamed(error)}"
+            Setting("strategy", path), f": the file does not import: {blamed(error)}"
         ) from error
     _read[where] = changed
     return module
@@ -252,16 +255,18 @@ def _settings(cls: type[DistillationStrategy], config: str) -> dict[str, Any]:
         name = snake(setting)
         if name in known and not equals:
             raise FedkdError(
-                f"strategy-config = '{config}': '{setting}' has no value: write {setting}=VALUE, "
-                "without spaces"
+                Setting("strategy-config", config),
+                f": '{setting}' has no value: write {setting}=VALUE, without spaces",
             )
         if name in settings:
-            raise FedkdError(f"strategy-config = '{config}': '{setting}' is set twice")
+            raise FedkdError(Setting("strategy-config", config), f": '{setting}' is set twice")
         if name not in known:
             raise FedkdError(
-                f"strategy-config = '{config}': '{pair}' is not a setting of {cls.__name__}"
-                f"{nearest(kebab(name), map(kebab, known))}; settings: "
-                f"{', '.join(map(kebab, known)) or 'none'}, written key=value and separated by spaces"
+                Setting("strategy-config", config),
+                f": '{pair}' is not a setting of "
+                f"{cls.__name__}{nearest(kebab(name), map(kebab, known))}; settings: "
+                f"{', '.join(map(kebab, known)) or 'none'}, written key=value and "
+                "separated by spaces",
             )
         settings[name] = text
     return settings

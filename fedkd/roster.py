@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data.federated import World
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.messages import HELLO, Introduction, decode_introduction
 from fedkd.transport.replies import failure_reason
@@ -103,8 +103,9 @@ class Roster:
             nodes = list(self._grid.get_node_ids())
         if is_first and len(nodes) < wanted:
             raise FedkdError(
-                f"num-clients = {wanted}: only {len(nodes)} Flower nodes are there; start as many, "
-                f'with --federation-config "num-supernodes={wanted}" under `flwr run`'
+                Setting("num-clients", wanted),
+                f": only {len(nodes)} Flower nodes are there; start as many, with "
+                f'--federation-config "num-supernodes={wanted}" under `flwr run`',
             )
         return nodes
 
@@ -120,8 +121,9 @@ class Roster:
             raise FedkdError(f"nodes {known} and {node} both hold partition {client}")
         if not 0 <= client < num_clients:
             raise FedkdError(
-                f"a node holds partition {client}; num-clients = {num_clients} allows 0 to "
-                f"{num_clients - 1}"
+                f"a node holds partition {client}; ",
+                Setting("num-clients", num_clients),
+                f" allows 0 to {num_clients - 1}",
             )
         if introduction.num_examples != (held := len(self._world.shards[client])):
             self._failures.append(

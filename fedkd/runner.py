@@ -13,7 +13,7 @@ import torch
 from fedkd.checkpoints import Checkpoint
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.interrupts import InterruptedRun, between_rounds, naming_how_to_go_on
 from fedkd.keys import AUTO
@@ -198,7 +198,7 @@ def _with_one_plan(experiments: Sequence[Experiment]) -> list[Experiment]:
     names = [(experiment.run_dir, experiment.name) for experiment in experiments if experiment.name]
     if len(set(names)) < len(names):
         twice = next(name for n, (_, name) in enumerate(names) if names[n] in names[:n])
-        raise FedkdError(f"name = '{twice}': two runs side by side cannot have one folder")
+        raise FedkdError(Setting("name", twice), ": two runs side by side cannot have one folder")
     plan = planned(experiments[0]).plan
     return [
         experiment.replace(plan=plan) if experiment.plan == AUTO else experiment

@@ -12,7 +12,7 @@ from fedkd.accuracy import accuracy
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.data.federated import World
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
 from fedkd.losses import Term
@@ -134,7 +134,9 @@ class Server:
         side = self._public_side(phase, labels, samples)
         if weights is None:
             if self.model is None:
-                raise FedkdError("server-model = 'none': there is no model to train; name one")
+                raise FedkdError(
+                    Setting("server-model", "none"), ": there is no model to train; name one"
+                )
             self._train(self.model, phase, side)
             self.trained = self.trained or bool(len(side.rows[0]))
             return None
@@ -160,7 +162,9 @@ class Server:
         public = self.world.public
         if weights is None:
             if self.model is None:
-                raise FedkdError("server-model = 'none': there is no model to ask; name one")
+                raise FedkdError(
+                    Setting("server-model", "none"), ": there is no model to ask; name one"
+                )
             return SoftLabels(self.model.predict(public, samples).cpu(), "logits", samples)
         parts = weights.by_model.items()
         values = torch.cat(

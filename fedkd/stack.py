@@ -26,9 +26,7 @@ from fedkd.phases import Role
 from fedkd.states import States
 from fedkd.training.architectures import architectures_of
 
-STACKABLE = (
-    "alpha", "tau", "learning_rate", "momentum", "weight_decay", "local_epochs", "distill_epochs",
-)  # fmt: skip
+STACKABLE = Experiment.keys("optimisation", "distillation")
 """Keys of the experiment that may differ between clients that train side by side."""
 
 

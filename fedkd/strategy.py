@@ -32,7 +32,7 @@ from torch import Tensor
 from fedkd.algorithm import Facts
 from fedkd.attacks import check_attack
 from fedkd.data.federated import world_of
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.federation import Federation
@@ -179,8 +179,8 @@ class DistillationStrategy(Strategy):
             return self.wire()
         if self.uploads() is not SoftLabels:
             raise FedkdError(
-                f"codec = '{experiment.codec}': {self.name()} sends no soft labels to encode; set "
-                "codec = 'auto'"
+                Setting("codec", experiment.codec),
+                f": {self.name()} sends no soft labels to encode; set codec = 'auto'",
             )
         return parse_codec(experiment.codec)
 
@@ -192,12 +192,14 @@ class DistillationStrategy(Strategy):
         """
         if self.facts.public_labels and not experiment.public_labels:
             raise FedkdError(
-                f"public-labels = false: {self.name()} needs the labels of the public set; "
-                "set public-labels = true or choose another strategy"
+                Setting("public-labels", False),
+                f": {self.name()} needs the labels of the public set; set public-labels = true or "
+                "choose another strategy",
             )
         if self.facts.server_model == "required" and experiment.server_model == "none":
             raise FedkdError(
-                f"server-model = 'none': {self.name()} trains a model at the server; name one"
+                Setting("server-model", "none"),
+                f": {self.name()} trains a model at the server; name one",
             )
         self.wires(experiment)
         check_attack(experiment, self.uploads())

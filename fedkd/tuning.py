@@ -18,7 +18,7 @@ import torch
 from fedkd.batches import Side
 from fedkd.cohort import Cohort
 from fedkd.data.federated import World, world_of
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
 from fedkd.losses import ce
@@ -72,7 +72,8 @@ def check_plan(experiment: Experiment) -> None:
     for name in named:
         if name and (name not in known or named.count(name) > 1):
             raise FedkdError(
-                f"plan = '{experiment.plan}': '{name}' must be one of {', '.join(known)}, named once"
+                Setting("plan", experiment.plan),
+                f": '{name}' must be one of {', '.join(known)}, named once",
             )
 
 
@@ -198,7 +199,7 @@ def _measure(
                 experiment, world, name, min(clients, plan.block * plan.lanes), plan
             )
         except Exception as error:  # whatever a model raises is its clients' failure, in the run
-            _logger.warning("%s cannot be run as %s: %s", name, plan, in_one_line(error))
+            _logger.warning("%s cannot be run as %s: %s", name, plan, one_line(error))
             continue
         spent += used
         best = min(times.values())

@@ -16,16 +16,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.errors import FedkdError, Setting, nearest, one_line
 
 
-def find_function(reference: str, what: str) -> Callable[..., Any]:
+def find_function(reference: str, key: str) -> Callable[..., Any]:
     """Import the function that `reference` (``module:function``) names.
 
     Args:
         reference: the module is looked for in the working directory as well, where a console script
             does not search by itself.
-        what: what the function is wanted for, such as ``"model"``.
+        key: what it is the value of, such as ``"dataset"`` or ``"model"``.
 
     Raises:
         FedkdError: the module does not import, or has no such function.
@@ -35,7 +35,7 @@ def find_function(reference: str, what: str) -> Callable[..., Any]:
         module = users_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise FedkdError(
-            f"{what} '{reference}': cannot import '{module_name}' ({blamed(error)})"
+            Setting(key, reference), f": cannot import '{module_name}' ({blamed(error)})"
         ) from error
     try:
         function = attrgetter(function_name)(module)
@@ -43,8 +43,9 @@ def find_function(reference: str, what: str) -> Callable[..., Any]:
         function = None
     if not callable(function):
         raise FedkdError(
-            f"{what} '{reference}': '{module_name}' has no function '{function_name}'"
-            f"{nearest(function_name, vars(module))}"
+            Setting(key, reference),
+            f": '{module_name}' has no function '{function_name}'"
+            f"{nearest(function_name, vars(module))}",
         )
     return cast(Callable[..., Any], function)
 
@@ -112,7 +113,7 @@ def blamed(error: BaseException) -> str:
     `LONGEST` characters at most; what is too long is cut before the place.
     """
     where = place(error)
-    return in_one_line(error)[: LONGEST - len(where)] + where
+    return one_line(error, LONGEST - len(where)) + where
 
 
 @contextmanager

@@ -227,8 +227,8 @@ class Leaked:
         }
 
     def _in(self, haystack: bytes) -> set[str]:
-        in_one_line = b" ".join(haystack.split())  # as some JSON is not written
-        return _kinds_in(haystack + b"\x00\xff" + in_one_line, self.canaries)
+        one_line = b" ".join(haystack.split())  # as some JSON is not written
+        return _kinds_in(haystack + b"\x00\xff" + one_line, self.canaries)
 
 
 def _experiment(folder: Path, name: str, **keys: Any) -> fedkd.Experiment:

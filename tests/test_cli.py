@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 
 import fedkd
 from fedkd.cli import main
-from fedkd.cli.options import Source, with_sources
 from fedkd.data import DATASETS
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import accepted, kebab
 from fedkd.records import Run
@@ -159,7 +159,9 @@ BEGINNINGS = {
         "strategy-config = 'digset=kl' (from --strategy-config): 'digset=kl' is not a setting of "
         "FedMD (did you mean 'digest'?); settings: digest, transfer-epochs"
     ),
-    "run --dataset digist": "there is no dataset 'digist' (from --dataset) (did you mean 'digits'?)",
+    "run --dataset digist": (
+        "dataset = 'digist' (from --dataset): no such data set (did you mean 'digits'?)"
+    ),
     "run --dataset digits --student mlp-20,lenett": (
         "student = 'lenett' (from --student): unknown model 'lenett' (did you mean 'lenet'?)"
     ),
@@ -169,7 +171,7 @@ BEGINNINGS = {
     ),
     "run --device cuba": "device = 'cuba' (from --device): ",
     "run --dataset digits --public-per-round 500": "public-per-round = 500 (from --public-per-round)",
-    "data mnits": "there is no dataset 'mnits' (did you mean 'mnist'?)",
+    "data mnits": "dataset = 'mnits': no such data set (did you mean 'mnist'?)",
     "run --config nope.toml": "config = nope.toml: No such file",
 }
 
@@ -226,30 +228,35 @@ def test_an_existing_run_folder_is_refused_and_left_alone(
     )
 
 
-def test_sources_are_added_to_the_first_mention_of_a_key_alone() -> None:
-    sources: list[Source] = [
-        ("a.toml", {"alpha": 0.5, "student": "cnn,mlp-20"}),
-        ("--tau", {"tau": "4"}),
-    ]
-    assert with_sources("tau = 4.0 and alpha = 0.5; set tau = 4", sources) == (
+ORIGINS: dict[str, tuple[object, str]] = {
+    "alpha": (0.5, "from a.toml"),
+    "student": ("cnn,mlp-20", "from a.toml"),
+    "tau": ("4", "from --tau"),
+}
+
+
+def test_settings_get_their_source_at_their_first_mention_alone() -> None:
+    parts = Setting("tau", 4.0), " and ", Setting("alpha", 0.5), "; set ", Setting("tau", 4)
+    assert str(FedkdError(*parts).with_sources(ORIGINS)) == (
         "tau = 4.0 (from --tau) and alpha = 0.5 (from a.toml); set tau = 4"
     )
-    assert with_sources("student = 'cnn': no", sources) == "student = 'cnn' (from a.toml): no"
+    one_of_two = FedkdError(Setting("student", "cnn"), ": no").with_sources(ORIGINS)
+    assert str(one_of_two) == "student = 'cnn' (from a.toml): no"
 
 
 @pytest.mark.parametrize(
-    "text",
+    "parts",
     [
-        "tau = 400 (from run_config): no",  # named already
-        "set tau = 7",  # not the value that was given
-        "tau = 40 is not it either",
-        "name 'tau' is not defined",  # not a key's value
-        "unknown model 'cnn'",
-        "",
+        (Setting("tau", 4, "from run_config"), ": no"),  # named already
+        (Setting("tau", 7), " was derived"),  # not the value that was given
+        (Setting("batch-size", 4), " has another key"),
+        ("tau = 4 in the text alone",),
+        ("",),
     ],
 )
-def test_sources_are_not_added_elsewhere(text: str) -> None:
-    assert with_sources(text, [("--tau", {"tau": "400"})]) == text
+def test_sources_are_not_added_elsewhere(parts: tuple[str | Setting, ...]) -> None:
+    error = FedkdError(*parts)
+    assert str(error.with_sources(ORIGINS)) == str(error)
 
 
 def test_an_exception_that_is_no_users_mistake_is_not_swallowed(

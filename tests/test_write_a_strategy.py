@@ -474,7 +474,7 @@ def test_a_long_reason_keeps_its_place(folder: Path) -> None:
             Experiment(**SMALL | {"strategy": f"{path}:Bad", "num_server_rounds": 3}),
             [EachRound(rows.append)],
         )
-    assert all(r.endswith("(bad_rule.py, line 16)") for r in rows[0]["dropped"].values())
+    assert all(r.endswith("(bad_rule.py, line 15)") for r in rows[0]["dropped"].values())
 
 
 def test_a_term_of_another_shape_is_refused(folder: Path) -> None:

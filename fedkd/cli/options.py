@@ -7,10 +7,9 @@ and a file, so that an error is worded once and names the flag or file behind ea
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, make_dataclass
 from dataclasses import field as dataclass_field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,7 +141,7 @@ class _Start:
             experiment = Experiment.load(*sources)
             yield experiment.smoke() if self.smoke else experiment
         except FedkdError as error:
-            raise FedkdError(with_sources(str(error), sources)) from error
+            raise error.with_sources(_origins(sources)) from error
 
 
 def _flags() -> Iterator[tuple[str, object, Any]]:
@@ -213,38 +212,14 @@ DEFAULTS = Start()
 TEXT = Output()
 
 
-_MENTION = re.compile(
-    r"\b(?P<key>[a-z]+(?:-[a-z]+)*)(?: =)? (?P<value>'[^']*'|(?<== )[^\s:;,()']++)(?! \(from )"
-)
-"""A key with its value in the text of an error, the source of which is not named."""
-
-
-def with_sources(text: str, sources: Sequence[Source]) -> str:
-    """Name the sources of the values in an error raised below the command line, or a contradiction.
-
-    What raises it knows keys and values, but not flags and files. The first mention of each key with
-    (a part of) its value is followed by where that came from, unless that is there.
-    """
+def _origins(sources: Sequence[Source]) -> dict[str, tuple[object, str]]:
+    """Return the value that each key was given and where it came from; later sources win."""
     origins: dict[str, tuple[object, str]] = {
         kebab(name): (key.default, "the default") for name, key in Experiment.model_fields.items()
     }
     for where, keys in sources:
         origins |= {kebab(name): (value, f"from {where}") for name, value in keys.items()}
-
-    def add(mention: re.Match[str]) -> str:
-        key, value = mention["key"], mention["value"].strip("'")
-        if key not in origins or not _is_part(value, origins[key][0]):
-            return mention[0]
-        return f"{mention[0]} ({origins.pop(key)[1]})"
-
-    return _MENTION.sub(add, text)
-
-
-def _is_part(text: str, value: object) -> bool:
-    """Say whether `text` is `value`, or a part of it: one model of a list, the file of file:class."""
-    with suppress(ValueError):
-        return float(text) == float(str(value))
-    return text.lower() in str(value).lower()
+    return origins
 
 
 def chosen_seeds(text: str | None, experiment: Experiment) -> list[int]:

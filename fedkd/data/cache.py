@@ -31,11 +31,11 @@ from fedkd.data.datasets import (
     dtype_of,
     shipped,
 )
-from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.errors import FedkdError, Setting, nearest, one_line
 from fedkd.user_code import find_function
 
 
-def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset") -> Dataset:
     """Load a data set by its name in `DATASETS`, or the user's own by ``"module:function"``.
 
     What torchvision downloads is converted once and memory-mapped from then on: processes that load
@@ -50,6 +50,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             folder (a `Path`, which need not exist) and returns a `Dataset`. The module may lie in
             the working directory.
         data_dir: see `data_folder`.
+        key: of the experiment, whose value the name is; errors name it.
 
     Raises:
         FedkdError: the name is unknown; the file is missing and cannot be downloaded, is damaged or
@@ -57,11 +58,12 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """
     folder = data_folder(data_dir)
     if ":" in name:
-        return _load_own(name, folder)
+        return _load_own(name, folder, key)
     if name not in DATASETS:
         raise FedkdError(
-            f"there is no dataset '{name}'{nearest(name, DATASETS)}: choose {', '.join(DATASETS)}, "
-            "or your own as 'module:function'"
+            Setting(key, name),
+            f": no such data set{nearest(name, DATASETS)}; there are {', '.join(DATASETS)}, or your "
+            "own as module:function",
         )
     info = DATASETS[name]
     tensors = _load_cached(name, folder) if info.needs_download else shipped(name)
@@ -122,7 +124,7 @@ def _from_torchvision(name: str, path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a network, a mirror or a half-written file may raise
         raise FedkdError(
             f"{path} is missing, and torchvision could not provide {name} in {path.parent} "
-            f"({in_one_line(error)}): copy the file there, or mend the network or delete what "
+            f"({one_line(error)}): copy the file there, or mend the network or delete what "
             "torchvision left unfinished there and run again, or take dataset digits or mnist-5k, "
             "which need no download"
         ) from error
@@ -228,23 +230,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 # --- The user's own -------------------------------------------------------------------------------
 
 
-def _load_own(spec: str, folder: Path) -> Dataset:
+def _load_own(spec: str, folder: Path, key: str) -> Dataset:
     """Call the user's ``module:function`` with the data folder."""
-    function = find_function(spec, "dataset")
+    function = find_function(spec, key)
     try:
         inspect.signature(function).bind(folder)
     except TypeError as error:
         raise FedkdError(
-            f"dataset '{spec}' must take one argument, the data folder ({error})"
+            Setting(key, spec), f" must take one argument, the data folder ({error})"
         ) from error
     try:
         dataset = function(folder)
     except FedkdError:
         raise
     except Exception as error:
-        raise FedkdError(f"dataset '{spec}' raised {in_one_line(error)}") from error
+        raise FedkdError(Setting(key, spec), f" raised {one_line(error)}") from error
     if not isinstance(dataset, Dataset):
         raise FedkdError(
-            f"dataset '{spec}' must return a fedkd.data.Dataset, not {type(dataset).__name__}"
+            Setting(key, spec), f" must return a fedkd.data.Dataset, not {type(dataset).__name__}"
         )
     return dataset

@@ -17,7 +17,7 @@ from fedkd.data.cache import data_folder, load
 from fedkd.data.datasets import Dataset
 from fedkd.data.images import Images
 from fedkd.data.partition import label_counts, partition, split_public
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Sizes
 from fedkd.machine import resolve_device
@@ -159,7 +159,9 @@ def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
         dealt += len(rows)
     chosen = (fold_of == number - 1).to(train.device)
     if not chosen.any() or chosen.all():
-        raise FedkdError(f"fold = '{fold}': {len(labels)} training images have no such part")
+        raise FedkdError(
+            Setting("fold", fold), f": {len(labels)} training images have no such part"
+        )
     return train.keep((~chosen).nonzero().flatten()), train.keep(chosen.nonzero().flatten())
 
 
@@ -187,23 +189,27 @@ def _refuse_overlap(name: str, public: Tensor, private: Dataset) -> None:
     for split, images in (("training", private.train_images), ("test", private.test_images)):
         if any(image.numpy().tobytes() in mine for image in images):
             raise FedkdError(
-                f"public = '{name}': it shares images with the {split} images of dataset = "
-                f"'{private.name}'; set public = 'train' or name a data set without them"
+                Setting("public", name),
+                f": it shares images with the {split} images of ",
+                Setting("dataset", private.name),
+                "; set public = 'train' or name a data set without them",
             )
 
 
 def _foreign(experiment: Experiment, size: int, private: Dataset) -> Images:
     """Take an unlabelled public set from another data set's training split."""
     name = experiment.public
-    other = load(name, experiment.data_dir)
+    other = load(name, experiment.data_dir, key="public")
     if other.input_shape != private.input_shape:
         raise FedkdError(
-            f"public = '{name}': its images are {other.input_shape}, those of dataset = "
-            f"'{private.name}' are {private.input_shape}; both must have one shape"
+            Setting("public", name),
+            f": its images are {other.input_shape}, those of ",
+            Setting("dataset", private.name),
+            f" are {private.input_shape}; both must have one shape",
         )
     if size > len(other.train_images):
         raise FedkdError(
-            f"public-size = {size}: {name} has {len(other.train_images)} training images"
+            Setting("public-size", size), f": {name} has {len(other.train_images)} training images"
         )
     drawn = permutation(len(other.train_images), experiment.split_seed, "public")
     rows = drawn[:size].sort().values

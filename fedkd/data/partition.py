@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedkd import randomness
 from fedkd.data.cache import digest, read_tensors, write_tensors
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, Setting, nearest
 
 KINDS = ("iid", "dirichlet", "shard", "pathological")
 
@@ -47,7 +47,8 @@ def split_public(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     n = len(labels)
     if not 1 <= size < n:
         raise FedkdError(
-            f"public-size = {size} must lie in 1..{n - 1}: it is cut from the {n} training images"
+            Setting("public-size", size),
+            f" must lie in 1..{n - 1}: it is cut from the {n} training images",
         )
     order = randomness.permutation(n, "public", seed)
     return order[:size], order[size:].sort().values
@@ -132,16 +133,16 @@ def _check(labels: Tensor, request: _Request) -> None:
     n, clients, least = len(labels), request.num_clients, request.min_size
     if request.kind not in KINDS:
         raise FedkdError(
-            f"partition = '{request.kind}' is not known{nearest(request.kind, KINDS)}: "
-            f"choose {', '.join(KINDS)}"
+            Setting("partition", request.kind),
+            f" is not known{nearest(request.kind, KINDS)}: choose {', '.join(KINDS)}",
         )
     if not 1 <= clients <= n:
         raise FedkdError(
-            f"num-clients = {clients} must lie in 1..{n}, the number of private images"
+            Setting("num-clients", clients), f" must lie in 1..{n}, the number of private images"
         )
     if least < 1:
         raise FedkdError(
-            f"min-partition-size = {least} must be 1 or more: no client trains on none"
+            Setting("min-partition-size", least), " must be 1 or more: no client trains on none"
         )
     if clients * least > n:
         raise FedkdError(
@@ -149,7 +150,7 @@ def _check(labels: Tensor, request: _Request) -> None:
             f"{n}: lower num-clients or min-partition-size to {n // clients} or less"
         )
     if request.kind == "dirichlet" and not 0 < request.alpha < math.inf:
-        raise FedkdError(f"partition-alpha = {request.alpha} must be positive and finite")
+        raise FedkdError(Setting("partition-alpha", request.alpha), " must be positive and finite")
     if request.kind in ("shard", "pathological"):
         _check_classes(labels, request)
 
@@ -158,7 +159,7 @@ def _check_classes(labels: Tensor, request: _Request) -> None:
     n, clients, each = len(labels), request.num_clients, request.classes_per_client
     classes = len(_classes(labels))
     if each < 1:
-        raise FedkdError(f"classes-per-client = {each} must be 1 or more")
+        raise FedkdError(Setting("classes-per-client", each), " must be 1 or more")
     if request.kind == "shard" and clients * each > n:
         raise FedkdError(
             f"{clients} clients with {each} blocks each need {clients * each} images, and there "
@@ -166,7 +167,7 @@ def _check_classes(labels: Tensor, request: _Request) -> None:
         )
     if request.kind == "pathological" and each > classes:
         raise FedkdError(
-            f"classes-per-client = {each} must lie in 1..{classes}, the number of classes"
+            Setting("classes-per-client", each), f" must lie in 1..{classes}, the number of classes"
         )
     if request.kind == "pathological" and clients * each < classes:
         raise FedkdError(
@@ -266,7 +267,7 @@ def _impossible(request: _Request) -> FedkdError:
     else:
         what = f"classes-per-client = {request.classes_per_client} leaves {small}"
         change = "lower num-clients, classes-per-client or min-partition-size"
-    return FedkdError(f"partition = '{request.kind}' is impossible here ({what}): {change}")
+    return FedkdError(Setting("partition", request.kind), f" is impossible here ({what}): {change}")
 
 
 # --- Kept for other processes ---------------------------------------------------------------------

@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 
 from fedkd.engines.answering import Sent, answers_together, introduce, reply, store_of
 from fedkd.engines.deployment import ends_in_time
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO, kebab
 from fedkd.knowledge.kinds import BY_NAME
@@ -69,16 +69,11 @@ def _accepted(experiment: Experiment, context: Context) -> Experiment:
     if _is_simulated():
         return experiment
     config = context.node_config
-    own = {
-        "client-code": config.get("client-code", "none"),
-        "data-dir": config.get("data-dir", AUTO),
-        "device": config.get("device", AUTO),
-        # The run's name is made of letters, digits, '.', '_' and '-': its folder lies in this one.
-        "run-dir": _state_dir(config.get("state-dir", AUTO)),
-        # An attacker's answers have no noise: only this node says whether it is one.
-        "attack": config.get("attack", "none"),
-        "attackers": config.get("attackers", 0.0),
-    }
+    defaults = Experiment().flat()
+    decided = [kebab(key) for key in Experiment.keys_that("node_decides")]
+    own = {key: config.get(key, defaults[key]) for key in decided}
+    # The run's name is made of letters, digits, '.', '_' and '-': its folder lies in this one.
+    own["run-dir"] = _state_dir(config.get("state-dir", AUTO))
     accepted = Experiment.load(("the message", experiment.flat()), (_NODE, own))
     _check_code(experiment, accepted.client_modules)
     _check_noise(experiment, config.get("dp-noise", 0.0))
@@ -88,7 +83,7 @@ def _accepted(experiment: Experiment, context: Context) -> Experiment:
 
 def _check_code(experiment: Experiment, own: Sequence[str]) -> None:
     """Refuse a run that names code outside the modules that this node allows."""
-    for key in ("client_code", "dataset", "public", "student", "teacher"):
+    for key in Experiment.keys_that("names_code"):
         installed = installed_modules() if key == "client_code" else ()
         for module in _modules(experiment, key):
             if not any(
@@ -105,8 +100,9 @@ def _check_noise(experiment: Experiment, least: object) -> None:
     own = Experiment.load((_NODE, {"dp-noise": least}))
     if experiment.dp_noise < own.dp_noise:
         raise FedkdError(
-            f"dp-noise = {experiment.dp_noise:g} of the run: this node takes part with at least "
-            f"{own.dp_noise:g}, as its --node-config says"
+            Setting("dp-noise", experiment.dp_noise),
+            f" of the run: this node takes part with at least {own.dp_noise:g}, as its "
+            "--node-config says",
         )
 
 

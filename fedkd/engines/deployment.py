@@ -15,7 +15,7 @@ from threading import Event, Thread
 from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
-from fedkd.errors import in_one_line
+from fedkd.errors import one_line
 from fedkd.transport.backend import GuardedGrid
 from fedkd.transport.replies import error_reply
 
@@ -89,7 +89,7 @@ class DeployedGrid(GuardedGrid):
         except Exception as error:
             if _is_of_the_network(error):
                 raise
-            return error_reply(message, f"sends what cannot be read: {in_one_line(error)}")
+            return error_reply(message, f"sends what cannot be read: {one_line(error)}")
         if not found:
             return None
         (reply,) = found

@@ -10,7 +10,7 @@ from inspect import signature
 from fedkd.checks import means_width
 from fedkd.data.federated import World, world_of
 from fedkd.engines.resources import check_resources
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
 from fedkd.machine import resolve_device
 from fedkd.phases import (
@@ -56,7 +56,8 @@ def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrateg
     per_round = experiment.public_per_round
     if per_round is not None and per_round > len(world.public):
         raise FedkdError(
-            f"public-per-round = {per_round}: the public set has {len(world.public)} images"
+            Setting("public-per-round", per_round),
+            f": the public set has {len(world.public)} images",
         )
     return strategy
 
@@ -80,7 +81,9 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
         except (ImportError, ValueError):
             found = False
         if not found:
-            raise FedkdError(f"client-code = '{experiment.client_code}': no module '{module}'")
+            raise FedkdError(
+                Setting("client-code", experiment.client_code), f": no module '{module}'"
+            )
     for phase in [*strategy.phases(1), *strategy.phases(2)]:
         if isinstance(phase, Fit):
             for name in (*phase.private, *phase.public):
@@ -109,7 +112,8 @@ def _check_codec(experiment: Experiment, strategy: DistillationStrategy) -> None
     wires = strategy.wires(experiment)
     if any(wire.pack == "range" for wire in wires) and find_spec("constriction") is None:
         raise FedkdError(
-            f"codec = '{experiment.codec}': range coding needs constriction: pip install 'fedkd[codec]'"
+            Setting("codec", experiment.codec),
+            ": range coding needs constriction: pip install 'fedkd[codec]'",
         )
 
 
@@ -123,7 +127,7 @@ def _check_reach(experiment: Experiment, name: str) -> None:
     if module.startswith(MADE_UP):
         why = "stands in a file that is called like another module: rename the file"
     raise FedkdError(
-        f"strategy = '{experiment.strategy}': workers cannot import {name}, which {why}"
+        Setting("strategy", experiment.strategy), f": workers cannot import {name}, which {why}"
     )
 
 
@@ -136,16 +140,16 @@ def _check_features(experiment: Experiment, strategy: DistillationStrategy, worl
             if len(set(widths.values())) > 1:
                 said = ", ".join(f"{name} has {width}" for name, width in widths.items())
                 raise FedkdError(
-                    f"student = '{experiment.student}': {strategy.name()} averages features, so all "
-                    f"students need as many ({said})"
+                    Setting("student", experiment.student),
+                    f": {strategy.name()} averages features, so all students need as many ({said})",
                 )
 
 
 def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) -> None:
     if experiment.server_model != "none" and strategy.facts.server_model == "none":
         raise FedkdError(
-            f"server-model = '{experiment.server_model}': {strategy.name()} has nothing to train "
-            "it on; set server-model = 'none'"
+            Setting("server-model", experiment.server_model),
+            f": {strategy.name()} has nothing to train it on; set server-model = 'none'",
         )
 
 
@@ -156,8 +160,9 @@ def _check_cluster(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
     except (OSError, OverflowError, ValueError) as error:
         raise FedkdError(
-            f"ray-address = '{address}': nothing answers there ({in_one_line(error)}); accepted: "
-            "host:port of a Ray cluster that runs, or auto"
+            Setting("ray-address", address),
+            f": nothing answers there ({one_line(error)}); accepted: host:port of a Ray "
+            "cluster that runs, or auto",
         ) from error
 
 
@@ -166,13 +171,17 @@ def _check_engine(experiment: Experiment) -> None:
     device = resolve_device(experiment.device)
     if experiment.precision == "tf32" and device.type != "cuda":
         raise FedkdError(
-            f"precision = 'tf32': device = '{device}' has no such arithmetic; accepted there: float32, "
-            "bfloat16"
+            Setting("precision", experiment.precision),
+            ": ",
+            Setting("device", device),
+            " has no such arithmetic; accepted there: float32, bfloat16",
         )
     if experiment.num_workers and experiment.device.startswith("cuda:"):
         raise FedkdError(
-            f"device = '{experiment.device}' contradicts num-workers = {experiment.num_workers}: Ray "
-            "deals the GPUs to the workers; set device = 'cuda'"
+            Setting("device", experiment.device),
+            " contradicts ",
+            Setting("num-workers", experiment.num_workers),
+            ": Ray deals the GPUs to the workers; set device = 'cuda'",
         )
     if experiment.ray_address is not None:
         _check_cluster(experiment.ray_address)
@@ -181,6 +190,7 @@ def _check_engine(experiment: Experiment) -> None:
     check_resources(experiment.num_clients, experiment.client_cpus, experiment.client_gpus)
     if experiment.device.startswith("cuda") and not experiment.client_gpus:
         raise FedkdError(
-            f"device = '{experiment.device}' contradicts client-gpus = 0: a Flower client sees no GPU "
-            "unless it has a share of one"
+            Setting("device", experiment.device),
+            " contradicts client-gpus = 0: a Flower client sees no GPU unless it has a "
+            "share of one",
         )

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.transport.backend import quiet, replaced
 
 RAY_TIMEOUT = 120.0
@@ -101,7 +101,7 @@ class RaySession:
         except TimeoutError as error:
             raise FedkdError(f"{what} (no answer in {timeout:g} s)") from error
         except (Exception, SystemExit) as error:  # Ray has many
-            raise FedkdError(f"{what} ({in_one_line(error)})") from error
+            raise FedkdError(f"{what} ({one_line(error)})") from error
         self.look()
         self.watch()
 
@@ -135,7 +135,7 @@ class RaySession:
                 if self._misses >= MISSES:
                     self._problem = (
                         f"Ray went away: its head process has not answered {MISSES} times running "
-                        f"({in_one_line(error)}); finished rounds are in the run folder"
+                        f"({one_line(error)}); finished rounds are in the run folder"
                     )
                 return
             self._misses = 0

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 
 
 def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> list[int]:
@@ -56,7 +56,9 @@ def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: boo
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if on_gpu and not gpus:
-        raise FedkdError(f"num-workers = {num_workers} on device = 'cuda': Ray knows of no GPU")
+        raise FedkdError(
+            Setting("num-workers", num_workers), " on device = 'cuda': Ray knows of no GPU"
+        )
     workers_per_gpu = math.ceil(num_workers / gpus) if on_gpu else 0
 
     def places(cpus: int) -> int:
@@ -72,8 +74,9 @@ def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: boo
     if not cpus:
         total = sum(int(node.get("CPU", 0)) for node in nodes)
         raise FedkdError(
-            f"num-workers = {num_workers}: each takes a CPU, and the cluster has {total} where "
-            f"{'a GPU is' if on_gpu else 'they are'}; lower num-workers"
+            Setting("num-workers", num_workers),
+            f": each takes a CPU, and the cluster has {total} where "
+            f"{'a GPU is' if on_gpu else 'they are'}; lower num-workers",
         )
     return Share(cpus, 1 / workers_per_gpu if on_gpu else 0.0, cpus)
 
@@ -93,16 +96,18 @@ def check_resources(
         gpus = torch.cuda.device_count()
     if not 0 < client_cpus <= cpus:
         raise FedkdError(
-            f"client-cpus = {client_cpus:g}: a client needs more than 0 and at most the {cpus} CPU"
-            f"{'s' * (cpus != 1)} that this run may use"
+            Setting("client-cpus", client_cpus),
+            f": a client needs more than 0 and at most the {cpus} "
+            f"CPU{'s' * (cpus != 1)} that this run may use",
         )
     if not 0 <= client_gpus <= gpus:
         raise FedkdError(
-            f"client-gpus = {client_gpus:g}: a client takes at least 0 and at most the {gpus} GPU"
-            f"{'s' * (gpus != 1)} of this machine"
+            Setting("client-gpus", client_gpus),
+            f": a client takes at least 0 and at most the {gpus} GPU{'s' * (gpus != 1)} "
+            "of this machine",
         )
     if client_gpus > 1 and client_gpus % 1:
-        raise FedkdError(f"client-gpus = {client_gpus:g}: above 1 it must be a whole number")
+        raise FedkdError(Setting("client-gpus", client_gpus), ": above 1 it must be a whole number")
     return {
         "num_cpus": min(cpus, math.ceil(num_clients * client_cpus)),
         "num_gpus": min(gpus, math.ceil(num_clients * client_gpus)),

@@ -84,9 +84,8 @@ def check_alike(experiments: Sequence[Experiment]) -> None:
 
 def alike(experiment: Experiment) -> Experiment:
     """Return what experiments that can run side by side have in common."""
-    own = (*STACKABLE, "seed", "name", "run_dir")
-    defaults = {key: Experiment.model_fields[key].default for key in own}
-    return experiment.replace(**defaults, partition_seed=experiment.split_seed)
+    shared = experiment.at_default(*STACKABLE, "seed", "name", "run_dir")
+    return shared.replace(partition_seed=experiment.split_seed)
 
 
 def _run(planned: Planned, meeting: _Meeting, number: int) -> Exception | None:

@@ -16,7 +16,7 @@ from fedkd.engines.answering import located
 from fedkd.engines.client_app import app
 from fedkd.engines.ray_session import RaySession, local_ray, ray_session
 from fedkd.engines.resources import check_resources
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.records.files import Row
@@ -274,7 +274,7 @@ class _Workers:
             raise  # the client app itself raised
         except RayError as exception:  # died, out of memory, its node gone
             if not self.stopped.is_set():
-                text = f"the process of client {client} died ({in_one_line(exception)})"
+                text = f"the process of client {client} died ({one_line(exception)})"
                 self._events.add("client-died", text)
             raise ClientProcessLost("client process died") from exception
         return answer

@@ -35,7 +35,7 @@ from fedkd.engines.ray_session import (
 )
 from fedkd.engines.resources import Share, available_cpus, placement, share_of
 from fedkd.engines.worker import Answers, Contents, Worker, data_sets, packed
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.events import Events
 from fedkd.experiment import Experiment
 from fedkd.machine import resolve_device
@@ -137,7 +137,8 @@ class Workers:
         if lost:
             late = f"not up in {START_TIMEOUT:g} s; perhaps other jobs hold the cluster's CPUs"
             raise FedkdError(
-                f"num-workers = {self._count}: {len(lost)} did not start ({lost[0].details or late})"
+                Setting("num-workers", self._count),
+                f": {len(lost)} did not start ({lost[0].details or late})",
             )
 
     def _exchange(
@@ -210,7 +211,7 @@ class Workers:
         self._end(worker)
         self._absent.pop(worker, None)
         deaths[worker] += 1
-        details = in_one_line(error)
+        details = one_line(error)
         if deaths[worker] > REBUILDS:
             text = f"worker {worker}: {deaths[worker]} deaths in one exchange, given up ({details})"
             self._events.add("worker-given-up", text)
@@ -242,9 +243,10 @@ class Workers:
                     del self._absent[worker]
             elif monotonic() > since + START_TIMEOUT and self._is_up:
                 raise FedkdError(
-                    f"num-workers = {self._count}: worker {worker} died and could not be built anew in "
-                    f"{START_TIMEOUT:g} s; Ray has no room for it on {len(self._ray.nodes)} "
-                    f"machine{'s' * (len(self._ray.nodes) != 1)}"
+                    Setting("num-workers", self._count),
+                    f": worker {worker} died and could not be built anew in "
+                    f"{START_TIMEOUT:g} s; Ray has no room for it on "
+                    f"{len(self._ray.nodes)} machine{'s' * (len(self._ray.nodes) != 1)}",
                 )
         for node in self._nodes & self._ray.gone:
             self._nodes.remove(node)
@@ -299,5 +301,5 @@ def _first_done(calls: list[Any], timeout: float) -> Any | None:
     try:
         done, _ = ray.wait(calls, timeout=timeout)
     except ConnectionError as error:  # of Ray's client, with an address of ray://
-        raise FedkdError(f"Ray went away ({in_one_line(error)})") from error
+        raise FedkdError(f"Ray went away ({one_line(error)})") from error
     return done[0] if done else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, Setting, nearest
 
 NUMBERS = ("float32", "float16", "simplex:8", "simplex:4", "simplex:2", "simplex:1")
 ROWS = ("all", "changed")
@@ -54,7 +54,7 @@ class Wire:
         try:
             return cls(**_slots(text))
         except FedkdError as error:
-            raise FedkdError(f"codec = {text!r}: {error}") from None
+            raise FedkdError(Setting("codec", text), f": {error}") from None
 
     def __str__(self) -> str:
         values = (self.number, self.rows, self.pack)
@@ -110,9 +110,11 @@ def parse_codec(text: str) -> tuple[Wire, Wire]:
     """
     parts = str(text).split("/")
     if len(parts) > 2:
-        raise FedkdError(f"codec = {text!r}: must be UP/DOWN, or one codec for both directions")
+        raise FedkdError(
+            Setting("codec", text), ": must be UP/DOWN, or one codec for both directions"
+        )
     try:
         wires = [Wire(**_slots(part)) for part in parts]
     except FedkdError as error:
-        raise FedkdError(f"codec = {text!r}: {error}") from None
+        raise FedkdError(Setting("codec", text), f": {error}") from None
     return wires[0], wires[-1]

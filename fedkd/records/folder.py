@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 import tomli_w
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.files import Row, replace_file, write_json
 
@@ -56,8 +56,8 @@ class RunFolder:
         path = Path(experiment.run_dir) / experiment.name
         if path.exists():
             raise FedkdError(
-                f"name = '{experiment.name}': the run folder {path} exists; choose another name, or "
-                "remove the folder"
+                Setting("name", experiment.name),
+                f": the run folder {path} exists; choose another name, or remove the folder",
             )
 
     @classmethod
@@ -75,13 +75,14 @@ class RunFolder:
             except FileExistsError:
                 if experiment.name is not None or not (parent / name).is_dir():
                     raise FedkdError(
-                        f"run-dir = '{parent}': {parent / name} is in the way"
+                        Setting("run-dir", parent), f": {parent / name} is in the way"
                     ) from None
                 continue
             except OSError as error:
                 raise FedkdError(
-                    f"run-dir = '{parent}': the folder cannot be made ({error.strerror}); name one "
-                    "that you may write to"
+                    Setting("run-dir", parent),
+                    f": the folder cannot be made ({error.strerror}); name one that you "
+                    "may write to",
                 ) from error
             return cls(parent / name)
         raise AssertionError("names never end")

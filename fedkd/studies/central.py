@@ -18,7 +18,7 @@ from torch import Tensor
 from fedkd.cohort import Answers
 from fedkd.data.federated import who_holds_what, world_of
 from fedkd.engines.run_folder import record_beginning
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.machine import keep_freed_memory
@@ -83,7 +83,7 @@ def check_central(experiment: Experiment) -> None:
     """
     if experiment.teacher == "none":
         raise FedkdError(
-            "teacher = 'none': the central baseline needs a teacher, such as 'mlp-800'"
+            Setting("teacher", "none"), ": the central baseline needs a teacher, such as 'mlp-800'"
         )
     check_plan(experiment)
     for key, names in (("student", experiment.student), ("teacher", experiment.teacher)):

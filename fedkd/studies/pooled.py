@@ -26,9 +26,6 @@ from fedkd.parameters import stacked
 from fedkd.studies.arguments import Progress
 from fedkd.training.architectures import architectures_of
 
-_STUDENTS_OWN = {"alpha": 0.0, "tau": 1.0, "distill_epochs": 1}
-"""Keys that a teacher does not depend on, at a value for all."""
-
 
 class Pooled:
     """Students in training, and their teachers.
@@ -56,7 +53,8 @@ class Pooled:
         self.world = world_of(self.experiment)
         self.seconds: dict[str, float] = {}
         self._progress = progress
-        kinds = [experiment.replace(**_STUDENTS_OWN) for experiment in experiments]
+        students_own = Experiment.keys("distillation")  # no teacher depends on them
+        kinds = [experiment.at_default(*students_own) for experiment in experiments]
         self._teachers_experiments = list(dict.fromkeys(kinds))
         place = {kind: n for n, kind in enumerate(self._teachers_experiments)}
         self.teacher_of = torch.tensor([place[kind] for kind in kinds])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Output, Space
 from fedkd.losses import Step, Term
@@ -87,7 +87,7 @@ def evaluate(formula: str, way: str, symbols: Mapping[str, Any]) -> float:
     except Exception as error:
         own = [name for name in symbols if name not in SYMBOLS]
         raise Wrong(
-            f"facts.{way} = '{formula}' is no number of bytes ({in_one_line(error)}): write it with "
+            f"facts.{way} = '{formula}' is no number of bytes ({one_line(error)}): write it with "
             f"{', '.join(SYMBOLS)}{', or a setting ' * bool(own)}{', '.join(own)}"
         ) from None
     return float(value)
@@ -227,7 +227,7 @@ class _TermCheck:
         try:
             value: object = function(given)
         except Exception as error:
-            raise Wrong(f"{self.name} raises {in_one_line(error)}{place(error)}") from error
+            raise Wrong(f"{self.name} raises {one_line(error)}{place(error)}") from error
         if not isinstance(value, Tensor):
             raise Wrong(f"{self.name} returns a {type(value).__name__}: return a tensor")
         if not value.requires_grad:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing import declared, mail, rounds, rule
@@ -141,6 +141,6 @@ def _what_to_change(error: Exception) -> str:
         if isinstance(cause, Wrong):
             return str(cause)
         cause = cause.__cause__
-    text = str(error) if isinstance(error, FedkdError) else in_one_line(error) + place(error)
+    text = str(error) if isinstance(error, FedkdError) else one_line(error) + place(error)
     advice = [what for sign, what in _ADVICE.items() if sign in text]
     return f"{text}; {advice[0]}" if advice else text

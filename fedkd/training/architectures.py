@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedkd import models
 from fedkd.cohort import Cohort
 from fedkd.data.federated import World
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.parameters import State, initial_state
@@ -117,4 +117,4 @@ def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> N
             try:
                 architectures_of(world).model(name.strip())
             except FedkdError as error:
-                raise FedkdError(f"{kebab(key)} = '{name.strip()}': {error}") from None
+                raise FedkdError(Setting(kebab(key), name.strip()), f": {error}") from None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode  # noqa: TID251
 
+from fedkd.errors import one_line
 from fedkd.transport.local_grid import isolated_records
 
 
@@ -52,7 +53,6 @@ _REASONS: dict[int, str] = {
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no reply in time",
     ErrorCode.NODE_UNAVAILABLE: "node is gone",
 }
-_LONGEST_REASON = 200
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _WRAPPED = re.compile(r"<class '([\w.]+)(?:\(\w+\))?'>:<['\"]?(.*?)['\"]?>", re.DOTALL)
 _CHAINED = re.compile(
@@ -77,8 +77,7 @@ def failure_reason(reply: Message) -> str:
     wrapped = _WRAPPED.fullmatch(text.strip())
     if wrapped:
         text = _of_exception(wrapped[1].rpartition(".")[2], wrapped[2])
-    line = " ".join(text.split()) or f"error {code} without a reason"
-    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+    return one_line(text if text.split() else f"error {code} without a reason")
 
 
 def _of_exception(kind: str, text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkd.errors import FedkdError, in_one_line, nearest
+from fedkd.errors import FedkdError, nearest, one_line
 from fedkd.randomness import permutation
 from fedkd.records.files import replace_file, write_json
 from fedkd.reports.export.card import Verified, as_markdown, card_of, facts_of
@@ -203,7 +203,7 @@ def _write(
     except FedkdError as error:
         raise FedkdError(f"{what}: {error}") from error
     except Exception as error:  # an exporter may choke on anything that a user's model does
-        raise FedkdError(f"{what} cannot be exported: {in_one_line(error)}") from error
+        raise FedkdError(f"{what} cannot be exported: {one_line(error)}") from error
 
 
 def _refuse_difference(verified: Verified, form: Form, to: str) -> None:

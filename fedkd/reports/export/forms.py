@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 
 INPUT, OUTPUT, BATCH = "pixels", "logits", "batch"
 """Names of the program's input and output, and of their first axis."""
@@ -87,7 +87,7 @@ def traced(model: FromPixels, shape: Sequence[int]) -> torch.export.ExportedProg
             program = torch.export.export(model, (example,), dynamic_shapes=sizes)
     except Exception as error:  # a user's model may do anything
         raise FedkdError(
-            f"the model cannot be exported for any number of images: {in_one_line(error)}"
+            f"the model cannot be exported for any number of images: {one_line(error)}"
         ) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine

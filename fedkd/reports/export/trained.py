@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedkd.cohort import Cohort
 from fedkd.data.federated import World, world_of
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.parameters import State
 from fedkd.plans import Plan
@@ -118,7 +118,9 @@ def find(
     experiment = folder.experiment.replace(device="cpu")
     if "client_accuracy" in result:
         if seed is not None:
-            raise FedkdError(f"seed = {seed}: a federated run has one seed; name a client instead")
+            raise FedkdError(
+                Setting("seed", seed), ": a federated run has one seed; name a client instead"
+            )
         return _of_client(folder, experiment, result, model or "student", client)
     if "seeds" not in result:
         raise FedkdError(f"{folder.path} holds neither a federated nor a central run")
@@ -205,7 +207,9 @@ def _of_seed(
     if seed is None:
         seed, chosen = seeds[0], "the first seed; no accuracy was looked at"
     if seed not in seeds:
-        raise FedkdError(f"seed = {seed}: this run has seeds {', '.join(map(str, seeds))}")
+        raise FedkdError(
+            Setting("seed", seed), f": this run has seeds {', '.join(map(str, seeds))}"
+        )
     experiment = experiment.replace(seed=seed)
     world = world_of(experiment)
     return Trained(

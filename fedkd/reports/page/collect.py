@@ -23,18 +23,13 @@ RUNS = "runs"
 MOST_LABEL = 26
 """Characters of a method's label: what a figure has room for."""
 
-DATA_KEYS = (
-    "dataset", "train_size", "test_size", "public", "public_size", "public_labels", "partition",
-    "partition_alpha", "classes_per_client", "min_partition_size", "num_clients", "fold",
-)  # fmt: skip
+DATA_KEYS = Experiment.keys("data", "federated data")
 """What makes test accuracies of two federations comparable."""
 
-_CENTRAL_KEYS = ("dataset", "train_size", "test_size", "public", "public_size", "fold")
-_TECHNICAL_KEYS = (
-    "name", "run_dir", "data_dir", "plan", "device", "num_workers", "ray_address", "client_code",
-    "client_cpus", "client_gpus", "round_timeout", "profile", "evaluate_phases", "evaluate_every",
-    "seed", "partition_seed",
-)  # fmt: skip
+_TECHNICAL_KEYS = {*Experiment.keys("bookkeeping", "clients", "machine", "evaluation", "seed")} - {
+    "engine"
+}
+"""Keys that no method of a report is called after: figures compare engines, and nothing else of these."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ def _goes_with(central: CentralRun, runs: Sequence[Run]) -> bool:
         return False
     first, second = RunFolder(central.path).experiment, runs[0].experiment
     return first.student == second.student and all(
-        getattr(first, key) == getattr(second, key) for key in _CENTRAL_KEYS
+        getattr(first, key) == getattr(second, key) for key in Experiment.keys("data")
     )
 
 

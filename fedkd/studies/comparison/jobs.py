@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from fedkd.errors import FedkdError, in_one_line
+from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.records.callbacks import EachRound
 from fedkd.runner import resume, run
@@ -173,7 +173,7 @@ def serve() -> None:
             say(failed=str(error))
         except Exception as error:
             traceback.print_exc()
-            say(failed=in_one_line(error))
+            say(failed=one_line(error))
         else:
             say(path=str(path), peak=capacity.peak_bytes(), gpu_peak=capacity.gpu_peak_bytes(),
                 gpu_free=capacity.gpu_free_bytes())  # fmt: skip

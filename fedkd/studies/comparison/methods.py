@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedkd.engines.preflight import check
-from fedkd.errors import FedkdError, nearest
+from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.plans import without
@@ -89,8 +89,10 @@ def check_all(experiment: Experiment, names: Sequence[str], seeds: Sequence[int]
     refuse_repeats("seeds", seeds)
     if experiment.strategy_config != "none" and canonical(experiment.strategy) not in names:
         raise FedkdError(
-            f"strategy-config = '{experiment.strategy_config}' belongs to strategy = "
-            f"'{experiment.strategy}', which is not compared; set strategy to the method it is for"
+            Setting("strategy-config", experiment.strategy_config),
+            " belongs to ",
+            Setting("strategy", experiment.strategy),
+            ", which is not compared; set strategy to the method it is for",
         )
     if any(name in CENTRAL for name in names):
         check_central(pooled(experiment))

@@ -8,7 +8,7 @@ from os.path import normpath, relpath
 from pathlib import Path
 from typing import Any
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.records.files import read_json, write_json
 from fedkd.records.folder import RunFolder
@@ -19,7 +19,7 @@ from fedkd.studies.comparison.methods import variant
 
 FILE = "comparison.json"
 
-_BESIDES = {"name", "run_dir", "data_dir", "seed", "profile"}
+_BESIDES = {"seed", *Experiment.keys("bookkeeping")}
 """Keys in which a comparison may differ from one of the same name."""
 
 
@@ -74,8 +74,9 @@ class Record:
             return RunFolder.check(experiment)
         if known.model_dump(exclude=_BESIDES) != experiment.model_dump(exclude=_BESIDES):
             raise FedkdError(
-                f"name = '{experiment.name}': {folder} compares methods on another experiment; choose "
-                "another name, or remove the folder"
+                Setting("name", experiment.name),
+                f": {folder} compares methods on another experiment; choose another "
+                "name, or remove the folder",
             )
 
     def written(self) -> Record:

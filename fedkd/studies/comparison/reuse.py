@@ -21,14 +21,7 @@ from fedkd.records.results import CentralRun
 from fedkd.registry import recorded, strategy_of
 from fedkd.user_code import fingerprint, is_importable
 
-_NO_NUMBERS = ("name", "run_dir", "data_dir", "profile")
-"""Keys that change no number of a record but its seconds."""
-
-_NOT_CENTRAL = (
-    "seed", "strategy", "strategy_config", "server_model", "num_server_rounds", "fraction_train",
-    "public_per_round", "codec", "evaluate_phases", "evaluate_every", "quorum", "round_timeout",
-    "client_code", "engine", "num_workers", "ray_address", "client_cpus", "client_gpus",
-)  # fmt: skip
+_NOT_CENTRAL = ("seed", *Experiment.keys("federation", "evaluation", "clients"))
 """Keys that the central baseline does not read; its seeds stand in the result."""
 
 
@@ -127,7 +120,11 @@ def _is_covered(experiment: Experiment) -> bool:
 def _same(wanted: Experiment, found: Experiment, besides: Sequence[str]) -> bool:
     """Compare what may change numbers; a plan that was left open may be any."""
     wanted = wanted.replace(device=str(resolve_device(wanted.device)))
-    left_out = {*_NO_NUMBERS, *besides, *(("plan",) if wanted.plan == AUTO else ())}
+    left_out = {
+        *Experiment.keys("bookkeeping"),
+        *besides,
+        *(("plan",) if wanted.plan == AUTO else ()),
+    }
     return wanted.model_dump(exclude=left_out) == found.model_dump(exclude=left_out)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from fedkd.engines.run_folder import record_beginning
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
 from fedkd.machine import resolve_device
@@ -103,8 +103,9 @@ class SweepFolder:
                 return cls(path)
             if name is not None:
                 raise FedkdError(
-                    f"name = '{name}': {path} exists and holds another sweep, or one of other code; "
-                    "choose another name, or remove the folder"
+                    Setting("name", name),
+                    f": {path} exists and holds another sweep, or one of other code; "
+                    "choose another name, or remove the folder",
                 )
         return None
 

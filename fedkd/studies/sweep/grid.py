@@ -8,8 +8,8 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar, kebab, snake
 
-_FIXED = ("seed", "fold", "name", "run_dir", "data_dir", "engine", "plan")
-"""Keys that a sweep sets itself."""
+_FIXED = {"fold", *Experiment.keys("seed", "clients", "machine", "bookkeeping")}
+"""Keys that a sweep sets itself, or that change no accuracy beyond rounding."""
 
 
 def typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[str, list[Scalar]]:
@@ -18,7 +18,9 @@ def typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[
     for name, given in grid.items():
         key = snake(name)
         if key in _FIXED:
-            raise FedkdError(f"{kebab(key)} cannot be swept: a sweep sets it itself")
+            raise FedkdError(
+                f"{kebab(key)} cannot be swept: a sweep sets it, or it changes no accuracy"
+            )
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise FedkdError(f"{kebab(key)} = {given!r} (from the grid): must be a list of values")
         base = ("the experiment", experiment.flat())

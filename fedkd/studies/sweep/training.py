@@ -10,7 +10,7 @@ from shutil import rmtree
 from fedkd.data.federated import world_of
 from fedkd.engines.preflight import check
 from fedkd.engines.side_by_side import alike
-from fedkd.errors import DivergedError, FedkdError
+from fedkd.errors import DivergedError, FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
 from fedkd.machine import keep_freed_memory
@@ -55,7 +55,9 @@ class Trials:
         if of not in ("federation", "central"):
             raise FedkdError(f"of = '{of}': must be federation or central")
         if experiment.fold != "none":
-            raise FedkdError(f"fold = '{experiment.fold}': a sweep sets it itself, fold by fold")
+            raise FedkdError(
+                Setting("fold", experiment.fold), ": a sweep sets it itself, fold by fold"
+            )
         self._experiment, self._of = experiment, of
         self._seeds, self._folds = list(seeds), folds
         self._progress = progress
