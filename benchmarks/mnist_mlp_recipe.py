@@ -17,13 +17,13 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.batches import Side
 from fedkd.cli.presets import mnist_mlp
-from fedkd.cohort import Cohort
 from fedkd.data.federated import World, world_of
 from fedkd.losses import ce, kl
-from fedkd.optimizers import OptimizerSettings
 from fedkd.training.architectures import architectures_of
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.optimizers import OptimizerSettings
 
 SEEDS = (0, 1, 2)
 TEACHERS = ("mlp-1200", "mlp-800")

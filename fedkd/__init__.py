@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkd import data, losses, testing
+    from fedkd.engines.run import resume, run
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
     from fedkd.knowledge import SoftLabels, Weights
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from fedkd.records.results import CentralRun, Run
     from fedkd.reports.export.export import Export, export
     from fedkd.reports.report import report
-    from fedkd.runner import resume, run
     from fedkd.strategy import DistillationStrategy
     from fedkd.studies.central import central
     from fedkd.studies.comparison.result import Comparison
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Nobody is told that fedkd is used, unless the user says so: Flower and Ray read these when imported.
+# No usage statistics are sent unless the user asks for it: Flower and Ray read these when imported.
 for _variable, _value in {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -54,8 +54,8 @@ _HOME = {
     "compare": "studies.comparison.run",
     "export": "reports.export.export",
     "report": "reports.report",
-    "resume": "runner",
-    "run": "runner",
+    "resume": "engines.run",
+    "run": "engines.run",
     "sweep": "studies.sweep.run",
 }
 

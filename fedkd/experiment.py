@@ -37,7 +37,7 @@ OptionalStr = Annotated[str | None, BeforeValidator(_auto_to_none)]
 
 _PLAN = r"(loop|stacked(-[1-9]\d*)?)(x[1-9]\d*)?"
 _PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
-"""Values of ``plan``; `fedkd.plans` reads them."""
+"""Values of ``plan``; `fedkd.training.plans` reads them."""
 
 _WIRE = r"[a-z0-9]+(:[0-9]+)?(\+[a-z]+)*"
 _CODECS = re.compile(rf"auto|{_WIRE}(/{_WIRE})?")

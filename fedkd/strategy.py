@@ -29,22 +29,22 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from fedkd.algorithm import Facts
-from fedkd.attacks import check_attack
+from fedkd.clients.attacks import check_attack
+from fedkd.clients.privacy import check_privacy
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError, Setting, nearest
-from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.federation import Federation
+from fedkd.federation.algorithm import Facts
+from fedkd.federation.events import Events
+from fedkd.federation.round_record import plain_numbers
+from fedkd.federation.rounds import Federation
+from fedkd.federation.server import Replies, Server
 from fedkd.keys import accepted, kebab
 from fedkd.knowledge import Knowledge, SoftLabels, Wire
 from fedkd.knowledge.wire import PLAIN, parse_codec
 from fedkd.phases import ANSWERS, Digest, Phase, Predict, Revisit
-from fedkd.privacy import check_privacy
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
-from fedkd.round_record import plain_numbers
-from fedkd.server import Replies, Server
 
 __all__ = [
     "Count",

@@ -3,7 +3,7 @@
 mnist-5k, DS-FL's round (Dirichlet 1.0, ten clients with 200 private images each on average, 400
 unlabelled public images, students `mlp-20`, five rounds), soft labels combined by mean, median,
 trimmed mean, geometric median, Cronus and the exponential-weights guard, against 0 to 40 % malicious
-clients and each attack of `fedkd.attacks`. What counts is the mean test accuracy of the *honest*
+clients and each attack of `fedkd.clients.attacks`. What counts is the mean test accuracy of the *honest*
 clients. Cronus also trains in its own way, on both sets at once. Three seeds. No download; a quarter of
 an hour on one core:
 
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import fedkd
-from fedkd.attacks import ATTACKS, malicious_clients
+from fedkd.clients.attacks import ATTACKS, malicious_clients
 from simulations._questions import COLOURS, MARKERS, measured_on
 
 BASE = fedkd.Experiment(
@@ -151,7 +151,7 @@ def page(table: Table, shares: Sequence[float], size: int, seeds: int, measured:
 _PAGE = """# Byzantine clients
 
 `--attack NAME --attackers SHARE` makes a share of the clients malicious, in both engines alike; who
-they are follows from the seed (`fedkd.attacks.malicious_clients`). In a deployment a node attacks
+they are follows from the seed (`fedkd.clients.attacks.malicious_clients`). In a deployment a node attacks
 only if its own `--node-config` says so.
 
 | attack | what a malicious client does |

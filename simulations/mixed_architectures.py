@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fedkd.models import Classifier, InputShape
+from fedkd.training.models import Classifier, InputShape
 from simulations._questions import BASE, Cell, Grid, Question, Result, listed, whole
 
 HERE = "simulations.mixed_architectures"

@@ -28,13 +28,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 import fedkd
-from fedkd.cohort import Cohort
+from fedkd.clients.privacy import epsilon
+from fedkd.clients.state_files import StateFiles
 from fedkd.data.federated import World, world_of
-from fedkd.privacy import epsilon
-from fedkd.state_files import StateFiles
 from fedkd.strategy import Replies, Server
 from fedkd.studies import leakage
 from fedkd.training.architectures import architectures_of
+from fedkd.training.cohort import Cohort
 from strategies.dsfl import DSFL
 
 COMMON = fedkd.Experiment(

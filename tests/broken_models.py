@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkd.engines.worker import Worker
-from fedkd.models import build
+from fedkd.training.models import build
 
 FOLDER = "FEDKD_TEST_FOLDER"
 """Variable that names the folder."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedkd.models import build
+from fedkd.training.models import build
 
 FOLDER = "FEDKD_TEST_FOLDER"
 """Variable that names the folder of the counters."""

@@ -17,23 +17,23 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedkd.client import Part, execute_together
+from fedkd.clients.execute import Part, execute_together
+from fedkd.clients.instructions import Failure, Order, Report
+from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import World, world_of
 from fedkd.engines import in_process
 from fedkd.experiment import Experiment
-from fedkd.federation import Federation
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
+from fedkd.federation.messages import HELLO, decode_order, decode_report
+from fedkd.federation.rounds import Federation
 from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
-from fedkd.messages import HELLO, decode_order, decode_report
-from fedkd.models import build
-from fedkd.orders import Failure, Order, Report
 from fedkd.records import Row
 from fedkd.records.folder import RunFolder
 from fedkd.registry import strategy_of
-from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.architectures import architectures_of
-from fedkd.transport.local_grid import LocalGrid, task_identity
+from fedkd.training.models import build
 
 DATA = str(Path(tempfile.gettempdir()) / "fedkd-tests-data")
 P, C, B = 37, 10, 16

@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkd.transport.replies import always_reply
+from fedkd.federation.flower_internals.replies import always_reply
 
 app = ClientApp()
 

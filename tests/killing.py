@@ -109,7 +109,7 @@ def die() -> None:
 
 def _prepare(dying: Dying) -> None:
     """Have every write of a run counted: to files of states, to records, the flushes and the renames."""
-    from fedkd import state_files
+    from fedkd.clients import state_files
 
     class Counted(FileIO):
         def write(self, content: Any) -> int:
@@ -156,9 +156,9 @@ class _Wrapped:
 
 
 def _child(what: dict[str, Any], answers: int) -> None:
+    from fedkd.engines.run import resume, run
     from fedkd.errors import FedkdError
     from fedkd.experiment import Experiment
-    from fedkd.runner import resume, run
 
     dying = Dying(what.get("dies_at"), what.get("part", 0.0), what.get("room"))
     said = ""

@@ -11,8 +11,8 @@ from fuzzing import CASES, with_content, with_records
 
 from fedkd.engines.client_app import app as honest
 from fedkd.engines.deployment import ends_in_time
-from fedkd.messages import HELLO, TRAIN
-from fedkd.transport.replies import always_reply
+from fedkd.federation.flower_internals.replies import always_reply
+from fedkd.federation.messages import HELLO, TRAIN
 
 HANGS, UNREADABLE = "hangs", "not Flower's"
 

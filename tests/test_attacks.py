@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fedkd
-from fedkd.attacks import (
+from fedkd.clients.attacks import (
     ATTACKS,
     HONEST,
     Known,
@@ -41,18 +41,18 @@ from fedkd.attacks import (
     deviations,
     malicious_clients,
 )
+from fedkd.clients.instructions import Order, Report
+from fedkd.clients.state_files import StateFiles
+from fedkd.clients.state_store import ResidentStates
+from fedkd.clients.states import INITIAL
 from fedkd.data.federated import World, world_of
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import ClassMeans, Knowledge, Rule, SoftLabels, Space, Weights
-from fedkd.orders import Order, Report
 from fedkd.phases import Fit, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.registry import strategies, strategy_of
-from fedkd.server import Replies, Server
-from fedkd.state_files import StateFiles
-from fedkd.state_store import ResidentStates
-from fedkd.states import INITIAL
 from strategies import ExpGuard
 
 K, N, C = 11, 5, 7

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import fedkd
 from fedkd.cli.presets import PRESETS, preset
 from fedkd.data import load
-from fedkd.models import build
 from fedkd.randomness import key, permutation
 from fedkd.records.results import CentralRun, gap_closed
 from fedkd.studies.central import central
+from fedkd.training.models import build
 
 SHAPE, CLASSES = (1, 8, 8), 10
 TINY = fedkd.Experiment(

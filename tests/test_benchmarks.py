@@ -15,7 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedkd.transport.local_grid import LocalGrid, task_identity
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 STUDENTS = ["mlp-20", "cnn", "cnn-5x5"]

@@ -25,17 +25,17 @@ from broken_models import FOLDER, NODE, STUDENTS, Forgetful, plan
 from federation_tools import ROUGH, tiny
 
 import fedkd
-from fedkd import client
-from fedkd.client import is_out_of_memory
+from fedkd.clients import execute as client
+from fedkd.clients.execute import is_out_of_memory
+from fedkd.clients.instructions import Report
+from fedkd.clients.run_phases import run_phases
+from fedkd.clients.stack import Stack
 from fedkd.engines import ray_session, workers
+from fedkd.engines.run import run_side_by_side
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.orders import Report
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
-from fedkd.run_phases import run_phases
-from fedkd.runner import run_side_by_side
-from fedkd.stack import Stack
 
 HEADLESS = r"Ray went away: its head process has not answered 3 times running"
 

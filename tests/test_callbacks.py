@@ -12,9 +12,9 @@ import pytest
 from torch import Tensor, nn
 
 import fedkd
-from fedkd.models import build
 from fedkd.records import Row, Run
 from fedkd.records.callbacks import Callback, Callbacks, EachRound, replay
+from fedkd.training.models import build
 
 ROUNDS = 2
 

@@ -26,14 +26,14 @@ from flwr.common.serde import message_to_proto
 from torch import Tensor, nn
 
 import fedkd
+from fedkd.clients.state_files import StateFiles
 from fedkd.data import Dataset
 from fedkd.data.federated import World, world_of
 from fedkd.engines import in_process
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
 from fedkd.randomness import generator
 from fedkd.registry import strategies
-from fedkd.state_files import StateFiles
-from fedkd.transport.local_grid import LocalGrid, task_identity
 
 CLASSES = tuple(f"canary-class-{number}" for number in range(10))
 SECRET = "canary-of-an-exception"

@@ -18,13 +18,13 @@ from flwr.app import Array, Message
 from test_scarlet import watch
 from torch import Tensor
 
+from fedkd.clients.instructions import Order
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies
 from fedkd.knowledge import Rule, SoftLabels, Wire
 from fedkd.knowledge.codec import Reference, pack, unpack
-from fedkd.orders import Order
 from fedkd.phases import Digest, Phase, Predict, Reset, Revisit
-from fedkd.server import Replies
 from strategies.cfd import CFD
 
 K, N, C = 3, 5, 7

@@ -14,9 +14,9 @@ from fedkd.data import DATASETS
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.knowledge import Rule
-from fedkd.models import build
 from fedkd.registry import strategies
 from fedkd.reports.citations import ENTRIES, citations
+from fedkd.training.models import build
 
 PAGES = Path(__file__).resolve().parent.parent / "docs" / "strategies"
 HEADINGS = [

@@ -265,7 +265,7 @@ def test_an_exception_that_is_no_users_mistake_is_not_swallowed(
     def broken(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("fedkd.runner.run", broken)
+    monkeypatch.setattr("fedkd.engines.run.run", broken)
     with pytest.raises(RuntimeError, match="ours"):
         cli("run", *SMALL)
 
@@ -377,7 +377,7 @@ def test_run_spells_out_the_losses(
     def stop(*_: object, **__: object) -> NoReturn:
         raise Started
 
-    monkeypatch.setattr("fedkd.runner.run", stop)
+    monkeypatch.setattr("fedkd.engines.run.run", stop)
     with pytest.raises(Started):
         main(["run", *SMALL, *flags.split()])
     assert re.search(rf"^loss +{re.escape(loss)}$", capsys.readouterr().out, re.MULTILINE)

@@ -21,19 +21,19 @@ from federation_tools import P, execute, refuses_nines, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedkd.clients.instructions import Failure, Order, Report
+from fedkd.clients.state_files import StateFiles
+from fedkd.clients.state_store import ResidentStates
+from fedkd.clients.states import INITIAL
 from fedkd.data.federated import World, world_of
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
 from fedkd.losses import mae_logits
-from fedkd.models import build
-from fedkd.orders import Failure, Order, Report
-from fedkd.parameters import State
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.state_files import StateFiles
-from fedkd.state_store import ResidentStates
-from fedkd.states import INITIAL
 from fedkd.training.architectures import architectures_of
+from fedkd.training.models import build
+from fedkd.training.parameters import State
 
 K, C = 3, 10
 EVERYTHING = 1000

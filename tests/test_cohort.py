@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedkd import models
-from fedkd.batches import Side
-from fedkd.cohort import Cohort
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
-from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
-from fedkd.optimizers import OptimizerSettings
-from fedkd.parameters import State, initial_state
-from fedkd.plans import Plan
 from fedkd.randomness import key, permutation
-from fedkd.schedule import Stream
+from fedkd.training import models
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.fit import NORM_EVERY, Fitted
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parameters import State, initial_state
+from fedkd.training.plans import Plan
+from fedkd.training.schedule import Stream
 
 SHAPE, C, N, B, EPOCHS = (1, 8, 8), 7, 101, 8, 3
 SIZES = [5, 17, 64, 1, 8, 9, 16, 3]
@@ -675,7 +675,7 @@ def test_predictions_are_those_of_the_module_in_evaluation(
     model: str, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fedkd.cohort.IMAGES_AT_ONCE", {True: 13, False: 13}
+        "fedkd.training.cohort.IMAGES_AT_ONCE", {True: 13, False: 13}
     )  # 101 images in eight chunks
     build = MODELS.get(model, lambda: Dropping(nn.Dropout(0.5)))
     clients = [0, 1, 2]

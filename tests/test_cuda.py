@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedkd
-from fedkd import models, tuning
-from fedkd.batches import Side
-from fedkd.cohort import Cohort
 from fedkd.data.federated import world_of
 from fedkd.data.images import Images
 from fedkd.losses import ce, kl
 from fedkd.machine import Precision
-from fedkd.optimizers import OptimizerSettings
-from fedkd.parameters import State, initial_state, stacked
-from fedkd.plans import Plan
+from fedkd.training import models, tuning
 from fedkd.training.architectures import architectures_of
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parameters import State, initial_state, stacked
+from fedkd.training.plans import Plan
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

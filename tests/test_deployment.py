@@ -16,9 +16,9 @@ from fuzzing import CASES
 from misbehaving import HANGS, UNREADABLE, WAYS
 
 import fedkd
+from fedkd.clients.state_files import StateFiles
 from fedkd.experiment import Experiment
 from fedkd.records import Run
-from fedkd.state_files import StateFiles
 
 KEYS: dict[str, Any] = {
     "dataset": "mnist-5k",

@@ -17,15 +17,15 @@ from federation_tools import ROUGH, tiny
 from torch import Tensor
 
 import fedkd
-from fedkd import federation
 from fedkd.engines.preflight import check
+from fedkd.engines.run import run
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation import rounds as federation
+from fedkd.federation.server import Replies
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.records import Row, Run
 from fedkd.records.callbacks import EachRound
-from fedkd.runner import run
-from fedkd.server import Replies
 
 Engine = Literal["cohort", "flower"]
 K, ROUNDS = 3, 3

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
-from fedkd.exchange import wire_bytes
 from fedkd.experiment import Experiment, read_toml
+from fedkd.federation.exchange import wire_bytes
+from fedkd.federation.messages import experiment_record
 from fedkd.keys import accepted, kebab, snake
-from fedkd.messages import experiment_record
 
 FIELDS = Experiment.model_fields
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import fedkd
 from fedkd.data import load
-from fedkd.models import build
 from fedkd.records import Run
 from fedkd.reports.export import export as exporting
 from fedkd.reports.export import latency
@@ -35,6 +34,7 @@ from fedkd.reports.export.export import Export, export
 from fedkd.reports.export.forms import FORMS, FromPixels
 from fedkd.reports.export.trained import find
 from fedkd.studies.central import MODELS
+from fedkd.training.models import build
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 needs_onnx = pytest.mark.skipif(

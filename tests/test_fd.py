@@ -15,10 +15,10 @@ from torch.func import vmap
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import ClassMeans
 from fedkd.losses import Step, cross_entropy
 from fedkd.phases import MeanByClass, Revisit, closing
-from fedkd.server import Replies, Server
 from strategies.fd import FD, towards_class_mean
 
 K, B, C = 3, 5, 7

@@ -13,11 +13,11 @@ from fedkd.data.federated import world_of
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import ModelWeights, Weights
-from fedkd.models import build
 from fedkd.phases import Load, Revisit, SendWeights, closing
-from fedkd.server import Replies, Server
 from fedkd.training.architectures import architectures_of
+from fedkd.training.models import build
 from strategies.fedavg import FedAvg
 from strategies.feddf import FedDF
 

@@ -40,21 +40,21 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fedkd.clients.instructions import Order
+from fedkd.clients.states import INITIAL
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
+from fedkd.federation.flower_internals.replies import error_reply
+from fedkd.federation.messages import experiment_record
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.knowledge.codec import Packed
-from fedkd.messages import experiment_record
-from fedkd.orders import Order
 from fedkd.phases import Digest, Fit, Phase, Predict, Revisit
 from fedkd.records import Row
 from fedkd.records.folder import RunFolder
 from fedkd.registry import find
-from fedkd.server import Replies, Server
-from fedkd.states import INITIAL
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.transport.local_grid import LocalGrid, task_identity
-from fedkd.transport.replies import error_reply
 
 K, BAD = 3, 1
 HONEST = [0, 2]
@@ -525,7 +525,7 @@ def test_nobody_who_comes_late_ends_the_run(changes: dict[str, Any]) -> None:
 
 
 def test_too_few_nodes_are_named_with_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedkd.roster.HELLO_TIMEOUT", 0.2)
+    monkeypatch.setattr("fedkd.federation.roster.HELLO_TIMEOUT", 0.2)
     clients = Clients(tiny())
     with task_identity():
         federation = find("DSFL").open(LocalGrid(clients.handle, num_clients=2), tiny())

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import Step
-from fedkd.models import build
 from fedkd.phases import Fit, Predict, Revisit, closing, resolve_term
-from fedkd.server import Replies, Server
 from fedkd.training.architectures import architectures_of
+from fedkd.training.models import build
 from strategies.fedgems import FedGEMS
 
 K, N, C = 3, 5, 7

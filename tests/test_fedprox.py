@@ -17,9 +17,9 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ModelWeights, Weights
 from fedkd.losses import Step
-from fedkd.models import build
 from fedkd.phases import Load, Revisit, SendWeights, closing
 from fedkd.training.architectures import architectures_of
+from fedkd.training.models import build
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx, proximal
 

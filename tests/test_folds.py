@@ -20,7 +20,7 @@ from fedkd.data.federated import World, who_holds_what, world_of
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.messages import decode_experiment, experiment_record
+from fedkd.federation.messages import decode_experiment, experiment_record
 
 N = 151
 

@@ -27,19 +27,19 @@ from fuzzing import CASES, Numbers, cases_for, failed, with_arrays, with_content
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedkd.clients.instructions import Order
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
-from fedkd.events import Events
-from fedkd.exchange import REFUSED
 from fedkd.experiment import Experiment
-from fedkd.federation import Federation
-from fedkd.messages import decode_experiment, decode_introduction, decode_order
-from fedkd.orders import Order
+from fedkd.federation.events import Events
+from fedkd.federation.exchange import REFUSED
+from fedkd.federation.flower_internals.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
+from fedkd.federation.flower_internals.replies import error_reply
+from fedkd.federation.messages import decode_experiment, decode_introduction, decode_order
+from fedkd.federation.rounds import Federation
 from fedkd.records import Row
 from fedkd.registry import strategy_of
 from fedkd.testing.bench import same
-from fedkd.transport.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
-from fedkd.transport.replies import error_reply
 
 P, C, K, QUORUM = 13, 7, 5, 3
 ROUND = 2

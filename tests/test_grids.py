@@ -29,10 +29,15 @@ from numpy.typing import NDArray
 
 from fedkd.engines.simulation import guarded, simulate
 from fedkd.errors import FedkdError
-from fedkd.events import Events
-from fedkd.transport.backend import GuardedGrid, SimulationStopped, quiet
-from fedkd.transport.local_grid import FIRST_NODE_ID, Handle, LocalGrid, task_identity
-from fedkd.transport.replies import always_reply, error_reply, failure_reason
+from fedkd.federation.events import Events
+from fedkd.federation.flower_internals.backend import GuardedGrid, SimulationStopped, quiet
+from fedkd.federation.flower_internals.local_grid import (
+    FIRST_NODE_ID,
+    Handle,
+    LocalGrid,
+    task_identity,
+)
+from fedkd.federation.flower_internals.replies import always_reply, error_reply, failure_reason
 
 K = 5
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import Digest, Predict, Revisit
-from fedkd.server import Replies, Server
 from strategies.ktpfl import KTpFL
 
 K, N, C = 3, 5, 7

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedkd.lanes import in_lanes
-from fedkd.parameters import Stateless
+from fedkd.training.lanes import in_lanes
+from fedkd.training.parameters import Stateless
 
 PATIENCE = 20.0
 """Seconds after which a job that waits for another one gives up, as the other one never ran."""

@@ -14,16 +14,16 @@ from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from fedkd.batches import Side
-from fedkd.cohort import Cohort
 from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import ce
-from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator
 from fedkd.studies import leakage
 from fedkd.training.architectures import architectures_of
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.optimizers import OptimizerSettings
 from simulations import privacy_audit
 
 K, N, C = 3, 5, 7

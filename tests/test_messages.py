@@ -13,12 +13,13 @@ from federation_tools import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedkd.clients.instructions import Order, Report
 from fedkd.errors import FedkdError
-from fedkd.exchange import payload_bytes, wire_bytes
-from fedkd.knowledge import Knowledge, ModelWeights, Sizes, SoftLabels, Space, Weights
-from fedkd.knowledge.codec import Packed
-from fedkd.knowledge_records import decode_knowledge, encode_knowledge
-from fedkd.messages import (
+from fedkd.federation.exchange import payload_bytes, wire_bytes
+from fedkd.federation.flower_internals.local_grid import task_identity
+from fedkd.federation.flower_internals.replies import error_reply, failure_reason
+from fedkd.federation.knowledge_records import decode_knowledge, encode_knowledge
+from fedkd.federation.messages import (
     HELLO,
     Introduction,
     decode_experiment,
@@ -31,10 +32,9 @@ from fedkd.messages import (
     encode_request,
     experiment_record,
 )
-from fedkd.orders import Order, Report
+from fedkd.knowledge import Knowledge, ModelWeights, Sizes, SoftLabels, Space, Weights
+from fedkd.knowledge.codec import Packed
 from fedkd.phases import Digest, Fit, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.transport.local_grid import task_identity
-from fedkd.transport.replies import error_reply, failure_reason
 
 N, C, P = 5, 7, 41
 SIZES = Sizes(P, C)

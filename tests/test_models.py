@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-from fedkd import models
 from fedkd.errors import FedkdError
-from fedkd.models import NAMES, Classifier, build, num_parameters
+from fedkd.training import models
+from fedkd.training.models import NAMES, Classifier, build, num_parameters
 
 K, B, C = 3, 5, 7
 DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)

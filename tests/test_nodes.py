@@ -19,15 +19,15 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import RunNotRunningException
 from httpx import ConnectError
 
+from fedkd.clients.instructions import Order
 from fedkd.data.federated import world_of
 from fedkd.engines import client_app
 from fedkd.engines.deployment import DeployedGrid
 from fedkd.experiment import Experiment
-from fedkd.messages import HELLO, TRAIN, encode_order, encode_request, experiment_record
-from fedkd.orders import Order
+from fedkd.federation.flower_internals.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
+from fedkd.federation.flower_internals.replies import failure_reason
+from fedkd.federation.messages import HELLO, TRAIN, encode_order, encode_request, experiment_record
 from fedkd.phases import MeanByClass, Phase, Predict, SendWeights
-from fedkd.transport.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
-from fedkd.transport.replies import failure_reason
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -237,8 +237,8 @@ HANGING = """
 import sys, time
 from flwr.app import Context, Message, RecordDict
 from fedkd.engines import deployment
-from fedkd.transport.local_grid import task_identity
-from fedkd.transport.replies import always_reply, failure_reason
+from fedkd.federation.flower_internals.local_grid import task_identity
+from fedkd.federation.flower_internals.replies import always_reply, failure_reason
 deployment._GRACE_S = 1.0
 sys.argv[0] = "/somewhere/flwr-clientapp"
 

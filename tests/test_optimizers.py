@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedkd.optimizers import OptimizerSettings, StackedOptimizer
+from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
 
 K = 3
 SHAPES = [(7,), (5, 3), (2, 3, 5, 1), ()]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedkd import models
-from fedkd.parameters import Stateless
+from fedkd.training import models
+from fedkd.training.parameters import Stateless
 
 SHAPE, C, N = (1, 8, 8), 7, 5
 

@@ -134,7 +134,7 @@ def test_a_users_term_is_found_in_the_modules_that_the_client_allows_only() -> N
         "os:system",
         "builtins:exec",
         "fedkd:run",
-        "fedkd.runner:run",
+        "fedkd.engines.run:run",
         "fedkd.data:load",
         "fedkd.lossesque:kl",
         "strategiesque:kl",

@@ -7,10 +7,10 @@ import torch
 from federation_tools import choosy
 from torch import nn
 
-from fedkd import models
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.plans import Plan, convolves, default_plan, largest_block, wanted_plan
+from fedkd.training import models
+from fedkd.training.plans import Plan, convolves, default_plan, largest_block, wanted_plan
 
 SHAPE, C = (1, 8, 8), 7
 TWO = torch.zeros(2, *SHAPE)

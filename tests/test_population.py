@@ -15,16 +15,16 @@ import torch
 from federation_tools import ROUGH, execute, tiny
 
 import fedkd
-from fedkd.client import Part, execute_together
+from fedkd.clients.execute import Part, execute_together
+from fedkd.clients.instructions import Failure, Order, Report
+from fedkd.clients.state_files import StateFiles
+from fedkd.clients.state_store import ResidentStates
+from fedkd.clients.states import INITIAL, States
 from fedkd.data.federated import World, world_of
 from fedkd.engines import answering
 from fedkd.engines import in_process as engine
 from fedkd.knowledge import SoftLabels
-from fedkd.orders import Failure, Order, Report
 from fedkd.records import Run
-from fedkd.state_files import StateFiles
-from fedkd.state_store import ResidentStates
-from fedkd.states import INITIAL, States
 
 CLIENTS, ROUNDS, COHORT = 211, 5, 6
 MANY: dict[str, Any] = {

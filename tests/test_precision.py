@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fedkd
-from fedkd import models
-from fedkd.batches import Side
-from fedkd.cohort import Cohort
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.losses import ce, kl
 from fedkd.machine import Precision, forward_pass, matrix_products
-from fedkd.optimizers import OptimizerSettings, StackedOptimizer
-from fedkd.parameters import State, initial_state, stacked
-from fedkd.plans import Plan
+from fedkd.training import models
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
+from fedkd.training.parameters import State, initial_state, stacked
+from fedkd.training.plans import Plan
 
 SHAPE, C, N, B, K = (1, 8, 8), 7, 101, 8, 3
 SIZES = [29, 17, 53]

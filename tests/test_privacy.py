@@ -18,13 +18,13 @@ from scipy.stats import norm
 from torch import Tensor
 
 import fedkd
-from fedkd import client
+from fedkd.clients import execute as client
+from fedkd.clients.privacy import check_privacy, epsilon, onto_simplex, privatise, privatised
+from fedkd.clients.stack import Stack
 from fedkd.errors import FedkdError
 from fedkd.knowledge import KINDS, ClassMeans, SoftLabels, Space, Weights
-from fedkd.privacy import check_privacy, epsilon, onto_simplex, privatise, privatised
 from fedkd.randomness import generator
 from fedkd.registry import strategies
-from fedkd.stack import Stack
 
 N, C = 13, 7
 SPACES: tuple[Space, ...] = ("logits", "probabilities")

@@ -10,12 +10,15 @@ import torch
 from federation_tools import C, P, execute, federate, tiny
 from torch import Tensor, nn
 
+from fedkd.clients.instructions import Order, Report
+from fedkd.clients.memories import Memory
+from fedkd.clients.state_files import StateFiles
+from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels
 from fedkd.losses import Step, term
-from fedkd.memories import Memory
-from fedkd.orders import Order, Report
 from fedkd.phases import (
     Apply,
     ClassifyByMeans,
@@ -29,9 +32,6 @@ from fedkd.phases import (
     Revisit,
     procedure,
 )
-from fedkd.server import Replies, Server
-from fedkd.state_files import StateFiles
-from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.training.architectures import architectures_of
 

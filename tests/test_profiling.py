@@ -7,9 +7,9 @@ from threading import Barrier, local
 import pytest
 from torch import nn
 
-from fedkd.lanes import in_lanes
-from fedkd.parameters import Stateless
-from fedkd.profiling import part, profiled
+from fedkd.training.lanes import in_lanes
+from fedkd.training.parameters import Stateless
+from fedkd.training.profiling import part, profiled
 
 
 class Clock(local):
@@ -31,7 +31,7 @@ class Clock(local):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("fedkd.profiling.perf_counter", clock)
+    monkeypatch.setattr("fedkd.training.profiling.perf_counter", clock)
     return clock
 
 
@@ -74,8 +74,8 @@ def test_nothing_is_measured_unless_somebody_asks(monkeypatch: pytest.MonkeyPatc
     def refuse() -> float:
         raise AssertionError("nobody asked")
 
-    monkeypatch.setattr("fedkd.profiling.perf_counter", refuse)
-    monkeypatch.setattr("fedkd.profiling._wait_for_the_device", refuse)
+    monkeypatch.setattr("fedkd.training.profiling.perf_counter", refuse)
+    monkeypatch.setattr("fedkd.training.profiling._wait_for_the_device", refuse)
     with part("data"):
         pass
     with profiled(False) as seconds, part("data"):

@@ -151,7 +151,7 @@ def test_it_needs_neither_data_nor_models(
         raise AssertionError("the data or a model was asked for")
 
     monkeypatch.setattr("fedkd.data.federated.world_of", refuse)
-    monkeypatch.setattr("fedkd.models.build", refuse)
+    monkeypatch.setattr("fedkd.training.models.build", refuse)
     monkeypatch.setattr("fedkd.data.federated.load", refuse)
     again = report([compared], tmp_path / "again.html")
     assert again.read_text(encoding="utf-8") == page.source

@@ -21,16 +21,16 @@ from federation_tools import tiny
 from killing import Killers
 
 import fedkd
-from fedkd.checkpoints import Checkpoint
 from fedkd.cli import main
+from fedkd.engines.run import resume
 from fedkd.errors import FedkdError
+from fedkd.federation.checkpoint import Checkpoint
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
 from fedkd.knowledge.codec import Reference
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.records.files import read_lines
 from fedkd.records.folder import RunFolder
-from fedkd.runner import resume
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.run import resume as resume_comparison
 from fedkd.studies.sweep.request import resume as resume_sweep

@@ -24,18 +24,18 @@ from federation_tools import P as PUBLIC_OF_TINY
 from flwr.app import Array, Message
 from torch import Tensor
 
-from fedkd import client as executing
-from fedkd import stack
+from fedkd.clients import execute as executing
+from fedkd.clients import stack
+from fedkd.clients.instructions import Order, Report
+from fedkd.clients.memories import Memory
+from fedkd.clients.run_phases import run_phases
+from fedkd.clients.stack import Stack
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import Rule, SoftLabels, Wire
 from fedkd.knowledge.codec import Packed
-from fedkd.memories import Memory
-from fedkd.orders import Order, Report
 from fedkd.phases import Digest, Predict, Revisit
-from fedkd.run_phases import run_phases
-from fedkd.server import Replies, Server
-from fedkd.stack import Stack
 from fedkd.strategy import DistillationStrategy
 from strategies.scarlet import SCARLET
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedkd.randomness import permutation
-from fedkd.schedule import Schedule, Stream, schedule, steps_per_epoch
+from fedkd.training.schedule import Schedule, Stream, schedule, steps_per_epoch
 
 B = 8
 SIZES = [5, 17, 64, 1, 8, 9]

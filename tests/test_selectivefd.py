@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import SoftLabels
 from fedkd.phases import (
     Apply,
@@ -27,7 +28,6 @@ from fedkd.phases import (
     to_text,
 )
 from fedkd.randomness import generator
-from fedkd.server import Replies, Server
 from strategies.selectivefd import SelectiveFD, density_ratio, kulsif
 
 K, N, C = 3, 5, 7

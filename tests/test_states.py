@@ -27,13 +27,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedkd import state_files
+from fedkd.clients import state_files
+from fedkd.clients.slot_file import CLIENTS_A_FILE
+from fedkd.clients.state_files import StateFiles
+from fedkd.clients.state_store import ResidentStates
+from fedkd.clients.states import INITIAL, States, gather
 from fedkd.errors import FedkdError
 from fedkd.phases import Role
-from fedkd.slot_file import CLIENTS_A_FILE
-from fedkd.state_files import StateFiles
-from fedkd.state_store import ResidentStates
-from fedkd.states import INITIAL, States, gather
 
 CPU = torch.device("cpu")
 ROLES: tuple[Role, ...] = ("student", "teacher")

@@ -22,12 +22,12 @@ from torch import Tensor
 import strategies as package
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.flower_internals.local_grid import task_identity
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
-from fedkd.models import build
 from fedkd.phases import Fit, Load, Predict, Revisit, SendWeights
 from fedkd.registry import find, strategies
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.transport.local_grid import task_identity
+from fedkd.training.models import build
 from strategies import DSFL, FedAvg, FedMD, LocalOnly
 
 K, N, C = 3, 5, 7

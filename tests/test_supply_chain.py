@@ -371,7 +371,7 @@ LISTENING = f"""
 import os
 from pathlib import Path
 import fedkd
-from fedkd.federation import Federation
+from fedkd.federation.rounds import Federation
 
 def family():
     parents = {{}}

@@ -17,7 +17,7 @@ import pytest
 from federation_tools import tiny
 
 import fedkd
-from fedkd import client
+from fedkd.clients import execute as client
 from fedkd.engines import run_folder
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment

@@ -14,18 +14,18 @@ from sklearn.calibration import calibration_curve
 from torch import Tensor, nn
 
 import fedkd
-from fedkd import evaluation
+from fedkd.clients import evaluation
+from fedkd.clients.evaluation import record_predicted
+from fedkd.clients.stack import Stack
+from fedkd.clients.state_files import StateFiles
 from fedkd.data.federated import World, world_of
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
-from fedkd.evaluation import record_predicted
 from fedkd.knowledge import ClassMeans
 from fedkd.knowledge.calibration import BINS, expected_calibration_error, reliability
-from fedkd.models import build
 from fedkd.records import Run, predictions
 from fedkd.records.predictions import Predictions
-from fedkd.stack import Stack
-from fedkd.state_files import StateFiles
+from fedkd.training.models import build
 
 # --- Bins ----------------------------------------------------------------------------------------
 

@@ -20,10 +20,10 @@ import fedkd
 from fedkd.cli import main
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.phases import Digest, Load, Phase, Predict, Revisit, SendWeights
-from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.testing import CHECKS, Finding, StrategyCheckFailed, check_strategy, examine
 

@@ -15,18 +15,19 @@ from federation_tools import tiny
 from flwr.app import RecordDict
 from torch import nn
 
-from fedkd import client, runner
+from fedkd.clients import execute as client
+from fedkd.clients.run_phases import run_phases
+from fedkd.clients.stack import Stack
+from fedkd.engines import run as runner
 from fedkd.engines import side_by_side as engine
 from fedkd.engines.answering import store_of
+from fedkd.engines.run import run, run_side_by_side
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records import Row, Run
 from fedkd.records.callbacks import Callback, EachRound
 from fedkd.records.predictions import Tested as Kept  # a name that pytest does not collect
 from fedkd.registry import strategies
-from fedkd.run_phases import run_phases
-from fedkd.runner import run, run_side_by_side
-from fedkd.stack import Stack
 
 CLOSE = 2e-3
 """Relative. Step sizes of their own take another of Adam's two forms, whose last bits differ. After

@@ -12,15 +12,15 @@ import torch
 from federation_tools import tiny
 
 import fedkd
-from fedkd import tuning
-from fedkd.cohort import Cohort
 from fedkd.data.federated import World, world_of
 from fedkd.experiment import Experiment, read_toml
-from fedkd.fit import Fitted
-from fedkd.plans import Plan
 from fedkd.records import Run
+from fedkd.training import tuning
 from fedkd.training.architectures import architectures_of
-from fedkd.tuning import candidates, choices, fastest, planned
+from fedkd.training.cohort import Cohort
+from fedkd.training.fit import Fitted
+from fedkd.training.plans import Plan
+from fedkd.training.tuning import candidates, choices, fastest, planned
 
 Timing = Callable[[Plan], tuple[float, float]]
 """Given a plan: the seconds that measuring it takes, and those of a client's step in it."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fedkd.errors import FedkdError
 from fedkd.randomness import at_steps, draws, key, mix
-from fedkd.vmap_modes import KeyedMode
+from fedkd.training.vmap_modes import KeyedMode
 
 K, B, UNITS = 3, 5, 7
 WORD = (1 << 64) - 1

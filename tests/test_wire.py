@@ -11,15 +11,15 @@ import torch
 from federation_tools import C, P, federate, reply_with, tiny, without
 from flwr.app import Message
 
+from fedkd.clients.instructions import Order
+from fedkd.clients.memories import Memories, Memory
 from fedkd.errors import FedkdError
+from fedkd.federation.flower_internals.replies import error_reply
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.codec import Packed
 from fedkd.knowledge.wire import parse_codec
-from fedkd.memories import Memories, Memory
-from fedkd.orders import Order
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.replies import error_reply
 
 K = 3
 BITS = {"simplex:8": 8, "simplex:4": 4, "simplex:2": 2}

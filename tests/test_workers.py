@@ -26,6 +26,7 @@ from torch import Tensor
 from worker_models import FOLDER
 
 import fedkd
+from fedkd.clients.instructions import Failure, Order
 from fedkd.data import write_tensors
 from fedkd.engines import workers
 from fedkd.engines.preflight import check
@@ -33,15 +34,14 @@ from fedkd.engines.resources import Share, placement, share_of
 from fedkd.engines.worker import Worker
 from fedkd.engines.workers import Workers
 from fedkd.errors import FedkdError
-from fedkd.events import Events
 from fedkd.experiment import Experiment
+from fedkd.federation.events import Events
+from fedkd.federation.knowledge_records import encode_knowledge
+from fedkd.federation.messages import decode_order, encode_order, experiment_record
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import Sizes, SoftLabels
-from fedkd.knowledge_records import encode_knowledge
-from fedkd.messages import decode_order, encode_order, experiment_record
-from fedkd.orders import Failure, Order
 from fedkd.phases import Digest, Phase, Revisit
 from fedkd.records import Run
-from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.user_code import fingerprint
 

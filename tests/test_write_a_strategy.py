@@ -18,18 +18,24 @@ from flwr.app import Context, Message, RecordDict
 
 import fedkd
 from fedkd.cli import main
+from fedkd.clients.instructions import Order
 from fedkd.engines import client_app
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.messages import HELLO, TRAIN, decode_introduction, encode_order, experiment_record
-from fedkd.orders import Order
+from fedkd.federation.flower_internals.local_grid import task_identity
+from fedkd.federation.flower_internals.replies import failure_reason
+from fedkd.federation.messages import (
+    HELLO,
+    TRAIN,
+    decode_introduction,
+    encode_order,
+    experiment_record,
+)
 from fedkd.phases import Fit
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.registry import find, recorded, strategy_of
-from fedkd.transport.local_grid import task_identity
-from fedkd.transport.replies import failure_reason
 from fedkd.user_code import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent

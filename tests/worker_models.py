@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedkd.data import Dataset, read_tensors
-from fedkd.models import build
+from fedkd.training.models import build
 
 FOLDER = "FEDKD_TEST_FOLDER"
 """Variable that names the folder of these files; what is there already does not happen."""

@@ -8,11 +8,11 @@ from fedkd.data.federated import World, world_of
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.losses import effective_weights
-from fedkd.models import num_parameters
 from fedkd.phases import Fit
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.architectures import architectures_of
-from fedkd.tuning import choices
+from fedkd.training.models import num_parameters
+from fedkd.training.tuning import choices
 
 
 def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:

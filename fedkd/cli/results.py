@@ -15,11 +15,11 @@ from fedkd.cli.console import table_of
 from fedkd.data import DATASETS, Dataset
 from fedkd.keys import kebab
 from fedkd.knowledge.kinds import KINDS, in_words
-from fedkd.profiling import PART
 from fedkd.records.files import Row
 from fedkd.records.results import CentralRun, Run
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Report
+from fedkd.training.profiling import PART
 from fedkd.wording import percent, plus_minus
 
 SHOWN_ROUNDS = 5

@@ -40,9 +40,9 @@ def run(
 ) -> None:
     """Run a federation and write its run folder, or go on with one that was cut off."""
     with start.experiment(resume) as experiment:
-        from fedkd import runner
         from fedkd.cli import preview, results
         from fedkd.engines import preflight
+        from fedkd.engines import run as runner
         from fedkd.records import callbacks, trackers
         from fedkd.reports.findings.diagnose import findings
 

@@ -1,1 +1,1 @@
-"""How many clients run at once, and where: grids that carry a strategy's messages to clients."""
+"""Run one federation: check it, choose an engine, run it or resume it."""

@@ -10,17 +10,17 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedkd.client import Part, execute_together
+from fedkd.clients.execute import Part, execute_together
+from fedkd.clients.instructions import Failure, Order
+from fedkd.clients.state_files import StateFiles
+from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.flower_internals.replies import error_reply
+from fedkd.federation.messages import Introduction, decode_order, encode_report
 from fedkd.knowledge import Knowledge
 from fedkd.knowledge.codec import Packed
-from fedkd.messages import Introduction, decode_order, encode_report
-from fedkd.orders import Failure, Order
-from fedkd.state_files import StateFiles
-from fedkd.state_store import ResidentStates
-from fedkd.transport.replies import error_reply
 from fedkd.user_code import fingerprint
 
 
@@ -49,7 +49,7 @@ class Sent:
         experiment: the run.
         store: where these clients keep their states.
         contents: each client's partition id and its message.
-        secret_noise: see `fedkd.client.Part`.
+        secret_noise: see `fedkd.clients.execute.Part`.
     """
 
     experiment: Experiment

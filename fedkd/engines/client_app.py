@@ -22,12 +22,12 @@ from fedkd.engines.answering import Sent, answers_together, introduce, reply, st
 from fedkd.engines.deployment import ends_in_time
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
+from fedkd.federation.flower_internals.replies import always_reply
+from fedkd.federation.messages import decode_experiment, encode_introduction
 from fedkd.keys import AUTO, kebab
 from fedkd.knowledge.kinds import BY_NAME
 from fedkd.machine import keep_freed_memory
-from fedkd.messages import decode_experiment, encode_introduction
 from fedkd.phases import installed_modules
-from fedkd.transport.replies import always_reply
 from fedkd.user_code import fingerprint
 
 _NODE = "this node's --node-config"

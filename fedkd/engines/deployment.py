@@ -16,8 +16,8 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
 from fedkd.errors import one_line
-from fedkd.transport.backend import GuardedGrid
-from fedkd.transport.replies import error_reply
+from fedkd.federation.flower_internals.backend import GuardedGrid
+from fedkd.federation.flower_internals.replies import error_reply
 
 _POLL_S = 1.0
 _LEAST_S = 1.0

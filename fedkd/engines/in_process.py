@@ -14,16 +14,16 @@ from functools import partial
 
 from flwr.app import Message, RecordDict
 
+from fedkd.clients.instructions import Failure
 from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.engines.workers import Workers
-from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.messages import HELLO, encode_introduction
-from fedkd.orders import Failure
+from fedkd.federation.events import Events
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
+from fedkd.federation.messages import HELLO, encode_introduction
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.local_grid import LocalGrid, task_identity
 
 Answers = Callable[[Sequence[tuple[int, RecordDict]]], list[RecordDict | Failure]]
 """Answers what clients were sent, by partition id, in order."""

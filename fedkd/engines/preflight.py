@@ -7,11 +7,11 @@ import socket
 from importlib.util import find_spec
 from inspect import signature
 
-from fedkd.checks import means_width
 from fedkd.data.federated import World, world_of
 from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
+from fedkd.federation.report_checks import means_width
 from fedkd.machine import resolve_device
 from fedkd.phases import (
     Apply,
@@ -26,7 +26,7 @@ from fedkd.records.folder import RunFolder
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.architectures import check_models
-from fedkd.tuning import check_plan
+from fedkd.training.tuning import check_plan
 from fedkd.user_code import MADE_UP, is_importable
 
 _PATIENCE_S = 5.0

@@ -17,7 +17,7 @@ from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
 from fedkd.errors import FedkdError, one_line
-from fedkd.transport.backend import quiet, replaced
+from fedkd.federation.flower_internals.backend import quiet, replaced
 
 RAY_TIMEOUT = 120.0
 """Seconds until Ray must have started, or its cluster been joined."""

@@ -12,13 +12,13 @@ from fedkd.engines.deployment import DeployedGrid
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.simulation import guarded
-from fedkd.events import Events
 from fedkd.experiment import Experiment
+from fedkd.federation.events import Events
+from fedkd.federation.flower_internals.backend import is_simulated
 from fedkd.machine import resolve_device
 from fedkd.records.folder import RunFolder
 from fedkd.registry import recorded
-from fedkd.transport.backend import is_simulated
-from fedkd.tuning import described, planned
+from fedkd.training.tuning import described, planned
 
 app = ServerApp()
 

@@ -16,18 +16,18 @@ from threading import Condition
 
 from flwr.app import RecordDict
 
+from fedkd.clients.instructions import Failure
+from fedkd.clients.stack import STACKABLE
+from fedkd.clients.state_store import ResidentStates
 from fedkd.engines.answering import Sent, answers_together, store_of
 from fedkd.engines.in_process import Clients
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 from fedkd.keys import kebab
-from fedkd.orders import Failure
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
-from fedkd.stack import STACKABLE
-from fedkd.state_store import ResidentStates
 from fedkd.strategy import DistillationStrategy
-from fedkd.transport.local_grid import LocalGrid, task_identity
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,9 @@ from fedkd.engines.client_app import app
 from fedkd.engines.ray_session import RaySession, local_ray, ray_session
 from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError, one_line
-from fedkd.events import Events
 from fedkd.experiment import Experiment
-from fedkd.records.files import Row
-from fedkd.records.folder import RunFolder
-from fedkd.strategy import DistillationStrategy
-from fedkd.transport.backend import (
+from fedkd.federation.events import Events
+from fedkd.federation.flower_internals.backend import (
     ClientProcessLost,
     GuardedGrid,
     SimulationStopped,
@@ -30,7 +27,10 @@ from fedkd.transport.backend import (
     run_simulation,
     tended_backend,
 )
-from fedkd.transport.local_grid import task_identity
+from fedkd.federation.flower_internals.local_grid import task_identity
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder
+from fedkd.strategy import DistillationStrategy
 
 _POLL_S = 0.5
 _JOIN_S = 5.0
@@ -81,7 +81,7 @@ def simulate(
     `client_app` in a module that can be imported: the workers get this process's `sys.path`.
 
     `server` starts when all clients are registered and all workers are up, and gets a grid on which
-    a failed client is an error reply (see `fedkd.transport.replies.failure_reason`): it raised, its
+    a failed client is an error reply (see `flower_internals.replies.failure_reason`): it raised, its
     process died, it returned no message, or it was still at work at the end of the round's timeout.
     In the last three cases its worker is, if need be, replaced and the others never notice.
     Ray is started for the run and shut down after it; the environment is as before.

@@ -14,13 +14,13 @@ import torch
 from flwr.app import RecordDict
 
 from fedkd import data
+from fedkd.clients.instructions import Failure
 from fedkd.data.federated import world_of
 from fedkd.engines.answering import answers, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
 from fedkd.machine import keep_freed_memory
-from fedkd.orders import Failure
 from fedkd.user_code import fingerprint
 
 Contents = list[tuple[int, RecordDict]]

@@ -23,6 +23,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedkd import data
+from fedkd.clients.instructions import Failure
 from fedkd.data.federated import world_of
 from fedkd.engines.answering import located
 from fedkd.engines.ray_session import (
@@ -36,10 +37,9 @@ from fedkd.engines.ray_session import (
 from fedkd.engines.resources import Share, available_cpus, placement, share_of
 from fedkd.engines.worker import Answers, Contents, Worker, data_sets, packed
 from fedkd.errors import FedkdError, Setting, one_line
-from fedkd.events import Events
 from fedkd.experiment import Experiment
+from fedkd.federation.events import Events
 from fedkd.machine import resolve_device
-from fedkd.orders import Failure
 from fedkd.user_code import fingerprint
 
 REBUILDS = 2

@@ -1,1 +1,1 @@
-"""Many runs: the central baseline, comparisons, sweeps, and what leaks."""
+"""Many runs: the central baseline, comparisons, sweeps, leakage."""

@@ -15,14 +15,11 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from fedkd.cohort import Answers
 from fedkd.data.federated import who_holds_what, world_of
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
-from fedkd.fit import NORM_EVERY, Fitted
 from fedkd.machine import keep_freed_memory
-from fedkd.models import num_parameters
 from fedkd.records.files import replace_file
 from fedkd.records.folder import RunFolder
 from fedkd.records.predictions import Predictions, Tested
@@ -30,7 +27,10 @@ from fedkd.records.results import CentralRun
 from fedkd.studies.arguments import Progress, seeds_of, silent
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.training.architectures import check_models
-from fedkd.tuning import check_plan, described, planned
+from fedkd.training.cohort import Answers
+from fedkd.training.fit import NORM_EVERY, Fitted
+from fedkd.training.models import num_parameters
+from fedkd.training.tuning import check_plan, described, planned
 
 MODELS = "models.safetensors"
 """A central run's models: tensors ``<model>/<seed>/<parameter>``."""

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedkd.batches import Side
-from fedkd.cohort import Cohort
 from fedkd.data.federated import World
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import kl, log_probabilities
-from fedkd.optimizers import OptimizerSettings
 from fedkd.randomness import generator
 from fedkd.training.architectures import architectures_of
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.optimizers import OptimizerSettings
 
 # --- What the server has --------------------------------------------------------------------------
 

@@ -12,19 +12,19 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.accuracy import accuracy
-from fedkd.batches import Side
-from fedkd.cohort import Cohort
 from fedkd.data.federated import world_of
 from fedkd.data.images import Augment, Images
 from fedkd.experiment import Experiment
-from fedkd.fit import Fitted
 from fedkd.knowledge.calibration import entropy
 from fedkd.losses import Term, ce, kl_term
-from fedkd.optimizers import OptimizerSettings, shared
-from fedkd.parameters import stacked
 from fedkd.studies.arguments import Progress
+from fedkd.training.accuracy import accuracy
 from fedkd.training.architectures import architectures_of
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.fit import Fitted
+from fedkd.training.optimizers import OptimizerSettings, shared
+from fedkd.training.parameters import stacked
 
 
 class Pooled:

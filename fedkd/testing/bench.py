@@ -14,20 +14,20 @@ import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from fedkd.algorithm import Algorithm
 from fedkd.data import Dataset, load
 from fedkd.data.federated import world_of
 from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.experiment import Experiment
-from fedkd.federation import Federation
+from fedkd.federation.algorithm import Algorithm
+from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
+from fedkd.federation.messages import HELLO, encode_introduction
+from fedkd.federation.rounds import Federation
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import KINDS, Knowledge, ModelWeights, SoftLabels, tensors_of
-from fedkd.messages import HELLO, encode_introduction
 from fedkd.phases import Apply, Fit, reference
 from fedkd.records.files import Row
-from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Wrong
-from fedkd.transport.local_grid import LocalGrid, task_identity
 
 K, ROUNDS, FEW = 5, 3, 11
 """Clients, rounds, and public samples drawn where not all are."""

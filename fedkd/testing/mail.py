@@ -11,10 +11,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedkd.errors import FedkdError
+from fedkd.federation.flower_internals.local_grid import LocalGrid
+from fedkd.federation.flower_internals.replies import error_reply
 from fedkd.testing.bench import Bench, Change, honest, require_all
 from fedkd.testing.findings import Wrong
-from fedkd.transport.local_grid import LocalGrid
-from fedkd.transport.replies import error_reply
 
 BAD = 1
 """The client whose reply is bad."""

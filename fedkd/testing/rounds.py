@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fedkd.data.federated import world_of
 from fedkd.errors import FedkdError
+from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import SoftLabels, Weights, tensors_of
 from fedkd.knowledge.samples import check_samples
 from fedkd.phases import MeanByClass, Predict
 from fedkd.records.folder import RunFolder
-from fedkd.server import Replies, Server
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same
 from fedkd.testing.declared import evaluate

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkd.errors import FedkdError
+from fedkd.federation.server import Replies
 from fedkd.knowledge import (
     KINDS,
     ClassMeans,
@@ -25,7 +26,6 @@ from fedkd.knowledge import (
     tensors_of,
 )
 from fedkd.phases import MeanByClass, Predict
-from fedkd.server import Replies
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import Bench, distance, same
 from fedkd.testing.findings import NotApplicable, Wrong

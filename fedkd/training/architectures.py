@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fedkd import models
-from fedkd.cohort import Cohort
 from fedkd.data.federated import World
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
-from fedkd.parameters import State, initial_state
-from fedkd.plans import Plan, wanted_plan
+from fedkd.training import models
+from fedkd.training.cohort import Cohort
+from fedkd.training.parameters import State, initial_state
+from fedkd.training.plans import Plan, wanted_plan
 
 
 class Architectures:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fedkd import __version__, data
-from fedkd.models import num_parameters
 from fedkd.reports.export.forms import BATCH, INPUT, OUTPUT
 from fedkd.reports.export.latency import machine
 from fedkd.reports.export.trained import Trained
 from fedkd.training.architectures import architectures_of
+from fedkd.training.models import num_parameters
 from fedkd.wording import percent
 
 Card = Mapping[str, Any]

@@ -14,18 +14,18 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fedkd.cohort import Cohort
+from fedkd.clients.state_files import StateFiles
 from fedkd.data.federated import World, world_of
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
-from fedkd.parameters import State
-from fedkd.plans import Plan
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.predictions import Tested
-from fedkd.state_files import StateFiles
 from fedkd.studies.central import MODELS
 from fedkd.training.architectures import architectures_of
+from fedkd.training.cohort import Cohort
+from fedkd.training.parameters import State
+from fedkd.training.plans import Plan
 
 _RECORDED = {
     "teacher": "teacher_accuracies",

@@ -23,10 +23,10 @@ from typing import IO, Any
 
 import torch
 
+from fedkd.engines.run import resume, run
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.records.callbacks import EachRound
-from fedkd.runner import resume, run
 from fedkd.studies.arguments import Progress
 from fedkd.studies.central import central
 from fedkd.studies.comparison import capacity

@@ -8,11 +8,11 @@ from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
-from fedkd.plans import without
 from fedkd.registry import find, strategies
 from fedkd.strategy import DistillationStrategy
 from fedkd.studies.arguments import refuse_repeats
 from fedkd.studies.central import check_central
+from fedkd.training.plans import without
 
 CENTRAL = ("teacher", "student-alone", "student-distilled")
 """Methods of the central baseline; all others are strategies."""

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedkd.checkpoints import FILE as CHECKPOINT
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.checkpoint import FILE as CHECKPOINT
 from fedkd.keys import AUTO
 from fedkd.machine import resolve_device
 from fedkd.records.files import read_json

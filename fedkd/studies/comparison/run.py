@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedkd.engines.interrupts import naming_how_to_go_on
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.interrupts import naming_how_to_go_on
 from fedkd.studies.arguments import Progress, seeds_of, silent
 from fedkd.studies.comparison.jobs import Job, check_jobs, make, threads, threads_each
 from fedkd.studies.comparison.methods import (
@@ -30,7 +30,7 @@ from fedkd.studies.comparison.methods import (
 from fedkd.studies.comparison.record import Record
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.reuse import Shelf, common_plan
-from fedkd.tuning import planned
+from fedkd.training.tuning import planned
 
 
 def compare(

@@ -9,6 +9,7 @@ from shutil import rmtree
 
 from fedkd.data.federated import world_of
 from fedkd.engines.preflight import check
+from fedkd.engines.run import is_begun, run_or_resume, run_side_by_side
 from fedkd.engines.side_by_side import alike
 from fedkd.errors import DivergedError, FedkdError, Setting
 from fedkd.experiment import Experiment
@@ -18,13 +19,12 @@ from fedkd.records.callbacks import Callback
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import Run
-from fedkd.runner import is_begun, run_or_resume, run_side_by_side
 from fedkd.studies.arguments import Progress
 from fedkd.studies.central import check_central
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.studies.sweep.folder import Cell, Done, Keys, SweepFolder
 from fedkd.training.architectures import check_models
-from fedkd.tuning import Counts, clients_at_once, planned
+from fedkd.training.tuning import Counts, clients_at_once, planned
 
 MODELS_AT_ONCE = 500
 """Models of an architecture in one stack: enough to fill a device, few enough for its memory."""

@@ -1,0 +1,1 @@
+"""What a client does with an instruction, what it sends, and what it keeps between rounds."""

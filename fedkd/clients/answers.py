@@ -1,0 +1,113 @@
+"""What clients send: soft labels, class means or weights, after attacks and privacy noise, and packed."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+import torch
+
+from fedkd.clients.attacks import attacked
+from fedkd.clients.privacy import privatise
+from fedkd.clients.stack import Stack, recall, remember
+from fedkd.errors import FedkdError
+from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
+from fedkd.knowledge.codec import Packed
+from fedkd.knowledge.wire import PLAIN
+from fedkd.phases import MeanByClass, Predict
+from fedkd.randomness import generator
+from fedkd.training.profiling import part
+
+
+def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
+    """Have clients answer with a model's soft labels on the public samples asked for.
+
+    Raises:
+        FedkdError: `phase.only` names no mask in a client's state.
+    """
+    asked = stack.first.asked
+    with part("predict"):
+        logits = stack.role(phase.model).predict(stack.world.public, asked)
+        values = (logits if phase.space == "logits" else logits.softmax(-1)).cpu()
+    for row, client in enumerate(stack.clients):
+        labels = SoftLabels(
+            values[row : row + 1],
+            phase.space,
+            asked,
+            torch.tensor([client]),
+            torch.tensor([len(stack.shards[row])]),
+        )
+        if phase.only is not None:
+            labels = _some(stack, row, labels, phase.only)
+        stack.answers[row] = _sent_for(stack, row, labels)
+
+
+def _some(stack: Stack, row: int, labels: SoftLabels, name: str) -> SoftLabels:
+    """Keep the samples for which a tensor of the client's state is true."""
+    chosen = stack.memories[row].get("own", {}).get(name)
+    shape = (len(stack.world.public),)
+    if chosen is None or chosen.dtype != torch.bool or tuple(chosen.shape) != shape:
+        raise FedkdError(
+            f"only = '{name}': the client's state has no such tensor, bool of shape {shape}"
+        )
+    return labels.keep(chosen[labels.samples])
+
+
+def _sent_for(stack: Stack, row: int, labels: SoftLabels) -> SoftLabels:
+    """Return what a client sends instead of its honest `labels`."""
+    experiment, client = stack.experiments[row], stack.clients[row]
+    round = stack.first.round
+    if stack.attack(row).answer is not None:
+        return attacked(labels, stack.knowledge[row], experiment, client, round)
+    if not experiment.dp_noise:
+        return labels
+    seeded = generator(experiment.seed, "dp", client, round)
+    return privatise(labels, experiment, None if stack.secret_noise else seeded)
+
+
+def answer_with_means(stack: Stack, phase: MeanByClass) -> None:
+    """Have clients answer with a model's mean output by class over their private shards."""
+    train, classes = stack.world.train, stack.world.num_classes
+    for row, (client, shard) in enumerate(zip(stack.clients, stack.shards, strict=True)):
+        outputs = stack.outputs(row, phase.model, phase.of, train, shard.to(train.device))
+        member = torch.nn.functional.one_hot(stack.labels(row), classes).to(outputs.dtype)
+        counts = member.sum(0)
+        means = (member.T @ outputs) / counts.clamp_min(1).unsqueeze(-1)
+        stack.answers[row] = ClassMeans(
+            means.unsqueeze(0).cpu(),
+            counts.unsqueeze(0).cpu().to(torch.int64),
+            torch.tensor([client]),
+            phase.of,
+        )
+
+
+def answer_with_weights(stack: Stack) -> None:
+    """Have clients answer with their students' parameters and buffers."""
+    name = stack.architecture("student")
+    sent = {n: t.cpu() for n, t in stack.states.models["student"].items()}
+    for k, client in enumerate(stack.clients):
+        tensors = {n: t[k : k + 1].clone() for n, t in sent.items()}
+        weights = ModelWeights(
+            tensors, torch.tensor([client]), torch.tensor([len(stack.shards[k])])
+        )
+        stack.answers[k] = Weights({name: weights})
+
+
+def packed(stack: Stack) -> list[Packed | None]:
+    """Return all answers as they are sent, `None` where that is simply their numbers."""
+    if stack.first.wire == PLAIN:
+        return [None] * len(stack.orders)
+    started = monotonic()
+    found = [_packed(stack, row) for row in range(len(stack.orders))]
+    stack.spend("encode", monotonic() - started)
+    return found
+
+
+def _packed(stack: Stack, row: int) -> Packed | None:
+    """Encode a client's soft labels, if it answers any."""
+    answer, memory = stack.answers[row], stack.memories[row]
+    if not isinstance(answer, SoftLabels):
+        return None
+    num_public = stack.world.sizes.num_public
+    encoded, newer = answer.pack(stack.first.wire, num_public, recall(memory, "up"))
+    remember(memory, "up", newer)
+    return encoded

@@ -1,0 +1,115 @@
+"""What a fit trains on: its terms, and the streams of batches that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedkd.clients.stack import Stack
+from fedkd.errors import FedkdError
+from fedkd.knowledge import ClassMeans, SoftLabels
+from fedkd.losses import Term
+from fedkd.phases import Coefficient, Fit, experiment_term
+from fedkd.training.batches import Side
+from fedkd.training.optimizers import shared
+from fedkd.training.terms import Terms, public_side, resolved_terms
+
+
+def sides_of(stack: Stack, phase: Fit) -> list[Side]:
+    """Turn a fit's terms into streams of batches, without terms whose knowledge is missing.
+
+    Returns:
+        The public one, the private one, or both; none where no term is left.
+
+    Raises:
+        FedkdError: a term needs other knowledge than was received.
+    """
+    public = _terms(stack, phase.public)
+    private = _terms(stack, phase.private)
+    has_labels = stack.world.public.labels is not None
+    if phase.public and all(term.needs is None for term in public):
+        # The public set is there to be distilled on; without knowledge only its labels teach.
+        teaches = not _wants_knowledge(stack, phase.public) and has_labels
+        public = public if teaches else {}
+    if not has_labels and public:
+        # Cross entropy needs labels: a private batch in the same step has them.
+        hard = {t: c for t, c in public.items() if t.needs is None and _counts(c)}
+        private = {t: private.get(t, 0) + hard.get(t, 0) for t in {**hard, **private}}
+        public = {t: c for t, c in public.items() if t.needs is not None}
+    sides = []
+    if public:
+        sides.append(_public_side(stack, public))
+    if private:
+        _refuse_soft_labels(private)
+        sides.append(_private_side(stack, private))
+    return sides
+
+
+def _terms(stack: Stack, named: Mapping[str, Coefficient]) -> Terms:
+    """Resolve a fit's terms; those whose knowledge has not come, or is old, are left out."""
+
+    def has(term: Term) -> bool:
+        if term.needs == "class-means":
+            return isinstance(stack.knowledge[0], ClassMeans)
+        return term.needs is None or stack.is_fresh  # soft labels only if they are news
+
+    return resolved_terms(named, shared(stack.experiments, "alpha"), has, stack.experiment)
+
+
+def _wants_knowledge(stack: Stack, named: Mapping[str, Coefficient]) -> bool:
+    return any(experiment_term(name, stack.experiment).needs is not None for name in named)
+
+
+def _counts(coefficient: float | Tensor) -> bool:
+    """Whether a term with this coefficient, or these, adds anything."""
+    return bool((torch.as_tensor(coefficient) != 0).any())
+
+
+def _public_side(stack: Stack, terms: Terms) -> Side:
+    public = stack.world.public
+    if all(term.needs is None for term in terms):
+        rows = torch.arange(len(public))
+        return Side("public", public, [rows] * len(stack.orders), terms)
+    return public_side(public, terms, _to_digest(stack, terms))
+
+
+def _to_digest(stack: Stack, terms: Terms) -> list[SoftLabels]:
+    """Return the soft labels that each client digests, of K = 1."""
+    if not all(isinstance(k, SoftLabels) for k in stack.knowledge):
+        raise FedkdError("a term needs soft labels, and other knowledge was received")
+    labels = [k for k in stack.knowledge if isinstance(k, SoftLabels)]
+    if any(len(each.values) != 1 for each in labels):
+        raise FedkdError(
+            "several sets of soft labels were received: a procedure has to choose before they are "
+            "digested"
+        )
+    if any(term.needs == "logits" for term in terms) and labels[0].space != "logits":
+        raise FedkdError("a term needs logits, and probabilities were received")
+    return labels
+
+
+def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
+    for term in private:
+        if term.needs in ("soft-labels", "logits"):
+            raise FedkdError(
+                f"{term.reference} needs soft labels, which private images have not; put it in public"
+            )
+
+
+def _private_side(stack: Stack, terms: Terms) -> Side:
+    side = Side("private", stack.world.train, stack.shards, terms, augment=stack.experiment.augment)
+    clients = range(len(stack.orders))
+    if any(stack.attack(row).labels for row in clients):
+        side = replace(side, labels=[stack.labels(row) for row in clients])
+    if not any(term.needs == "class-means" for term in terms):
+        return side
+    means = [k for k in stack.knowledge if isinstance(k, ClassMeans)]
+    means = means[:1] if all(each is means[0] for each in means) else means
+    return replace(
+        side,
+        class_means=torch.cat([each.values for each in means]),
+        class_counts=torch.cat([each.counts for each in means]),
+    )

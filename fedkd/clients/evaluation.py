@@ -1,0 +1,117 @@
+"""How the clients of a stack are tested: accuracy, agreement with knowledge, and their test answers."""
+
+from __future__ import annotations
+
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from fedkd.clients.memories import TESTED
+from fedkd.clients.stack import Stack, remember
+from fedkd.data.images import Images
+from fedkd.knowledge import ClassMeans, SoftLabels
+from fedkd.phases import Role
+from fedkd.training.accuracy import accuracy, correct_by_class
+from fedkd.training.architectures import architectures_of
+from fedkd.training.cohort import Answers
+
+
+def measure_agreement(stack: Stack, role: Role) -> None:
+    """Record on how much of the digested knowledge the student now agrees with it."""
+    labels = [k for k in stack.knowledge if isinstance(k, SoftLabels)]
+    different = {id(each): each.samples for each in labels}  # most share one
+    samples = torch.cat(list(different.values())).unique()
+    predicted = stack.role(role).classify(stack.world.public, samples).cpu()
+    taught: dict[int, Tensor] = {}
+    for metrics, each, mine in zip(stack.metrics, labels, predicted, strict=True):
+        if id(each) not in taught:
+            taught[id(each)] = each.values[0].max(-1).indices.cpu()
+        places = torch.searchsorted(samples, each.samples)
+        metrics["agreement"] = float((mine[places] == taught[id(each)]).double().mean())
+
+
+def record_accuracy(stack: Stack, name: str, role: Role) -> None:
+    """Test the models in a role after a phase."""
+    predicted = _by_means(stack, role) if stack.by_means else None
+    if predicted is None:
+        predicted = stack.role(role).classify(stack.world.test)
+    record_predicted(stack, name, predicted)
+
+
+def examine(stack: Stack) -> None:
+    """Test all models at the end: what they answer stays with the client, as `tested` finds it."""
+    for role, cohort in stack.cohorts.items():
+        trained = [role == "student" or _is_trained(stack, role, row) for row in range(len(cohort))]
+        if not any(trained):
+            continue
+        answers = cohort.answer(stack.world.test)
+        if role == "student":
+            if stack.by_means:
+                classes = _by_means(stack, "student").to(torch.int16)
+                answers = Answers(classes, torch.full_like(answers.confidences, torch.nan))
+            record_predicted(stack, "accuracy", answers.classes)
+        for memory, classes, confidences in compress(
+            zip(stack.memories, *answers, strict=True), trained
+        ):
+            kept = {"classes": classes, "confidences": confidences.to(torch.float16)}
+            remember(memory, f"{TESTED}{role}", kept)
+    record_training_accuracy(stack)
+
+
+def _is_trained(stack: Stack, role: str, row: int) -> bool:
+    """Whether a local teacher is one: some strategies have no use for it."""
+    name, seed = stack.architecture(role), stack.experiments[row].seed
+    initial = architectures_of(stack.world).initial_state(name, seed)
+    params = stack.cohorts[role].params
+    return any(not torch.equal(tensor[row], initial[name]) for name, tensor in params.items())
+
+
+def record_training_accuracy(stack: Stack) -> None:
+    """Record the students' accuracy on their own private images."""
+    train = stack.world.train
+    assert train.labels is not None
+    for row, (metrics, shard) in enumerate(zip(stack.metrics, stack.shards, strict=True)):
+        rows = shard.to(train.device)
+        predicted = _classified(stack, row, train, rows).unsqueeze(0)
+        metrics["training_accuracy"] = float(accuracy(predicted, train.labels[rows]))
+
+
+def _classified(stack: Stack, row: int, images: Images, rows: Tensor) -> Tensor:
+    """Return the classes ``[N]`` that a client's student says, by means where it goes by them."""
+    means = stack.knowledge[row]
+    if stack.by_means and isinstance(means, ClassMeans):
+        return means.nearest(stack.outputs(row, "student", means.of, images, rows))
+    return stack.cohorts["student"].only(row).classify(images, rows)[0]
+
+
+def _by_means(stack: Stack, role: Role) -> Tensor:
+    """Classify the test images by the nearest received class mean, int64 ``[K, N]``."""
+    test = stack.world.test
+    means = [k for k in stack.knowledge if isinstance(k, ClassMeans)]
+    return torch.stack(
+        [m.nearest(stack.outputs(row, role, m.of, test, None)) for row, m in enumerate(means)]
+    )
+
+
+def record_predicted(stack: Stack, name: str, predicted: Tensor) -> None:
+    """Record accuracy on the test set, and weighted by the client's own label distribution.
+
+    Args:
+        stack: the clients.
+        name: of the accuracy.
+        predicted: classes ``[K, N]`` of the test images.
+    """
+    test, classes = stack.world.test, stack.world.num_classes
+    assert test.labels is not None
+    predicted, labels = predicted.cpu(), test.labels.cpu()
+    right = correct_by_class(predicted, labels, classes)
+    # Over the classes that the test set has; a shard without any of them counts evenly.
+    counts = stack.world.private_label_counts[stack.clients].double() * (right.total > 0)
+    counts += (counts.sum(1, keepdim=True) == 0) * (right.total > 0)
+    share = counts / counts.sum(1, keepdim=True)
+    own = (share * right.correct / right.total.clamp_min(1)).sum(1)
+    whole = accuracy(predicted, labels)
+    for metrics, a, o in zip(stack.metrics, whole.tolist(), own.tolist(), strict=True):
+        metrics[name] = a
+        metrics["own_accuracy"] = min(1.0, o)  # shares add up to 1 but for rounding

@@ -1,0 +1,202 @@
+"""Run the phases of an order, one after the other, for all clients of a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from time import monotonic
+
+from torch import Tensor
+
+from fedkd.clients.answers import (
+    answer_with_means,
+    answer_with_soft_labels,
+    answer_with_weights,
+    packed,
+)
+from fedkd.clients.batch_streams import sides_of
+from fedkd.clients.evaluation import examine, measure_agreement, record_accuracy
+from fedkd.clients.instructions import Report
+from fedkd.clients.memories import Memory, check_kept
+from fedkd.clients.stack import Stack, has_news, remember
+from fedkd.clients.states import INITIAL
+from fedkd.errors import FedkdError
+from fedkd.knowledge import ClassMeans, SoftLabels, Weights
+from fedkd.phases import (
+    Apply,
+    ClassifyByMeans,
+    Fit,
+    Load,
+    LocalClient,
+    MeanByClass,
+    Phase,
+    Predict,
+    Reset,
+    Role,
+    check_received,
+    reference,
+    resolve_procedure,
+)
+from fedkd.randomness import generator
+from fedkd.training.architectures import architectures_of
+from fedkd.training.optimizers import OptimizerSettings, shared
+from fedkd.training.profiling import PART, part, profiled
+
+
+def run_phases(stack: Stack) -> list[Report]:
+    """Return the reports of all clients, after every phase of their orders.
+
+    Raises:
+        FedkdError: a phase lacks what it needs, or clients keep other tensors than last round.
+    """
+    kept = [set(memory.get("own", {})) for memory in stack.memories]
+    with profiled(stack.experiment.profile) as parts:
+        for position, phase in enumerate(stack.first.phases):
+            started = monotonic()
+            _run_phase(stack, phase, position)
+            stack.spend(phase.name, monotonic() - started)
+        if stack.first.evaluate == "end":
+            examine(stack)
+        _check_names_kept(kept, stack.memories)
+        sent = packed(stack)
+    for name, spent in parts.items():
+        stack.spend(f"{PART} {name}", spent)
+    round = stack.first.round
+    return [
+        Report(k, len(shard), answer, metrics, dict(stack.seconds), each, round=round)
+        for k, shard, answer, metrics, each in zip(
+            stack.clients, stack.shards, stack.answers, stack.metrics, sent, strict=True
+        )
+    ]
+
+
+def _check_names_kept(before: Sequence[set[str]], memories: Sequence[Memory]) -> None:
+    """Refuse a client's state of other names than last round, which no file could hold beside it."""
+    for names, memory in zip(before, memories, strict=True):
+        now = set(memory.get("own", {}))
+        if names and now and now != names:
+            raise FedkdError(
+                f"procedures keep {', '.join(sorted(now))}, which was {', '.join(sorted(names))}: "
+                "the names in a client's state stay"
+            )
+
+
+def _run_phase(stack: Stack, phase: Phase, position: int) -> None:
+    if isinstance(phase, Fit):
+        _fit(stack, phase, position)
+    elif isinstance(phase, Reset):
+        _reset(stack)
+    elif isinstance(phase, Load):
+        _load(stack)
+    elif isinstance(phase, Apply):
+        _apply(stack, phase, position)
+    elif isinstance(phase, ClassifyByMeans):
+        stack.by_means = isinstance(stack.knowledge[0], ClassMeans)
+    elif isinstance(phase, Predict):
+        answer_with_soft_labels(stack, phase)
+    elif isinstance(phase, MeanByClass):
+        answer_with_means(stack, phase)
+    else:
+        answer_with_weights(stack)
+
+
+def _reset(stack: Stack) -> None:
+    name = stack.architecture("student")
+    for row, experiment in enumerate(stack.experiments):
+        initial = architectures_of(stack.world).initial_state(name, experiment.seed)
+        stack.cohorts["student"].load(row, initial)
+    stack.is_fresh = has_news(stack.first, INITIAL)
+
+
+def _load(stack: Stack) -> None:
+    name = stack.architecture("student")
+    for row, knowledge in enumerate(stack.knowledge):
+        if knowledge is None:
+            continue
+        if not isinstance(knowledge, Weights) or name not in knowledge.by_model:
+            raise FedkdError(f"the load phase needs weights of {name}, and received none")
+        received = knowledge.by_model[name].tensors
+        stack.cohorts["student"].load(row, {n: t[0] for n, t in received.items()})
+
+
+def _apply(stack: Stack, phase: Apply, position: int) -> None:
+    found = resolve_procedure(reference(phase.procedure), stack.experiment.client_modules)
+    stream = f"{phase.name} {_occurrence(stack, position)}"
+    load_public = cache(stack.world.public.whole)  # for all of them, if any looks
+    for row, memory in enumerate(stack.memories):
+        before, client = memory.get("own", {}), _local_client(stack, row, stream, load_public)
+        received = client.received
+        found(client, **phase.numbers)
+        if client.received is not received:
+            check_received(found, client.received)
+        check_kept(found.reference, client.state, before)
+        if client.received is not None:
+            stack.knowledge[row] = client.received
+        remember(memory, "own", client.state)
+
+
+def _occurrence(stack: Stack, position: int) -> int:
+    """Count the earlier phases of this order that have the same name."""
+    name = stack.first.phases[position].name
+    return sum(phase.name == name for phase in stack.first.phases[:position])
+
+
+def _local_client(
+    stack: Stack, row: int, stream: str, load_public: Callable[[], Tensor]
+) -> LocalClient:
+    train, shard, received = stack.world.train, stack.shards[row], stack.knowledge[row]
+    rows = shard.to(train.device)
+    where = stack.experiments[row].seed, stack.clients[row], stack.first.round, stream
+
+    def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
+        return stack.role(model).only(row).predict(stack.world.public, samples)[0]
+
+    return LocalClient(
+        images=train.batch(rows),
+        labels=stack.labels(row),
+        load_public=load_public,
+        received=received if isinstance(received, SoftLabels) else None,
+        state=dict(stack.memories[row].get("own", {})),
+        predict=predict,
+        generator=lambda purpose: generator(*where, purpose),
+    )
+
+
+def _fit(stack: Stack, phase: Fit, position: int) -> None:
+    sides = sides_of(stack, phase)
+    if not sides:
+        return
+    stream = f"{phase.name} {_occurrence(stack, position)}"
+    key = "distill_epochs" if phase.public else "local_epochs"
+    default = [getattr(experiment, key) for experiment in stack.experiments]
+    fitted = stack.role(phase.model).fit(
+        sides,
+        epochs=default if phase.epochs is None else phase.epochs,
+        batch_size=stack.experiment.batch_size,
+        optimizer=OptimizerSettings.of_all(stack.experiments),
+        numbers={"tau": shared(stack.experiments, "tau"), **phase.numbers},
+        streams=[
+            (experiment.seed, client, stack.first.round, stream)
+            for experiment, client in zip(stack.experiments, stack.clients, strict=True)
+        ],
+    )
+    stack.record(f"loss_{phase.name}", fitted.losses)
+    stack.record(f"gradient_norm_{phase.name}", fitted.gradient_norms)
+    distilled = any(side.teacher_logits is not None for side in sides)
+    if distilled:
+        stack.states.digested = [stack.first.knowledge_round] * len(stack.orders)
+    if not _is_evaluated(stack, position):
+        return
+    with part("evaluate"):
+        if distilled:
+            measure_agreement(stack, phase.model)
+        if stack.first.evaluate != "end":
+            record_accuracy(stack, f"accuracy_after_{phase.name}", phase.model)
+
+
+def _is_evaluated(stack: Stack, position: int) -> bool:
+    """Whether models are tested after the fit at a position."""
+    if stack.first.evaluate != "last":
+        return stack.first.evaluate in ("phases", "end")
+    later = stack.first.phases[position + 1 :]
+    return not any(isinstance(phase, Fit) and sides_of(stack, phase) for phase in later)

@@ -1,0 +1,185 @@
+"""What the round loop asks of an algorithm: nine things, and how their answers are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
+from fedkd.federation.server import Replies, Server
+from fedkd.knowledge import (
+    KINDS,
+    ClassMeans,
+    Knowledge,
+    SoftLabels,
+    Wire,
+    check_answer,
+    require_one,
+)
+from fedkd.knowledge.samples import check_samples
+from fedkd.phases import Apply, Phase, check_phases, closing
+from fedkd.user_code import blaming
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a strategy declares of itself; printed by ``fedkd strategies``.
+
+    Attributes:
+        paper: arXiv number or venue.
+        up: payload bytes a client sends a round, a formula over P (samples asked), C (classes), K
+            (clients), D (width of the student's features), S (bytes of the student's parameters and
+            buffers), I (bytes of a list of the P samples: 0 for the whole public set, else 4 bytes a
+            sample or a bit a public image, whichever is less) and the strategy's settings by name;
+            ``<=`` in front where coding or caching makes it less.
+        down: payload bytes a client receives a round, likewise.
+        public_labels: whether the algorithm needs the labels of the public set.
+        server_model: whether it keeps a model at the server.
+        reports: whose accuracy the paper reports.
+        mixed_models: whether clients of different architectures learn from each other.
+    """
+
+    paper: str
+    up: str
+    down: str
+    public_labels: bool = False
+    server_model: Literal["none", "optional", "required"] = "none"
+    reports: Literal["clients", "server"] = "clients"
+    mixed_models: bool = True
+
+
+class Algorithm(Protocol):
+    """An algorithm as the round loop sees it: what `fedkd.strategy.DistillationStrategy` satisfies."""
+
+    facts: ClassVar[Facts]
+    closes: ClassVar[Literal["digest", "revisit"]]
+    """Last phase of the closing exchange, after which final accuracies are taken."""
+
+    def name(self) -> str:
+        """Return the name under which it is found."""
+        ...
+
+    def check(self, experiment: Experiment) -> None:
+        """Refuse an experiment that the algorithm would get silently wrong.
+
+        Raises:
+            FedkdError: the keys do not go together; the text says which to change.
+        """
+        ...
+
+    def wires(self, experiment: Experiment) -> tuple[Wire, Wire]:
+        """Return how soft labels cross the wire in this experiment, up and down."""
+        ...
+
+    def phases(self, round: int) -> list[Phase]:
+        """Return what clients do in `round`; 1 is a client's first."""
+        ...
+
+    def request(self, server: Server) -> Tensor:
+        """Return the public samples to be answered this round, int64 ``[M]``, distinct."""
+        ...
+
+    def update(self, replies: Replies, server: Server) -> Knowledge | None:
+        """Return new knowledge from a round's replies, or ``None`` to keep the previous."""
+        ...
+
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        """Return what `client` receives; the same object for all who receive the same."""
+        ...
+
+
+class CheckedAlgorithm:
+    """An algorithm whose answers are checked, and whose mistakes name their place.
+
+    Args:
+        algorithm: who is asked.
+        server: what it may look at and work on.
+    """
+
+    def __init__(self, algorithm: Algorithm, server: Server) -> None:
+        self._algorithm = algorithm
+        self._server = server
+        self.wire_up, self.wire_down = algorithm.wires(server.experiment)
+
+    @property
+    def facts(self) -> Facts:
+        """What the algorithm declares of itself."""
+        return self._algorithm.facts
+
+    @contextmanager
+    def named(self, method: str, clients: Sequence[int] = ()) -> Iterator[None]:
+        """Name the algorithm, its method and line, the round and the clients in whatever is raised."""
+        where = f"{method} of {self._algorithm.name()}, round {self._server.round}"
+        if clients:
+            where += f", client{'s' * (len(clients) > 1)} {_listed(clients)}"
+        with blaming(where):
+            yield
+
+    def phases(self, number: int) -> list[Phase]:
+        """Return a round's phases."""
+        with self.named("phases"):
+            return check_phases(self._algorithm.phases(number))
+
+    def closing(self, number: int) -> list[Phase]:
+        """Return the phases of the closing exchange, whose number is that of a round."""
+        return closing(self.phases(number), self._algorithm.closes)
+
+    def request(self) -> Tensor:
+        """Return the public samples that are wanted, int64 ``[M]``."""
+        with self.named("request"):
+            return check_samples(self._algorithm.request(self._server), self._server.num_public)
+
+    def personalise(self, knowledge: Knowledge, client: int, phases: Sequence[Phase]) -> Knowledge:
+        """Return what a client receives: K = 1, unless a procedure among its phases chooses."""
+        with self.named("personalise", [client]):
+            received: object = self._algorithm.personalise(knowledge, client, self._server)
+            if not isinstance(received, KINDS):
+                raise FedkdError(f"returns a {type(received).__name__} instead of knowledge")
+            if not any(isinstance(phase, Apply) for phase in phases):
+                require_one(received)
+        return received
+
+    def update(self, replies: Replies) -> Knowledge | None:
+        """Return new knowledge, or ``None``; the memory of a failed update is not kept."""
+        server = self._server
+        draft = copy(server)
+        draft.state = deepcopy(server.state)
+        with self.named("update", replies.clients):
+            new = self._algorithm.update(replies, draft)
+            if new is not None:
+                self.check_knowledge(new)
+        server.state, server.trained = draft.state, draft.trained
+        return new
+
+    def check_knowledge(self, new: object) -> None:
+        """Refuse what an algorithm may not make of the replies.
+
+        Raises:
+            FedkdError: it is not knowledge, or not of this experiment's sizes.
+        """
+        if not isinstance(new, KINDS):
+            raise FedkdError(f"returns a {type(new).__name__} instead of knowledge or None")
+        if isinstance(new, SoftLabels):
+            sizes, (_, _, classes) = self._server.world.sizes, new.values.shape
+            if classes != sizes.num_classes:
+                raise FedkdError(
+                    f"returns soft labels of {classes} classes: must be {sizes.num_classes}"
+                )
+            check_samples(new.samples, self._server.num_public)
+        if isinstance(new, ClassMeans) and new.values.shape[1] != self._server.num_classes:
+            raise FedkdError(
+                f"returns means of {new.values.shape[1]} classes: must be {self._server.num_classes}"
+            )
+        check_answer(new)
+
+
+def _listed(clients: Sequence[int]) -> str:
+    """Name clients, the first ten of them."""
+    more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
+    return ", ".join(map(str, clients[:10])) + more

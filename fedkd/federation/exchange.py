@@ -1,0 +1,199 @@
+"""One exchange between server and clients: what was sent to whom, what came back, and its bytes.
+
+Payload bytes are the raw buffers of knowledge and requested indices; wire bytes are everything in
+the message.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from reprlib import repr as shown
+from time import monotonic
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedkd.clients.instructions import Order, Report
+from fedkd.data.federated import World
+from fedkd.errors import FedkdError, one_line
+from fedkd.experiment import Experiment
+from fedkd.federation.events import Events
+from fedkd.federation.flower_internals.replies import failure_reason
+from fedkd.federation.knowledge_records import typed_record
+from fedkd.federation.messages import decode_report
+from fedkd.federation.report_checks import check_report, with_known_numbers
+from fedkd.knowledge.codec import Reference
+
+_logger = logging.getLogger(__name__)
+
+REFUSED = "refused"
+"""Stands for the tensors of replies that do not count where bytes are told by tensor."""
+
+
+@dataclass
+class Bytes:
+    """Bytes of one direction: payload by client and by tensor, and everything by client."""
+
+    payload: dict[int, int] = field(default_factory=dict)
+    wire: dict[int, int] = field(default_factory=dict)
+    by_tensor: dict[str, int] = field(default_factory=dict)
+
+    def count(self, client: int, records: RecordDict, together: str | None = None) -> None:
+        """Add a message to or from a client, its tensors under their names or all under one."""
+        self.wire[client] = self.wire.get(client, 0) + wire_bytes(records)
+        sizes = payload_bytes(records)
+        self.payload[client] = self.payload.get(client, 0) + sum(sizes.values())
+        for name, size in sizes.items():
+            called = name if together is None else together
+            self.by_tensor[called] = self.by_tensor.get(called, 0) + size
+
+    def record(self, direction: str, clients: Sequence[int]) -> dict[str, Any]:
+        """Return the sums, and the numbers of `clients` in their order."""
+        return {
+            f"bytes_{direction}": sum(self.payload.values()),
+            f"wire_bytes_{direction}": sum(self.wire.values()),
+            f"bytes_{direction}_by_tensor": self.by_tensor,
+            f"bytes_{direction}_by_client": [self.payload.get(k, 0) for k in clients],
+            f"wire_bytes_{direction}_by_client": [self.wire.get(k, 0) for k in clients],
+        }
+
+
+@dataclass
+class Exchange:
+    """One exchange in progress.
+
+    Attributes:
+        sampled: partition ids of the clients drawn, sorted.
+        orders: of those that were sent one.
+        up: bytes that came.
+        down: bytes that were sent.
+        sent: what each client has of our soft labels once it has replied.
+        reports: the good replies, in order of partition.
+        dropped: why each of the others does not count.
+        started: when it began, seconds.
+        encoding: seconds spent on encoding and decoding.
+        events: told of replies that are nobody's.
+    """
+
+    sampled: list[int]
+    orders: dict[int, Order] = field(default_factory=dict)
+    up: Bytes = field(default_factory=Bytes)
+    down: Bytes = field(default_factory=Bytes)
+    sent: dict[int, Reference | None] = field(default_factory=dict)
+    reports: list[Report] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+    started: float = field(default_factory=monotonic)
+    encoding: float = 0.0
+    events: Events = field(default_factory=Events)
+
+    def receive(
+        self,
+        replies: Iterable[Message],
+        client_of: Mapping[int, int],
+        experiment: Experiment,
+        world: World,
+        heard: Mapping[int, Reference | None],
+    ) -> None:
+        """Sort replies into good reports and drops with a reason.
+
+        Whatever a reply is or holds, it costs its client the round and nobody else anything. A reply of
+        a node that nobody knows is an event, ``stray-reply``; one to the message of another round is as
+        if it had not come.
+
+        Args:
+            replies: whatever came.
+            client_of: partition ids by node id.
+            experiment: the run.
+            world: the data as the server sees it.
+            heard: by client, what we have of its soft labels already.
+        """
+        received = monotonic()
+        silent = dict.fromkeys(set(self.sampled) - set(self.dropped), "no reply in time")
+        for reply in replies:
+            client = _sender(reply, client_of)
+            if client is None:
+                self.events.add("stray-reply", "a reply came from a node that holds no partition")
+            elif client not in self.orders:
+                self.dropped.setdefault(client, "replies without having been asked")
+            elif (group := reply.metadata.group_id) != str(self.orders[client].round):
+                if client in silent:
+                    silent[client] = f"replies to the message of round {shown(group)}"
+            elif silent.pop(client, None) is None:
+                self._count(client, reply, None)
+                self.dropped.setdefault(client, "replied twice")
+                self.reports = [r for r in self.reports if r.client != client]
+            else:
+                student = experiment.student_of(client)
+                self._judge(reply, client, world, student, heard.get(client))
+        self.dropped.update(silent)
+        self.dropped = {client: one_line(reason) for client, reason in self.dropped.items()}
+        self.reports.sort(key=lambda report: report.client)
+        self.encoding += monotonic() - received
+
+    def _judge(
+        self, reply: Message, client: int, world: World, student: str, heard: Reference | None
+    ) -> None:
+        """Take a client's report, or drop the client."""
+        report = None
+        try:
+            if reply.has_error():
+                raise FedkdError(failure_reason(reply))
+            if not reply.has_content():
+                raise FedkdError("sends an empty reply")
+            order = self.orders[client]
+            report = decode_report(reply.content, order.asked, world.sizes, order.wire, heard)
+            check_report(report, order, world, student)
+            self.reports.append(with_known_numbers(report, order))
+        except FedkdError as error:
+            self.dropped[client] = str(error)
+        except Exception:
+            # There is no end to what a stranger may think of; a round does not end over it.
+            _logger.warning("the reply of client %d cannot be read", client, exc_info=True)
+            self.dropped[client] = "sends a reply that cannot be read"
+        self._count(client, reply, self.dropped.get(client))
+
+    def _count(self, client: int, reply: Message, refused: str | None) -> None:
+        """Count the bytes of a reply; what a stranger calls its tensors is not for the record."""
+        if reply.has_content():
+            self.up.count(client, reply.content, None if refused is None else REFUSED)
+
+
+def _sender(reply: object, client_of: Mapping[int, int]) -> int | None:
+    """Return who sent a reply, if it is one and of somebody we know."""
+    node = reply.metadata.src_node_id if isinstance(reply, Message) else None
+    return client_of.get(node) if isinstance(node, int) else None
+
+
+def payload_bytes(records: RecordDict) -> dict[str, int]:
+    """Count the raw buffers of knowledge and requested indices, by tensor.
+
+    With N public samples, C classes and float32, an upload's ``values`` are N·C·4 bytes. Flower's
+    128-byte header of each array is not payload.
+    """
+    counted: dict[str, int] = {}
+    for record, prefix in (("knowledge", ""), ("request", "requested ")):
+        if arrays := typed_record(records, record, ArrayRecord):
+            for name, array in arrays.items():
+                counted[prefix + name] = _buffer_size(array.data)
+    return counted
+
+
+def _buffer_size(data: bytes) -> int:
+    """Return the bytes of an array's buffer in a ``.npy``, whatever its sender says of its shape."""
+    width = 2 if data[6:7] == b"\x01" else 4
+    header = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    return max(0, len(data) - header)
+
+
+def wire_bytes(records: RecordDict) -> int:
+    """Count everything in a message's records, as Flower does where it can."""
+    return sum(_record_bytes(record) for record in records.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    try:
+        return record.count_bytes()
+    except (ValueError, IndexError):  # Flower's count fails at empty texts and lists
+        return sum(len(str(name)) + len(str(value)) for name, value in record.items())

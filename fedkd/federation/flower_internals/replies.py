@@ -1,0 +1,95 @@
+"""Why a client failed: as the reply that it gives, and as the line that is read from one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode  # noqa: TID251
+
+from fedkd.errors import one_line
+from fedkd.federation.flower_internals.local_grid import isolated_records
+
+
+def error_reply(message: Message, failure: Exception | str) -> Message:
+    """Return the reply of a client that failed: code 2, with "ValueError: text" or the given text."""
+    if isinstance(failure, Exception):
+        failure = f"{type(failure).__name__}: {failure}".removesuffix(": ")
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, failure), reply_to=message)
+
+
+def always_reply(
+    message: Message, context: Context, call_next: Callable[[Message, Context], Message]
+) -> Message:
+    """Answer every message: a Flower mod, `ClientApp(mods=[always_reply])`.
+
+    A client that raises, or returns no `Message`, gives an `error_reply`. Flower would wait for the
+    second until the round's timeout, and answer for the first with a traceback of the worker; here
+    the traceback goes to the log. The state is then as before the call, in every engine (Flower's
+    simulation drops the changes of a call that raised, a deployment keeps them).
+    """
+    before = isolated_records(context.state)
+    try:
+        reply: object = call_next(message, context)
+        if not isinstance(reply, Message):
+            raise no_message(reply)
+    except Exception as exception:
+        context.state = before
+        logging.getLogger(__name__).warning("a client failed", exc_info=True)
+        return error_reply(message, exception)
+    return reply
+
+
+def no_message(reply: object) -> TypeError:
+    """Return what is wrong with a client that returned something else than a message."""
+    return TypeError(f"the client returned {type(reply).__name__} instead of a Message")
+
+
+_DIED = "client process died"
+_REASONS: dict[int, str] = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "no reply in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no reply in time",
+    ErrorCode.NODE_UNAVAILABLE: "node is gone",
+}
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_WRAPPED = re.compile(r"<class '([\w.]+)(?:\(\w+\))?'>:<['\"]?(.*?)['\"]?>", re.DOTALL)
+_CHAINED = re.compile(
+    r"\n\nThe above exception was the direct cause of the following exception:\n\n"
+    r"|\n\nDuring handling of the above exception, another exception occurred:\n\n"
+)
+_FLOWERS_WORDS = re.compile(r"Exception ClientAppException occurred\. Message: ")
+
+
+def failure_reason(reply: Message) -> str:
+    """Return why a client failed, in one short line without colours and tracebacks.
+
+    "ValueError: text" for a client that raised, "client process died", "no reply in time" for a
+    message that expired, "node is gone" for a SuperNode that left.
+
+    Raises:
+        ValueError: The reply is not an error.
+    """
+    code, text = reply.error.code, _ANSI.sub("", reply.error.reason or "")
+    if code in _REASONS:
+        return _REASONS[code]
+    wrapped = _WRAPPED.fullmatch(text.strip())
+    if wrapped:
+        text = _of_exception(wrapped[1].rpartition(".")[2], wrapped[2])
+    return one_line(text if text.split() else f"error {code} without a reason")
+
+
+def _of_exception(kind: str, text: str) -> str:
+    """Return "Type: text" for an exception that Flower wrote down as its class and its text."""
+    if kind.startswith(("Actor", "RayActor", "WorkerCrashed", "OutOfMemory", "NodeDied")):
+        return _DIED
+    blocks = _CHAINED.split(text)
+    # Ray's traceback; the last exception is Flower's ClientAppException around the client's own.
+    block = blocks[-2] if len(blocks) > 1 and "ClientAppException" in blocks[-1] else blocks[-1]
+    lines = block.splitlines()
+    in_traceback = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    if in_traceback:
+        return " ".join(lines[in_traceback[-1] + 1 :])
+    words = _FLOWERS_WORDS.sub("", block.strip())
+    return words if kind == "ClientAppException" else f"{kind}: {words}"

@@ -1,0 +1,347 @@
+"""Orders and reports as Flower records.
+
+An order travels as the experiment's keys (any Ray worker may get any client), the instruction, the
+samples asked for and the knowledge; a report as its numbers and the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from reprlib import repr as shown
+from time import perf_counter
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedkd.clients.instructions import REPORTED, Order, Report
+from fedkd.errors import FedkdError, one_line
+from fedkd.experiment import Experiment
+from fedkd.federation.knowledge_records import (
+    decode_knowledge,
+    decode_tensor,
+    encode_knowledge,
+    typed_record,
+)
+from fedkd.knowledge import Knowledge, Sizes, SoftLabels, Wire
+from fedkd.knowledge.codec import Packed, Reference, pack_samples, unpack_samples
+from fedkd.knowledge.wire import PLAIN
+from fedkd.phases import from_text, to_text
+
+TRAIN, HELLO = "train.fedkd", "query.hello"
+"""Message types: execute an order; say who you are."""
+
+_SECONDS = "seconds "
+"""Begins the names under which a client reports how long it took."""
+
+_EVENT = "event "
+"""Begins the names under which a client reports how often something broke and was mended."""
+
+MOST_NUMBERS = 1000
+"""The most numbers that a report may hold: an honest one has a few for each phase."""
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a client says of itself before the first round.
+
+    Attributes:
+        client: partition id.
+        num_examples: its private images.
+        student: architecture of its student.
+        sources: fingerprint of the code it runs.
+    """
+
+    client: int
+    num_examples: int
+    student: str
+    sources: str
+
+
+def encode_introduction(introduction: Introduction) -> RecordDict:
+    """Pack an introduction."""
+    return RecordDict({"introduction": ConfigRecord({**vars(introduction)})})
+
+
+def decode_introduction(records: RecordDict) -> Introduction:
+    """Unpack an introduction.
+
+    Raises:
+        FedkdError: it is not one.
+    """
+    fields = dict(typed_record(records, "introduction", ConfigRecord) or {})
+    wanted = {"client": int, "num_examples": int, "student": str, "sources": str}
+    if {name: type(value) for name, value in fields.items()} != wanted:
+        raise FedkdError(
+            f"sends no introduction (it has {shown([*fields]) if fields else 'nothing'})"
+        )
+    introduction: dict[str, Any] = fields
+    return Introduction(**introduction)
+
+
+def experiment_record(experiment: Experiment) -> ConfigRecord:
+    """Pack the experiment's keys."""
+    return ConfigRecord(dict(experiment.flat()))
+
+
+def decode_experiment(records: RecordDict) -> Experiment:
+    """Unpack the experiment's keys.
+
+    Raises:
+        FedkdError: they are missing or do not validate.
+    """
+    keys = typed_record(records, "experiment", ConfigRecord)
+    if keys is None:
+        raise FedkdError("the message carries no experiment")
+    try:
+        return Experiment.load(("the message", dict(keys)))
+    except FedkdError as error:
+        raise FedkdError(one_line(str(error))) from None
+
+
+def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
+    """Pack the public samples asked for (int64 ``[M]``) as a record ``request``, if there are any.
+
+    Without any sample in it, it asks for the whole public set.
+    """
+    if not len(asked):
+        return {}
+    listed = pack_samples(asked, sizes.num_public)
+    arrays = {} if listed is None else {"samples": Array(listed.numpy())}
+    return {"request": ArrayRecord(arrays)}
+
+
+def encode_order(
+    order: Order,
+    experiment: ConfigRecord,
+    knowledge: dict[str, Any],
+    request: dict[str, Any],
+) -> RecordDict:
+    """Pack an order.
+
+    Args:
+        order: what the client is to do.
+        experiment: see `experiment_record`; shared by all messages.
+        knowledge: see `encode_knowledge`; shared by all who receive the same.
+        request: see `encode_request`; shared by all who are asked the same.
+    """
+    instruction: dict[str, Any] = {
+        "client": order.client,
+        "round": order.round,
+        "base": order.base,
+        "phases": to_text(order.phases),
+        "knowledge-round": order.knowledge_round,
+        "evaluate": order.evaluate,
+        "wire": str(order.wire),
+    }
+    records: dict[str, Any] = {
+        "experiment": experiment,
+        "instruction": ConfigRecord(instruction),
+        **knowledge,
+        **request,
+    }
+    return RecordDict(records)
+
+
+def decode_order(
+    records: RecordDict,
+    sizes: Sizes,
+    *,
+    num_examples: int,
+    seen: dict[Any, Knowledge | Packed | None] | None = None,
+) -> Order:
+    """Unpack an order.
+
+    Soft labels of which only changed rows were sent stay packed: what they add to is in the client's
+    state.
+
+    Args:
+        records: of a message.
+        sizes: of the public set.
+        num_examples: the client's private images.
+        seen: knowledge decoded before, by its bytes; orders that share them share one object, which
+            is how a stack knows that all its clients received the same.
+
+    Raises:
+        FedkdError: the records do not make up an order.
+    """
+    seen = {} if seen is None else seen
+    try:
+        instruction = _instruction(records)
+        knowledge = _received(records, sizes, instruction["client"], num_examples, seen)
+        asked = torch.empty(0, dtype=torch.int64)
+        request = typed_record(records, "request", ArrayRecord)
+        if request is not None:
+            listed = decode_tensor("samples", request["samples"]) if "samples" in request else None
+            asked = unpack_samples(listed, sizes.num_public)
+        return Order(
+            client=instruction["client"],
+            round=instruction["round"],
+            base=instruction["base"],
+            phases=from_text(instruction["phases"]),
+            asked=asked,
+            knowledge=knowledge,
+            knowledge_round=instruction["knowledge-round"],
+            evaluate=instruction["evaluate"],
+            wire=Wire.parse(instruction["wire"]),
+        )
+    except FedkdError as error:
+        raise FedkdError(one_line(str(error))) from None
+    except Exception as error:
+        # As with knowledge: a foreign message can make the decoder raise anything.
+        raise FedkdError(f"the order cannot be read: {one_line(error)}") from None
+
+
+def _received(
+    records: RecordDict,
+    sizes: Sizes,
+    client: int,
+    num_examples: int,
+    seen: dict[Any, Knowledge | Packed | None],
+) -> Knowledge | Packed | None:
+    """Return the knowledge of an order, one object for all orders that share its bytes."""
+    arrays = typed_record(records, "knowledge", ArrayRecord)
+    key = tuple(id(array.data) for array in arrays.values()) if arrays else ()
+    if key not in seen:
+        received = decode_knowledge(records, sizes, client=client, num_examples=num_examples)
+        if isinstance(received, Packed) and received.wire.rows == "all":
+            received, _ = SoftLabels.unpack(received, sizes.num_public)
+        seen[key] = received
+    return seen[key]
+
+
+def _instruction(records: RecordDict) -> dict[str, Any]:
+    """Return an order's instruction, its numbers and texts checked."""
+    given: Any = typed_record(records, "instruction", ConfigRecord)
+    instruction: dict[str, Any] = dict(given)
+    for name in ("client", "round", "base", "knowledge-round"):
+        if type(instruction[name]) is not int:
+            raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a whole number")
+    for name in ("phases", "evaluate", "wire"):
+        if type(instruction[name]) is not str:
+            raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a text")
+    return instruction
+
+
+def encode_report(report: Report, asked: Tensor, sizes: Sizes, decoding: float = 0.0) -> RecordDict:
+    """Pack a report; sample indices go along only for an answer other than what was asked.
+
+    Args:
+        report: what the client answers.
+        asked: samples that it was asked for.
+        sizes: of the public set.
+        decoding: seconds that reading its order took, reported together with those of this.
+    """
+    started = perf_counter()
+    knowledge: dict[str, Any] = {}
+    if report.answer is not None:
+        labels = report.answer if isinstance(report.answer, SoftLabels) else None
+        whole = labels is not None and torch.equal(labels.samples, asked)
+        knowledge = encode_knowledge(report.packed or report.answer, sizes, asked=whole)
+    encoding = report.seconds.get("encode", 0.0) + decoding + perf_counter() - started
+    seconds = {**report.seconds, "encode": encoding}
+    numbers: dict[str, Any] = {
+        "partition-id": report.client,
+        "num-examples": report.num_examples,
+        "round": report.round,
+        **report.metrics,
+        **{_SECONDS + name: spent for name, spent in seconds.items()},
+        **{_EVENT + name: count for name, count in report.events.items()},
+    }
+    return RecordDict({"report": MetricRecord(numbers), **knowledge})
+
+
+def decode_report(
+    records: RecordDict,
+    asked: Tensor,
+    sizes: Sizes,
+    wire: Wire = PLAIN,
+    reference: Reference | None = None,
+) -> Report:
+    """Unpack a report.
+
+    Args:
+        records: of a message.
+        asked: samples that the client was asked for.
+        sizes: of the public set.
+        wire: how its soft labels have to be encoded.
+        reference: what the server has of them already.
+
+    Raises:
+        FedkdError: the records do not make up a report.
+    """
+    reported = typed_record(records, "report", MetricRecord)
+    if reported is None:
+        raise FedkdError("sends no report")
+    if len(reported) > MOST_NUMBERS:
+        raise FedkdError(f"reports {len(reported)} numbers: must be at most {MOST_NUMBERS}")
+    numbers: dict[str, Any] = dict(reported)
+    client = _integer(numbers, "partition-id")
+    num_examples = _integer(numbers, "num-examples")
+    round = _integer(numbers, "round") if "round" in numbers else 0
+    events = {
+        name: _integer(numbers, _EVENT + name) for name in REPORTED if _EVENT + name in numbers
+    }
+    for name, value in numbers.items():
+        if not _is_finite(value):
+            raise FedkdError(
+                f"sends metrics that are not finite numbers: {shown(name)} = {_said(value)}"
+            )
+    seconds = {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)}
+    metrics = {n: v for n, v in numbers.items() if not n.startswith((_SECONDS, _EVENT))}
+    answer = decode_knowledge(
+        records, sizes, client=client, num_examples=num_examples, samples=asked
+    )
+    newer = None
+    if isinstance(answer, Packed):
+        owner = torch.tensor([client]), torch.tensor([num_examples])
+        answer, newer = _unpacked(answer, sizes, wire, reference, owner)
+    return Report(
+        client=client,
+        num_examples=num_examples,
+        answer=answer,
+        metrics=metrics,
+        seconds=seconds,
+        reference=newer,
+        events=events,
+        round=round,
+    )
+
+
+def _unpacked(
+    packed: Packed,
+    sizes: Sizes,
+    wire: Wire,
+    reference: Reference | None,
+    owner: tuple[Tensor, Tensor],
+) -> tuple[SoftLabels, Reference | None]:
+    """Decode a client's soft labels, if they are encoded as they have to be."""
+    if (packed.wire, packed.sets) != (wire, 1):
+        raise FedkdError(
+            f"sends {shown(packed.sets)} × {packed.wire}, where one set as {wire} was asked for"
+        )
+    try:
+        return SoftLabels.unpack(packed, sizes.num_public, reference, owner)
+    except FedkdError as error:
+        raise FedkdError(f"sends soft labels that are none: {error}") from None
+
+
+def _integer(numbers: dict[str, Any], name: str) -> int:
+    value = numbers.pop(name, None)
+    if type(value) is not int or value.bit_length() > 63:
+        raise FedkdError(f"sends {name} = {_said(value)}, which must be a whole number of 64 bits")
+    return value
+
+
+def _is_finite(value: object) -> bool:
+    if type(value) is int:
+        return value.bit_length() <= 63
+    return type(value) is float and math.isfinite(value)
+
+
+def _said(value: object) -> str:
+    """Return what stands for a number, shortened; Python refuses to write out the largest ones."""
+    is_vast = isinstance(value, int) and value.bit_length() > 63
+    return "a number of more than 64 bits" if is_vast else shown(value)

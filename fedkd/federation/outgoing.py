@@ -1,0 +1,105 @@
+"""What each client gets of the newest knowledge, encoded once for all who get the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+from fedkd.federation.algorithm import CheckedAlgorithm
+from fedkd.federation.checkpoint import Checkpoint
+from fedkd.federation.knowledge_records import encode_knowledge
+from fedkd.federation.server import Server
+from fedkd.knowledge import Knowledge, SoftLabels, Weights
+from fedkd.knowledge.codec import Reference
+from fedkd.phases import Phase
+
+_Records = dict[str, Any]
+
+
+class SharedReferences:
+    """One object for all clients that have the same soft labels, whichever way they came by them.
+
+    What no client has any more is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._by_digest: WeakValueDictionary[bytes, Reference] = WeakValueDictionary()
+
+    def shared(self, reference: Reference | None) -> Reference | None:
+        """Return the object that stands for all references equal to this one."""
+        if reference is None:
+            return None
+        return self._by_digest.setdefault(reference.digest(), reference)
+
+
+class Outgoing:
+    """The knowledge that goes out in one exchange.
+
+    Args:
+        algorithm: says what each client receives.
+        server: knows the experiment and the sizes of the public set.
+        kept: the newest knowledge, and what each client has already.
+        references: of this federation.
+    """
+
+    def __init__(
+        self,
+        algorithm: CheckedAlgorithm,
+        server: Server,
+        kept: Checkpoint,
+        references: SharedReferences,
+    ) -> None:
+        self._algorithm = algorithm
+        self._experiment = server.experiment
+        self._sizes = server.world.sizes
+        self._kept = kept
+        self._references = references
+        # By the ids of what was encoded and of what its receivers had, which are kept beside it:
+        # another object could take over the id of a freed one.
+        self._encodings: dict[
+            tuple[int, int], tuple[object, object, _Records, Reference | None]
+        ] = {}
+
+    def records_for(
+        self, client: int, phases: Sequence[Phase]
+    ) -> tuple[_Records, Reference | None] | None:
+        """Encode what a client receives, once for all who receive the same and have the same.
+
+        Args:
+            client: partition id.
+            phases: what it is to do with the knowledge.
+
+        Returns:
+            The records, and what the client has of our soft labels once it has them; ``None`` where
+            there is no knowledge for it.
+
+        Raises:
+            FedkdError: the algorithm's mistake, with its place.
+        """
+        if self._kept.knowledge is None:
+            return None
+        part = self._algorithm.personalise(self._kept.knowledge, client, phases)
+        identity: object = part
+        if isinstance(part, Weights):
+            student = self._experiment.student_of(client)
+            if student not in part.by_model:
+                return None
+            identity, part = part.by_model[student], part.only(student)
+        known = self._kept.sent.get(client)
+        key = id(identity), id(known)
+        if key not in self._encodings:
+            with self._algorithm.named("personalise", [client]):
+                self._algorithm.check_knowledge(part)
+                self._encodings[key] = (identity, known, *self._encoded(part, known))
+        *_, records, newer = self._encodings[key]
+        return records, newer
+
+    def _encoded(
+        self, part: Knowledge, known: Reference | None
+    ) -> tuple[_Records, Reference | None]:
+        """Encode knowledge for clients that have `known` of it already."""
+        if not isinstance(part, SoftLabels):
+            return encode_knowledge(part, self._sizes, asked=False), None
+        packed, newer = part.pack(self._algorithm.wire_down, self._sizes.num_public, known)
+        return encode_knowledge(packed, self._sizes, asked=False), self._references.shared(newer)

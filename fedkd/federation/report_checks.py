@@ -1,0 +1,159 @@
+"""What a server believes of a client's report: everything else is refused with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import replace
+
+import torch
+
+from fedkd.clients.instructions import Order, Report
+from fedkd.data.federated import World
+from fedkd.errors import FedkdError, Setting
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
+from fedkd.phases import ANSWERS, MeanByClass, Predict
+from fedkd.training.architectures import architectures_of
+from fedkd.training.profiling import PART
+
+LARGEST_METRIC = 3.4e38
+"""The largest loss or norm that is believed: one that fits into float32."""
+
+LONGEST_S = 1e9
+"""The most seconds that a client is believed to have spent on a phase."""
+
+MOST_EVENTS = 1_000_000
+"""The most often that something is believed to have broken at a client in a round."""
+
+_PARTS = ("data", "forward", "backward", "optimizer", "predict", "evaluate")
+
+
+def check_report(report: Report, order: Order, world: World, student: str) -> None:
+    """Refuse a report that would poison the round.
+
+    Args:
+        report: as it came.
+        order: what the client was asked for.
+        world: its private images are counted there.
+        student: architecture of its student.
+
+    Raises:
+        FedkdError: says what the client did, as in "answers samples that were not asked for".
+    """
+    if report.client != order.client:
+        raise FedkdError(f"replies for partition {report.client}")
+    if report.round != order.round:
+        which = f"round {report.round}" if report.round else "no round that it names"
+        raise FedkdError(f"replies to {which} in round {order.round}")
+    if report.num_examples != (held := len(world.shards[order.client])):
+        raise FedkdError(f"sends num-examples = {report.num_examples} of a partition of {held}")
+    if order.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
+        raise FedkdError("sends no final accuracy")
+    answers = [phase for phase in order.phases if isinstance(phase, ANSWERS)]
+    if report.answer is not None and not answers:
+        raise FedkdError("sends knowledge that nobody asked for")
+    for phase in answers:
+        if isinstance(phase, Predict):
+            _check_labels(report.answer, phase, order)
+        elif isinstance(phase, MeanByClass):
+            _check_means(report, phase, world, student)
+        else:
+            _check_weights(report.answer, world, student)
+    if report.answer is not None:
+        check_answer(report.answer)
+
+
+def with_known_numbers(report: Report, order: Order) -> Report:
+    """Return a report without metrics, seconds and events that do not follow from its order.
+
+    Raises:
+        FedkdError: one of the others is not in its range.
+    """
+    names = [phase.name for phase in order.phases]
+    shares = {"accuracy", "training_accuracy"} if order.evaluate == "end" else set()
+    if order.evaluate != "none":
+        shares |= {"own_accuracy", "agreement", *(f"accuracy_after_{name}" for name in names)}
+    losses, norms = ({f"{what}_{name}" for name in names} for what in ("loss", "gradient_norm"))
+    spent = {"encode", *names, *(f"{PART} {name}" for name in _PARTS)}
+    metrics = {
+        **_within(report.metrics, shares, 0, 1),
+        **_within(report.metrics, losses, -LARGEST_METRIC, LARGEST_METRIC),
+        **_within(report.metrics, norms, 0, LARGEST_METRIC),
+    }
+    _within(report.events, report.events, 0, MOST_EVENTS)
+    return replace(
+        report,
+        metrics={name: metrics[name] for name in report.metrics if name in metrics},
+        seconds=_within(report.seconds, spent, 0, LONGEST_S),
+    )
+
+
+def _within(
+    numbers: Mapping[str, float], known: Container[str], low: float, high: float
+) -> dict[str, float]:
+    """Return the numbers that are known, refusing one that is out of range."""
+    found = {name: value for name, value in numbers.items() if name in known}
+    for name, value in found.items():
+        if not low <= value <= high:
+            raise FedkdError(f"sends {name} = {value:g}, which must be {low:g} to {high:g}")
+    return found
+
+
+def _check_labels(answer: Knowledge | None, phase: Predict, order: Order) -> None:
+    if not isinstance(answer, SoftLabels) or answer.space != phase.space:
+        raise FedkdError(f"does not send the {phase.space} that were asked for")
+    if answer.samples is order.asked:  # the answer names none of its own
+        return
+    if not bool(torch.isin(answer.samples, order.asked).all()):
+        raise FedkdError("answers samples that were not asked for")
+
+
+def _check_means(report: Report, phase: MeanByClass, world: World, student: str) -> None:
+    answer = report.answer
+    if not isinstance(answer, ClassMeans) or answer.of != phase.of:
+        raise FedkdError(f"does not send the means of its {phase.of} that were asked for")
+    shape = (1, world.num_classes, means_width(phase, world, student))
+    if answer.values.dtype != torch.float32 or tuple(answer.values.shape) != shape:
+        raise FedkdError(
+            f"sends {answer.values.dtype} of shape {tuple(answer.values.shape[1:])}: must be "
+            f"float32 of shape {shape[1:]}"
+        )
+    if int(answer.counts.sum()) != report.num_examples:
+        raise FedkdError(
+            f"sends counts that add up to {int(answer.counts.sum())}, with num-examples = "
+            f"{report.num_examples}"
+        )
+
+
+def means_width(phase: MeanByClass, world: World, student: str) -> int:
+    """Return D, the width of what is averaged by class: classes, or the student's features.
+
+    Raises:
+        FedkdError: the student has no features.
+    """
+    if phase.of != "features":
+        return world.num_classes
+    head = getattr(architectures_of(world).skeleton(student), "head", None)
+    width = getattr(head, "in_features", None)
+    if not isinstance(width, int):
+        raise FedkdError(
+            Setting("student", student),
+            ": its features are asked for, so it must be head(body(images)) with a "
+            "torch.nn.Linear as head",
+        )
+    return width
+
+
+def _check_weights(answer: Knowledge | None, world: World, student: str) -> None:
+    if not isinstance(answer, Weights) or list(answer.by_model) != [student]:
+        raise FedkdError(f"does not send the weights of {student} that were asked for")
+    model = architectures_of(world).skeleton(student)
+    reference = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sent = answer.by_model[student].tensors
+    if set(sent) != set(reference):
+        raise FedkdError(f"sends other parameters than {student} has")
+    for name, tensor in reference.items():
+        if sent[name].shape[1:] != tensor.shape or sent[name].dtype != tensor.dtype:
+            raise FedkdError(
+                f"sends {name} as {sent[name].dtype} of shape {tuple(sent[name].shape[1:])}: "
+                f"must be {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,234 @@
+"""What a federation writes down: a row for each round, the result, and both as Flower's metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from time import monotonic
+from typing import Any, Literal
+
+import torch
+from flwr.app import MetricRecord
+from flwr.serverapp.strategy import Result
+
+from fedkd.clients.instructions import Report
+from fedkd.clients.memories import Memories, collected
+from fedkd.clients.privacy import epsilon
+from fedkd.experiment import Experiment
+from fedkd.federation.checkpoint import Checkpoint
+from fedkd.federation.exchange import Exchange
+from fedkd.federation.server import Server
+from fedkd.knowledge import SoftLabels, Weights
+from fedkd.knowledge.calibration import described, detailed
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder, environment
+from fedkd.records.results import mean_of
+
+
+class RunRecord:
+    """The record of a run, in memory and in its folder.
+
+    Args:
+        server: what is tested and described.
+        folder: where the record is written, if anywhere.
+
+    Attributes:
+        rows: of the rounds so far.
+    """
+
+    def __init__(self, server: Server, folder: RunFolder | None) -> None:
+        self._server = server
+        self._folder = folder
+        self.rows: list[Row] = []
+
+    def keep(self, rounds: int) -> None:
+        """Take up the rows of the first rounds from the folder, and drop all others."""
+        assert self._folder is not None
+        self.rows = self._folder.keep(rounds)
+
+    def row(
+        self,
+        exchange: Exchange,
+        kept: Checkpoint,
+        *,
+        digested_round: int,
+        accepted: bool,
+        spent: Mapping[str, float],
+    ) -> Row:
+        """Return the row of a round.
+
+        Args:
+            exchange: of this round, its replies sorted.
+            kept: what the server goes on with.
+            digested_round: round of the knowledge that clients received.
+            accepted: whether there was a quorum.
+            spent: seconds of the server's own work.
+        """
+        encoding = {"encode": exchange.encoding}
+        seconds = _summed([*(report.seconds for report in exchange.reports), encoding])
+        return {
+            "round": self._server.round,
+            "sampled": exchange.sampled,
+            "answered": [report.client for report in exchange.reports],
+            "dropped": _dropped(exchange),
+            "accepted": accepted,
+            "events": _events_of(exchange),
+            "knowledge_round": digested_round or None,
+            **_metrics(exchange.reports),
+            **self._knowledge_fields(kept),
+            "epsilon": _epsilon(self._server.experiment, kept.asked),
+            "server_accuracy": self._server_accuracy(exchange, kept),
+            **exchange.up.record("up", exchange.sampled),
+            **exchange.down.record("down", exchange.sampled),
+            "seconds": {**seconds, **spent},
+        }
+
+    def add(self, row: Row, kept: Checkpoint) -> None:
+        """Keep a row, and write it to the folder together with details of the round's knowledge."""
+        self.rows.append(row)
+        if self._folder is None:
+            return
+        labels = self._new_labels(kept)
+        if labels is not None:
+            details = detailed(labels, self._server.world.public_truth)
+            self._folder.append("knowledge.jsonl", {"round": row["round"], **details})
+        self._folder.append_round(row)
+
+    def _new_labels(self, kept: Checkpoint) -> SoftLabels | None:
+        """Return the soft labels of this round, if it made any."""
+        is_new = kept.knowledge_round == self._server.round
+        return kept.knowledge if is_new and isinstance(kept.knowledge, SoftLabels) else None
+
+    def _knowledge_fields(self, kept: Checkpoint) -> dict[str, Any]:
+        """Describe this round's soft labels, if there are any."""
+        labels = self._new_labels(kept)
+        if labels is None:
+            return {}
+        truth = self._server.world.public_truth
+        return described(labels, truth, self._server.experiment.tau)
+
+    def _server_accuracy(self, exchange: Exchange, kept: Checkpoint) -> float | None:
+        """Test the server's model when the clients test theirs."""
+        if not any(order.evaluate != "none" for order in exchange.orders.values()):
+            return None
+        weights = kept.knowledge if isinstance(kept.knowledge, Weights) else None
+        return self._server.accuracy(weights)
+
+    def close(
+        self,
+        exchange: Exchange,
+        kept: Checkpoint,
+        *,
+        reports: Literal["clients", "server"],
+        started: float,
+    ) -> dict[str, Any]:
+        """Take the final accuracies and write ``result.json``.
+
+        Args:
+            exchange: the closing one, its replies sorted.
+            kept: what the server has in the end.
+            reports: whose accuracy the algorithm's paper reports.
+            started: when the run began, seconds.
+        """
+        final = {report.client: report.metrics for report in exchange.reports}
+        clients = range(self._server.num_clients)
+        device = str(self._server.world.train.device)
+        result = {
+            "accuracy": mean_of(m["accuracy"] for m in final.values()),
+            "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
+            "own_accuracy": mean_of(m["own_accuracy"] for m in final.values()),
+            "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
+            **_trained(final, clients),
+            "server_accuracy": self._server_accuracy(exchange, kept),
+            "reports": reports,
+            "epsilon": _epsilon(self._server.experiment, kept.asked),
+            "dropped": _dropped(exchange),
+            "events": _added([*(row["events"] for row in self.rows), _events_of(exchange)]),
+            "rounds": len(self.rows),
+            **kept.totals,
+            "test_size": len(self._server.world.test),
+            "seconds": monotonic() - started,
+            "environment": environment(device, torch.get_num_threads()),
+        }
+        if self._folder is not None:
+            self._collect(final, self._folder)
+            self._folder.write_result(result)
+        return result
+
+    def _collect(self, answered: Iterable[int], folder: RunFolder) -> None:
+        """Bring together what the models answered on the test images, where clients share our disk."""
+        memories = Memories(folder.path / "clients" / "memory")
+        labels = self._server.world.test.labels
+        assert labels is not None
+        closing = dict.fromkeys(answered, self._server.round + 1)
+        tested = collected(memories, closing, labels.cpu())
+        if tested is not None:
+            tested.save(folder.path)
+
+    def flower_result(self, result: Mapping[str, Any]) -> Result:
+        """Summarise the record as Flower's metrics by round."""
+        flower = Result()
+        for row in self.rows:
+            flower.train_metrics_clientapp[row["round"]] = plain_numbers(row)
+        flower.evaluate_metrics_clientapp[len(self.rows)] = plain_numbers(result)
+        return flower
+
+
+def plain_numbers(row: Mapping[str, Any]) -> MetricRecord:
+    """Return a record's numbers: all that Flower's metrics can hold."""
+    return MetricRecord({name: value for name, value in row.items() if type(value) in (int, float)})
+
+
+def _dropped(exchange: Exchange) -> dict[str, str]:
+    return {str(client): exchange.dropped[client] for client in sorted(exchange.dropped)}
+
+
+def _events_of(exchange: Exchange) -> dict[str, int]:
+    """Count the events that clients report and those of the machinery between us and them."""
+    return _added([exchange.events.take(), *(report.events for report in exchange.reports)])
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add up how often events of each kind happened."""
+    total = Counter[str]()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
+
+
+def _epsilon(experiment: Experiment, asked: Mapping[int, int]) -> float | None:
+    """Return ε of the client that has been asked for most; `None` without noise, or if infinite."""
+    if not experiment.dp_noise:
+        return None
+    rows = max(asked.values(), default=0)
+    found = epsilon(noise=experiment.dp_noise, rows=rows, delta=experiment.dp_delta)
+    return found if isfinite(found) else None
+
+
+def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -> dict[str, Any]:
+    """Return accuracies on private training images, of those clients that told theirs."""
+    told = [final.get(client, {}).get("training_accuracy") for client in clients]
+    known = [accuracy for accuracy in told if accuracy is not None]
+    mean = mean_of(known) if known else None
+    return {"training_accuracy": mean, "client_training_accuracy": told}
+
+
+def _metrics(reports: Sequence[Report]) -> dict[str, Any]:
+    """Turn the clients' metrics into means, and accuracies into lists as well."""
+    names = dict.fromkeys(name for report in reports for name in report.metrics)
+    metrics: dict[str, Any] = {}
+    for name in names:
+        values = [report.metrics.get(name) for report in reports]
+        metrics[name] = mean_of(v for v in values if v is not None)
+        if "accuracy" in name:
+            metrics[f"client_{name}"] = values
+    return metrics
+
+
+def _summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -1,0 +1,332 @@
+"""The round loop, once for all strategies: hello, T rounds, a closing exchange.
+
+A run costs 1 + T + 1 exchanges. Each round one message goes to every sampled client, with the newest
+knowledge and the phases to execute; its reply brings the answer and the metrics. A bad reply is
+dropped with its reason and the round goes on; below the quorum the previous knowledge stays. The
+record of a round, and what it takes to go on from it, is on disk before the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import Any, Literal
+
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from torch import Tensor
+
+from fedkd.clients.instructions import Order, Report
+from fedkd.clients.states import INITIAL
+from fedkd.data.federated import World, who_holds_what
+from fedkd.errors import DivergedError, FedkdError
+from fedkd.experiment import Experiment
+from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
+from fedkd.federation.checkpoint import Checkpoint
+from fedkd.federation.events import Events
+from fedkd.federation.exchange import Exchange
+from fedkd.federation.messages import TRAIN, encode_order, encode_request, experiment_record
+from fedkd.federation.outgoing import Outgoing, SharedReferences
+from fedkd.federation.roster import Roster
+from fedkd.federation.round_record import RunRecord
+from fedkd.federation.server import Replies, Server
+from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
+from fedkd.phases import Digest, Predict
+from fedkd.randomness import permutation
+from fedkd.records.files import Row
+from fedkd.records.folder import RunFolder
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
+_TOTALS = ("bytes_up", "bytes_down", "wire_bytes_up", "wire_bytes_down")
+
+LOST_ROUNDS = 3
+"""Rounds running without a quorum that end a run: clients that all died look like this."""
+
+
+class Federation:
+    """A federation in session.
+
+    Args:
+        strategy: the algorithm.
+        grid: reaches the clients.
+        experiment: the run.
+        world: the data as the server sees it.
+        folder: where records are written, if anywhere.
+        on_round: called with each round's record, once that is on disk.
+        events: what the machinery between us and the clients has to tell.
+
+    Attributes:
+        roster: the clients that have introduced themselves.
+    """
+
+    def __init__(
+        self,
+        strategy: Algorithm,
+        grid: Grid,
+        experiment: Experiment,
+        world: World,
+        folder: RunFolder | None = None,
+        on_round: Callable[[Row], None] = lambda _: None,
+        events: Events | None = None,
+    ) -> None:
+        strategy.check(experiment)
+        self._events = events or Events()
+        self._on_round = on_round
+        self._grid = grid
+        self._experiment = experiment
+        self._experiment_record = experiment_record(experiment)
+        self._server = Server(experiment, world)
+        self._algorithm = CheckedAlgorithm(strategy, self._server)
+        self._kept = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
+        self._references = SharedReferences()
+        self._exchange: Exchange | None = None
+        self._record = RunRecord(self._server, folder)
+        self._folder = folder
+        self.roster = Roster(grid, experiment, world, self._experiment_record)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The records of the rounds so far."""
+        return self._record.rows
+
+    # --- the whole run --------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Run all rounds that are not done yet and the closing exchange, and write the result."""
+        started = monotonic()
+        if self._folder is not None:
+            self._folder.write_shards(who_holds_what(self._server.world))
+            self._go_on(self._folder)
+        rounds = self._experiment.num_server_rounds
+        for number in range(self._kept.round + 1, rounds + 1):
+            messages = self.open_round(number)
+            self.finish_round(self._send(messages))
+        result = self.close(self._send(self.open_closing()), started)
+        return self._record.flower_result(result)
+
+    def _go_on(self, folder: RunFolder) -> None:
+        """Take up a run that was cut off after some of its rounds, if the folder holds one."""
+        kept = Checkpoint.load(folder.path)
+        self._record.keep(kept.round)
+        if kept.round:
+            kept.sent |= {k: self._references.shared(each) for k, each in kept.sent.items()}
+            _restore(self._server, kept)
+            self._kept = kept
+
+    def _send(self, messages: Iterable[Message]) -> list[Message]:
+        timeout = self._experiment.round_timeout
+        return list(self._grid.send_and_receive(messages, timeout=timeout))
+
+    # --- messages out ---------------------------------------------------------------------------
+
+    def open_round(self, number: int) -> list[Message]:
+        """Draw the round's clients and return their messages.
+
+        Raises:
+            FedkdError: clients are missing before the first round, or the strategy's mistake.
+        """
+        self._server.round = number
+        experiment = self._experiment
+        phases = self._algorithm.phases(number)
+        # Who comes in late begins with the phases of round 1.
+        predicts = any(
+            isinstance(phase, Predict) for phase in [*phases, *self._algorithm.phases(1)]
+        )
+        order = Order(
+            client=-1,
+            round=number,
+            base=INITIAL,
+            phases=tuple(phases),
+            asked=self._algorithm.request() if predicts else _NOTHING,
+            knowledge_round=self._kept.knowledge_round,
+            evaluate=self._evaluates(number),
+            wire=self._algorithm.wire_up,
+        )
+        drawn = permutation(experiment.num_clients, experiment.seed, "clients", number)
+        return self._open(order, sorted(drawn[: experiment.clients_per_round].tolist()))
+
+    def _evaluates(self, number: int) -> Literal["phases", "last", "none"]:
+        """Return after which phases of a round clients test their models."""
+        experiment = self._experiment
+        if number % experiment.evaluate_every and number != experiment.num_server_rounds:
+            return "none"
+        return "phases" if experiment.evaluate_phases == "all" else "last"
+
+    def open_closing(self) -> list[Message]:
+        """Return the messages of the closing exchange, to all clients."""
+        number = self._server.round + 1
+        order = Order(
+            client=-1,
+            round=number,
+            base=INITIAL,
+            phases=tuple(self._algorithm.closing(number)),
+            asked=_NOTHING,
+            knowledge_round=self._kept.knowledge_round,
+            evaluate="end",
+        )
+        return self._open(order, list(range(self._experiment.num_clients)))
+
+    def _open(self, order: Order, sampled: list[int]) -> list[Message]:
+        """Begin an exchange: address the order to every sampled client."""
+        self.roster.complete()
+        exchange = self._exchange = Exchange(sampled, events=self._events)
+        outgoing = Outgoing(self._algorithm, self._server, self._kept, self._references)
+        request = encode_request(order.asked, self._server.world.sizes)
+        first = tuple(self._algorithm.phases(1))
+        messages = []
+        for client in sampled:
+            node = self.roster.node_of(client)
+            if node is None:
+                exchange.dropped[client] = self.roster.why_missing()
+                continue
+            mine = replace(order, client=client, base=self._kept.base.get(client, INITIAL))
+            if mine.base == INITIAL and order.evaluate != "end":
+                mine = replace(mine, phases=first)
+            # A closing exchange that only tests needs none.
+            encoded = outgoing.records_for(client, mine.phases) if mine.phases else None
+            records: dict[str, Any] = {}
+            if encoded is not None:
+                records, exchange.sent[client] = encoded
+            content = encode_order(mine, self._experiment_record, records, request)
+            exchange.orders[client] = mine
+            self._count_asked(mine)
+            exchange.down.count(client, content)
+            timeout, group = self._experiment.round_timeout, str(order.round)
+            messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
+        exchange.encoding = monotonic() - exchange.started
+        return messages
+
+    def _count_asked(self, order: Order) -> None:
+        """Count the rows of soft labels that a client is about to give away."""
+        if any(isinstance(phase, Predict) for phase in order.phases):
+            asked = self._kept.asked
+            asked[order.client] = asked.get(order.client, 0) + len(order.asked)
+
+    # --- replies in -----------------------------------------------------------------------------
+
+    def finish_round(self, replies: Iterable[Message]) -> Row:
+        """Check the replies, update the knowledge, and write the round's record.
+
+        Raises:
+            FedkdError: the third round running without a quorum.
+        """
+        exchange = self._received(replies)
+        digested_round = self._kept.knowledge_round
+        accepted = len(exchange.reports) >= self._experiment.quorum
+        aggregating = monotonic()
+        if accepted:
+            self._accept(exchange)
+        self._kept.lost = 0 if accepted else self._kept.lost + 1
+        spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
+        row = self._record.row(
+            exchange, self._kept, digested_round=digested_round, accepted=accepted, spent=spent
+        )
+        self._record.add(row, self._kept)
+        if self._folder is not None:
+            _note(self._server, self._kept)
+            self._kept.save(self._folder.path)  # from now on the round is done
+        self._on_round(row)
+        if self._kept.lost >= LOST_ROUNDS:
+            what = (
+                f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
+                f"{LOST_ROUNDS} rounds running"
+            )
+            raise _failure(what, exchange.dropped.values(), self._experiment.learning_rate)
+        return row
+
+    def close(self, replies: Iterable[Message], started: float) -> dict[str, Any]:
+        """Take the final accuracies and write ``result.json``.
+
+        Raises:
+            FedkdError: no round had a quorum, or no client answered the closing exchange.
+        """
+        exchange, rate = self._received(replies), self._experiment.learning_rate
+        if not any(row["accepted"] for row in self.rows):
+            reasons = {reason for row in self.rows for reason in row["dropped"].values()}
+            what = f"no round had a quorum of {self._experiment.quorum}"
+            raise _failure(what, reasons, rate)
+        if not exchange.reports:
+            what = "no client answered the closing exchange"
+            raise _failure(what, exchange.dropped.values(), rate)
+        reports = self._algorithm.facts.reports
+        return self._record.close(exchange, self._kept, reports=reports, started=started)
+
+    def _received(self, replies: Iterable[Message]) -> Exchange:
+        """Sort the replies into good reports, in order of partition, and drops with a reason."""
+        exchange = self._exchange
+        assert exchange is not None
+        client_of, world = self.roster.client_of(), self._server.world
+        exchange.receive(replies, client_of, self._experiment, world, self._kept.heard)
+        counted = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
+        for name in self._kept.totals:
+            self._kept.totals[name] += counted[name]
+        return exchange
+
+    def _accept(self, exchange: Exchange) -> None:
+        """Have the knowledge updated, and remember what came of it."""
+        new = self._algorithm.update(_replies(exchange.reports, self._server.targets))
+        self._commit(exchange)
+        if new is not None:
+            self._renew(new)
+
+    def _commit(self, exchange: Exchange) -> None:
+        """Remember from which state these clients go on, and what they have."""
+        for report in exchange.reports:
+            client = report.client
+            self._kept.base[client] = self._server.round
+            if client in exchange.sent:
+                self._kept.sent[client] = exchange.sent[client]
+            if isinstance(report.answer, SoftLabels):
+                self._kept.heard[client] = report.reference
+
+    def _renew(self, new: Knowledge) -> None:
+        """Put new knowledge in place of the previous, and let an observing server's model digest it."""
+        if isinstance(new, Weights) and isinstance(self._kept.knowledge, Weights):
+            # An architecture of which no client was drawn keeps its last average.
+            new = self._kept.knowledge.updated(new)
+        self._kept.knowledge, self._kept.knowledge_round = new, self._server.round
+        observes = self._algorithm.facts.server_model != "required"
+        if not observes or self._server.model is None or not isinstance(new, SoftLabels):
+            return
+        if len(new.values) == 1:
+            self._server.fit(Digest(), new)
+
+
+def _restore(server: Server, kept: Checkpoint) -> None:
+    """Give a server the state that is kept of it."""
+    server.round, server.state, server.trained = kept.round, dict(kept.state), kept.trained
+    if server.model is not None and kept.model is not None:
+        server.model.load(0, kept.model)
+
+
+def _note(server: Server, kept: Checkpoint) -> None:
+    """Keep the state of a server."""
+    kept.round, kept.state, kept.trained = server.round, server.state, server.trained
+    kept.model = None if server.model is None else server.model.state(0)
+
+
+def _failure(what: str, given: Iterable[str], rate: float) -> FedkdError:
+    """Say why clients were dropped, and what to try where their numbers grew out of bounds."""
+    reasons = sorted(set(given))
+    text = f"{what}; the clients' reasons: {'; '.join(reasons)}"
+    if any("not finite" in reason or "NaN or infinity" in reason for reason in reasons):
+        advice = f"training diverged at learning-rate = {rate:g}: try {rate / 10:g}"
+        return DivergedError(f"{text}; {advice}")
+    return FedkdError(text)
+
+
+def _replies(reports: Sequence[Report], targets: Tensor | None) -> Replies:
+    answers = [report.answer for report in reports]
+    labels = [answer for answer in answers if isinstance(answer, SoftLabels)]
+    means = [answer for answer in answers if isinstance(answer, ClassMeans)]
+    weights = [answer for answer in answers if isinstance(answer, Weights)]
+    return Replies(
+        [report.client for report in reports],
+        SoftLabels.stack(labels, targets) if labels else None,
+        ClassMeans.stack(means) if means else None,
+        Weights.stack(weights) if weights else None,
+    )

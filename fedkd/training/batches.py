@@ -1,0 +1,167 @@
+"""What a step of a fit sees: the batch of each client, with its soft labels and coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedkd.data.images import Augment, Images
+from fedkd.losses import Term
+from fedkd.randomness import at_steps, key
+from fedkd.training.schedule import Stream, schedule
+
+VECTOR = 4
+"""Widths of stacked batches are multiples of it: else a client's logits begin at odd addresses, and
+matrix products round differently by where that is."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One stream of batches of a fit: whose samples, with which soft labels, under which terms.
+
+    Attributes:
+        name: names the random stream (``"private"`` or ``"public"``).
+        images: where the samples are.
+        rows: int64 indices into `images`, one tensor a client.
+        terms: coefficients by term, each a number or a tensor ``[K]``.
+        teacher_logits: ``[1, N, C]`` (the same for all) or ``[K, N, C]`` (or as many as `taught_by`
+            names), in the order of `rows`; N is that of the client with most samples.
+        taught_by: which of the `teacher_logits` each client learns from, int64 ``[K]``; default: the only
+            one, or client k from the k-th.
+        augment: how images are changed as they are drawn.
+        class_means: ``[1, C, D]`` or ``[K, C, D]``, for terms that ask for them.
+        class_counts: ``[1, C]`` or ``[K, C]``, images behind them.
+        labels: what each client takes for the labels of its `rows`, int64; default: those of `images`.
+    """
+
+    name: str
+    images: Images
+    rows: Sequence[Tensor]
+    terms: Mapping[Term, float | Tensor]
+    teacher_logits: Tensor | None = None
+    taught_by: Tensor | None = None
+    augment: Augment = "none"
+    class_means: Tensor | None = None
+    class_counts: Tensor | None = None
+    labels: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some clients of a cohort that take their steps together.
+
+    Attributes:
+        clients: which of the cohort, the one with most steps first.
+        index: the same, int64 on the device.
+        steps: how many each takes.
+        streams: the random stream of each.
+        batch_size: B.
+        stacked: whether they run through ``vmap``; else it is one client.
+        dtype: of weights, coefficients and losses.
+    """
+
+    clients: Sequence[int]
+    index: Tensor
+    steps: Sequence[int]
+    streams: Sequence[Stream]
+    batch_size: int
+    stacked: bool
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        """Samples of a batch, with padding."""
+        return -(-self.batch_size // VECTOR) * VECTOR if self.stacked else self.batch_size
+
+
+class Batches:
+    """One side of a fit for the clients of a block: what they see at each step.
+
+    All that does not depend on the model is made for all steps at once, so that a step costs a gather.
+    """
+
+    def __init__(self, side: Side, block: Block) -> None:
+        index, device, dtype = block.index, block.index.device, block.dtype
+        self._images = side.images
+        self._augment: Augment = side.augment
+        self._stacked = block.stacked
+        rows = [side.rows[k].to(device) for k in block.clients]
+        streams = [(*stream, side.name) for stream in block.streams]
+        sizes = [len(r) for r in rows]
+        drawn = schedule(sizes, block.steps, block.batch_size, streams).padded(block.width)
+        drawn = drawn.to(device, dtype)
+        self._positions, self._weights, self._sizes = drawn.positions, drawn.weights, drawn.sizes
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self._rows = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
+        self._real = drawn.weights > 0
+        labels = side.images.labels
+        self._labels = torch.zeros_like(self._rows) if labels is None else labels[self._rows]
+        if side.labels is not None:
+            own = [side.labels[k].to(device) for k in block.clients]
+            padded = nn.utils.rnn.pad_sequence(own, batch_first=True)
+            self._labels = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
+        self._teacher_logits = side.teacher_logits
+        several = side.teacher_logits is not None and len(side.teacher_logits) > 1
+        taught_by = index if side.taught_by is None else side.taught_by.to(device)[index]
+        self._owner = taught_by if several else None
+        keys = [key(*stream, "step") for stream in streams]
+        self._keys = at_steps(torch.tensor(keys, device=device), max(block.steps))
+        means = {"class_means": side.class_means, "class_counts": side.class_counts}
+        self._constant = {
+            name: _own(tensor.to(device, dtype), index)
+            for name, tensor in means.items()
+            if tensor is not None
+        }
+        self.terms = list(side.terms)
+        self._coefficients = {
+            f"coefficient {i}": spread(value, index, dtype)
+            for i, value in enumerate(side.terms.values())
+        }
+
+    def batch(self, tick: int, active: int) -> dict[str, Tensor]:
+        """Return the batch of step `tick` for the first `active` clients.
+
+        One client at a time sees no padding: it is cut off instead of masked.
+        """
+        width = None if self._stacked else int(self._sizes[0, tick])
+        now = (slice(active), tick, slice(width))
+        keys = self._keys[:active, tick]
+        batch = {
+            "images": self._images.batches(
+                self._rows[now], self._augment, keys, channels_last=not self._stacked
+            ),
+            "labels": self._labels[now],
+            "weights": self._weights[now],
+            "key": keys,
+            **{
+                name: value[:active]
+                for name, value in {**self._coefficients, **self._constant}.items()
+            },
+        }
+        if self._stacked:
+            batch["real"] = self._real[now]
+        if self._teacher_logits is not None:
+            batch["teacher_logits"] = self._taught(self._positions[now])
+        return batch
+
+    def _taught(self, positions: Tensor) -> Tensor:
+        """Return the received logits ``[active, B, C]`` of these samples."""
+        assert self._teacher_logits is not None
+        if self._owner is None:
+            shared = self._teacher_logits[0].index_select(0, positions.flatten())
+            return shared.view(*positions.shape, -1)
+        return self._teacher_logits[self._owner[: len(positions), None], positions]
+
+
+def _own(tensor: Tensor, index: Tensor) -> Tensor:
+    """Give each client of a block its row of ``[K, ...]``, or the only one of ``[1, ...]``."""
+    return tensor[index] if len(tensor) > 1 else tensor.expand(len(index), *tensor.shape[1:])
+
+
+def spread(value: float | Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give each client of a block its own value of a number or of a tensor ``[K]``."""
+    tensor = torch.as_tensor(value, dtype=dtype, device=index.device)
+    return tensor[index] if tensor.ndim else tensor.expand(len(index))

@@ -1,0 +1,245 @@
+"""A cohort: K models of one architecture, trained, distilled and evaluated side by side.
+
+The only code in the project that trains, distils, predicts or evaluates. Parameters are stacked along
+a leading client axis; a client's numbers depend on its own data and random streams, never on who
+else is in the stack. How the models are run (all stacked through ``vmap``, or one by one) is a plan
+and changes results only within floating-point tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from fedkd.data.images import Images
+from fedkd.errors import FedkdError
+from fedkd.machine import Precision, forward_pass, matrix_products
+from fedkd.training.batches import VECTOR, Block, Side
+from fedkd.training.fit import BlockFit, Fitted, Progress, joined_fits
+from fedkd.training.lanes import in_lanes
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.parameters import State, Stateless, stacked
+from fedkd.training.plans import Plan
+from fedkd.training.schedule import Stream, steps_per_epoch
+from fedkd.training.vmap_modes import FeaturesFirst
+
+_Forward = Callable[[Stateless, Mapping[str, Tensor], Tensor], Tensor]
+
+IMAGES_AT_ONCE = {True: 1000, False: 250}
+"""Images a forward pass without training takes, stacked or not: measured best on a CPU."""
+
+
+class Answers(NamedTuple):
+    """What K models say of N images: classes int16 ``[K, N]``, and their probabilities ``[K, N]``."""
+
+    classes: Tensor
+    confidences: Tensor
+
+
+@dataclass
+class Cohort:
+    """K models of one architecture.
+
+    Attributes:
+        skeleton: the module whose structure all share; its own parameters are not used.
+        params: ``[K, ...]`` by name.
+        buffers: ``[K, ...]`` by name.
+        plan: how they are run.
+        precision: number format of the forward and backward passes.
+    """
+
+    skeleton: nn.Module
+    params: State
+    buffers: State
+    plan: Plan = field(default_factory=lambda: Plan(stacked=False))
+    precision: Precision = "float32"
+
+    @classmethod
+    def of(cls, skeleton: nn.Module, states: Sequence[State], plan: Plan) -> Cohort:
+        """Stack models from their states."""
+        return cls.over(skeleton, stacked(states), plan)
+
+    @classmethod
+    def over(
+        cls,
+        skeleton: nn.Module,
+        stack: State,
+        plan: Plan,
+        precision: Precision = "float32",
+    ) -> Cohort:
+        """Make a cohort that trains the tensors of a stack, ``[K, ...]`` by name, in place."""
+        params = {n: stack[n] for n, _ in skeleton.named_parameters()}
+        buffers = {n: stack[n] for n, _ in skeleton.named_buffers()}
+        return cls(skeleton, params, buffers, plan, precision)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.params.values())))
+
+    def state(self, k: int) -> State:
+        """Copy model `k` out of the stack."""
+        return {n: t[k].clone() for n, t in {**self.params, **self.buffers}.items()}
+
+    def only(self, k: int) -> Cohort:
+        """Return model `k` as a cohort of its own, which shares its tensors with this one."""
+        params = {name: tensor[k : k + 1] for name, tensor in self.params.items()}
+        buffers = {name: tensor[k : k + 1] for name, tensor in self.buffers.items()}
+        return replace(self, params=params, buffers=buffers)
+
+    def load(self, k: int, state: Mapping[str, Tensor]) -> None:
+        """Overwrite model `k`."""
+        for name, tensor in {**self.params, **self.buffers}.items():
+            tensor[k] = state[name].to(tensor.device, tensor.dtype)
+
+    def fit(
+        self,
+        sides: Sequence[Side],
+        *,
+        epochs: int | Sequence[int],
+        batch_size: int,
+        optimizer: OptimizerSettings,
+        streams: Sequence[Stream],
+        numbers: Mapping[str, float | Tensor] | None = None,
+        progress: Callable[[float], None] = lambda _: None,
+    ) -> Fitted:
+        """Train all models in place, with a fresh optimiser each.
+
+        Args:
+            sides: an epoch runs over the first; every step draws a batch of each other side as well.
+            epochs: passes over the first side's samples, of all models or of each.
+            batch_size: B.
+            optimizer: which one, with hyper-parameters per client where they are tensors ``[K]``.
+            streams: the random stream of each client.
+            numbers: what terms read from ``step.numbers``, each a number or a tensor ``[K]``.
+            progress: told the share of all steps that is done, 0..1, after each.
+
+        Raises:
+            FedkdError: a client has no samples.
+        """
+        self.skeleton.train()
+        passes = [epochs] * len(self) if isinstance(epochs, int) else epochs
+        steps = [
+            count * steps_per_epoch(len(rows), batch_size)
+            for count, rows in zip(passes, sides[0].rows, strict=True)
+        ]
+        for side in sides:
+            empty = [k for k, rows in enumerate(side.rows) if not len(rows)]
+            if empty:
+                raise FedkdError(f"model {empty[0]} of the cohort has no {side.name} samples")
+        order = sorted(range(len(self)), key=lambda k: -steps[k])
+        ticked = Progress(sum(steps), progress)
+        blocks = self._blocks(order)
+
+        def train(model: Stateless, clients: Sequence[int]) -> Fitted:
+            block = Block(
+                clients,
+                torch.tensor(clients, device=self._device),
+                [steps[k] for k in clients],
+                [streams[k] for k in clients],
+                batch_size,
+                self.plan.stacked,
+                self._dtype,
+            )
+            fit = BlockFit(model, self.params, self.buffers, sides, block, self.precision)
+            fitted = fit.train(optimizer, numbers or {}, ticked)
+            fit.write_back()
+            return fitted
+
+        with matrix_products(self.precision, self._device):
+            parts = in_lanes(train, blocks, self.skeleton, self.plan.lanes)
+        return joined_fits(parts, order)
+
+    def predict(self, images: Images, rows: Tensor | None = None) -> Tensor:
+        """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
+        return self._evaluated(images, rows, lambda logits: logits)
+
+    def features(self, images: Images, rows: Tensor | None = None) -> Tensor:
+        """Return what the models' bodies give, ``[K, N, D]``, in evaluation mode.
+
+        Raises:
+            FedkdError: the model is not a body and a head.
+        """
+        return self._evaluated(images, rows, lambda features: features, Stateless.features)
+
+    def classify(self, images: Images, rows: Tensor | None = None) -> Tensor:
+        """Return predicted classes, int16 ``[K, N]``, without holding all logits at once."""
+        # `argmax` itself is five times slower over few classes.
+        return self._evaluated(images, rows, lambda z: z.max(-1).indices.to(torch.int16))
+
+    def answer(self, images: Images) -> Answers:
+        """Return the predicted classes of all images, and how sure the models are of them."""
+
+        def read(z: Tensor) -> Tensor:
+            best = z.max(-1)
+            confidences = (best.values - z.logsumexp(-1)).exp()
+            return torch.stack([best.indices.to(z.dtype), confidences], -1)
+
+        classes, confidences = self._evaluated(images, None, read).unbind(-1)
+        return Answers(classes.to(torch.int16), confidences)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.params.values())).dtype
+
+    def _blocks(self, clients: Sequence[int]) -> list[Sequence[int]]:
+        """Deal clients into blocks, at least one a lane where there are enough of them."""
+        size = min(self.plan.block, -(-len(clients) // self.plan.lanes))
+        return [clients[first : first + size] for first in range(0, len(clients), size)]
+
+    @torch.no_grad()
+    def _evaluated(
+        self,
+        images: Images,
+        rows: Tensor | None,
+        read: Callable[[Tensor], Tensor],
+        forward: _Forward = Stateless.__call__,
+    ) -> Tensor:
+        """Return what `read` makes of the outputs ``[block, n, C]``, joined over models and images."""
+        self.skeleton.eval()
+        size, stacked = IMAGES_AT_ONCE[self.plan.stacked], self.plan.stacked
+
+        @torch.no_grad()
+        def run(model: Stateless, clients: Sequence[int]) -> Tensor:
+            block = slice(clients[0], clients[-1] + 1)
+            state = {n: t[block] for n, t in {**self.params, **self.buffers}.items()}
+            chunks = images.chunks(rows, size, channels_last=not stacked)
+            outputs = (self._outputs(partial(forward, model), state, chunk) for chunk in chunks)
+            return torch.cat([read(output) for output in outputs], 1)
+
+        blocks = self._blocks(range(len(self)))
+        with matrix_products(self.precision, self._device):
+            return torch.cat(in_lanes(run, blocks, self.skeleton, self.plan.lanes))
+
+    def _outputs(
+        self, forward: Callable[[State, Tensor], Tensor], state: State, images: Tensor
+    ) -> Tensor:
+        """Return the outputs ``[block, n, C]`` of a block of models for the same images."""
+
+        def one(state: State) -> Tensor:
+            with forward_pass(self.precision, self._device):
+                output = forward(state, images)
+            return output.to(self._dtype)
+
+        if not self.plan.stacked:
+            # A view, unlike indexing.
+            return one({name: tensor.squeeze(0) for name, tensor in state.items()}).unsqueeze(0)
+        count = len(images)
+        images = _whole_vectors(images)
+        with FeaturesFirst():
+            outputs: Tensor = vmap(one)(state)
+        return outputs[:, :count]
+
+
+def _whole_vectors(batch: Tensor) -> Tensor:
+    """Repeat the first image until the batch's width is a multiple of `VECTOR`."""
+    missing = -len(batch) % VECTOR
+    return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch

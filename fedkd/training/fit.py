@@ -1,0 +1,266 @@
+"""One fit of a block of models: every step, and how training went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from threading import Lock
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.functional import pad
+
+from fedkd.errors import FedkdError
+from fedkd.losses import Step
+from fedkd.machine import Precision, forward_pass
+from fedkd.training.batches import Batches, Block, Side, spread
+from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
+from fedkd.training.parameters import State, Stateless
+from fedkd.training.profiling import part
+from fedkd.training.vmap_modes import KeyedMode
+
+NORM_EVERY = 8
+"""Steps from one measurement of the gradient's norm to the next: a pass over all gradients costs time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """How training went, of K models that took up to T steps.
+
+    Attributes:
+        losses: ``[K]``, each model's mean training loss over its steps.
+        gradient_norms: ``[K]``, the Euclidean norm of the gradient of all trained parameters, mean over
+            every `NORM_EVERY`-th step.
+        loss_by_step: ``[K, T]``, NaN past a model's last step.
+        gradient_norm_by_step: ``[K, ⌈T / NORM_EVERY⌉]``, likewise.
+    """
+
+    losses: Tensor
+    gradient_norms: Tensor
+    loss_by_step: Tensor
+    gradient_norm_by_step: Tensor
+
+
+def joined_fits(parts: Sequence[Fitted], order: Sequence[int]) -> Fitted:
+    """Join blocks of models that stand in `order`, the one with most steps first."""
+    place = torch.tensor(order).argsort().to(parts[0].losses.device)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0].ndim > 1:
+            width = tensors[0].shape[1]
+            tensors = [pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tensors]
+        return torch.cat(tensors)[place]
+
+    return Fitted(**{each.name: joined(each.name) for each in fields(Fitted)})
+
+
+class Progress:
+    """Tells the share of all steps of a fit that is done, whichever lane does them."""
+
+    def __init__(self, total: int, told: Callable[[float], None]) -> None:
+        self._done, self._total, self._told = 0, total, told
+        self._lock = Lock()
+
+    def __call__(self, steps: int) -> None:
+        """Count steps that were just taken, of all models together."""
+        with self._lock:
+            self._done += steps
+            self._told(self._done / self._total)
+
+
+class BlockFit:
+    """Some clients of a cohort through one fit: a copy of their rows, sorted by steps to take."""
+
+    def __init__(
+        self,
+        model: Stateless,
+        params: State,
+        buffers: State,
+        sides: Sequence[Side],
+        block: Block,
+        precision: Precision,
+    ) -> None:
+        """Copy the rows of the block out of a cohort's `params` and `buffers`, ``[K, ...]`` by name."""
+        self._model, self._block, self._precision = model, block, precision
+        self._whole = (params, buffers)
+        self._params = {n: p[block.index] for n, p in params.items()}
+        self._buffers = {n: b[block.index] for n, b in buffers.items()}
+        self._start = self._starting_point(sides)
+        self._trained = [n for n, p in model.module.named_parameters() if p.requires_grad]
+        self._values: State = {}
+        self._sides = [Batches(side, block) for side in sides]
+
+    def _starting_point(self, sides: Sequence[Side]) -> State:
+        if any(term.needs_start for side in sides for term in side.terms):
+            return {n: p.clone() for n, p in self._params.items()}
+        return {}
+
+    def train(
+        self,
+        optimizer: OptimizerSettings,
+        numbers: Mapping[str, float | Tensor],
+        ticked: Callable[[int], None],
+    ) -> Fitted:
+        """Run every step."""
+        steps, index, dtype = self._block.steps, self._block.index, self._block.dtype
+        self._values = {n: spread(v, index, dtype) for n, v in numbers.items()}
+        stepper = StackedOptimizer(
+            [self._params[n] for n in self._trained],
+            optimizer.rows(index),
+            alone=not self._block.stacked,
+        )
+        trace = _Trace(steps, dtype, index.device)
+        for tick in range(steps[0]):
+            active = sum(count > tick for count in steps)
+            inputs = self._inputs(tick, active)
+            losses, grads = self._computed(inputs, watch=tick == 0)
+            trace.add(tick, losses, grads)
+            with part("optimizer"):
+                stepper.step(grads, active)
+            ticked(active)
+        return trace.fitted()
+
+    def _inputs(self, tick: int, active: int) -> _Inputs:
+        """Return all that the losses of a step depend on."""
+        with part("data"):
+            batches = [side.batch(tick, active) for side in self._sides]
+        return (
+            {n: p[:active] for n, p in self._params.items()},
+            {n: b[:active] for n, b in self._buffers.items()},
+            {n: p[:active] for n, p in self._start.items()},
+            {n: v[:active] for n, v in self._values.items()},
+            *batches,
+        )
+
+    def _computed(self, inputs: _Inputs, watch: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Return the losses ``[active]`` and the gradients of what is trained."""
+        with part("forward"):
+            params = {n: p.detach() for n, p in inputs[0].items()}
+            leaves = [params[n].requires_grad_() for n in self._trained]
+            losses = self._losses((params, *inputs[1:]), watch)
+        with part("backward"):
+            return losses.detach(), torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+
+    def _losses(self, inputs: _Inputs, watch: bool) -> Tensor:
+        # As one flat list: `vmap` would take the dictionaries apart and join them at every step.
+        names = [list(tree) for tree in inputs]
+
+        def one_client(*tensors: Tensor) -> Tensor:
+            return self._client_loss(watch, *_trees(names, tensors))
+
+        if self._block.stacked:
+            losses: Tensor = vmap(one_client)(*_flat(inputs))
+            return losses
+        return one_client(*(tensor.squeeze(0) for tensor in _flat(inputs))).unsqueeze(0)
+
+    def _client_loss(
+        self,
+        watch: bool,
+        params: State,
+        buffers: State,
+        start: State,
+        numbers: State,
+        *batches: State,
+    ) -> Tensor:
+        total = next(iter(params.values())).new_zeros(())
+        for side, batch in zip(self._sides, batches, strict=True):
+            with (
+                KeyedMode(batch["key"], batch.get("real"), watch=watch),
+                forward_pass(self._precision, self._block.index.device),
+            ):
+                logits, features = self._forward(side, {**params, **buffers}, batch["images"])
+            step = Step(
+                logits,
+                batch["labels"],
+                batch.get("teacher_logits"),
+                params,
+                start,
+                numbers,
+                features,
+                batch.get("class_means"),
+                batch.get("class_counts"),
+            )
+            for i, term in enumerate(side.terms):
+                value: object = term(step)
+                if not isinstance(value, Tensor):
+                    kind = type(value).__name__
+                    raise FedkdError(f"{term.reference} returns a {kind}: must be a tensor")
+                if value.shape not in ((), step.labels.shape):
+                    raise FedkdError(
+                        f"{term.reference} returns shape {tuple(value.shape)}: must be "
+                        f"{tuple(step.labels.shape)} (a value a sample), or () (added as it is)"
+                    )
+                mean = (value * batch["weights"]).sum() if value.ndim else value
+                total = total + batch[f"coefficient {i}"] * mean
+        return total
+
+    def _forward(self, side: Batches, state: State, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the logits, and the features if a term wants them."""
+        dtype = self._block.dtype
+        if not any(term.needs_features for term in side.terms):
+            return self._model(state, images).to(dtype), None
+        features = self._model.features(state, images)
+        return self._model.head(state, features).to(dtype), features.to(dtype)
+
+    def write_back(self) -> None:
+        """Put the trained rows back into the cohort."""
+        for mine, whole in zip((self._params, self._buffers), self._whole, strict=True):
+            for name, tensor in mine.items():
+                whole[name][self._block.index] = tensor
+
+
+_Inputs = tuple[State, ...]
+"""Of a step: parameters, buffers, parameters at the start, numbers, and a batch for each side."""
+
+
+def _flat(inputs: _Inputs) -> list[Tensor]:
+    return [tensor for tree in inputs for tensor in tree.values()]
+
+
+def _trees(names: Sequence[Sequence[str]], tensors: Sequence[Tensor]) -> list[State]:
+    left = iter(tensors)
+    return [{name: next(left) for name in tree} for tree in names]
+
+
+class _Trace:
+    """Losses and gradient norms of a block, step by step.
+
+    Args:
+        steps: of each model, the most first.
+    """
+
+    def __init__(self, steps: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        shape = (len(steps), steps[0])
+        self._steps = torch.tensor(steps, device=device)
+        self._losses = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        self._norms = torch.full_like(self._losses[:, ::NORM_EVERY], torch.nan)
+        # Summed as they come: a sum over a padded axis would round by how long that is.
+        self._loss = torch.zeros(len(steps), dtype=dtype, device=device)
+        self._norm = torch.zeros_like(self._loss)
+
+    def add(self, tick: int, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """Take in a step of the first models: losses ``[active]`` and gradients ``[active, ...]``."""
+        active = len(losses)
+        self._losses[:active, tick] = losses
+        self._loss[:active] += losses
+        if tick % NORM_EVERY == 0:
+            norms = _norms([grad for grad in grads if grad is not None])
+            self._norms[:active, tick // NORM_EVERY] = norms
+            self._norm[:active] += norms
+
+    def fitted(self) -> Fitted:
+        """Return what came of it."""
+        measured = -(-self._steps // NORM_EVERY)
+        return Fitted(self._loss / self._steps, self._norm / measured, self._losses, self._norms)
+
+
+def _norms(grads: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm ``[active]`` of each model's gradient, ``[active, ...]`` by parameter."""
+    norms = torch.zeros_like(grads[0].reshape(len(grads[0]), -1)[:, 0])
+    for grad in grads:
+        # Contiguous, as the order in which numbers are added is theirs in memory.
+        rows = grad.contiguous().view(len(grad), -1)
+        norms = torch.hypot(norms, torch.linalg.vector_norm(rows, dim=1))
+    return norms

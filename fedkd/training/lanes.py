@@ -1,0 +1,82 @@
+"""Lanes: jobs that run at the same time in threads of this process, each with its share of the CPU.
+
+A step of many small models is hundreds of short operations. Two lanes of one thread each beat one
+lane of two threads there, which meet after every operation, and by far where the machine is shared:
+what another process takes from one core then no longer stops the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
+from copy import deepcopy
+from functools import cache
+from queue import SimpleQueue
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from fedkd.training.parameters import Stateless
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+def in_lanes(
+    run: Callable[[Stateless, J], R], jobs: Sequence[J], skeleton: nn.Module, lanes: int
+) -> list[R]:
+    """Return ``run(model, job)`` for every job, in their order.
+
+    Args:
+        run: what to do with a model without parameters of its own, and of its lane's own.
+        jobs: taken from the front by whichever lane is free.
+        skeleton: copied for every lane.
+        lanes: how many run at once. A job has its share of the threads also if it is the only one, as
+            the number of threads decides the last bits of a product.
+    """
+    if lanes == 1:
+        model = Stateless(skeleton)
+        return [run(model, job) for job in jobs]
+    threads = torch.get_num_threads()
+    share = max(1, threads // lanes)
+    models: SimpleQueue[Stateless] = SimpleQueue()
+    for model in _copies(skeleton, lanes):
+        models.put(model)
+
+    def one(job: J) -> R:
+        torch.set_num_threads(share)  # of the calling thread
+        mine = models.get()
+        try:
+            return run(mine, job)
+        finally:
+            models.put(mine)
+
+    calls = [_pool(lanes).submit(copy_context().run, one, job) for job in jobs]
+    try:
+        return [call.result() for call in calls]
+    finally:
+        for call in calls:
+            call.cancel()
+        wait(calls)
+        torch.set_num_threads(threads)
+
+
+@cache
+def _pool(lanes: int) -> ThreadPoolExecutor:
+    """Return the threads of the lanes, which stay: starting one takes as long as a step."""
+    return ThreadPoolExecutor(lanes, thread_name_prefix="lane")
+
+
+_KEPT: WeakKeyDictionary[nn.Module, list[Stateless]] = WeakKeyDictionary()
+
+
+def _copies(skeleton: nn.Module, lanes: int) -> list[Stateless]:
+    """Return a copy of a model for every lane, in the same mode."""
+    kept = _KEPT.setdefault(skeleton, [])
+    kept += [Stateless(deepcopy(skeleton)) for _ in range(len(kept), lanes)]
+    for copy in kept[:lanes]:
+        copy.module.train(skeleton.training)
+    return kept[:lanes]

@@ -1,0 +1,276 @@
+"""Choose plans by measurement: a few steps of each way to run an architecture's clients.
+
+The choice never changes results beyond floating-point tolerance, but it decides bits; so it is written
+into the experiment (its ``plan`` key), which the run folder, the workers and the clients all read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from time import perf_counter
+
+import torch
+
+from fedkd.data.federated import World, world_of
+from fedkd.errors import FedkdError, Setting, one_line
+from fedkd.experiment import Experiment
+from fedkd.keys import AUTO
+from fedkd.losses import ce
+from fedkd.training.architectures import architectures_of
+from fedkd.training.batches import Side
+from fedkd.training.cohort import Cohort
+from fedkd.training.optimizers import OptimizerSettings
+from fedkd.training.plans import Plan, default_plan, largest_block
+from fedkd.training.schedule import steps_per_epoch
+
+_logger = logging.getLogger(__name__)
+
+STEPS = 6
+"""Steps of each plan, of which the first is not timed."""
+
+ROUNDS = 20
+"""Measuring takes about a hundredth of a run of so many rounds at most."""
+
+MARGIN = 0.9
+"""Share of the first plan's time that another one must stay below: noise should not decide."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan of an architecture, and why."""
+
+    architecture: str
+    plan: Plan
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.architecture} {self.plan} ({self.reason})"
+
+
+Counts = tuple[tuple[str, int], ...]
+"""How many models of each architecture are run at once."""
+
+
+def described(experiment: Experiment, counts: Counts = ()) -> dict[str, str]:
+    """Say which plans were chosen and why, for the run folder; see `choices`."""
+    return {"plans": "; ".join(map(str, choices(experiment, counts)))}
+
+
+def check_plan(experiment: Experiment) -> None:
+    """Refuse a plan for an architecture that the run does not have, or has twice.
+
+    Raises:
+        FedkdError: there is one; the text names it.
+    """
+    models = f"{experiment.student},{experiment.teacher},{experiment.server_model}"
+    known = sorted({name.strip() for name in models.split(",")} - {"none"})
+    named = [entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")]
+    for name in named:
+        if name and (name not in known or named.count(name) > 1):
+            raise FedkdError(
+                Setting("plan", experiment.plan),
+                f": '{name}' must be one of {', '.join(known)}, named once",
+            )
+
+
+def planned(experiment: Experiment, counts: Counts = ()) -> Experiment:
+    """Return the experiment with its plan written out; see `choices`."""
+    found = choices(experiment, counts)
+    if experiment.plan != AUTO or not found:
+        return experiment
+    return experiment.replace(plan=", ".join(f"{c.architecture}={c.plan}" for c in found))
+
+
+@lru_cache(maxsize=16)
+def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
+    """Choose how the models of each architecture are run, once for equal experiments.
+
+    Args:
+        experiment: the run.
+        counts: models by architecture; default the clients that a round of it runs in one process.
+    """
+    world = world_of(experiment)
+    counts = _largest(counts or clients_at_once(experiment))
+    if experiment.plan != AUTO:
+        plan = architectures_of(world).plan
+        return tuple(Choice(n, plan(n, experiment.plan), "as asked for") for n, _ in counts)
+    threads = _threads(experiment)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return tuple(_choose(experiment, world, name, count, threads) for name, count in counts)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _largest(counts: Counts) -> Counts:
+    """Name each architecture once: teacher and student may be of the same."""
+    found: dict[str, int] = {}
+    for name, count in counts:
+        found[name] = max(count, found.get(name, 0))
+    return tuple(found.items())
+
+
+def clients_at_once(experiment: Experiment) -> Counts:
+    """Return by architecture how many of its models are run at once, in one process."""
+    clients = range(experiment.num_clients)
+    names = Counter(experiment.student_of(k) for k in clients)
+    names.update(experiment.teacher_of(k) for k in clients)
+    del names["none"]
+    if experiment.engine == "flower":
+        return tuple((name, 1) for name in names)
+    share = experiment.clients_per_round / experiment.num_clients / max(1, experiment.num_workers)
+    return tuple((name, max(1, round(count * share))) for name, count in names.items())
+
+
+def _threads(experiment: Experiment) -> int:
+    """Return the threads that a process of the run has."""
+    if experiment.engine == "flower":
+        return max(1, int(experiment.client_cpus))
+    return max(1, torch.get_num_threads() // max(1, experiment.num_workers))
+
+
+def _choose(experiment: Experiment, world: World, name: str, clients: int, threads: int) -> Choice:
+    example = world.train.batch(torch.arange(2, device=world.train.device))
+    skeleton = architectures_of(world).skeleton(name)
+    default = default_plan(skeleton, example)
+    largest = largest_block(skeleton)
+    if world.train.device.type == "cuda":
+        threads = 1  # one process feeds the device
+        if default.stacked:
+            largest = min(largest, _fitting_block(experiment, world, name, clients))
+    plans = candidates(default, largest, clients, threads)
+    if len(plans) == 1:
+        return Choice(name, plans[0], "the only one")
+    times = _measure(experiment, world, name, clients, plans)
+    if not times:
+        return Choice(name, default, "none could be measured")
+    best = fastest(times)
+    others = ", ".join(f"{plan} {_text(t)}" for plan, t in times.items() if plan != best)
+    reason = f"{_text(times[best])} a client's step" + (f"; {others}" if others else "")
+    return Choice(name, best, reason)
+
+
+def _text(seconds: float) -> str:
+    return f"{seconds * 1e3:.2g} ms"
+
+
+def candidates(default: Plan, largest: int, clients: int, threads: int) -> list[Plan]:
+    """Return the ways to run some clients, the one to prefer first.
+
+    Lanes come first: they lose nothing on a quiet machine and far less than threads on a busy one.
+    """
+    lanes = min(threads, clients)
+    if not default.stacked:
+        found = [Plan(False, lanes=lanes), Plan(False), Plan(True, min(10, largest, clients))]
+    else:
+        block = min(largest, clients)
+        part = min(largest, -(-clients // lanes))
+        found = [
+            Plan(True, part, lanes),
+            Plan(True, block),
+            Plan(True, max(1, part // 2), lanes),
+            Plan(False, lanes=lanes),
+        ]
+    return list(dict.fromkeys(found))
+
+
+def fastest(times: Mapping[Plan, float]) -> Plan:
+    """Return the plan to take, given seconds by plan: the first unless another is clearly faster."""
+    first = next(iter(times))
+    best = min(times, key=lambda plan: times[plan])
+    return best if times[best] < MARGIN * times[first] else first
+
+
+def _measure(
+    experiment: Experiment, world: World, name: str, clients: int, plans: Sequence[Plan]
+) -> dict[Plan, float]:
+    """Time plans until a hundredth of the run is spent; seconds of a client's step by plan."""
+    times: dict[Plan, float] = {}
+    spent = 0.0
+    steps = ROUNDS * _steps_a_round(experiment, world)
+    for plan in plans:
+        try:
+            used, times[plan] = _time(
+                experiment, world, name, min(clients, plan.block * plan.lanes), plan
+            )
+        except Exception as error:  # whatever a model raises is its clients' failure, in the run
+            _logger.warning("%s cannot be run as %s: %s", name, plan, one_line(error))
+            continue
+        spent += used
+        best = min(times.values())
+        if spent + used > 0.01 * best * steps * clients:
+            break
+    return times
+
+
+def _steps_a_round(experiment: Experiment, world: World) -> int:
+    """Return about how many steps a client takes in a round."""
+    private = sum(map(len, world.shards)) // len(world.shards)
+    public = experiment.public_per_round or len(world.public)
+    return experiment.local_epochs * steps_per_epoch(
+        private, experiment.batch_size
+    ) + experiment.distill_epochs * steps_per_epoch(public, experiment.batch_size)
+
+
+def _fitting_block(experiment: Experiment, world: World, name: str, clients: int) -> int:
+    """Return how many clients a step can take at once in the memory that the GPU has free."""
+    device = world.train.device
+    _time(experiment, world, name, 1, Plan(True, 1))  # leaves behind what libraries keep
+    peaks = []
+    for count in (1, 3):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _time(experiment, world, name, count, Plan(True, count))
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    initial = architectures_of(world).initial_state(name, 0)
+    state = sum(t.numel() * t.element_size() for t in initial.values())
+    return fitting_block(free, clients * state, (peaks[1] - peaks[0]) / 2)
+
+
+def fitting_block(free: int, resident: int, each: float) -> int:
+    """Return how many clients fit, at least one, with a fifth of the memory left over.
+
+    Args:
+        free: bytes.
+        resident: bytes that the states of all clients take.
+        each: bytes that one more client in a step takes.
+    """
+    return max(1, int((0.8 * free - resident) / max(each, 1)))
+
+
+def _time(
+    experiment: Experiment, world: World, name: str, clients: int, plan: Plan
+) -> tuple[float, float]:
+    """Return the seconds that measuring a plan took, and those of a client's step in it."""
+    begun = perf_counter()
+    architectures = architectures_of(world)
+    stack = architectures.initial_states(name, experiment.seed, clients)
+    cohort = Cohort.over(architectures.skeleton(name), stack, plan, experiment.precision)
+
+    rows = torch.arange(STEPS * experiment.batch_size) % len(world.train)
+    ticks: list[tuple[float, float]] = []
+
+    def ticked(share: float) -> None:
+        if world.train.device.type == "cuda":
+            torch.cuda.synchronize()
+        ticks.append((share, perf_counter()))
+
+    cohort.fit(
+        [Side("private", world.train, [rows] * clients, {ce: 1.0})],
+        epochs=1,
+        batch_size=experiment.batch_size,
+        optimizer=OptimizerSettings.of(experiment),
+        streams=[(experiment.seed, k, "plan") for k in range(clients)],
+        progress=ticked,
+    )
+    # The first step of each block warms up, and preparing a fit is no part of a step.
+    done, since = next(tick for tick in ticks if tick[0] >= 1 / STEPS)
+    taken = (ticks[-1][1] - since) / (1 - done)
+    return perf_counter() - begun, taken / (STEPS * clients)

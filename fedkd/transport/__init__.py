@@ -1,1 +1,0 @@
-"""All that fedkd needs of Flower 1.41 and that Flower does not call public."""
