@@ -7,7 +7,9 @@ PyTorch.
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,3 +96,42 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+_MOVED = {
+    "baseline": "fedkd.studies.central",
+    "callbacks": "fedkd.records.callbacks",
+    "codecs": "fedkd.knowledge (Wire) and fedkd.knowledge.codec",
+    "comparing": "fedkd.studies.comparison",
+    "comparison": "fedkd.studies.comparison",
+    "exporting": "fedkd.reports.export",
+    "findings": "fedkd.reports.findings",
+    "leakage": "fedkd.studies.leakage",
+    "plots": "fedkd.reports.plots",
+    "presets": "fedkd.cli.presets",
+    "procedures": "fedkd.phases",
+    "robust": "fedkd.knowledge",
+    "runner": "fedkd.engines.run",
+    "server": "fedkd.strategy (Server, Replies)",
+    "sweeps": "fedkd.studies.sweep",
+    "trackers": "fedkd.records.trackers",
+    "world": "fedkd.data.federated",
+}
+"""Modules that the documentation once named, and where their content is now."""
+
+
+class _Moved(MetaPathFinder):
+    """Asked last, after all finders that could find a module."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Name the new place of a module that moved.
+
+        Raises:
+            ImportError: it is one of `_MOVED`.
+        """
+        package, _, module = name.partition(".")
+        if package == __name__ and module in _MOVED:
+            raise ImportError(f"{name} has moved: it is now {_MOVED[module]}", name=name)
+
+
+sys.meta_path.append(_Moved())
