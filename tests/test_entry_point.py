@@ -12,10 +12,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from paths import ROOT
 
 from fedkd.records import Run
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/write-a-strategy.md").read_text(encoding="utf-8")
 SMALL = ["--dataset", "digits", "--num-server-rounds", "2", "--quiet", "--device", "cpu"]
 

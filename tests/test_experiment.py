@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 from federation_tools import DATA
 from flwr.app import RecordDict
+from paths import ROOT
 from pydantic import ValidationError
 
 from fedkd.data.federated import world_of
@@ -21,7 +22,6 @@ from fedkd.federation.messages import experiment_record
 from fedkd.keys import accepted, kebab, snake
 
 FIELDS = Experiment.model_fields
-ROOT = Path(__file__).parent.parent
 VAST = 10**9
 
 
