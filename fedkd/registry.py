@@ -33,10 +33,15 @@ def strategies() -> dict[str, type[DistillationStrategy]]:
     Raises:
         FedkdError: a strategy does not import or is none, or `strategies` is somebody else's package.
     """
-    return {**_ours(), **{name: _load(point) for name, point in _installed().items()}}
+    return {**ours(), **{name: _load(point) for name, point in _installed().items()}}
 
 
-def _ours() -> dict[str, type[DistillationStrategy]]:
+def ours() -> dict[str, type[DistillationStrategy]]:
+    """Return fedkd's own strategies by class name.
+
+    Raises:
+        FedkdError: one does not import, or `strategies` is somebody else's package.
+    """
     package = _import("strategies", "fedkd's own strategies")
     _refuse_foreign(package)
     return {name: getattr(package, name) for name in package.__all__}
@@ -57,7 +62,7 @@ def _load(point: EntryPoint) -> type[DistillationStrategy]:
         raise FedkdError(f"{what} is none: it must be a subclass of fedkd.DistillationStrategy")
     if point.name != cls.name():
         raise FedkdError(f"{what} must be called as its class: {cls.name()} = '{point.value}'")
-    if _plain(point.name) in map(_plain, _ours()):
+    if _plain(point.name) in map(_plain, ours()):
         raise FedkdError(f"{what} is called like one of fedkd's own; give it another name")
     return cls
 
@@ -106,8 +111,8 @@ def client_modules(experiment: Experiment, strategy: DistillationStrategy) -> li
     simulation. The clients of a deployment go by what their node allows.
     """
     module = type(strategy).__module__
-    ours = module.partition(".")[0] in ("fedkd", "strategies")
-    return list(dict.fromkeys([*experiment.client_modules, *([] if ours else [module])]))
+    own = module.partition(".")[0] in ("fedkd", "strategies")
+    return list(dict.fromkeys([*experiment.client_modules, *([] if own else [module])]))
 
 
 def recorded(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
@@ -139,21 +144,21 @@ def _check_saying(strategy: DistillationStrategy) -> None:
 
 
 def _named(name: str) -> type[DistillationStrategy]:
-    ours, installed = _ours(), _installed()
-    names = {_plain(known): known for known in (*installed, *ours)}
+    own, installed = ours(), _installed()
+    names = {_plain(known): known for known in (*installed, *own)}
     if name.endswith(".py"):
         raise FedkdError(
             Setting("strategy", name), f": say which class of the file, as {name}:MyStrategy"
         )
     if _plain(name) not in names:
-        known = [*ours, *installed]
+        known = [*own, *installed]
         raise FedkdError(
             Setting("strategy", name),
             f": no such strategy{nearest(name, known)}; there are {', '.join(known)}, "
             "or your own as module:Class or file.py:Class",
         )
     found = names[_plain(name)]
-    return ours[found] if found in ours else _load(installed[found])
+    return own[found] if found in own else _load(installed[found])
 
 
 def _plain(name: str) -> str:
@@ -236,11 +241,11 @@ def _module_name(path: Path) -> str:
 
 def _refuse_foreign(package: ModuleType) -> None:
     """Refuse a `strategies` package that stands elsewhere than beside fedkd."""
-    ours = Path(__file__).resolve().parent.parent
-    theirs = Path(package.__file__ or "").resolve().parent.parent
-    if ours != theirs:
+    here = Path(__file__).resolve().parent.parent
+    there = Path(package.__file__ or "").resolve().parent.parent
+    if here != there:
         raise FedkdError(
-            f"the package 'strategies' in {theirs} hides fedkd's own in {ours}; rename your folder, "
+            f"the package 'strategies' in {there} hides fedkd's own in {here}; rename your folder, "
             "or remove its __init__.py"
         )
 

@@ -52,6 +52,21 @@ class CFD(DistillationStrategy):
         down="<= 1.001*P*C*down_bits/8 + P/8 + 64",
         server_model="required",
         reports="server",
+        bibtex=r"""
+        @article{sattler2022cfd,
+          title = {{CFD}: Communication-Efficient Federated Distillation via Soft-Label Quantization and
+            Delta Coding},
+          author = {Sattler, Felix and Marban, Arturo and Rischke, Roman and Samek, Wojciech},
+          journal = {IEEE Transactions on Network Science and Engineering},
+          volume = {9},
+          number = {4},
+          pages = {2025--2038},
+          year = {2022},
+          doi = {10.1109/TNSE.2021.3081748},
+          eprint = {2012.00632},
+          archiveprefix = {arXiv},
+        }
+        """,
     )
 
     up_bits: Bits = 1

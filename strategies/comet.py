@@ -63,7 +63,22 @@ class COMET(DistillationStrategy):
             clients' answers to it.
     """
 
-    facts = Facts(paper="2109.08119", up="P*C*4", down="clusters*P*C*4 + 2*I")
+    facts = Facts(
+        paper="2109.08119",
+        up="P*C*4",
+        down="clusters*P*C*4 + 2*I",
+        bibtex=r"""
+        @misc{cho2021comet,
+          title = {Personalized Federated Learning for Heterogeneous Clients with Clustered Knowledge
+            Transfer},
+          author = {Cho, Yae Jee and Wang, Jianyu and Chiruvolu, Tarun and Joshi, Gauri},
+          year = {2021},
+          eprint = {2109.08119},
+          archiveprefix = {arXiv},
+          note = {Named COMET in the journal version, doi 10.1109/JSTSP.2022.3231527},
+        }
+        """,
+    )
 
     clusters: Count = 2
     weight: Positive = 1.0

@@ -45,7 +45,22 @@ class Cronus(DistillationStrategy):
             and whatever else is no minority stands for the largest minority.
     """
 
-    facts = Facts(paper="1912.11279", up="P*C*4", down="P*C*4 + 2*I", server_model="optional")
+    facts = Facts(
+        paper="1912.11279",
+        up="P*C*4",
+        down="P*C*4 + 2*I",
+        server_model="optional",
+        bibtex=r"""
+        @misc{chang2019cronus,
+          title = {Cronus: Robust and Heterogeneous Collaborative Learning with Black-Box Knowledge
+            Transfer},
+          author = {Chang, Hongyan and Shejwalkar, Virat and Shokri, Reza and Houmansadr, Amir},
+          year = {2019},
+          eprint = {1912.11279},
+          archiveprefix = {arXiv},
+        }
+        """,
+    )
 
     epsilon: Annotated[float, Field(ge=0, le=0.5)] = 0.5
 

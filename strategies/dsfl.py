@@ -35,6 +35,22 @@ class DSFL(DistillationStrategy):
         down="P*C*4 + 2*I",
         server_model="optional",
         reports="server",
+        bibtex=r"""
+        @article{itahara2023dsfl,
+          title = {Distillation-Based Semi-Supervised Federated Learning for Communication-Efficient
+            Collaborative Training With Non-{IID} Private Data},
+          author = {Itahara, Sohei and Nishio, Takayuki and Koda, Yusuke and Morikura, Masahiro and
+            Yamamoto, Koji},
+          journal = {IEEE Transactions on Mobile Computing},
+          volume = {22},
+          number = {1},
+          pages = {191--205},
+          year = {2023},
+          doi = {10.1109/TMC.2021.3070013},
+          eprint = {2008.06180},
+          archiveprefix = {arXiv},
+        }
+        """,
     )
 
     sharpening: Literal["era", "mean"] = "era"

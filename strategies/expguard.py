@@ -43,6 +43,16 @@ class ExpGuard(DistillationStrategy):
         down="P*C*4 + 2*I",
         server_model="optional",
         reports="server",
+        bibtex=r"""
+        @inproceedings{roux2025expguard,
+          title = {On the {Byzantine}-Resilience of Distillation-Based Federated Learning},
+          author = {Roux, Christophe and Zimmer, Max and Pokutta, Sebastian},
+          booktitle = {International Conference on Learning Representations},
+          year = {2025},
+          eprint = {2402.12265},
+          archiveprefix = {arXiv},
+        }
+        """,
     )
 
     step_size: Positive = 5.0

@@ -47,7 +47,22 @@ class FD(DistillationStrategy):
         gamma: weight γ of the others' means beside the labels; the paper gives no value.
     """
 
-    facts = Facts(paper="1811.11479", up="C*C*4 + C*4", down="C*C*4 + C*4")
+    facts = Facts(
+        paper="1811.11479",
+        up="C*C*4 + C*4",
+        down="C*C*4 + C*4",
+        bibtex=r"""
+        @misc{jeong2018fd,
+          title = {Communication-Efficient On-Device Machine Learning: Federated Distillation and
+            Augmentation under Non-{IID} Private Data},
+          author = {Jeong, Eunjeong and Oh, Seungeun and Kim, Hyesung and Park, Jihong and Bennis, Mehdi and
+            Kim, Seong-Lyun},
+          year = {2018},
+          eprint = {1811.11479},
+          archiveprefix = {arXiv},
+        }
+        """,  # noqa: E501 - as it is printed
+    )
 
     gamma: Positive = 1.0
 

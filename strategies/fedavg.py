@@ -18,7 +18,29 @@ class FedAvg(DistillationStrategy):
     buffers (BatchNorm's statistics) are averaged like parameters.
     """
 
-    facts = Facts(paper="1602.05629", up="S", down="S", reports="server", mixed_models=False)
+    facts = Facts(
+        paper="1602.05629",
+        up="S",
+        down="S",
+        reports="server",
+        mixed_models=False,
+        distils=False,
+        bibtex=r"""
+        @inproceedings{mcmahan2017fedavg,
+          title = {Communication-Efficient Learning of Deep Networks from Decentralized Data},
+          author = {McMahan, Brendan and Moore, Eider and Ramage, Daniel and Hampson, Seth and
+            Ag{\"u}era y Arcas, Blaise},
+          booktitle = {Proceedings of the 20th International Conference on Artificial Intelligence and
+            Statistics},
+          series = {Proceedings of Machine Learning Research},
+          volume = {54},
+          pages = {1273--1282},
+          year = {2017},
+          eprint = {1602.05629},
+          archiveprefix = {arXiv},
+        }
+        """,
+    )
 
     def phases(self, round: int) -> list[Phase]:
         return [Load(), Revisit(model="student"), SendWeights()]

@@ -30,7 +30,24 @@ class FedDF(DistillationStrategy):
         server_epochs: passes over the round's public samples for each prototype.
     """
 
-    facts = Facts(paper="2006.07242", up="S", down="S", reports="server")
+    facts = Facts(
+        paper="2006.07242",
+        up="S",
+        down="S",
+        reports="server",
+        bibtex=r"""
+        @inproceedings{lin2020feddf,
+          title = {Ensemble Distillation for Robust Model Fusion in Federated Learning},
+          author = {Lin, Tao and Kong, Lingjing and Stich, Sebastian U. and Jaggi, Martin},
+          booktitle = {Advances in Neural Information Processing Systems},
+          volume = {33},
+          pages = {2351--2363},
+          year = {2020},
+          eprint = {2006.07242},
+          archiveprefix = {arXiv},
+        }
+        """,
+    )
 
     server_epochs: Count = 10
 

@@ -50,6 +50,15 @@ class FedGEMS(DistillationStrategy):
         public_labels=True,
         server_model="required",
         reports="server",
+        bibtex=r"""
+        @misc{cheng2021fedgems,
+          title = {{FedGEMS}: Federated Learning of Larger Server Models via Selective Knowledge Fusion},
+          author = {Cheng, Sijie and Wu, Jingwen and Xiao, Yanghua and Liu, Yang and Liu, Yang},
+          year = {2021},
+          eprint = {2110.11027},
+          archiveprefix = {arXiv},
+        }
+        """,
     )
 
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.75

@@ -30,7 +30,21 @@ class FedMD(DistillationStrategy):
         combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`), of logits.
     """
 
-    facts = Facts(paper="1910.03581", up="P*C*4", down="P*C*4 + 2*I", server_model="optional")
+    facts = Facts(
+        paper="1910.03581",
+        up="P*C*4",
+        down="P*C*4 + 2*I",
+        server_model="optional",
+        bibtex=r"""
+        @misc{li2019fedmd,
+          title = {{FedMD}: Heterogenous Federated Learning via Model Distillation},
+          author = {Li, Daliang and Wang, Junpu},
+          year = {2019},
+          eprint = {1910.03581},
+          archiveprefix = {arXiv},
+        }
+        """,
+    )
     closes = "revisit"
 
     digest: Literal["kl", "mae"] = "kl"

@@ -53,7 +53,27 @@ class FedProto(DistillationStrategy):
             MNIST and 0.1 for CIFAR-10.
     """
 
-    facts = Facts(paper="2105.00243", up="C*D*4 + C*4", down="C*D*4 + C*4")
+    facts = Facts(
+        paper="2105.00243",
+        up="C*D*4 + C*4",
+        down="C*D*4 + C*4",
+        distils=False,
+        bibtex=r"""
+        @inproceedings{tan2022fedproto,
+          title = {{FedProto}: Federated Prototype Learning across Heterogeneous Clients},
+          author = {Tan, Yue and Long, Guodong and Liu, Lu and Zhou, Tianyi and Lu, Qinghua and Jiang, Jing and
+            Zhang, Chengqi},
+          booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+          volume = {36},
+          number = {8},
+          pages = {8432--8440},
+          year = {2022},
+          doi = {10.1609/aaai.v36i8.20819},
+          eprint = {2105.00243},
+          archiveprefix = {arXiv},
+        }
+        """,  # noqa: E501 - as it is printed
+    )
 
     weight: Positive = 1.0
 

@@ -38,7 +38,27 @@ class FedProx(DistillationStrategy):
         mu: μ, of the proximal term. The authors tune it for each data set, between 0.001 and 1.
     """
 
-    facts = Facts(paper="1812.06127", up="S", down="S", reports="server", mixed_models=False)
+    facts = Facts(
+        paper="1812.06127",
+        up="S",
+        down="S",
+        reports="server",
+        mixed_models=False,
+        distils=False,
+        bibtex=r"""
+        @inproceedings{li2020fedprox,
+          title = {Federated Optimization in Heterogeneous Networks},
+          author = {Li, Tian and Sahu, Anit Kumar and Zaheer, Manzil and Sanjabi, Maziar and
+            Talwalkar, Ameet and Smith, Virginia},
+          booktitle = {Proceedings of Machine Learning and Systems},
+          volume = {2},
+          pages = {429--450},
+          year = {2020},
+          eprint = {1812.06127},
+          archiveprefix = {arXiv},
+        }
+        """,
+    )
 
     mu: NonNegative = 0.01
 

@@ -44,7 +44,24 @@ class KTpFL(DistillationStrategy):
         steps: gradient steps a round.
     """
 
-    facts = Facts(paper="2111.02862", up="P*C*4", down="P*C*4 + 2*I")
+    facts = Facts(
+        paper="2111.02862",
+        up="P*C*4",
+        down="P*C*4 + 2*I",
+        bibtex=r"""
+        @inproceedings{zhang2021ktpfl,
+          title = {Parameterized Knowledge Transfer for Personalized Federated Learning},
+          author = {Zhang, Jie and Guo, Song and Ma, Xiaosong and Wang, Haozhao and Xu, Wenchao and
+            Wu, Feijie},
+          booktitle = {Advances in Neural Information Processing Systems},
+          volume = {34},
+          pages = {10092--10104},
+          year = {2021},
+          eprint = {2111.02862},
+          archiveprefix = {arXiv},
+        }
+        """,
+    )
 
     rho: Annotated[float, Field(ge=0)] = 0.7
     learning_rate: Positive = 1.0

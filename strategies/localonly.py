@@ -12,7 +12,7 @@ class LocalOnly(DistillationStrategy):
     A round is ``local-epochs`` passes with a fresh optimiser, as in every other strategy.
     """
 
-    facts = Facts(paper="none", up="0", down="0", mixed_models=False)
+    facts = Facts(paper="none", up="0", down="0", mixed_models=False, distils=False)
 
     def phases(self, round: int) -> list[Phase]:
         return [Revisit(model="student")]

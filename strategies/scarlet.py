@@ -52,6 +52,18 @@ class SCARLET(DistillationStrategy):
         down="<= P*C*4 + 2*I + P/4 + 2",
         server_model="optional",
         reports="server",
+        bibtex=r"""
+        @article{azuma2026scarlet,
+          title = {Soft-Label Caching and Sharpening for Communication-Efficient Federated Distillation},
+          author = {Azuma, Kitsuya and Nishio, Takayuki and Kitagawa, Yuichi and Nakano, Wakako and
+            Tanimura, Takahito},
+          journal = {IEEE Transactions on Mobile Computing},
+          year = {2026},
+          doi = {10.1109/TMC.2026.3652819},
+          eprint = {2504.19602},
+          archiveprefix = {arXiv},
+        }
+        """,
     )
 
     beta: Positive = 2.0

@@ -121,7 +121,24 @@ class SelectiveFD(DistillationStrategy):
         combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
-    facts = Facts(paper="2304.01731", up="<= P*C*4 + P*4", down="<= P*C*4 + P*4 + I")
+    facts = Facts(
+        paper="2304.01731",
+        up="<= P*C*4 + P*4",
+        down="<= P*C*4 + P*4 + I",
+        bibtex=r"""
+        @article{shao2024selective,
+          title = {Selective knowledge sharing for privacy-preserving federated distillation without a good
+            teacher},
+          author = {Shao, Jiawei and Wu, Fangzhao and Zhang, Jun},
+          journal = {Nature Communications},
+          volume = {15},
+          year = {2024},
+          doi = {10.1038/s41467-023-44383-9},
+          eprint = {2304.01731},
+          archiveprefix = {arXiv},
+        }
+        """,  # noqa: E501 - as it is printed
+    )
 
     images: Count = 250
     width: Positive = 0.15

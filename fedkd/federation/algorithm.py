@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from inspect import cleandoc
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -32,7 +33,7 @@ class Facts:
     """What a strategy declares of itself; printed by ``fedkd strategies``.
 
     Attributes:
-        paper: arXiv number or venue.
+        paper: arXiv number, DOI or venue; ``"none"`` where nothing was published.
         up: payload bytes a client sends a round, a formula over P (samples asked), C (classes), K
             (clients), D (width of the student's features), S (bytes of the student's parameters and
             buffers), I (bytes of a list of the P samples: 0 for the whole public set, else 4 bytes a
@@ -43,6 +44,8 @@ class Facts:
         server_model: whether it keeps a model at the server.
         reports: whose accuracy the paper reports.
         mixed_models: whether clients of different architectures learn from each other.
+        distils: whether a model learns from outputs of others, so that knowledge distillation is cited.
+        bibtex: the paper's entry as ``fedkd cite`` prints it, indented as you like.
     """
 
     paper: str
@@ -52,6 +55,11 @@ class Facts:
     server_model: Literal["none", "optional", "required"] = "none"
     reports: Literal["clients", "server"] = "clients"
     mixed_models: bool = True
+    distils: bool = True
+    bibtex: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bibtex", cleandoc(self.bibtex))
 
 
 class Algorithm(Protocol):

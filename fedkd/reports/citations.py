@@ -1,15 +1,19 @@
 r"""What to cite: the BibTeX of what a run was made of.
 
-Entries were compared with the publishers' or arXiv's own pages, or with the full text; what could not
-be confirmed is left out, never guessed. Accents are LaTeX's, so that every BibTeX can read them.
+A strategy's entry stands in its own file, with its facts; all others stand here. They were compared with
+the publishers' or arXiv's own pages, or with the full text; what could not be confirmed is left out,
+never guessed. Accents are LaTeX's, so that every BibTeX can read them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from fedkd.experiment import Experiment
+from fedkd.federation.algorithm import Facts
+from fedkd.registry import ours
 
 _BIBTEX = r"""
 @misc{fedkd,
@@ -32,175 +36,6 @@ _BIBTEX = r"""
     Parcollet, Titouan and de Gusm{\~a}o, Pedro Porto Buarque and Lane, Nicholas D.},
   year = {2020},
   eprint = {2007.14390},
-  archiveprefix = {arXiv},
-}
-
-@misc{li2019fedmd,
-  title = {{FedMD}: Heterogenous Federated Learning via Model Distillation},
-  author = {Li, Daliang and Wang, Junpu},
-  year = {2019},
-  eprint = {1910.03581},
-  archiveprefix = {arXiv},
-}
-
-@article{itahara2023dsfl,
-  title = {Distillation-Based Semi-Supervised Federated Learning for Communication-Efficient
-    Collaborative Training With Non-{IID} Private Data},
-  author = {Itahara, Sohei and Nishio, Takayuki and Koda, Yusuke and Morikura, Masahiro and
-    Yamamoto, Koji},
-  journal = {IEEE Transactions on Mobile Computing},
-  volume = {22},
-  number = {1},
-  pages = {191--205},
-  year = {2023},
-  doi = {10.1109/TMC.2021.3070013},
-  eprint = {2008.06180},
-  archiveprefix = {arXiv},
-}
-
-@article{azuma2026scarlet,
-  title = {Soft-Label Caching and Sharpening for Communication-Efficient Federated Distillation},
-  author = {Azuma, Kitsuya and Nishio, Takayuki and Kitagawa, Yuichi and Nakano, Wakako and
-    Tanimura, Takahito},
-  journal = {IEEE Transactions on Mobile Computing},
-  year = {2026},
-  doi = {10.1109/TMC.2026.3652819},
-  eprint = {2504.19602},
-  archiveprefix = {arXiv},
-}
-
-@article{sattler2022cfd,
-  title = {{CFD}: Communication-Efficient Federated Distillation via Soft-Label Quantization and
-    Delta Coding},
-  author = {Sattler, Felix and Marban, Arturo and Rischke, Roman and Samek, Wojciech},
-  journal = {IEEE Transactions on Network Science and Engineering},
-  volume = {9},
-  number = {4},
-  pages = {2025--2038},
-  year = {2022},
-  doi = {10.1109/TNSE.2021.3081748},
-  eprint = {2012.00632},
-  archiveprefix = {arXiv},
-}
-
-@misc{chang2019cronus,
-  title = {Cronus: Robust and Heterogeneous Collaborative Learning with Black-Box Knowledge
-    Transfer},
-  author = {Chang, Hongyan and Shejwalkar, Virat and Shokri, Reza and Houmansadr, Amir},
-  year = {2019},
-  eprint = {1912.11279},
-  archiveprefix = {arXiv},
-}
-
-@inproceedings{roux2025expguard,
-  title = {On the {Byzantine}-Resilience of Distillation-Based Federated Learning},
-  author = {Roux, Christophe and Zimmer, Max and Pokutta, Sebastian},
-  booktitle = {International Conference on Learning Representations},
-  year = {2025},
-  eprint = {2402.12265},
-  archiveprefix = {arXiv},
-}
-
-@misc{cho2021comet,
-  title = {Personalized Federated Learning for Heterogeneous Clients with Clustered Knowledge
-    Transfer},
-  author = {Cho, Yae Jee and Wang, Jianyu and Chiruvolu, Tarun and Joshi, Gauri},
-  year = {2021},
-  eprint = {2109.08119},
-  archiveprefix = {arXiv},
-  note = {Named COMET in the journal version, doi 10.1109/JSTSP.2022.3231527},
-}
-
-@article{shao2024selective,
-  title = {Selective knowledge sharing for privacy-preserving federated distillation without a good
-    teacher},
-  author = {Shao, Jiawei and Wu, Fangzhao and Zhang, Jun},
-  journal = {Nature Communications},
-  volume = {15},
-  year = {2024},
-  doi = {10.1038/s41467-023-44383-9},
-  eprint = {2304.01731},
-  archiveprefix = {arXiv},
-}
-
-@inproceedings{zhang2021ktpfl,
-  title = {Parameterized Knowledge Transfer for Personalized Federated Learning},
-  author = {Zhang, Jie and Guo, Song and Ma, Xiaosong and Wang, Haozhao and Xu, Wenchao and
-    Wu, Feijie},
-  booktitle = {Advances in Neural Information Processing Systems},
-  volume = {34},
-  pages = {10092--10104},
-  year = {2021},
-  eprint = {2111.02862},
-  archiveprefix = {arXiv},
-}
-
-@misc{cheng2021fedgems,
-  title = {{FedGEMS}: Federated Learning of Larger Server Models via Selective Knowledge Fusion},
-  author = {Cheng, Sijie and Wu, Jingwen and Xiao, Yanghua and Liu, Yang and Liu, Yang},
-  year = {2021},
-  eprint = {2110.11027},
-  archiveprefix = {arXiv},
-}
-
-@misc{jeong2018fd,
-  title = {Communication-Efficient On-Device Machine Learning: Federated Distillation and
-    Augmentation under Non-{IID} Private Data},
-  author = {Jeong, Eunjeong and Oh, Seungeun and Kim, Hyesung and Park, Jihong and Bennis, Mehdi and
-    Kim, Seong-Lyun},
-  year = {2018},
-  eprint = {1811.11479},
-  archiveprefix = {arXiv},
-}
-
-@inproceedings{tan2022fedproto,
-  title = {{FedProto}: Federated Prototype Learning across Heterogeneous Clients},
-  author = {Tan, Yue and Long, Guodong and Liu, Lu and Zhou, Tianyi and Lu, Qinghua and Jiang, Jing and
-    Zhang, Chengqi},
-  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
-  volume = {36},
-  number = {8},
-  pages = {8432--8440},
-  year = {2022},
-  doi = {10.1609/aaai.v36i8.20819},
-  eprint = {2105.00243},
-  archiveprefix = {arXiv},
-}
-
-@inproceedings{mcmahan2017fedavg,
-  title = {Communication-Efficient Learning of Deep Networks from Decentralized Data},
-  author = {McMahan, Brendan and Moore, Eider and Ramage, Daniel and Hampson, Seth and
-    Ag{\"u}era y Arcas, Blaise},
-  booktitle = {Proceedings of the 20th International Conference on Artificial Intelligence and
-    Statistics},
-  series = {Proceedings of Machine Learning Research},
-  volume = {54},
-  pages = {1273--1282},
-  year = {2017},
-  eprint = {1602.05629},
-  archiveprefix = {arXiv},
-}
-
-@inproceedings{li2020fedprox,
-  title = {Federated Optimization in Heterogeneous Networks},
-  author = {Li, Tian and Sahu, Anit Kumar and Zaheer, Manzil and Sanjabi, Maziar and
-    Talwalkar, Ameet and Smith, Virginia},
-  booktitle = {Proceedings of Machine Learning and Systems},
-  volume = {2},
-  pages = {429--450},
-  year = {2020},
-  eprint = {1812.06127},
-  archiveprefix = {arXiv},
-}
-
-@inproceedings{lin2020feddf,
-  title = {Ensemble Distillation for Robust Model Fusion in Federated Learning},
-  author = {Lin, Tao and Kong, Lingjing and Stich, Sebastian U. and Jaggi, Martin},
-  booktitle = {Advances in Neural Information Processing Systems},
-  volume = {33},
-  pages = {2351--2363},
-  year = {2020},
-  eprint = {2006.07242},
   archiveprefix = {arXiv},
 }
 
@@ -294,18 +129,30 @@ _BIBTEX = r"""
 }
 """
 
-ENTRIES: Mapping[str, str] = {
-    re.match(r"@\w+\{(.+),", entry)[1]: entry  # type: ignore[index]
-    for entry in _BIBTEX.strip().split("\n\n")
-}
-"""All entries by their key."""
 
-_PAPERS = {
-    number: key
-    for key, entry in ENTRIES.items()
-    for number in re.findall(r"^  (?:eprint|doi) = \{(.+)\}", entry, re.MULTILINE)
-}
-"""Keys by arXiv number and by DOI."""
+@cache
+def entries() -> Mapping[str, str]:
+    """Return all entries by their key: those above, and those that our strategies declare."""
+    declared = [facts.bibtex for facts in _ours() if facts.bibtex]
+    return {
+        re.match(r"@\w+\{(.+),", entry)[1]: entry  # type: ignore[index]
+        for entry in (*_BIBTEX.strip().split("\n\n"), *declared)
+    }
+
+
+@cache
+def _by_paper() -> Mapping[str, str]:
+    """Return the entries by arXiv number and by DOI."""
+    return {
+        number: entry
+        for entry in entries().values()
+        for number in re.findall(r"^  (?:eprint|doi) = \{(.+)\}", entry, re.MULTILINE)
+    }
+
+
+def _ours() -> list[Facts]:
+    return [cls.facts for cls in ours().values()]
+
 
 _DATASETS: Mapping[str, tuple[str, ...]] = {
     "digits": ("alpaydin1998digits", "pedregosa2011sklearn"),
@@ -331,12 +178,8 @@ _RULES: Mapping[str, str] = {
 }
 """What to cite for a strategy's robust rule."""
 
-_WITHOUT_SOFT_LABELS = ("mcmahan2017fedavg", "li2020fedprox", "tan2022fedproto")
-_ALONE = "localonly"
-"""The strategy that nobody published, and that distils nothing."""
 
-
-def citations(experiment: Experiment, paper: str, version: str | None = None) -> list[str]:
+def citations(experiment: Experiment, facts: Facts, version: str | None = None) -> list[str]:
     """Return what to cite for a run of `experiment`, each once.
 
     In this order: fedkd, the strategy, its robust rule, knowledge distillation where soft labels are
@@ -344,14 +187,15 @@ def citations(experiment: Experiment, paper: str, version: str | None = None) ->
 
     Args:
         experiment: what was run.
-        paper: what its strategy declares (``facts.paper``): an arXiv number, a DOI, or ``"none"``.
+        facts: what its strategy declares. Without BibTeX of its own, that of the same `paper` is
+            taken, if there is any here.
         version: of fedkd when it ran.
 
     Returns:
         BibTeX entries, and BibTeX comments (a line that begins with %) for what has no entry here: the
         paper of somebody else's strategy, a data set by ``module:function``.
     """
-    found = [_of_fedkd(version), *_of_strategy(experiment, paper), ENTRIES["beutel2020flower"]]
+    found = [_of_fedkd(version), *_of_strategy(experiment, facts), entries()["beutel2020flower"]]
     found += _of_data(experiment.dataset)
     if experiment.public != "train":
         found += _of_data(experiment.public)
@@ -360,28 +204,30 @@ def citations(experiment: Experiment, paper: str, version: str | None = None) ->
 
 
 def _of_fedkd(version: str | None) -> str:
-    entry = ENTRIES["fedkd"]
+    entry = entries()["fedkd"]
     return entry if version is None else f"{entry[:-1]}  note = {{Version {version}}},\n}}"
 
 
-def _of_strategy(experiment: Experiment, paper: str) -> list[str]:
-    name = experiment.strategy
-    if paper == "none" and name.lower().replace("-", "").replace("_", "") == _ALONE:
+def _of_strategy(experiment: Experiment, facts: Facts) -> list[str]:
+    entry = facts.bibtex or _by_paper().get(facts.paper)
+    distils = facts.distils and entry not in [own.bibtex for own in _ours() if not own.distils]
+    if entry is None and facts.paper == "none" and not distils:  # nothing but local training
         return []
-    key = _PAPERS.get(paper)
-    comment = f"% strategy {name}: fedkd has no entry for what it declares, paper = {paper!r}"
-    found = [comment if key is None else ENTRIES[key]]
-    found += _of_words(_RULES, experiment.strategy_config)
-    return found if key in _WITHOUT_SOFT_LABELS else [*found, ENTRIES["hinton2015distilling"]]
+    comment = (
+        f"% strategy {experiment.strategy}: fedkd has no entry for what it declares, "
+        f"paper = {facts.paper!r}"
+    )
+    found = [entry or comment, *_of_words(_RULES, experiment.strategy_config)]
+    return [*found, entries()["hinton2015distilling"]] if distils else found
 
 
 def _of_data(name: str) -> list[str]:
     if name in _DATASETS:
-        return [ENTRIES[key] for key in _DATASETS[name]]
+        return [entries()[key] for key in _DATASETS[name]]
     return [f"% data set {name}: fedkd has no entry for it"]
 
 
 def _of_words(keys: Mapping[str, str], text: str) -> list[str]:
     """Return the entries for the words in `text`, in the order of the table."""
     words = re.split(r"[^\w=-]+", text)
-    return [ENTRIES[key] for word, key in keys.items() if word in words]
+    return [entries()[key] for word, key in keys.items() if word in words]

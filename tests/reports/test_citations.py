@@ -6,7 +6,7 @@ import re
 import sys
 from datetime import date
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from paths import DOCS
@@ -15,8 +15,9 @@ from fedkd.data import DATASETS
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.knowledge import Rule
-from fedkd.registry import strategies
-from fedkd.reports.citations import ENTRIES, citations
+from fedkd.registry import ours
+from fedkd.reports.citations import citations, entries
+from fedkd.strategy import Facts
 from fedkd.training.models import build
 
 PAGES = DOCS / "strategies"
@@ -36,7 +37,8 @@ REQUIRED = {
     "techreport": {"title", "author", "institution", "year"},
     "misc": {"title", "author", "year"},
 }
-OURS = {name: cls for name, cls in strategies().items() if cls.__module__.startswith("strategies.")}
+OURS = ours()
+ENTRIES = entries()
 
 every_entry = pytest.mark.parametrize("key", ENTRIES)
 every_strategy = pytest.mark.parametrize("name", OURS)
@@ -78,9 +80,15 @@ def surnames(author: str) -> list[str]:
     return [person.partition(",")[0].strip("{}") for person in plain.split(" and ")]
 
 
-def cited(experiment: Experiment, paper: str) -> list[str]:
+def declared(paper: str, **facts: Any) -> Facts:
+    """What a strategy of somebody else may declare."""
+    return Facts(paper, "0", "0", **facts)
+
+
+def cited(experiment: Experiment, facts: str | Facts) -> list[str]:
     """Keys of what is cited; comments as they are."""
-    found = citations(experiment, paper)
+    facts = declared(facts) if isinstance(facts, str) else facts
+    found = citations(experiment, facts)
     return [text if text.startswith("%") else parse(text)[1] for text in found]
 
 
@@ -115,10 +123,10 @@ def test_the_year_is_plausible_and_the_key_says_author_and_year(key: str) -> Non
 
 
 def test_no_work_stands_there_twice() -> None:
-    from fedkd.reports import citations as module
-
-    source = Path(str(module.__file__)).read_text(encoding="utf-8")
-    assert len(re.findall(r"^@\w+\{", source, re.MULTILINE)) == len(ENTRIES)
+    places = [citations, *OURS.values()]
+    sources = [Path(str(sys.modules[place.__module__].__file__)) for place in places]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    assert len(re.findall(r"^ *@\w+\{", text, re.MULTILINE)) == len(ENTRIES)
     for field in ("title", "eprint", "doi"):
         values = [parse(entry)[2].get(field) for entry in ENTRIES.values()]
         given = [value for value in values if value is not None]
@@ -130,8 +138,12 @@ def test_no_work_stands_there_twice() -> None:
 
 @every_strategy
 def test_the_paper_of_a_strategy_is_the_one_that_its_file_names(name: str) -> None:
-    paper = OURS[name].facts.paper
-    keys = cited(Experiment(strategy=name), paper)
+    facts = OURS[name].facts
+    paper = facts.paper
+    keys = cited(Experiment(strategy=name), facts)
+    assert [
+        text for text in citations(Experiment(strategy=name), facts) if text == facts.bibtex
+    ] == ([] if paper == "none" else [facts.bibtex])
     assert not [text for text in keys if text.startswith("%")]
     if paper == "none":
         assert keys == ["fedkd", "beutel2020flower", "lecun1998mnist", "raschka2018mlxtend"]
@@ -140,7 +152,13 @@ def test_the_paper_of_a_strategy_is_the_one_that_its_file_names(name: str) -> No
     assert paper in (fields.get("eprint"), fields.get("doi"))
     file_says = sys.modules[OURS[name].__module__].__doc__ or ""
     assert [s for s in surnames(fields["author"]) if s not in file_says] == []
-    assert ("hinton2015distilling" in keys) == (name not in ("FedAvg", "FedProx", "FedProto"))
+    assert ("hinton2015distilling" in keys) == facts.distils
+
+
+def test_what_learns_from_no_outputs_is_not_distillation() -> None:
+    """FedDF distils what the weights of its clients predict; means of features are no outputs."""
+    plain = [name for name, cls in OURS.items() if not cls.facts.distils]
+    assert plain == ["FedAvg", "FedProto", "FedProx", "LocalOnly"]
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -205,7 +223,8 @@ def test_a_robust_rule_is_cited(rule: str) -> None:
 @pytest.mark.parametrize("paper", ["none", "arXiv:2599.01234", "in preparation"])
 def test_what_is_unknown_is_said_in_a_comment(paper: str) -> None:
     experiment = Experiment(dataset="my_data:squares", strategy="my_strategy.py:Vote")
-    strategy, data = (text for text in citations(experiment, paper) if text.startswith("%"))
+    found = citations(experiment, declared(paper))
+    strategy, data = (text for text in found if text.startswith("%"))
     assert "my_strategy.py:Vote" in strategy
     assert paper in strategy
     assert "my_data:squares" in data
@@ -213,11 +232,27 @@ def test_what_is_unknown_is_said_in_a_comment(paper: str) -> None:
     assert "hinton2015distilling" in cited(experiment, paper)
 
 
+def test_a_strategy_of_somebody_else_brings_its_entry() -> None:
+    experiment = Experiment(strategy="my_strategy.py:Vote")
+    entry = "@misc{me2026vote,\n  title = {Votes},\n}"
+    indented = entry.replace("\n", "\n        ")
+    facts = declared("2601.01234", bibtex=f"\n        {indented}\n        ")
+    assert citations(experiment, facts)[1:3] == [entry, ENTRIES["hinton2015distilling"]]
+    facts = declared("2601.01234", bibtex=entry, distils=False)
+    assert citations(experiment, facts)[1:3] == [entry, ENTRIES["beutel2020flower"]]
+
+
+@pytest.mark.parametrize("name", ["DSFL", "FedAvg"])
+def test_a_strategy_of_somebody_else_is_cited_by_its_paper_as_ours_is(name: str) -> None:
+    experiment, facts = Experiment(strategy="my_strategy.py:Vote"), OURS[name].facts
+    assert cited(experiment, facts.paper) == cited(experiment, facts)
+
+
 def test_the_version_that_ran_is_named() -> None:
-    entry = citations(Experiment(), "none", version="7.5.3")[0]
+    entry = citations(Experiment(), declared("none"), version="7.5.3")[0]
     kind, key, fields = parse(entry)
     assert (kind, key, fields["note"]) == ("misc", "fedkd", "Version 7.5.3")
-    assert "note" not in parse(citations(Experiment(), "none")[0])[2]
+    assert "note" not in parse(citations(Experiment(), declared("none"))[0])[2]
 
 
 # --- The pages ------------------------------------------------------------------------------------
