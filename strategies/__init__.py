@@ -1,37 +1,37 @@
-"""The algorithms, one a file."""
+"""The algorithms, one a file: what a file here defines is found, no list names it.
 
-from strategies.cfd import CFD
-from strategies.comet import COMET
-from strategies.cronus import Cronus
-from strategies.dsfl import DSFL
-from strategies.expguard import ExpGuard
-from strategies.fd import FD
-from strategies.fedavg import FedAvg
-from strategies.feddf import FedDF
-from strategies.fedgems import FedGEMS
-from strategies.fedmd import FedMD
-from strategies.fedproto import FedProto
-from strategies.fedprox import FedProx
-from strategies.ktpfl import KTpFL
-from strategies.localonly import LocalOnly
-from strategies.scarlet import SCARLET
-from strategies.selectivefd import SelectiveFD
+Type checkers know a strategy by its file: ``from strategies.dsfl import DSFL``.
+"""
 
-__all__ = [
-    "CFD",
-    "COMET",
-    "DSFL",
-    "FD",
-    "SCARLET",
-    "Cronus",
-    "ExpGuard",
-    "FedAvg",
-    "FedDF",
-    "FedGEMS",
-    "FedMD",
-    "FedProto",
-    "FedProx",
-    "KTpFL",
-    "LocalOnly",
-    "SelectiveFD",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+from fedkd.strategy import DistillationStrategy
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
+
+def _defined_in(module: str) -> list[type[DistillationStrategy]]:
+    """Return the strategies that a module defines, leaving out those that it imports."""
+    return [
+        value
+        for value in vars(import_module(module)).values()
+        if isinstance(value, type)
+        and issubclass(value, DistillationStrategy)
+        and value.__module__ == module
+    ]
+
+
+_found = {
+    cls.name(): cls
+    for file in iter_modules(__path__, f"{__name__}.")
+    for cls in _defined_in(file.name)
+}
+globals().update(_found)
+
+__all__ = sorted(_found, key=lambda name: (not name.isupper(), name))  # acronyms first

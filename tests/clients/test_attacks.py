@@ -53,7 +53,7 @@ from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import ClassMeans, Knowledge, Rule, SoftLabels, Space, Weights
 from fedkd.phases import Fit, MeanByClass, Phase, Predict, Revisit, SendWeights
 from fedkd.registry import strategies, strategy_of
-from strategies import ExpGuard
+from strategies.expguard import ExpGuard
 
 K, N, C = 11, 5, 7
 F64 = torch.float64

@@ -24,7 +24,8 @@ from fedkd.knowledge import (
     in_canonical_order,
 )
 from fedkd.knowledge.robust import coordinate_median, geometric_median, trimmed_mean
-from strategies import DSFL, FedMD
+from strategies.dsfl import DSFL
+from strategies.fedmd import FedMD
 
 N, C = 5, 7
 F64 = torch.float64

@@ -28,7 +28,10 @@ from fedkd.phases import Fit, Load, Predict, Revisit, SendWeights
 from fedkd.registry import find, strategies
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.training.models import build
-from strategies import DSFL, FedAvg, FedMD, LocalOnly
+from strategies.dsfl import DSFL
+from strategies.fedavg import FedAvg
+from strategies.fedmd import FedMD
+from strategies.localonly import LocalOnly
 
 K, N, C = 3, 5, 7
 F64 = torch.float64

@@ -28,7 +28,7 @@ from fedkd.studies.comparison.entries import Entry, Point, counted, curve, defau
 from fedkd.studies.comparison.methods import default_methods
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.tables import notes
-from strategies import DSFL
+from strategies.dsfl import DSFL
 
 EXPERIMENT = fedkd.Experiment(
     dataset="digits",
