@@ -33,6 +33,7 @@ from fedkd.data.federated import World, world_of
 from fedkd.engines import in_process
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
+from fedkd.knowledge.kinds import KINDS, in_words
 from fedkd.randomness import generator
 from fedkd.registry import strategies
 
@@ -389,9 +390,9 @@ def test_what_a_users_own_code_says_in_an_exception_goes_to_the_server(leaks: An
 PAGE = DOCS / "privacy.md"
 
 
-def _rows(first: str) -> list[list[str]]:
-    """Return the cells of a table of the page, of which the header begins with a word."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
+def _rows(first: str, page: Path = PAGE) -> list[list[str]]:
+    """Return the cells of a table of a page, of which the header begins with some words."""
+    lines = page.read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first} |"))
     table = lines[start + 2 :]
     table = table[: next(n for n, line in enumerate(table) if not line.startswith("|"))]
@@ -406,7 +407,7 @@ def _fields(message: str) -> set[str]:
 @pytest.mark.parametrize("name", strategies())
 def test_the_page_lists_every_field_that_leaves_a_client(leaks: Any, name: str) -> None:
     leaks(name)
-    (kind,) = (row[1] for row in _rows("strategy") if row[0] == f"`{name}`")
+    ((kind, *_),) = _rows("a client's answer", DOCS / f"strategies/{name.lower()}.md")
     hello, closing = Tapped.up[:3], Tapped.up[-3:]
     for message in Tapped.up:
         records = message.content
@@ -424,5 +425,6 @@ def test_the_page_lists_every_field_that_leaves_a_client(leaks: Any, name: str) 
             assert kind == (what if of is None else f"{what}: {of}")
 
 
-def test_the_page_lists_every_strategy_once() -> None:
-    assert sorted(row[0] for row in _rows("strategy")) == sorted(f"`{n}`" for n in strategies())
+def test_the_page_lists_every_kind_once() -> None:
+    kinds = [in_words(kind) for kind in (*KINDS, None)]
+    assert [row[0] for row in _rows("kind")] == kinds
