@@ -246,6 +246,7 @@ def test_a_missing_accountant_is_told_before_any_work(monkeypatch: pytest.Monkey
 # --- In a federation ------------------------------------------------------------------------------
 
 SOFT = [name for name, cls in strategies().items() if cls().uploads() is SoftLabels]
+OTHER = [n for n, cls in strategies().items() if cls().uploads() in (ClassMeans, Weights)]
 
 
 def _experiment(strategy: str, **keys: Any) -> Any:
@@ -372,7 +373,7 @@ def test_the_rows_of_a_reply_that_is_refused_have_left_all_the_same() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["FedAvg", "FedDF", "FD", "FedProto"])
+@pytest.mark.parametrize("name", OTHER)
 def test_strategies_without_soft_labels_are_refused_before_any_work(
     name: str, tmp_path: Path
 ) -> None:
