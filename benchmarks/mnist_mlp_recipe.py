@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedkd.cli.presets import mnist_mlp
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.losses import ce, kl
 from fedkd.training.architectures import architectures_of
 from fedkd.training.batches import Side
@@ -38,9 +38,9 @@ POINTS = {  # (weight of KL·τ², weight of CE, τ)
 }
 
 
-def cohort(world: World, name: str, seeds: Sequence[int]) -> Cohort:
+def cohort(data: FederatedData, name: str, seeds: Sequence[int]) -> Cohort:
     """Stack one model a seed, from the weights that the preset starts from."""
-    architectures = architectures_of(world)
+    architectures = architectures_of(data)
     states = [architectures.initial_state(name, seed) for seed in seeds]
     return Cohort.of(architectures.model(name), states, architectures.plan(name, "auto"))
 
@@ -62,51 +62,51 @@ def train(
     print(f"{what}: {monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
-def accuracies(models: Cohort, world: World) -> list[float]:
+def accuracies(models: Cohort, data: FederatedData) -> list[float]:
     """Return test accuracy in percent, one a model."""
-    assert world.test.labels is not None
-    right = models.classify(world.test) == world.test.labels
+    assert data.test.labels is not None
+    right = models.classify(data.test) == data.test.labels
     return [100 * float(a) for a in right.double().mean(1)]
 
 
 def main() -> None:
     """Measure and print."""
     experiment = mnist_mlp()
-    world = world_of(experiment)
-    rows = world.pooled
+    data = federated_data(experiment)
+    rows = data.pooled
     print("# The recipe of mnist-mlp, one change at a time\n")
-    print(f"MNIST, {len(world.test):,} test images, seeds {SEEDS}, mean ± std (n − 1) in %.\n")
+    print(f"MNIST, {len(data.test):,} test images, seeds {SEEDS}, mean ± std (n − 1) in %.\n")
     print("| teacher | its accuracy | its entropy at τ = 5, bits | student | accuracy | agrees |")
     print("|---|---|---|---|---|---|")
     for name in TEACHERS:
-        teachers = cohort(world, name, SEEDS)
-        side = Side("pooled", world.train, [rows] * len(SEEDS), {ce: 1.0})
+        teachers = cohort(data, name, SEEDS)
+        side = Side("pooled", data.train, [rows] * len(SEEDS), {ce: 1.0})
         train(teachers, side, experiment.local_epochs, "teacher", {})
-        logits = teachers.predict(world.train, rows)
-        report(world, name, teachers, logits, experiment.distill_epochs)
+        logits = teachers.predict(data.train, rows)
+        report(data, name, teachers, logits, experiment.distill_epochs)
 
 
-def report(world: World, name: str, teachers: Cohort, logits: Tensor, epochs: int) -> None:
+def report(data: FederatedData, name: str, teachers: Cohort, logits: Tensor, epochs: int) -> None:
     """Distil one teacher in every way and print a row for each."""
     points = list(POINTS.values())
     soft, hard, tau = (
         torch.tensor([p[i] for p in points for _ in SEEDS], dtype=torch.float32) for i in range(3)
     )
-    students = cohort(world, "mlp-20", SEEDS * len(points))
+    students = cohort(data, "mlp-20", SEEDS * len(points))
     side = Side(
         "pooled",
-        world.train,
-        [world.pooled] * len(students),
+        data.train,
+        [data.pooled] * len(students),
         {kl: soft, ce: hard},
         logits.repeat(len(points), 1, 1),
     )
     train(students, side, epochs, "students", {"tau": tau})
     log_p = (logits / 5).log_softmax(-1)
     entropy = float(-(log_p.exp() * log_p).sum(-1).mean()) / 0.6931471805599453
-    taught = teachers.classify(world.test)
-    agreement = (students.classify(world.test) == taught.repeat(len(points), 1)).double().mean(1)
-    mine = accuracies(students, world)
-    teacher = spread(accuracies(teachers, world))
+    taught = teachers.classify(data.test)
+    agreement = (students.classify(data.test) == taught.repeat(len(points), 1)).double().mean(1)
+    mine = accuracies(students, data)
+    teacher = spread(accuracies(teachers, data))
     for i, label in enumerate(POINTS):
         part = slice(i * len(SEEDS), (i + 1) * len(SEEDS))
         agrees = 100 * float(agreement[part].mean())

@@ -17,7 +17,7 @@ from torch import Tensor
 from work import ALPHA, BATCH_SIZE, LEARNING_RATE, TAU, Job
 
 import fedkd
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.data.images import Images
 from fedkd.records import Row
 from fedkd.records.callbacks import EachRound
@@ -51,24 +51,24 @@ def write_experiment() -> None:
 def images_of(job: Job) -> dict[str, Tensor]:
     """Return public set, shards, test set and initial weights under the names that peers look for."""
     keys = experiment(job, "cohort")
-    world = world_of(keys)
+    data = federated_data(keys)
     tensors = {
-        "mean": torch.tensor(world.train.mean),
-        "std": torch.tensor(world.train.std),
-        "private_sizes": torch.tensor([len(rows) for rows in world.shards]),
-        "initial": initial_weights(world, keys),
+        "mean": torch.tensor(data.train.mean),
+        "std": torch.tensor(data.train.std),
+        "private_sizes": torch.tensor([len(rows) for rows in data.shards]),
+        "initial": initial_weights(data, keys),
     }
-    private = world.train.keep(torch.cat(world.shards))
-    sets: dict[str, Images] = {"private": private, "public": world.public, "test": world.test}
+    private = data.train.keep(torch.cat(data.shards))
+    sets: dict[str, Images] = {"private": private, "public": data.public, "test": data.test}
     for name, images in sets.items():
         assert images.labels is not None
         tensors |= {f"{name}_images": images.pixels, f"{name}_labels": images.labels}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def initial_weights(world: World, keys: fedkd.Experiment) -> Tensor:
+def initial_weights(data: FederatedData, keys: fedkd.Experiment) -> Tensor:
     """Return the initial weights of every client as one vector, in the order of the layers."""
-    architectures = architectures_of(world)
+    architectures = architectures_of(data)
     state = architectures.initial_state(keys.student, keys.seed)
     names = [name for name, _ in architectures.model(keys.student).named_parameters()]
     return torch.cat([state[name].flatten() for name in names])

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fedkd.clients.attacks import check_attack
 from fedkd.clients.privacy import check_privacy
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Facts
@@ -222,8 +222,8 @@ class DistillationStrategy(Strategy):
             on_round: called with each round's record, once that is on disk.
             events: what the machinery between server and clients has to tell.
         """
-        world = world_of(experiment)
-        federation = Federation(self, grid, experiment, world, folder, on_round, events)
+        data = federated_data(experiment)
+        federation = Federation(self, grid, experiment, data, folder, on_round, events)
         object.__setattr__(self, "_open_session", federation)  # a frozen strategy's one handle
         return federation
 

@@ -30,7 +30,7 @@ from torch import Tensor
 import fedkd
 from fedkd.clients.privacy import epsilon
 from fedkd.clients.state_files import StateFiles
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.strategy import Replies, Server
 from fedkd.studies import leakage
 from fedkd.training.architectures import architectures_of
@@ -100,16 +100,16 @@ def audit(experiment: fedkd.Experiment, proxy_epochs: int) -> dict[str, Any]:
     """Run one federation, attack it, and return what came out, means over its clients."""
     with tempfile.TemporaryDirectory() as folder:
         run = fedkd.run(experiment.replace(strategy=f"{__name__}:Curious", run_dir=folder))
-        world, heard = world_of(experiment), _heard.pop(run.path.name)
-        labels = leakage.averaged(heard, world.sizes.num_public)
-        proxies = leakage.distilled_proxies(labels, world, experiment, proxy_epochs)
-        students = _students(run, world)
+        data, heard = federated_data(experiment), _heard.pop(run.path.name)
+        labels = leakage.averaged(heard, data.sizes.num_public)
+        proxies = leakage.distilled_proxies(labels, data, experiment, proxy_epochs)
+        students = _students(run, data)
     rows = sum(len(each.samples) for each in heard)
-    assert world.public_truth is not None
-    public = world.public_truth.bincount(minlength=world.num_classes)
-    truth = world.private_label_counts / world.private_label_counts.sum(1, keepdim=True)
+    assert data.public_truth is not None
+    public = data.public_truth.bincount(minlength=data.num_classes)
+    truth = data.private_label_counts / data.private_label_counts.sum(1, keepdim=True)
     estimate = leakage.label_distributions(labels, public)
-    found = _membership(experiment, world, proxies, students)
+    found = _membership(experiment, data, proxies, students)
     spent = epsilon(noise=experiment.dp_noise, rows=rows, delta=experiment.dp_delta)
     return {
         "epsilon": spent if math.isfinite(spent) else None,
@@ -121,27 +121,27 @@ def audit(experiment: fedkd.Experiment, proxy_epochs: int) -> dict[str, Any]:
     }
 
 
-def _students(run: fedkd.Run, world: World) -> Cohort:
+def _students(run: fedkd.Run, data: FederatedData) -> Cohort:
     """Return the students as they were when they answered for the last time."""
     experiment = run.experiment
     last = dict.fromkeys(range(experiment.num_clients), experiment.num_server_rounds)
     kept = StateFiles(run.path / "clients", experiment.architecture_period).load(last)
-    return architectures_of(world).cohort(experiment, experiment.student, kept.models["student"])
+    return architectures_of(data).cohort(experiment, experiment.student, kept.models["student"])
 
 
 def _membership(
-    experiment: fedkd.Experiment, world: World, proxies: Cohort, students: Cohort
+    experiment: fedkd.Experiment, data: FederatedData, proxies: Cohort, students: Cohort
 ) -> dict[str, float]:
     """Tell each client's private images from as many test images of the same classes."""
-    assert world.train.labels is not None
-    assert world.test.labels is not None
-    scores = {"proxy": _scores(proxies, world), "model": _scores(students, world)}
+    assert data.train.labels is not None
+    assert data.test.labels is not None
+    scores = {"proxy": _scores(proxies, data), "model": _scores(students, data)}
     scores["calibrated"] = tuple(map(leakage.calibrated, scores["proxy"]))
     aucs: dict[str, list[float]] = {name: [] for name in scores}
     pooled: list[tuple[Tensor, Tensor]] = []
-    for client, shard in enumerate(world.shards):
+    for client, shard in enumerate(data.shards):
         mine, theirs = leakage.matched(
-            world.train.labels[shard], world.test.labels, experiment.seed, client
+            data.train.labels[shard], data.test.labels, experiment.seed, client
         )
         for name, (on_train, on_test) in scores.items():
             members, others = on_train[client, shard[mine]], on_test[client, theirs]
@@ -155,10 +155,10 @@ def _membership(
     return {**means, "advantage": at_once.advantage, "tpr": at_once.tpr_at_1}
 
 
-def _scores(cohort: Cohort, world: World) -> tuple[Tensor, ...]:
+def _scores(cohort: Cohort, data: FederatedData) -> tuple[Tensor, ...]:
     """Return how likely models find the true classes of the training and the test images."""
     scores = []
-    for images in (world.train, world.test):
+    for images in (data.train, data.test):
         assert images.labels is not None
         scores.append(leakage.log_likelihoods(cohort.predict(images), images.labels))
     return tuple(scores)

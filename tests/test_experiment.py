@@ -14,7 +14,7 @@ from flwr.app import RecordDict
 from paths import ROOT
 from pydantic import ValidationError
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, read_toml
 from fedkd.federation.exchange import wire_bytes
@@ -446,10 +446,10 @@ def test_smoke_shrinks_and_keeps_the_method_and_the_data_set(
     assert small.local_epochs == small.distill_epochs == 1
     assert small.train_size is not None
     assert small.train_size <= min(600, large.train_size or 600)
-    world = world_of(small)  # which can be built
-    assert len(world.test) <= 200
-    assert 1 <= len(world.public) <= 120
-    assert len(world.public) <= large.public_size if large.public_size else True
-    assert len(world.shards) == small.num_clients
-    assert small.public_per_round is None or small.public_per_round <= len(world.public)
+    data = federated_data(small)  # which can be built
+    assert len(data.test) <= 200
+    assert 1 <= len(data.public) <= 120
+    assert len(data.public) <= large.public_size if large.public_size else True
+    assert len(data.shards) == small.num_clients
+    assert small.public_per_round is None or small.public_per_round <= len(data.public)
     assert small.smoke() == small

@@ -14,7 +14,7 @@ from fedkd.clients.instructions import Order, Report
 from fedkd.clients.memories import Memory
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels
@@ -123,7 +123,7 @@ def ordered(
         )
         for k in range(K)
     ]
-    return execute(experiment, world_of(experiment), orders, store)
+    return execute(experiment, federated_data(experiment), orders, store)
 
 
 def memory(store: ResidentStates, client: int, round: int) -> Memory:
@@ -174,18 +174,16 @@ def test_a_procedure_sees_its_own_client_alone(tmp_path: Any) -> None:
     again = make_store(tmp_path / "again")
     reports = ordered(again, [Revisit(), Apply(look), Predict()], asked=torch.tensor([5, 3]))
     experiment = tiny()
-    world = world_of(experiment)
+    data = federated_data(experiment)
     draws = set()
     for client, report in enumerate(reports):
         seen = memory(store, client, 1)["own"]
-        shard = world.shards[client]
-        assert world.train.labels is not None
-        assert float(seen["images"]) == pytest.approx(
-            float(world.train.batch(shard).double().sum())
-        )
-        assert float(seen["labels"]) == float(world.train.labels[shard].sum())
+        shard = data.shards[client]
+        assert data.train.labels is not None
+        assert float(seen["images"]) == pytest.approx(float(data.train.batch(shard).double().sum()))
+        assert float(seen["labels"]) == float(data.train.labels[shard].sum())
         assert float(seen["public"]) == pytest.approx(
-            float(world.public.batch(torch.arange(P)).double().sum())
+            float(data.public.batch(torch.arange(P)).double().sum())
         )
         assert torch.allclose(seen["logits"], report.answer.values[0], atol=1e-6)
         assert torch.equal(seen["drawn"], memory(again, client, 1)["own"]["drawn"])
@@ -262,19 +260,19 @@ def test_after_a_reset_a_student_is_as_new_and_digests_what_it_knew(tmp_path: An
 def test_means_by_class_are_those_of_a_loop_over_images(of: Any, plan: str, tmp_path: Any) -> None:
     store = make_store(tmp_path)
     reports = ordered(store, [Revisit(), MeanByClass(of)], plan=plan)
-    world = world_of(tiny())
+    data = federated_data(tiny())
     for client, report in enumerate(reports):
         state = store.files.load({client: 1}).models["student"]
-        model: Any = architectures_of(world).model("mlp-8").double().eval()
+        model: Any = architectures_of(data).model("mlp-8").double().eval()
         model.load_state_dict({name: tensor[0].double() for name, tensor in state.items()})
         rows: dict[int, list[Tensor]] = {}
-        for row in world.shards[client].tolist():
-            image = world.train.batch(torch.tensor([row])).double()
+        for row in data.shards[client].tolist():
+            image = data.train.batch(torch.tensor([row])).double()
             features = model.body(image)
             output = features if of == "features" else model.head(features)
             output = output.softmax(-1) if of == "probabilities" else output
-            assert world.train.labels is not None
-            rows.setdefault(int(world.train.labels[row]), []).append(output[0].detach())
+            assert data.train.labels is not None
+            rows.setdefault(int(data.train.labels[row]), []).append(output[0].detach())
         answer = report.answer
         assert isinstance(answer, ClassMeans)
         assert answer.of == of
@@ -301,19 +299,19 @@ def test_a_term_on_class_means_trains_as_plain_pytorch_does(
     experiment = tiny(
         client_code=HERE, batch_size=200, optimizer="sgd", learning_rate=0.05, plan=plan
     )
-    world = world_of(experiment)
+    data = federated_data(experiment)
     fit = Revisit({"ce": 1.0, towards_mean: 0.25})
     nothing = torch.empty(0, dtype=torch.int64)
     orders = [Order(k, 1, 0, (fit,), nothing, mine[k], 1, "none") for k in range(K)]
     store = make_store(tmp_path)
-    execute(experiment, world, orders, store)
+    execute(experiment, data, orders, store)
     for client in range(K):
-        model = architectures_of(world).model("mlp-8").double()
-        start = architectures_of(world).initial_state("mlp-8", experiment.seed)
+        model = architectures_of(data).model("mlp-8").double()
+        start = architectures_of(data).initial_state("mlp-8", experiment.seed)
         model.load_state_dict({name: tensor.double() for name, tensor in start.items()})
-        shard = world.shards[client]
-        assert world.train.labels is not None
-        y, z = world.train.labels[shard], model(world.train.batch(shard).double())
+        shard = data.shards[client]
+        assert data.train.labels is not None
+        y, z = data.train.labels[shard], model(data.train.batch(shard).double())
         means = mine[client].values[0].double()
         there = (counts[0][y] > 0).double()
         distance = there * (z - means[y]).square().sum(-1)
@@ -344,7 +342,7 @@ def test_features_are_what_the_head_takes(plan: str, tmp_path: Any) -> None:
     }
     store = make_store(tmp_path)
     ordered(store, [Revisit({small_features: 1.0})], **experiment)
-    start = architectures_of(world_of(tiny())).initial_state("mlp-8", tiny().seed)
+    start = architectures_of(federated_data(tiny())).initial_state("mlp-8", tiny().seed)
     after = store.files.load({0: 1}).models["student"]
     for name, tensor in start.items():
         assert torch.equal(after[name][0], tensor) == name.startswith("head"), name
@@ -371,21 +369,21 @@ def test_a_client_can_be_tested_by_the_nearest_class_mean(of: Any, tmp_path: Any
     )
     store = make_store(tmp_path)
     experiment = tiny(client_code=HERE)
-    world = world_of(experiment)
+    data = federated_data(experiment)
     phases = (ClassifyByMeans(), Revisit())
     nothing = torch.empty(0, dtype=torch.int64)
     orders = [Order(k, 1, 0, phases, nothing, means, 1, "phases") for k in range(K)]
-    reports = execute(experiment, world, orders, store)
+    reports = execute(experiment, data, orders, store)
     for client, report in enumerate(reports):
         assert isinstance(report, Report)
         state = store.files.load({client: 1}).models["student"]
-        model: Any = architectures_of(world).model("mlp-8").eval()
+        model: Any = architectures_of(data).model("mlp-8").eval()
         model.load_state_dict({name: tensor[0] for name, tensor in state.items()})
         right = 0
-        assert world.test.labels is not None
-        for row, label in enumerate(world.test.labels.tolist()):
+        assert data.test.labels is not None
+        for row, label in enumerate(data.test.labels.tolist()):
             with torch.no_grad():
-                features = model.body(world.test.batch(torch.tensor([row])))
+                features = model.body(data.test.batch(torch.tensor([row])))
             output = features if of == "features" else model.head(features).softmax(-1).detach()
             gaps = {
                 c: float((output[0] - means.values[0, c]).square().sum())
@@ -393,7 +391,7 @@ def test_a_client_can_be_tested_by_the_nearest_class_mean(of: Any, tmp_path: Any
                 if counts[0, c]
             }
             right += min(gaps, key=lambda c: gaps[c]) == label
-        assert report.metrics["accuracy_after_revisit"] == pytest.approx(right / len(world.test))
+        assert report.metrics["accuracy_after_revisit"] == pytest.approx(right / len(data.test))
 
 
 def test_without_class_means_a_client_is_tested_by_its_head(tmp_path: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.losses import effective_weights
@@ -23,7 +23,7 @@ def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
         **_whose_accuracy(experiment, strategy),
         "strategy": f"{strategy.name()}{f' ({settings})' if settings else ''}, "
         f"{experiment.num_server_rounds} rounds",
-        "loss": _losses(experiment, strategy, world_of(experiment)),
+        "loss": _losses(experiment, strategy, federated_data(experiment)),
         "plan": "; ".join(map(str, choices(experiment))),
     }
 
@@ -40,37 +40,37 @@ def _whose_accuracy(experiment: Experiment, strategy: DistillationStrategy) -> d
 
 def compare_plan(experiment: Experiment) -> dict[str, str]:
     """Say what is the same for all methods of a comparison."""
-    world = world_of(experiment)
-    sizes = [len(shard) for shard in world.shards]
+    data = federated_data(experiment)
+    sizes = [len(shard) for shard in data.shards]
     drawn = experiment.clients_per_round
     each = "" if drawn == len(sizes) else f", {drawn} drawn each round"
     return {
-        "data": _images(experiment, len(world.train), len(world.test)),
-        "public": _public(experiment, world),
+        "data": _images(experiment, len(data.train), len(data.test)),
+        "public": _public(experiment, data),
         "clients": f"{len(sizes)} ({experiment.partition}), {min(sizes):,} to {max(sizes):,} private "
         f"images each{each}",
         "models": "; ".join(
-            f"{kebab(key)} {_models(getattr(experiment, key), world)}"
+            f"{kebab(key)} {_models(getattr(experiment, key), data)}"
             for key in ("student", "teacher", "server_model")
         ),
         "training": _training(experiment),
-        "engine": f"{experiment.engine} on {world.train.device}",
-        "loss": _weights(experiment, world),
+        "engine": f"{experiment.engine} on {data.train.device}",
+        "loss": _weights(experiment, data),
     }
 
 
 def central_plan(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]:
     """Say what the central baseline is about to do."""
-    world = world_of(experiment)
+    data = federated_data(experiment)
     return {
-        "data": _images(experiment, len(world.pooled), len(world.test)),
-        "models": f"teacher {_models(experiment.teacher_of(0), world)}; "
-        f"student {_models(experiment.student_of(0), world)}",
+        "data": _images(experiment, len(data.pooled), len(data.test)),
+        "models": f"teacher {_models(experiment.teacher_of(0), data)}; "
+        f"student {_models(experiment.student_of(0), data)}",
         "training": f"{_training(experiment)}; epochs: teacher {experiment.local_epochs}, "
         f"students {experiment.distill_epochs}",
-        "loss": f"student distilled {_weights(experiment, world)}; teacher and student alone CE",
+        "loss": f"student distilled {_weights(experiment, data)}; teacher and student alone CE",
         "seeds": ", ".join(str(seed) for seed in seeds),
-        "device": str(world.train.device),
+        "device": str(data.train.device),
     }
 
 
@@ -94,9 +94,9 @@ def check_plan(strategy: DistillationStrategy) -> dict[str, str]:
     return {"strategy": strategy.name(), "settings": settings or "none"}
 
 
-def _weights(experiment: Experiment, world: World) -> str:
+def _weights(experiment: Experiment, data: FederatedData) -> str:
     return effective_weights(
-        experiment.alpha, experiment.tau, experiment.kl_reduction, world.num_classes
+        experiment.alpha, experiment.tau, experiment.kl_reduction, data.num_classes
     )
 
 
@@ -105,25 +105,25 @@ def _images(experiment: Experiment, train: int, test: int) -> str:
     return f"{experiment.dataset}, {train:,} training and {test:,} {held}"
 
 
-def _public(experiment: Experiment, world: World) -> str:
+def _public(experiment: Experiment, data: FederatedData) -> str:
     where = "of the training images" if experiment.public == "train" else f"of {experiment.public}"
-    labels = "without labels" if world.public.labels is None else "with labels"
+    labels = "without labels" if data.public.labels is None else "with labels"
     per_round = experiment.public_per_round
-    return f"{len(world.public):,} {where}, {labels}" + (
+    return f"{len(data.public):,} {where}, {labels}" + (
         f", {per_round:,} drawn each round" if per_round else ""
     )
 
 
-def _models(names: str, world: World) -> str:
+def _models(names: str, data: FederatedData) -> str:
     return ", ".join(
         name
         if name == "none"
-        else f"{name} ({num_parameters(architectures_of(world).model(name)):,} parameters)"
+        else f"{name} ({num_parameters(architectures_of(data).model(name)):,} parameters)"
         for name in dict.fromkeys(part.strip() for part in names.split(","))
     )
 
 
-def _losses(experiment: Experiment, strategy: DistillationStrategy, world: World) -> str:
+def _losses(experiment: Experiment, strategy: DistillationStrategy, data: FederatedData) -> str:
     """Spell out the loss of each training phase of a usual round."""
     values = {"alpha": experiment.alpha, "1-alpha": 1 - experiment.alpha}
     losses = []
@@ -136,8 +136,8 @@ def _losses(experiment: Experiment, strategy: DistillationStrategy, world: World
             for name, w in terms.items()
         ).removeprefix("1 × ")
         if terms == {"kl": "alpha", "ce": "1-alpha"}:
-            text = _weights(experiment, world)
-        if "ce" in phase.public and world.public.labels is None:
+            text = _weights(experiment, data)
+        if "ce" in phase.public and data.public.labels is None:
             text += " of private images"
         losses.append(f"{phase.name} {text}")
     return "; ".join(losses)

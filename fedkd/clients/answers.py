@@ -26,7 +26,7 @@ def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
     """
     asked = stack.first.asked
     with part("predict"):
-        logits = stack.role(phase.model).predict(stack.world.public, asked)
+        logits = stack.role(phase.model).predict(stack.data.public, asked)
         values = (logits if phase.space == "logits" else logits.softmax(-1)).cpu()
     for row, client in enumerate(stack.clients):
         labels = SoftLabels(
@@ -44,7 +44,7 @@ def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
 def _some(stack: Stack, row: int, labels: SoftLabels, name: str) -> SoftLabels:
     """Keep the samples for which a tensor of the client's state is true."""
     chosen = stack.memories[row].get("own", {}).get(name)
-    shape = (len(stack.world.public),)
+    shape = (len(stack.data.public),)
     if chosen is None or chosen.dtype != torch.bool or tuple(chosen.shape) != shape:
         raise FedkdError(
             f"only = '{name}': the client's state has no such tensor, bool of shape {shape}"
@@ -66,7 +66,7 @@ def _sent_for(stack: Stack, row: int, labels: SoftLabels) -> SoftLabels:
 
 def answer_with_means(stack: Stack, phase: MeanByClass) -> None:
     """Have clients answer with a model's mean output by class over their private shards."""
-    train, classes = stack.world.train, stack.world.num_classes
+    train, classes = stack.data.train, stack.data.num_classes
     for row, (client, shard) in enumerate(zip(stack.clients, stack.shards, strict=True)):
         outputs = stack.outputs(row, phase.model, phase.of, train, shard.to(train.device))
         member = torch.nn.functional.one_hot(stack.labels(row), classes).to(outputs.dtype)
@@ -107,7 +107,7 @@ def _packed(stack: Stack, row: int) -> Packed | None:
     answer, memory = stack.answers[row], stack.memories[row]
     if not isinstance(answer, SoftLabels):
         return None
-    num_public = stack.world.sizes.num_public
+    num_public = stack.data.sizes.num_public
     encoded, newer = answer.pack(stack.first.wire, num_public, recall(memory, "up"))
     remember(memory, "up", newer)
     return encoded

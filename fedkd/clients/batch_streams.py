@@ -29,7 +29,7 @@ def sides_of(stack: Stack, phase: Fit) -> list[Side]:
     """
     public = _terms(stack, phase.public)
     private = _terms(stack, phase.private)
-    has_labels = stack.world.public.labels is not None
+    has_labels = stack.data.public.labels is not None
     if phase.public and all(term.needs is None for term in public):
         # The public set is there to be distilled on; without knowledge only its labels teach.
         teaches = not _wants_knowledge(stack, phase.public) and has_labels
@@ -69,7 +69,7 @@ def _counts(coefficient: float | Tensor) -> bool:
 
 
 def _public_side(stack: Stack, terms: Terms) -> Side:
-    public = stack.world.public
+    public = stack.data.public
     if all(term.needs is None for term in terms):
         rows = torch.arange(len(public))
         return Side("public", public, [rows] * len(stack.orders), terms)
@@ -100,7 +100,7 @@ def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
 
 
 def _private_side(stack: Stack, terms: Terms) -> Side:
-    side = Side("private", stack.world.train, stack.shards, terms, augment=stack.experiment.augment)
+    side = Side("private", stack.data.train, stack.shards, terms, augment=stack.experiment.augment)
     clients = range(len(stack.orders))
     if any(stack.attack(row).labels for row in clients):
         side = replace(side, labels=[stack.labels(row) for row in clients])

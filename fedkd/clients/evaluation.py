@@ -22,7 +22,7 @@ def measure_agreement(stack: Stack, role: Role) -> None:
     labels = [k for k in stack.knowledge if isinstance(k, SoftLabels)]
     different = {id(each): each.samples for each in labels}  # most share one
     samples = torch.cat(list(different.values())).unique()
-    predicted = stack.role(role).classify(stack.world.public, samples).cpu()
+    predicted = stack.role(role).classify(stack.data.public, samples).cpu()
     taught: dict[int, Tensor] = {}
     for metrics, each, mine in zip(stack.metrics, labels, predicted, strict=True):
         if id(each) not in taught:
@@ -35,7 +35,7 @@ def record_accuracy(stack: Stack, name: str, role: Role) -> None:
     """Test the models in a role after a phase."""
     predicted = _by_means(stack, role) if stack.by_means else None
     if predicted is None:
-        predicted = stack.role(role).classify(stack.world.test)
+        predicted = stack.role(role).classify(stack.data.test)
     record_predicted(stack, name, predicted)
 
 
@@ -45,7 +45,7 @@ def examine(stack: Stack) -> None:
         trained = [role == "student" or _is_trained(stack, role, row) for row in range(len(cohort))]
         if not any(trained):
             continue
-        answers = cohort.answer(stack.world.test)
+        answers = cohort.answer(stack.data.test)
         if role == "student":
             if stack.by_means:
                 classes = _by_means(stack, "student").to(torch.int16)
@@ -62,14 +62,14 @@ def examine(stack: Stack) -> None:
 def _is_trained(stack: Stack, role: str, row: int) -> bool:
     """Whether a local teacher is one: some strategies have no use for it."""
     name, seed = stack.architecture(role), stack.experiments[row].seed
-    initial = architectures_of(stack.world).initial_state(name, seed)
+    initial = architectures_of(stack.data).initial_state(name, seed)
     params = stack.cohorts[role].params
     return any(not torch.equal(tensor[row], initial[name]) for name, tensor in params.items())
 
 
 def record_training_accuracy(stack: Stack) -> None:
     """Record the students' accuracy on their own private images."""
-    train = stack.world.train
+    train = stack.data.train
     assert train.labels is not None
     for row, (metrics, shard) in enumerate(zip(stack.metrics, stack.shards, strict=True)):
         rows = shard.to(train.device)
@@ -87,7 +87,7 @@ def _classified(stack: Stack, row: int, images: Images, rows: Tensor) -> Tensor:
 
 def _by_means(stack: Stack, role: Role) -> Tensor:
     """Classify the test images by the nearest received class mean, int64 ``[K, N]``."""
-    test = stack.world.test
+    test = stack.data.test
     means = [k for k in stack.knowledge if isinstance(k, ClassMeans)]
     return torch.stack(
         [m.nearest(stack.outputs(row, role, m.of, test, None)) for row, m in enumerate(means)]
@@ -102,12 +102,12 @@ def record_predicted(stack: Stack, name: str, predicted: Tensor) -> None:
         name: of the accuracy.
         predicted: classes ``[K, N]`` of the test images.
     """
-    test, classes = stack.world.test, stack.world.num_classes
+    test, classes = stack.data.test, stack.data.num_classes
     assert test.labels is not None
     predicted, labels = predicted.cpu(), test.labels.cpu()
     right = correct_by_class(predicted, labels, classes)
     # Over the classes that the test set has; a shard without any of them counts evenly.
-    counts = stack.world.private_label_counts[stack.clients].double() * (right.total > 0)
+    counts = stack.data.private_label_counts[stack.clients].double() * (right.total > 0)
     counts += (counts.sum(1, keepdim=True) == 0) * (right.total > 0)
     share = counts / counts.sum(1, keepdim=True)
     own = (share * right.correct / right.total.clamp_min(1)).sum(1)

@@ -22,7 +22,7 @@ from fedkd.clients.run_phases import run_phases
 from fedkd.clients.stack import Stack, has_news
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL, States, concatenated
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
@@ -53,7 +53,7 @@ class Part:
     secret_noise: bool = False
 
 
-def execute_together(world: World, parts: Sequence[Part]) -> list[list[Report | Failure]]:
+def execute_together(data: FederatedData, parts: Sequence[Part]) -> list[list[Report | Failure]]:
     """Execute orders, stacking the clients that share architectures and phases.
 
     No more clients of a federation than a round draws are in memory at once. A stack in which
@@ -62,7 +62,7 @@ def execute_together(world: World, parts: Sequence[Part]) -> list[list[Report | 
     of memory is run again by halves, down to single clients, which its reports count as an event.
 
     Args:
-        world: the data of all federations.
+        data: the data of all federations.
         parts: of one federation each; their experiments differ in nothing or in `STACKABLE` keys.
 
     Returns:
@@ -80,7 +80,7 @@ def execute_together(world: World, parts: Sequence[Part]) -> list[list[Report | 
     for group in groups.values():
         for some in _at_once(group, parts[0].experiment.clients_per_round):
             chosen = {n: replace(parts[n], orders=orders) for n, orders in some.items()}
-            found = _run_or_split(world, list(chosen.values()))
+            found = _run_or_split(data, list(chosen.values()))
             for number, answers in zip(chosen, found, strict=True):
                 results[number].update({answer.client: answer for answer in answers})
     return [
@@ -120,9 +120,9 @@ def _digest(samples: Tensor) -> str:
     return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _run_or_split(world: World, parts: Sequence[Part]) -> list[list[Report | Failure]]:
+def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[Report | Failure]]:
     try:
-        found = _run(world, parts)
+        found = _run(data, parts)
     except Exception as error:
         pieces = _pieces(parts, error)
         did_not_fit = is_out_of_memory(error)
@@ -136,7 +136,7 @@ def _run_or_split(world: World, parts: Sequence[Part]) -> list[list[Report | Fai
         return [[Failure(parts[0].orders[0].client, reason)]]
     results: list[list[Report | Failure]] = [[] for _ in parts]
     for piece in pieces:
-        for number, answers in zip(piece, _run_or_split(world, list(piece.values())), strict=True):
+        for number, answers in zip(piece, _run_or_split(data, list(piece.values())), strict=True):
             results[number] += answers
     if did_not_fit:
         _count_out_of_memory(results)
@@ -240,9 +240,9 @@ _Outcome = tuple[list[Report | Failure], list[States], dict[int, Memory]]
 """Of one part: a result for each order, the new states, and the new memories by client."""
 
 
-def _run(world: World, parts: Sequence[Part]) -> list[_Outcome]:
+def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
     """Execute a group's orders as one stack, or two where only some have news to digest."""
-    before = [_starting_states(world, part) for part in parts]
+    before = [_starting_states(data, part) for part in parts]
     kept = [_memories(part) for part in parts]
     outcomes: list[_Outcome] = [
         (_lost(part, states), [], {client: memories[client] for client in states.clients})
@@ -260,7 +260,7 @@ def _run(world: World, parts: Sequence[Part]) -> list[_Outcome]:
         orders = [{order.client: order for order in part.orders} for part in parts]
         stack = Stack(
             [parts[n].experiment for n, _ in owners],
-            world,
+            data,
             [orders[n][client] for n, client in owners],
             states,
             is_fresh,
@@ -306,17 +306,17 @@ def _memories(part: Part) -> dict[int, Memory]:
     return part.store.memories.load({order.client: order.base for order in part.orders})
 
 
-def _starting_states(world: World, part: Part) -> States:
+def _starting_states(data: FederatedData, part: Part) -> States:
     """Return the states that the orders name, those there are; all of them, or none, are initial."""
     experiment, first = part.experiment, part.orders[0]
     bases = {order.client: order.base for order in part.orders}
     if first.base != INITIAL:
-        return part.store.take(bases, world.train.device)
+        return part.store.take(bases, data.train.device)
     names: dict[Role, str] = {"student": experiment.student_of(first.client)}
     if experiment.teacher_of(first.client) != "none":
         names["teacher"] = experiment.teacher_of(first.client)
     models: dict[str, State] = {
-        role: architectures_of(world).initial_states(name, experiment.seed, len(bases))
+        role: architectures_of(data).initial_states(name, experiment.seed, len(bases))
         for role, name in names.items()
     }
     return States(list(bases), models, [0] * len(bases))

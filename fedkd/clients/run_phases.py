@@ -103,7 +103,7 @@ def _run_phase(stack: Stack, phase: Phase, position: int) -> None:
 def _reset(stack: Stack) -> None:
     name = stack.architecture("student")
     for row, experiment in enumerate(stack.experiments):
-        initial = architectures_of(stack.world).initial_state(name, experiment.seed)
+        initial = architectures_of(stack.data).initial_state(name, experiment.seed)
         stack.cohorts["student"].load(row, initial)
     stack.is_fresh = has_news(stack.first, INITIAL)
 
@@ -122,7 +122,7 @@ def _load(stack: Stack) -> None:
 def _apply(stack: Stack, phase: Apply, position: int) -> None:
     found = resolve_procedure(reference(phase.procedure), stack.experiment.client_modules)
     stream = f"{phase.name} {_occurrence(stack, position)}"
-    load_public = cache(stack.world.public.whole)  # for all of them, if any looks
+    load_public = cache(stack.data.public.whole)  # for all of them, if any looks
     for row, memory in enumerate(stack.memories):
         before, client = memory.get("own", {}), _local_client(stack, row, stream, load_public)
         received = client.received
@@ -144,12 +144,12 @@ def _occurrence(stack: Stack, position: int) -> int:
 def _local_client(
     stack: Stack, row: int, stream: str, load_public: Callable[[], Tensor]
 ) -> LocalClient:
-    train, shard, received = stack.world.train, stack.shards[row], stack.knowledge[row]
+    train, shard, received = stack.data.train, stack.shards[row], stack.knowledge[row]
     rows = shard.to(train.device)
     where = stack.experiments[row].seed, stack.clients[row], stack.first.round, stream
 
     def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
-        return stack.role(model).only(row).predict(stack.world.public, samples)[0]
+        return stack.role(model).only(row).predict(stack.data.public, samples)[0]
 
     return LocalClient(
         images=train.batch(rows),

@@ -15,7 +15,7 @@ from fedkd.clients.attacks import Attack, attack_of
 from fedkd.clients.instructions import Order
 from fedkd.clients.memories import Memory
 from fedkd.clients.states import States
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Output, SoftLabels
@@ -38,7 +38,7 @@ class Stack:
 
     Attributes:
         experiments: of each client.
-        world: the data.
+        data: the data.
         orders: of each client.
         states: of each client.
         is_fresh: whether they have knowledge to digest that is new to them.
@@ -55,7 +55,7 @@ class Stack:
     """
 
     experiments: Sequence[Experiment]
-    world: World
+    data: FederatedData
     orders: list[Order]
     states: States
     is_fresh: bool
@@ -70,15 +70,15 @@ class Stack:
     seconds: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.shards = [self.world.shards[k] for k in self.clients]
+        self.shards = [self.data.shards[k] for k in self.clients]
         self.answers = [None] * len(self.orders)
         self.metrics = [{} for _ in self.orders]
         self.knowledge = [
-            opened(order, memory, self.world.sizes.num_public)
+            opened(order, memory, self.data.sizes.num_public)
             for order, memory in zip(self.orders, self.memories, strict=True)
         ]
         self.cohorts = {
-            role: architectures_of(self.world).cohort(
+            role: architectures_of(self.data).cohort(
                 self.experiment, self.architecture(role), stack
             )
             for role, stack in self.states.models.items()
@@ -114,11 +114,11 @@ class Stack:
 
     def labels(self, row: int) -> Tensor:
         """Return what a client takes for the labels of its private images, int64 ``[n]``."""
-        train = self.world.train
+        train = self.data.train
         assert train.labels is not None
         labels = train.labels[self.shards[row].to(train.device)]
         falsify = self.attack(row).labels
-        return labels if falsify is None else falsify(labels, self.world.num_classes)
+        return labels if falsify is None else falsify(labels, self.data.num_classes)
 
     def outputs(
         self, row: int, role: Role, of: Output, images: Images, rows: Tensor | None

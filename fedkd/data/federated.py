@@ -27,7 +27,7 @@ _SUBSET = "subset"
 
 
 @dataclass(frozen=True, eq=False)
-class World:
+class FederatedData:
     """Images on the device, and who holds which.
 
     Attributes:
@@ -62,19 +62,19 @@ class World:
         return Sizes(len(self.public), self.num_classes)
 
 
-def who_holds_what(world: World) -> dict[str, Any]:
+def who_holds_what(data: FederatedData) -> dict[str, Any]:
     """Count the images of each class that each party holds: what ``shards.json`` says."""
-    classes, truth = world.num_classes, world.public_truth
-    assert world.test.labels is not None
+    classes, truth = data.num_classes, data.public_truth
+    assert data.test.labels is not None
     return {
-        "classes": list(world.class_names),
-        "counts": world.private_label_counts.tolist(),
+        "classes": list(data.class_names),
+        "counts": data.private_label_counts.tolist(),
         "public": None if truth is None else truth.bincount(minlength=classes).tolist(),
-        "test": world.test.labels.cpu().bincount(minlength=classes).tolist(),
+        "test": data.test.labels.cpu().bincount(minlength=classes).tolist(),
     }
 
 
-def world_of(experiment: Experiment) -> World:
+def federated_data(experiment: Experiment) -> FederatedData:
     """Return the experiment's data, built once per process for experiments that share it.
 
     Raises:
@@ -82,7 +82,7 @@ def world_of(experiment: Experiment) -> World:
     """
     shared = {key: getattr(experiment, key) for key in _DATA_KEYS}
     seed, device = experiment.split_seed, str(resolve_device(experiment.device))
-    return _world(Experiment(**shared, partition_seed=seed, device=device))
+    return _data(Experiment(**shared, partition_seed=seed, device=device))
 
 
 _DATA_KEYS = (
@@ -93,7 +93,7 @@ _DATA_KEYS = (
 
 
 @lru_cache(maxsize=8)
-def _world(experiment: Experiment) -> World:
+def _data(experiment: Experiment) -> FederatedData:
     """Build the data of an experiment of which all other keys are at their defaults."""
     source = load(experiment.dataset, experiment.data_dir)
     train = _subset(source, "train", experiment.train_size, experiment.device)
@@ -115,7 +115,7 @@ def _world(experiment: Experiment) -> World:
         cache_dir=data_folder(experiment.data_dir) / "partitions",
     )
     shards = tuple(private_rows[rows] for rows in dealt)
-    return World(
+    return FederatedData(
         num_classes=source.num_classes,
         input_shape=source.input_shape,
         train=train,

@@ -14,7 +14,7 @@ from fedkd.clients.execute import Part, execute_together
 from fedkd.clients.instructions import Failure, Order
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import error_reply
@@ -64,27 +64,27 @@ def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
     Raises:
         FedkdError: an order cannot be read, or is another client's.
     """
-    world = world_of(sent[0].experiment)
+    data = federated_data(sent[0].experiment)
     started = perf_counter()
-    parts = [Part(one.experiment, _orders(one, world), one.store, one.secret_noise) for one in sent]
+    parts = [Part(one.experiment, _orders(one, data), one.store, one.secret_noise) for one in sent]
     decoding = (perf_counter() - started) / sum(len(part.orders) for part in parts)
     return [
         [
             result
             if isinstance(result, Failure)
-            else encode_report(result, order.asked, world.sizes, decoding)
+            else encode_report(result, order.asked, data.sizes, decoding)
             for order, result in zip(part.orders, results, strict=True)
         ]
-        for part, results in zip(parts, execute_together(world, parts), strict=True)
+        for part, results in zip(parts, execute_together(data, parts), strict=True)
     ]
 
 
-def _orders(sent: Sent, world: World) -> list[Order]:
+def _orders(sent: Sent, data: FederatedData) -> list[Order]:
     seen: dict[Any, Knowledge | Packed | None] = {}
     orders = []
     for client, content in sent.contents:
-        held = len(world.shards[client])
-        order = decode_order(content, world.sizes, num_examples=held, seen=seen)
+        held = len(data.shards[client])
+        order = decode_order(content, data.sizes, num_examples=held, seen=seen)
         if order.client != client:
             raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
         orders.append(order)
@@ -100,7 +100,7 @@ def reply(message: Message, answer: RecordDict | Failure) -> Message:
 
 def introduce(experiment: Experiment, client: int) -> Introduction:
     """Say who a client is."""
-    num_examples = len(world_of(experiment).shards[client])
+    num_examples = len(federated_data(experiment).shards[client])
     return Introduction(
         client, num_examples, experiment.student_of(client), fingerprint(experiment.client_modules)
     )

@@ -7,7 +7,7 @@ import socket
 from importlib.util import find_spec
 from inspect import signature
 
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
@@ -49,15 +49,15 @@ def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrateg
     _check_codec(experiment, strategy)
     _check_server_model(experiment, strategy)
     _check_engine(experiment)
-    world = world_of(experiment)
-    check_models(experiment, world, ("student", "teacher", "server_model"))
-    _check_features(experiment, strategy, world)
+    data = federated_data(experiment)
+    check_models(experiment, data, ("student", "teacher", "server_model"))
+    _check_features(experiment, strategy, data)
     check_plan(experiment)
     per_round = experiment.public_per_round
-    if per_round is not None and per_round > len(world.public):
+    if per_round is not None and per_round > len(data.public):
         raise FedkdError(
             Setting("public-per-round", per_round),
-            f": the public set has {len(world.public)} images",
+            f": the public set has {len(data.public)} images",
         )
     return strategy
 
@@ -131,12 +131,14 @@ def _check_reach(experiment: Experiment, name: str) -> None:
     )
 
 
-def _check_features(experiment: Experiment, strategy: DistillationStrategy, world: World) -> None:
+def _check_features(
+    experiment: Experiment, strategy: DistillationStrategy, data: FederatedData
+) -> None:
     """Refuse students whose features cannot be averaged with each other's."""
     for phase in strategy.phases(2):
         if isinstance(phase, MeanByClass):
             students = {experiment.student_of(k) for k in range(experiment.architecture_period)}
-            widths = {name: means_width(phase, world, name) for name in sorted(students)}
+            widths = {name: means_width(phase, data, name) for name in sorted(students)}
             if len(set(widths.values())) > 1:
                 said = ", ".join(f"{name} has {width}" for name, width in widths.items())
                 raise FedkdError(

@@ -15,7 +15,7 @@ from flwr.app import RecordDict
 
 from fedkd import data
 from fedkd.clients.instructions import Failure
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.engines.answering import answers, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -66,7 +66,7 @@ class Worker:
                 experiment = _receive(experiment, sent)
             elif not _has_data(experiment):
                 return None
-            world_of(experiment)
+            federated_data(experiment)
             self._answers = partial(
                 answers, experiment, store_of(experiment, experiment.clients_per_round)
             )
@@ -102,7 +102,7 @@ def _has_data(experiment: Experiment) -> bool:
         if info and info.needs_download and not (folder / f"{name}.safetensors").exists():
             return False
     try:
-        world_of(experiment)
+        federated_data(experiment)
     except FedkdError:  # if it is not about the data, it is raised again with those that are sent
         return False
     return True

@@ -24,7 +24,7 @@ from flwr.app import RecordDict
 
 from fedkd import data
 from fedkd.clients.instructions import Failure
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.engines.answering import located
 from fedkd.engines.ray_session import (
     RAY_TIMEOUT,
@@ -73,7 +73,7 @@ class Workers:
         self._experiment = located(experiment)
         self._timeout = experiment.round_timeout
         self._count = experiment.num_workers
-        shards = world_of(experiment).shards
+        shards = federated_data(experiment).shards
         clients = range(experiment.num_clients)
         architectures = [f"{experiment.student_of(k)} {experiment.teacher_of(k)}" for k in clients]
         self._worker_of = placement(architectures, [len(s) for s in shards], self._count)

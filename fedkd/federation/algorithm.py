@@ -174,7 +174,7 @@ class CheckedAlgorithm:
         if not isinstance(new, KINDS):
             raise FedkdError(f"returns a {type(new).__name__} instead of knowledge or None")
         if isinstance(new, SoftLabels):
-            sizes, (_, _, classes) = self._server.world.sizes, new.values.shape
+            sizes, (_, _, classes) = self._server.data.sizes, new.values.shape
             if classes != sizes.num_classes:
                 raise FedkdError(
                     f"returns soft labels of {classes} classes: must be {sizes.num_classes}"

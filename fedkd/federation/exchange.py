@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedkd.clients.instructions import Order, Report
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
@@ -93,7 +93,7 @@ class Exchange:
         replies: Iterable[Message],
         client_of: Mapping[int, int],
         experiment: Experiment,
-        world: World,
+        data: FederatedData,
         heard: Mapping[int, Reference | None],
     ) -> None:
         """Sort replies into good reports and drops with a reason.
@@ -106,7 +106,7 @@ class Exchange:
             replies: whatever came.
             client_of: partition ids by node id.
             experiment: the run.
-            world: the data as the server sees it.
+            data: the data as the server sees it.
             heard: by client, what we have of its soft labels already.
         """
         received = monotonic()
@@ -126,14 +126,19 @@ class Exchange:
                 self.reports = [r for r in self.reports if r.client != client]
             else:
                 student = experiment.student_of(client)
-                self._judge(reply, client, world, student, heard.get(client))
+                self._judge(reply, client, data, student, heard.get(client))
         self.dropped.update(silent)
         self.dropped = {client: one_line(reason) for client, reason in self.dropped.items()}
         self.reports.sort(key=lambda report: report.client)
         self.encoding += monotonic() - received
 
     def _judge(
-        self, reply: Message, client: int, world: World, student: str, heard: Reference | None
+        self,
+        reply: Message,
+        client: int,
+        data: FederatedData,
+        student: str,
+        heard: Reference | None,
     ) -> None:
         """Take a client's report, or drop the client."""
         report = None
@@ -143,8 +148,8 @@ class Exchange:
             if not reply.has_content():
                 raise FedkdError("sends an empty reply")
             order = self.orders[client]
-            report = decode_report(reply.content, order.asked, world.sizes, order.wire, heard)
-            check_report(report, order, world, student)
+            report = decode_report(reply.content, order.asked, data.sizes, order.wire, heard)
+            check_report(report, order, data, student)
             self.reports.append(with_known_numbers(report, order))
         except FedkdError as error:
             self.dropped[client] = str(error)

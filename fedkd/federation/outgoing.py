@@ -52,7 +52,7 @@ class Outgoing:
     ) -> None:
         self._algorithm = algorithm
         self._experiment = server.experiment
-        self._sizes = server.world.sizes
+        self._sizes = server.data.sizes
         self._kept = kept
         self._references = references
         # By the ids of what was encoded and of what its receivers had, which are kept beside it:

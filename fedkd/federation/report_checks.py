@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from fedkd.clients.instructions import Order, Report
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, Setting
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
 from fedkd.phases import ANSWERS, MeanByClass, Predict
@@ -27,13 +27,13 @@ MOST_EVENTS = 1_000_000
 _PARTS = ("data", "forward", "backward", "optimizer", "predict", "evaluate")
 
 
-def check_report(report: Report, order: Order, world: World, student: str) -> None:
+def check_report(report: Report, order: Order, data: FederatedData, student: str) -> None:
     """Refuse a report that would poison the round.
 
     Args:
         report: as it came.
         order: what the client was asked for.
-        world: its private images are counted there.
+        data: its private images are counted there.
         student: architecture of its student.
 
     Raises:
@@ -44,7 +44,7 @@ def check_report(report: Report, order: Order, world: World, student: str) -> No
     if report.round != order.round:
         which = f"round {report.round}" if report.round else "no round that it names"
         raise FedkdError(f"replies to {which} in round {order.round}")
-    if report.num_examples != (held := len(world.shards[order.client])):
+    if report.num_examples != (held := len(data.shards[order.client])):
         raise FedkdError(f"sends num-examples = {report.num_examples} of a partition of {held}")
     if order.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
         raise FedkdError("sends no final accuracy")
@@ -55,9 +55,9 @@ def check_report(report: Report, order: Order, world: World, student: str) -> No
         if isinstance(phase, Predict):
             _check_labels(report.answer, phase, order)
         elif isinstance(phase, MeanByClass):
-            _check_means(report, phase, world, student)
+            _check_means(report, phase, data, student)
         else:
-            _check_weights(report.answer, world, student)
+            _check_weights(report.answer, data, student)
     if report.answer is not None:
         check_answer(report.answer)
 
@@ -107,11 +107,11 @@ def _check_labels(answer: Knowledge | None, phase: Predict, order: Order) -> Non
         raise FedkdError("answers samples that were not asked for")
 
 
-def _check_means(report: Report, phase: MeanByClass, world: World, student: str) -> None:
+def _check_means(report: Report, phase: MeanByClass, data: FederatedData, student: str) -> None:
     answer = report.answer
     if not isinstance(answer, ClassMeans) or answer.of != phase.of:
         raise FedkdError(f"does not send the means of its {phase.of} that were asked for")
-    shape = (1, world.num_classes, means_width(phase, world, student))
+    shape = (1, data.num_classes, means_width(phase, data, student))
     if answer.values.dtype != torch.float32 or tuple(answer.values.shape) != shape:
         raise FedkdError(
             f"sends {answer.values.dtype} of shape {tuple(answer.values.shape[1:])}: must be "
@@ -124,15 +124,15 @@ def _check_means(report: Report, phase: MeanByClass, world: World, student: str)
         )
 
 
-def means_width(phase: MeanByClass, world: World, student: str) -> int:
+def means_width(phase: MeanByClass, data: FederatedData, student: str) -> int:
     """Return D, the width of what is averaged by class: classes, or the student's features.
 
     Raises:
         FedkdError: the student has no features.
     """
     if phase.of != "features":
-        return world.num_classes
-    head = getattr(architectures_of(world).skeleton(student), "head", None)
+        return data.num_classes
+    head = getattr(architectures_of(data).skeleton(student), "head", None)
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
         raise FedkdError(
@@ -143,10 +143,10 @@ def means_width(phase: MeanByClass, world: World, student: str) -> int:
     return width
 
 
-def _check_weights(answer: Knowledge | None, world: World, student: str) -> None:
+def _check_weights(answer: Knowledge | None, data: FederatedData, student: str) -> None:
     if not isinstance(answer, Weights) or list(answer.by_model) != [student]:
         raise FedkdError(f"does not send the weights of {student} that were asked for")
-    model = architectures_of(world).skeleton(student)
+    model = architectures_of(data).skeleton(student)
     reference = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sent = answer.by_model[student].tensors
     if set(sent) != set(reference):

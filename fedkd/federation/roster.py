@@ -8,7 +8,7 @@ from time import monotonic, sleep
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import failure_reason
@@ -25,16 +25,16 @@ class Roster:
     Args:
         grid: reaches the clients.
         experiment: the run.
-        world: the data as the server sees it.
+        data: the data as the server sees it.
         record: the experiment as it travels.
     """
 
     def __init__(
-        self, grid: Grid, experiment: Experiment, world: World, record: ConfigRecord
+        self, grid: Grid, experiment: Experiment, data: FederatedData, record: ConfigRecord
     ) -> None:
         self._grid = grid
         self._experiment = experiment
-        self._world = world
+        self._data = data
         self._record = record
         self._nodes: dict[int, int] = {}  # node ids by partition
         self._failures: list[str] = []
@@ -125,7 +125,7 @@ class Roster:
                 Setting("num-clients", num_clients),
                 f" allows 0 to {num_clients - 1}",
             )
-        if introduction.num_examples != (held := len(self._world.shards[client])):
+        if introduction.num_examples != (held := len(self._data.shards[client])):
             self._failures.append(
                 f"introduces num-examples = {introduction.num_examples} of a partition of {held}"
             )

@@ -91,7 +91,7 @@ class RunRecord:
             return
         labels = self._new_labels(kept)
         if labels is not None:
-            details = detailed(labels, self._server.world.public_truth)
+            details = detailed(labels, self._server.data.public_truth)
             self._folder.append("knowledge.jsonl", {"round": row["round"], **details})
         self._folder.append_round(row)
 
@@ -105,7 +105,7 @@ class RunRecord:
         labels = self._new_labels(kept)
         if labels is None:
             return {}
-        truth = self._server.world.public_truth
+        truth = self._server.data.public_truth
         return described(labels, truth, self._server.experiment.tau)
 
     def _server_accuracy(self, exchange: Exchange, kept: Checkpoint) -> float | None:
@@ -133,7 +133,7 @@ class RunRecord:
         """
         final = {report.client: report.metrics for report in exchange.reports}
         clients = range(self._server.num_clients)
-        device = str(self._server.world.train.device)
+        device = str(self._server.data.train.device)
         result = {
             "accuracy": mean_of(m["accuracy"] for m in final.values()),
             "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
@@ -147,7 +147,7 @@ class RunRecord:
             "events": _added([*(row["events"] for row in self.rows), _events_of(exchange)]),
             "rounds": len(self.rows),
             **kept.totals,
-            "test_size": len(self._server.world.test),
+            "test_size": len(self._server.data.test),
             "seconds": monotonic() - started,
             "environment": environment(device, torch.get_num_threads()),
         }
@@ -159,7 +159,7 @@ class RunRecord:
     def _collect(self, answered: Iterable[int], folder: RunFolder) -> None:
         """Bring together what the models answered on the test images, where clients share our disk."""
         memories = Memories(folder.path / "clients" / "memory")
-        labels = self._server.world.test.labels
+        labels = self._server.data.test.labels
         assert labels is not None
         closing = dict.fromkeys(answered, self._server.round + 1)
         tested = collected(memories, closing, labels.cpu())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedkd.clients.instructions import Order, Report
 from fedkd.clients.states import INITIAL
-from fedkd.data.federated import World, who_holds_what
+from fedkd.data.federated import FederatedData, who_holds_what
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
@@ -54,7 +54,7 @@ class Federation:
         strategy: the algorithm.
         grid: reaches the clients.
         experiment: the run.
-        world: the data as the server sees it.
+        data: the data as the server sees it.
         folder: where records are written, if anywhere.
         on_round: called with each round's record, once that is on disk.
         events: what the machinery between us and the clients has to tell.
@@ -68,7 +68,7 @@ class Federation:
         strategy: Algorithm,
         grid: Grid,
         experiment: Experiment,
-        world: World,
+        data: FederatedData,
         folder: RunFolder | None = None,
         on_round: Callable[[Row], None] = lambda _: None,
         events: Events | None = None,
@@ -79,14 +79,14 @@ class Federation:
         self._grid = grid
         self._experiment = experiment
         self._experiment_record = experiment_record(experiment)
-        self._server = Server(experiment, world)
+        self._server = Server(experiment, data)
         self._algorithm = CheckedAlgorithm(strategy, self._server)
         self._kept = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
         self._references = SharedReferences()
         self._exchange: Exchange | None = None
         self._record = RunRecord(self._server, folder)
         self._folder = folder
-        self.roster = Roster(grid, experiment, world, self._experiment_record)
+        self.roster = Roster(grid, experiment, data, self._experiment_record)
 
     @property
     def rows(self) -> list[Row]:
@@ -99,7 +99,7 @@ class Federation:
         """Run all rounds that are not done yet and the closing exchange, and write the result."""
         started = monotonic()
         if self._folder is not None:
-            self._folder.write_shards(who_holds_what(self._server.world))
+            self._folder.write_shards(who_holds_what(self._server.data))
             self._go_on(self._folder)
         rounds = self._experiment.num_server_rounds
         for number in range(self._kept.round + 1, rounds + 1):
@@ -175,7 +175,7 @@ class Federation:
         self.roster.complete()
         exchange = self._exchange = Exchange(sampled, events=self._events)
         outgoing = Outgoing(self._algorithm, self._server, self._kept, self._references)
-        request = encode_request(order.asked, self._server.world.sizes)
+        request = encode_request(order.asked, self._server.data.sizes)
         first = tuple(self._algorithm.phases(1))
         messages = []
         for client in sampled:
@@ -259,8 +259,8 @@ class Federation:
         """Sort the replies into good reports, in order of partition, and drops with a reason."""
         exchange = self._exchange
         assert exchange is not None
-        client_of, world = self.roster.client_of(), self._server.world
-        exchange.receive(replies, client_of, self._experiment, world, self._kept.heard)
+        client_of, data = self.roster.client_of(), self._server.data
+        exchange.receive(replies, client_of, self._experiment, data, self._kept.heard)
         counted = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
         for name in self._kept.totals:
             self._kept.totals[name] += counted[name]

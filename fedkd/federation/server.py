@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, require_one
@@ -51,7 +51,7 @@ class Server:
 
     Attributes:
         experiment: the run.
-        world: the data; a strategy may use the public set and its labels, nothing private.
+        data: the data; a strategy may use the public set and its labels, nothing private.
         round: the running round, from 1.
         state: a strategy's memory, tensors and scalars by name; kept only if the round is accepted.
         model: the server's own model (``server-model``), a cohort of one, or ``None``.
@@ -59,7 +59,7 @@ class Server:
     """
 
     experiment: Experiment
-    world: World = field(repr=False)
+    data: FederatedData = field(repr=False)
     round: int = 0
     state: dict[str, Tensor | float | int | str] = field(default_factory=dict)
     model: Cohort | None = field(init=False, repr=False)
@@ -77,17 +77,17 @@ class Server:
     @property
     def num_public(self) -> int:
         """P, the size of the public set."""
-        return len(self.world.public)
+        return len(self.data.public)
 
     @property
     def num_classes(self) -> int:
         """C."""
-        return self.world.num_classes
+        return self.data.num_classes
 
     @property
     def targets(self) -> Tensor | None:
         """Labels of the public set, int64 ``[P]``, where it has any."""
-        labels = self.world.public.labels
+        labels = self.data.public.labels
         return None if labels is None else labels.cpu()
 
     def everything(self) -> Tensor:
@@ -159,7 +159,7 @@ class Server:
         Raises:
             FedkdError: there is no model.
         """
-        public = self.world.public
+        public = self.data.public
         if weights is None:
             if self.model is None:
                 raise FedkdError(
@@ -181,14 +181,14 @@ class Server:
     def _public_side(self, phase: Fit, labels: SoftLabels | None, samples: Tensor | None) -> Side:
         terms = self._terms(phase, labels)
         if labels is not None:
-            return public_side(self.world.public, terms, [labels])
+            return public_side(self.data.public, terms, [labels])
         assert samples is not None
-        return Side("public", self.world.public, [samples], terms)
+        return Side("public", self.data.public, [samples], terms)
 
     def _terms(self, phase: Fit, labels: SoftLabels | None) -> Terms:
         """Resolve a fit's public terms, without hard labels where there are none."""
         experiment = self.experiment
-        has_labels = self.world.public.labels is not None
+        has_labels = self.data.public.labels is not None
         for name in phase.public:
             _check_needs(name, experiment_term(name, experiment), labels)
         # Without hard labels the soft part is all of the loss.
@@ -224,17 +224,17 @@ class Server:
         return self._tested(self.model) if self.model is not None and self.trained else None
 
     def _tested(self, cohort: Cohort) -> float:
-        test = self.world.test
+        test = self.data.test
         assert test.labels is not None
         return float(accuracy(cohort.classify(test).cpu(), test.labels.cpu()))
 
     def _cohort(self, name: str, stack: Mapping[str, Tensor] | None = None) -> Cohort:
         """Make a cohort of copies of a stack ``[K, ...]``, or of one model with initial weights."""
         if stack is None:
-            stack = architectures_of(self.world).initial_states(name, self.experiment.seed, 1)
-        device = self.world.train.device
+            stack = architectures_of(self.data).initial_states(name, self.experiment.seed, 1)
+        device = self.data.train.device
         own = {n: t.to(device, copy=True) for n, t in stack.items()}
-        return architectures_of(self.world).cohort(self.experiment, name, own)
+        return architectures_of(self.data).cohort(self.experiment, name, own)
 
 
 def _check_needs(name: str, term: Term, labels: SoftLabels | None) -> None:

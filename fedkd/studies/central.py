@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from fedkd.data.federated import who_holds_what, world_of
+from fedkd.data.federated import federated_data, who_holds_what
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
@@ -62,8 +62,8 @@ def central(
     check_central(experiment)
     if save:
         RunFolder.check(experiment)
-    worlds = [world_of(experiment.replace(seed=seed)) for seed in seeds]
-    check_models(experiment, worlds[0], ("student", "teacher"))
+    by_seed = [federated_data(experiment.replace(seed=seed)) for seed in seeds]
+    check_models(experiment, by_seed[0], ("student", "teacher"))
     keep_freed_memory()
     counts = ((experiment.teacher, len(seeds)), (experiment.student, 2 * len(seeds)))
     reasons = described(experiment, counts)
@@ -94,7 +94,7 @@ def check_central(experiment: Experiment) -> None:
 def _trained(pooled: Pooled) -> tuple[CentralRun, Tested]:
     """Train everything and test it; of 2 S students the first S are alone."""
     teaching, learning = pooled.train_teachers(), pooled.train_students()
-    test = pooled.world.test
+    test = pooled.data.test
     taught, learnt = pooled.teachers.answer(test), pooled.students.answer(test)
     count = len(taught.classes)
     answers = {
@@ -177,8 +177,8 @@ def _saved(
     reasons: Mapping[str, str],
 ) -> CentralRun:
     folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
-    record_beginning(folder, experiment, str(pooled.world.train.device), reasons)
-    folder.write_shards(who_holds_what(pooled.world))
+    record_beginning(folder, experiment, str(pooled.data.train.device), reasons)
+    folder.write_shards(who_holds_what(pooled.data))
     tested.save(folder.path)
     replace_file(folder.path / MODELS, safetensors_bytes(_models(pooled, run.seeds)))
     folder.write_result(run.as_json())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
@@ -55,27 +55,27 @@ def averaged(heard: Sequence[SoftLabels], num_public: int) -> SoftLabels:
 
 
 def distilled_proxies(
-    labels: SoftLabels, world: World, experiment: Experiment, epochs: int
+    labels: SoftLabels, data: FederatedData, experiment: Experiment, epochs: int
 ) -> Cohort:
     """Distil a copy of every client from its answers, by KL(client ‖ proxy) at temperature 1.
 
     Args:
         labels: of K clients, each of which answered some sample.
-        world: its public images alone are looked at.
+        data: its public images alone are looked at.
         experiment: its optimiser, batch size and seed, and the architecture of its (first) student.
         epochs: passes over what a client answered.
 
     Returns:
         A cohort of K.
     """
-    clients, public, architecture = labels.clients.tolist(), world.public, experiment.student_of(0)
+    clients, public, architecture = labels.clients.tolist(), data.public, experiment.student_of(0)
     rows = [labels.samples[mask] for mask in labels.mask]
     taught = [logits[mask] for logits, mask in zip(labels.logits, labels.mask, strict=True)]
     teacher = torch.nn.utils.rnn.pad_sequence(taught, batch_first=True)
-    proxies = architectures_of(world).cohort(
+    proxies = architectures_of(data).cohort(
         experiment,
         architecture,
-        architectures_of(world).initial_states(architecture, experiment.seed, len(clients)),
+        architectures_of(data).initial_states(architecture, experiment.seed, len(clients)),
     )
     proxies.fit(
         [Side("public", public, rows, {kl: 1.0}, teacher.to(public.device, public.dtype))],

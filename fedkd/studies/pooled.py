@@ -12,7 +12,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.data.images import Augment, Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge.calibration import entropy
@@ -50,7 +50,7 @@ class Pooled:
     ) -> None:
         self.experiments = list(experiments)
         self.experiment = experiments[0]
-        self.world = world_of(self.experiment)
+        self.data = federated_data(self.experiment)
         self.seconds: dict[str, float] = {}
         self._progress = progress
         students_own = Experiment.keys("distillation")  # no teacher depends on them
@@ -88,27 +88,27 @@ class Pooled:
 
     def training_accuracies(self, cohort: Cohort) -> list[float]:
         """Return each model's accuracy on the pooled images that it was trained on."""
-        train = self.world.train
+        train = self.data.train
         assert train.labels is not None
         predicted, labels = cohort.classify(train).cpu(), train.labels.cpu()
         mine = self.experiments if cohort is self.students else self._teachers_experiments
-        rows = [world_of(experiment).pooled for experiment in mine]
+        rows = [federated_data(experiment).pooled for experiment in mine]
         return [
             float(accuracy(each[chosen].unsqueeze(0), labels[chosen]))
             for each, chosen in zip(predicted, rows, strict=True)
         ]
 
     def _cohort(self, name: str, experiments: Sequence[Experiment]) -> Cohort:
-        architectures = architectures_of(self.world)
+        architectures = architectures_of(self.data)
         states = [architectures.initial_state(name, experiment.seed) for experiment in experiments]
         return architectures.cohort(self.experiment, name, stacked(states))
 
     def _soft_labels(self) -> Tensor:
         """Let each teacher label its own pooled images, ``[T, N, C]`` in the order of its rows."""
-        rows = [world_of(experiment).pooled for experiment in self._teachers_experiments]
+        rows = [federated_data(experiment).pooled for experiment in self._teachers_experiments]
         if all(torch.equal(rows[0], each) for each in rows):
-            return self.teachers.predict(self.world.train, rows[0])
-        whole = self.teachers.predict(self.world.train)
+            return self.teachers.predict(self.data.train, rows[0])
+        whole = self.teachers.predict(self.data.train)
         return torch.stack([logits[each] for logits, each in zip(whole, rows, strict=True)])
 
     def _side(
@@ -119,9 +119,9 @@ class Pooled:
         taught_by: Tensor | None = None,
         augment: Augment = "none",
     ) -> Side:
-        rows = [world_of(experiment).pooled for experiment in experiments]
+        rows = [federated_data(experiment).pooled for experiment in experiments]
         return Side(
-            "pooled", self.world.train, rows, terms, teacher_logits, taught_by, augment=augment
+            "pooled", self.data.train, rows, terms, teacher_logits, taught_by, augment=augment
         )
 
     def _fit(

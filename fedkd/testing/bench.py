@@ -15,7 +15,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from fedkd.data import Dataset, load
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.engines.answering import answers, introduce, reply, store_of
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Algorithm
@@ -306,7 +306,7 @@ class Bench:
         with task_identity():
             reaching = grid(clients, num_clients=experiment.num_clients)
             federation = Federation(
-                cast(Algorithm, witness), reaching, experiment, world_of(experiment)
+                cast(Algorithm, witness), reaching, experiment, federated_data(experiment)
             )
             federation.run()
         return Done(experiment, federation.rows, witness, clients.exchanges)
@@ -314,7 +314,7 @@ class Bench:
     def server(self, **keys: Any) -> Server:
         """Return a server in round 1."""
         experiment = self.experiment.replace(**keys)
-        return Server(experiment, world_of(experiment), round=1)
+        return Server(experiment, federated_data(experiment), round=1)
 
 
 def require_all(done: Done, rows: Iterable[Row] | None = None) -> Done:

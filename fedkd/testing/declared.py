@@ -284,10 +284,10 @@ def _steps(
     samples: int,
 ) -> dict[str, Any]:
     """Return the fields of a `Step` for all clients, ``[K, ...]``, those that the term asked for."""
-    world = bench.server().world
-    classes = world.num_classes
+    data = bench.server().data
+    classes = data.num_classes
     draw = torch.Generator().manual_seed(1)
-    architectures, student = architectures_of(world), experiment.student_of(0)
+    architectures, student = architectures_of(data), experiment.student_of(0)
     state = architectures.initial_states(student, 1, clients)
     trained = {name for name, _ in architectures.skeleton(student).named_parameters()}
     params = {n: t for n, t in state.items() if n in trained}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import SoftLabels, Weights, tensors_of
@@ -264,7 +264,7 @@ def measured_bytes(bench: Bench) -> None:
 def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -> None:
     formula: str = getattr(bench.strategy.facts, way)
     is_bound = formula.strip().startswith("<=")
-    server = Server(done.experiment, world_of(done.experiment), round=row["round"])
+    server = Server(done.experiment, federated_data(done.experiment), round=row["round"])
     asked = len(done.witness.asked.get(row["round"], ()))
     p = max(asked, len(server.draw())) if is_bound else asked
     known = symbols(bench, server, p)
@@ -282,8 +282,8 @@ def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -
 
 def symbols(bench: Bench, server: Server, p: int) -> dict[str, int]:
     """Return what the symbols of a formula stand for, where p samples are asked for."""
-    experiment, world = server.experiment, server.world
-    model = architectures_of(world).skeleton(experiment.student_of(0))
+    experiment, data = server.experiment, server.data
+    model = architectures_of(data).skeleton(experiment.student_of(0))
     head = getattr(model, "head", None)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {

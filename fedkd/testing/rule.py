@@ -61,10 +61,10 @@ def _random(*shape: int) -> Tensor:
 
 def _labels(bench: Bench, dtype: torch.dtype, masked: bool) -> SoftLabels:
     (space,) = {p.space for p in bench.strategy.phases(2) if isinstance(p, Predict)}
-    world = bench.server().world
-    logits = _random(K, N, world.num_classes)
+    data = bench.server().data
+    logits = _random(K, N, data.num_classes)
     samples = torch.tensor([2, 3, 5, 7, 11])
-    targets = world.public.labels
+    targets = data.public.labels
     return SoftLabels(
         (logits if space == "logits" else logits.softmax(-1)).to(dtype),
         space,
@@ -78,7 +78,7 @@ def _labels(bench: Bench, dtype: torch.dtype, masked: bool) -> SoftLabels:
 
 def _means(bench: Bench, dtype: torch.dtype, masked: bool) -> ClassMeans:
     (of,) = {p.of for p in bench.strategy.phases(2) if isinstance(p, MeanByClass)}
-    classes = bench.server().world.num_classes
+    classes = bench.server().data.num_classes
     values = _random(K, classes, D if of == "features" else classes)
     values = values.softmax(-1) if of == "probabilities" else values
     counts = torch.arange(1, K * classes + 1).view(K, classes) % 7 + 1

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fedkd.data.federated import World
+from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
@@ -90,21 +90,21 @@ class Architectures:
         return models.build(name, self._input_shape, self._num_classes)
 
 
-_architectures: WeakKeyDictionary[World, Architectures] = WeakKeyDictionary()
+_architectures: WeakKeyDictionary[FederatedData, Architectures] = WeakKeyDictionary()
 
 
-def architectures_of(world: World) -> Architectures:
-    """Return the architectures for a world's images, the same object as long as the world lives."""
-    found = _architectures.get(world)
+def architectures_of(data: FederatedData) -> Architectures:
+    """Return the architectures for these images, the same object as long as `data` lives."""
+    found = _architectures.get(data)
     if found is None:
-        train = world.train
+        train = data.train
         example = train.batch(torch.arange(2, device=train.device))
-        built = Architectures(world.input_shape, world.num_classes, train.device, example)
-        found = _architectures.setdefault(world, built)
+        built = Architectures(data.input_shape, data.num_classes, train.device, example)
+        found = _architectures.setdefault(data, built)
     return found
 
 
-def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> None:
+def check_models(experiment: Experiment, data: FederatedData, keys: Sequence[str]) -> None:
     """Build every model that `keys` (such as ``"student"``) name, before any work.
 
     Raises:
@@ -115,6 +115,6 @@ def check_models(experiment: Experiment, world: World, keys: Sequence[str]) -> N
             if name == "none" and key != "student":
                 continue
             try:
-                architectures_of(world).model(name.strip())
+                architectures_of(data).model(name.strip())
             except FedkdError as error:
                 raise FedkdError(Setting(kebab(key), name.strip()), f": {error}") from None

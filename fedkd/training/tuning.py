@@ -15,7 +15,7 @@ from time import perf_counter
 
 import torch
 
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
@@ -93,16 +93,16 @@ def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
         experiment: the run.
         counts: models by architecture; default the clients that a round of it runs in one process.
     """
-    world = world_of(experiment)
+    data = federated_data(experiment)
     counts = _largest(counts or clients_at_once(experiment))
     if experiment.plan != AUTO:
-        plan = architectures_of(world).plan
+        plan = architectures_of(data).plan
         return tuple(Choice(n, plan(n, experiment.plan), "as asked for") for n, _ in counts)
     threads = _threads(experiment)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return tuple(_choose(experiment, world, name, count, threads) for name, count in counts)
+        return tuple(_choose(experiment, data, name, count, threads) for name, count in counts)
     finally:
         torch.set_num_threads(before)
 
@@ -134,19 +134,21 @@ def _threads(experiment: Experiment) -> int:
     return max(1, torch.get_num_threads() // max(1, experiment.num_workers))
 
 
-def _choose(experiment: Experiment, world: World, name: str, clients: int, threads: int) -> Choice:
-    example = world.train.batch(torch.arange(2, device=world.train.device))
-    skeleton = architectures_of(world).skeleton(name)
+def _choose(
+    experiment: Experiment, data: FederatedData, name: str, clients: int, threads: int
+) -> Choice:
+    example = data.train.batch(torch.arange(2, device=data.train.device))
+    skeleton = architectures_of(data).skeleton(name)
     default = default_plan(skeleton, example)
     largest = largest_block(skeleton)
-    if world.train.device.type == "cuda":
+    if data.train.device.type == "cuda":
         threads = 1  # one process feeds the device
         if default.stacked:
-            largest = min(largest, _fitting_block(experiment, world, name, clients))
+            largest = min(largest, _fitting_block(experiment, data, name, clients))
     plans = candidates(default, largest, clients, threads)
     if len(plans) == 1:
         return Choice(name, plans[0], "the only one")
-    times = _measure(experiment, world, name, clients, plans)
+    times = _measure(experiment, data, name, clients, plans)
     if not times:
         return Choice(name, default, "none could be measured")
     best = fastest(times)
@@ -187,16 +189,16 @@ def fastest(times: Mapping[Plan, float]) -> Plan:
 
 
 def _measure(
-    experiment: Experiment, world: World, name: str, clients: int, plans: Sequence[Plan]
+    experiment: Experiment, data: FederatedData, name: str, clients: int, plans: Sequence[Plan]
 ) -> dict[Plan, float]:
     """Time plans until a hundredth of the run is spent; seconds of a client's step by plan."""
     times: dict[Plan, float] = {}
     spent = 0.0
-    steps = ROUNDS * _steps_a_round(experiment, world)
+    steps = ROUNDS * _steps_a_round(experiment, data)
     for plan in plans:
         try:
             used, times[plan] = _time(
-                experiment, world, name, min(clients, plan.block * plan.lanes), plan
+                experiment, data, name, min(clients, plan.block * plan.lanes), plan
             )
         except Exception as error:  # whatever a model raises is its clients' failure, in the run
             _logger.warning("%s cannot be run as %s: %s", name, plan, one_line(error))
@@ -208,28 +210,28 @@ def _measure(
     return times
 
 
-def _steps_a_round(experiment: Experiment, world: World) -> int:
+def _steps_a_round(experiment: Experiment, data: FederatedData) -> int:
     """Return about how many steps a client takes in a round."""
-    private = sum(map(len, world.shards)) // len(world.shards)
-    public = experiment.public_per_round or len(world.public)
+    private = sum(map(len, data.shards)) // len(data.shards)
+    public = experiment.public_per_round or len(data.public)
     return experiment.local_epochs * steps_per_epoch(
         private, experiment.batch_size
     ) + experiment.distill_epochs * steps_per_epoch(public, experiment.batch_size)
 
 
-def _fitting_block(experiment: Experiment, world: World, name: str, clients: int) -> int:
+def _fitting_block(experiment: Experiment, data: FederatedData, name: str, clients: int) -> int:
     """Return how many clients a step can take at once in the memory that the GPU has free."""
-    device = world.train.device
-    _time(experiment, world, name, 1, Plan(True, 1))  # leaves behind what libraries keep
+    device = data.train.device
+    _time(experiment, data, name, 1, Plan(True, 1))  # leaves behind what libraries keep
     peaks = []
     for count in (1, 3):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _time(experiment, world, name, count, Plan(True, count))
+        _time(experiment, data, name, count, Plan(True, count))
         peaks.append(torch.cuda.max_memory_allocated(device) - before)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    initial = architectures_of(world).initial_state(name, 0)
+    initial = architectures_of(data).initial_state(name, 0)
     state = sum(t.numel() * t.element_size() for t in initial.values())
     return fitting_block(free, clients * state, (peaks[1] - peaks[0]) / 2)
 
@@ -246,24 +248,24 @@ def fitting_block(free: int, resident: int, each: float) -> int:
 
 
 def _time(
-    experiment: Experiment, world: World, name: str, clients: int, plan: Plan
+    experiment: Experiment, data: FederatedData, name: str, clients: int, plan: Plan
 ) -> tuple[float, float]:
     """Return the seconds that measuring a plan took, and those of a client's step in it."""
     begun = perf_counter()
-    architectures = architectures_of(world)
+    architectures = architectures_of(data)
     stack = architectures.initial_states(name, experiment.seed, clients)
     cohort = Cohort.over(architectures.skeleton(name), stack, plan, experiment.precision)
 
-    rows = torch.arange(STEPS * experiment.batch_size) % len(world.train)
+    rows = torch.arange(STEPS * experiment.batch_size) % len(data.train)
     ticks: list[tuple[float, float]] = []
 
     def ticked(share: float) -> None:
-        if world.train.device.type == "cuda":
+        if data.train.device.type == "cuda":
             torch.cuda.synchronize()
         ticks.append((share, perf_counter()))
 
     cohort.fit(
-        [Side("private", world.train, [rows] * clients, {ce: 1.0})],
+        [Side("private", data.train, [rows] * clients, {ce: 1.0})],
         epochs=1,
         batch_size=experiment.batch_size,
         optimizer=OptimizerSettings.of(experiment),

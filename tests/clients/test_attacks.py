@@ -45,7 +45,7 @@ from fedkd.clients.instructions import Order, Report
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -408,7 +408,7 @@ def told(
     experiment: Experiment,
     phases: Sequence[Phase],
     folder: Path,
-    world: World | None = None,
+    data: FederatedData | None = None,
     clients: Sequence[int] = range(5),
     knowledge: SoftLabels | None = None,
     together: bool = True,
@@ -430,7 +430,7 @@ def told(
     groups = [orders] if together else [[order] for order in orders]
     found: dict[int, Report] = {}
     for group in groups:
-        for report in execute(experiment, world or world_of(experiment), group, store):
+        for report in execute(experiment, data or federated_data(experiment), group, store):
             assert isinstance(report, Report), report
             found[report.client] = report
     return found
@@ -455,15 +455,17 @@ def same(one: Report, other: Report) -> bool:
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def flipped_by_hand(world: World, clients: Mapping[int, object] | frozenset[int]) -> World:
+def flipped_by_hand(
+    data: FederatedData, clients: Mapping[int, object] | frozenset[int]
+) -> FederatedData:
     """Return the same data with other labels on the private images of some clients."""
-    labels = world.train.labels
+    labels = data.train.labels
     assert labels is not None
     labels = labels.clone()
     for client in clients:
-        for image in world.shards[client].tolist():
+        for image in data.shards[client].tolist():
             labels[image] = 9 - labels[image]
-    return replace(world, train=replace(world.train, labels=labels))
+    return replace(data, train=replace(data.train, labels=labels))
 
 
 JOINT = Fit("joint", private={"ce": 1.0}, public={"kl": 1.0})
@@ -485,13 +487,13 @@ def test_false_labels_train_as_if_they_were_the_labels(
 ) -> None:
     """Bit for bit the client whose private labels are others; the public set keeps its own."""
     experiment = tiny(**FIVE, attack="label-flip", plan=plan, public_labels=True)
-    liars, world = malicious_clients(experiment), world_of(experiment)
+    liars, data = malicious_clients(experiment), federated_data(experiment)
     assert len(liars) == 2
     knowledge = SoftLabels.shared(rand(P, CLASSES).float(), torch.arange(P), "logits")
     given = knowledge if JOINT in phases else None
     got = told(experiment, phases, tmp_path / "got", knowledge=given)
     innocent = experiment.replace(attack="none", attackers=0.0)
-    by_hand = flipped_by_hand(world, liars)
+    by_hand = flipped_by_hand(data, liars)
     expected = told(innocent, phases, tmp_path / "by hand", by_hand, knowledge=given)
     before = told(innocent, phases, tmp_path / "before", knowledge=given)
     for client in range(5):
@@ -502,10 +504,10 @@ def test_false_labels_train_as_if_they_were_the_labels(
 def test_a_step_with_false_labels_is_that_of_their_cross_entropy(tmp_path: Path) -> None:
     """In float64, written out: one step of gradient descent on class 9 − y."""
     experiment = one_step(attack="label-flip", attackers=1.0, num_clients=3)
-    world = world_of(experiment)
+    data = federated_data(experiment)
     got = told(experiment, [Revisit(), SendWeights()], tmp_path, clients=range(3))
     for client in range(3):
-        images, labels = shard(world, client)
+        images, labels = shard(data, client)
         model = starting(experiment, client)
         cross_entropy(model(images), 9 - labels).backward()
         sent = got[client].answer
@@ -653,7 +655,7 @@ def some(clients: int, samples: int, shift: int = 0) -> Tensor:
 def guard_of(clients: int) -> Server:
     """Return a server with an empty memory."""
     experiment = tiny(num_clients=clients)
-    return Server(experiment, world_of(experiment))
+    return Server(experiment, federated_data(experiment))
 
 
 def common(rows: Sequence[Sequence[float]], rule: str) -> list[float]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import fedkd
 from fedkd.clients.state_files import StateFiles
 from fedkd.data import Dataset
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.engines import in_process
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
@@ -106,20 +106,20 @@ def _in_all_forms(values: Sequence[int | float] | Tensor, *formats: Any) -> Iter
     yield from (separator.join(map(str, listed)).encode() for separator in (", ", ",", " "))
 
 
-def _of_world(world: World) -> Canaries:
+def _of_data(data: FederatedData) -> Canaries:
     """Return canaries of images, labels, counts by class and indices of all shards."""
-    assert world.train.labels is not None
+    assert data.train.labels is not None
     found: Canaries = {"image": set(), "label": set(), "count": set(), "index": set()}
-    for shard, counts in zip(world.shards, world.private_label_counts, strict=True):
+    for shard, counts in zip(data.shards, data.private_label_counts, strict=True):
         assert len(shard) > 2 * RUN
-        labels = world.train.labels[shard]
+        labels = data.train.labels[shard]
         for first in range(0, len(shard) - RUN, 5):
             found["label"] |= {*_in_all_forms(labels[first : first + RUN])}
             found["index"] |= {*_in_all_forms(shard[first : first + RUN], *_NUMBERS[1:])}
         found["count"] |= {*_in_all_forms(counts, *_NUMBERS[2:])}
         for row in shard[::2].tolist():
-            pixels = world.train.pixels[row, 0, 3]
-            normalised = world.train.batch(torch.tensor([row]))[0, 0, 3]
+            pixels = data.train.pixels[row, 0, 3]
+            normalised = data.train.batch(torch.tensor([row]))[0, 0, 3]
             found["image"] |= {*_in_all_forms(pixels), *_in_all_forms(pixels / 255, *_NUMBERS[4:])}
             found["image"] |= {*_in_all_forms(normalised, *_NUMBERS[4:])}
     return found
@@ -218,7 +218,11 @@ class Leaked:
                 for name in ("flwr", "fedkd", "ray"):
                     logging.getLogger(name).removeHandler(log.handler)
         names = {name.encode() for name in (*CLASSES, SECRET)}
-        self.canaries = {**_of_world(world_of(experiment)), "weight": Tapped.weights, "name": names}
+        self.canaries = {
+            **_of_data(federated_data(experiment)),
+            "weight": Tapped.weights,
+            "name": names,
+        }
         shown = printed.readouterr()
         self.up, self.down = (self._in(_bytes_of(way)) for way in (Tapped.up, Tapped.down))
         self.logs = self._in(f"{log.text}\n{shown.out}\n{shown.err}".encode())
@@ -323,9 +327,9 @@ def test_a_lone_client_receives_its_own_weights_back(leaks: Any) -> None:
 
 
 @cache
-def _known() -> tuple[World, Canaries]:
-    world = world_of(tiny(dataset=f"{__name__}:planted", train_size=None, test_size=None))
-    return world, _of_world(world)
+def _known() -> tuple[FederatedData, Canaries]:
+    data = federated_data(tiny(dataset=f"{__name__}:planted", train_size=None, test_size=None))
+    return data, _of_data(data)
 
 
 def _found_in(**records: Any) -> set[str]:
@@ -336,13 +340,11 @@ def _found_in(**records: Any) -> set[str]:
 
 @pytest.mark.parametrize("number", _NUMBERS)
 def test_every_kind_of_canary_would_be_found(number: Any) -> None:
-    world, _ = _known()
-    assert world.train.labels is not None
-    shard = world.shards[1]
-    image = (
-        world.train.batch(shard[2:3]) if number in _NUMBERS[4:] else world.train.pixels[shard[2]]
-    )
-    sent = {"image": image, "label": world.train.labels[shard], "index": shard}
+    data, _ = _known()
+    assert data.train.labels is not None
+    shard = data.shards[1]
+    image = data.train.batch(shard[2:3]) if number in _NUMBERS[4:] else data.train.pixels[shard[2]]
+    sent = {"image": image, "label": data.train.labels[shard], "index": shard}
     if number is np.uint8:
         sent.pop("index")  # its indices do not fit
     for kind, values in sent.items():
@@ -354,14 +356,14 @@ def test_every_kind_of_canary_would_be_found(number: Any) -> None:
 
 
 def test_canaries_would_be_found_in_numbers_and_texts() -> None:
-    world, _ = _known()
-    assert world.train.labels is not None
-    shard = world.shards[2]
-    labels, indices = world.train.labels[shard].tolist(), shard.tolist()
+    data, _ = _known()
+    assert data.train.labels is not None
+    shard = data.shards[2]
+    labels, indices = data.train.labels[shard].tolist(), shard.tolist()
     assert _found_in(m=MetricRecord({"x": labels})) == {"label"}
     assert _found_in(c=ConfigRecord({"x": indices, "y": 1})) == {"index"}
     assert _found_in(c=ConfigRecord({"x": f"the indices {indices}"})) == {"index"}
-    counts = world.private_label_counts[2].tolist()
+    counts = data.private_label_counts[2].tolist()
     assert _found_in(c=ConfigRecord({"x": json.dumps(counts)})) == {"count"}
     assert _found_in(c=ConfigRecord({"x": sorted(labels)}), m=MetricRecord({"n": 31})) == set()
 

@@ -25,7 +25,7 @@ from fedkd.clients.instructions import Failure, Order, Report
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, ModelWeights, SoftLabels, Space, Weights
@@ -81,7 +81,7 @@ def run(
     phases: Sequence[Phase],
     clients: Sequence[int] = range(K),
     *,
-    world: World | None = None,
+    data: FederatedData | None = None,
     store: ResidentStates | None = None,
     **order: Any,
 ) -> tuple[list[Report | Failure], ResidentStates]:
@@ -89,7 +89,7 @@ def run(
     store = store or new_store(experiment)
     fields = {"round": 1, "base": INITIAL, "asked": NOTHING, **order}
     orders = [Order(client=k, phases=tuple(phases), **fields) for k in clients]
-    return execute(experiment, world or world_of(experiment), orders, store), store
+    return execute(experiment, data or federated_data(experiment), orders, store), store
 
 
 def reports(results: Sequence[Report | Failure]) -> list[Report]:
@@ -153,14 +153,14 @@ def images(source: Images, rows: Tensor | None = None) -> Tensor:
     return (pixels.double() / 255 - mean) / std
 
 
-def module(world: World, name: str, weights: dict[str, Tensor]) -> nn.Module:
-    model = build(name, world.input_shape, world.num_classes).double()
+def module(data: FederatedData, name: str, weights: dict[str, Tensor]) -> nn.Module:
+    model = build(name, data.input_shape, data.num_classes).double()
     model.load_state_dict({n: t.double() for n, t in weights.items()})
     return model
 
 
 def initial(experiment: Experiment, name: str = "mlp-8") -> dict[str, Tensor]:
-    return architectures_of(world_of(experiment)).initial_state(name, experiment.seed)
+    return architectures_of(federated_data(experiment)).initial_state(name, experiment.seed)
 
 
 def stepped(model: nn.Module, loss: Tensor, rate: float = 0.5) -> dict[str, Tensor]:
@@ -187,20 +187,20 @@ def digest_reference(
     experiment: Experiment, client: int, knowledge: SoftLabels
 ) -> dict[str, Tensor]:
     """Return the student after digesting `knowledge` in one step: α·τ²·KL + (1 − α)·CE."""
-    world = world_of(experiment)
-    student = module(world, "mlp-8", initial(experiment))
+    data = federated_data(experiment)
+    student = module(data, "mlp-8", initial(experiment))
     rows = knowledge.samples
-    logits = student(images(world.public, rows))
+    logits = student(images(data.public, rows))
     teacher = knowledge.values[0].double()
     if knowledge.space == "probabilities":
         teacher = teacher.log()
     soft = kl_loss(teacher, logits, experiment.tau, experiment.kl_reduction == "mean")
-    if world.public.labels is not None:
-        hard = ce_loss(logits, world.public.labels[rows])
+    if data.public.labels is not None:
+        hard = ce_loss(logits, data.public.labels[rows])
     else:
-        shard = world.shards[client]
-        assert world.train.labels is not None
-        hard = ce_loss(student(images(world.train, shard)), world.train.labels[shard])
+        shard = data.shards[client]
+        assert data.train.labels is not None
+        hard = ce_loss(student(images(data.train, shard)), data.train.labels[shard])
     return stepped(student, experiment.alpha * soft + (1 - experiment.alpha) * hard)
 
 
@@ -260,25 +260,25 @@ def test_kl_reduction_mean_divides_the_soft_term_by_the_classes() -> None:
 
 def test_the_loss_that_is_reported_is_that_of_the_formula() -> None:
     experiment = one_step()
-    world, knowledge = world_of(experiment), received()
+    data, knowledge = federated_data(experiment), received()
     results, _ = run(experiment, [Digest()], knowledge=knowledge, knowledge_round=1)
-    logits = module(world, "mlp-8", initial(experiment))(images(world.public, ROWS))
+    logits = module(data, "mlp-8", initial(experiment))(images(data.public, ROWS))
     soft = kl_loss(knowledge.values[0].double(), logits, experiment.tau)
-    assert world.public.labels is not None
-    expected = 0.3 * soft + 0.7 * ce_loss(logits, world.public.labels[ROWS])
+    assert data.public.labels is not None
+    expected = 0.3 * soft + 0.7 * ce_loss(logits, data.public.labels[ROWS])
     for report in reports(results):
         assert report.metrics["loss_digest"] == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_revisit_is_one_step_of_cross_entropy_on_the_private_shard() -> None:
     experiment = one_step()
-    world = world_of(experiment)
+    data = federated_data(experiment)
     results, store = run(experiment, [Revisit()])
-    assert world.train.labels is not None
+    assert data.train.labels is not None
     for report in reports(results):
-        student = module(world, "mlp-8", initial(experiment))
-        shard = world.shards[report.client]
-        loss = ce_loss(student(images(world.train, shard)), world.train.labels[shard])
+        student = module(data, "mlp-8", initial(experiment))
+        shard = data.shards[report.client]
+        loss = ce_loss(student(images(data.train, shard)), data.train.labels[shard])
         expected = stepped(student, loss)
         assert_weights(state(store, report.client).models["student"], expected, initial(experiment))
         assert report.num_examples == len(shard)
@@ -286,14 +286,14 @@ def test_revisit_is_one_step_of_cross_entropy_on_the_private_shard() -> None:
 
 def test_the_authors_digest_is_the_mean_absolute_error_of_logits() -> None:
     experiment = one_step()
-    world, knowledge = world_of(experiment), received()
+    data, knowledge = federated_data(experiment), received()
     results, store = run(
         experiment, [Fit("digest", public={"mae_logits": 1.0})], knowledge=knowledge,
         knowledge_round=1,
     )  # fmt: skip
     reports(results)
-    student = module(world, "mlp-8", initial(experiment))
-    error = (student(images(world.public, ROWS)) - knowledge.values[0].double()).abs().mean()
+    student = module(data, "mlp-8", initial(experiment))
+    error = (student(images(data.public, ROWS)) - knowledge.values[0].double()).abs().mean()
     assert_weights(state(store, 0).models["student"], stepped(student, error), initial(experiment))
 
 
@@ -312,12 +312,12 @@ def test_soft_labels_meet_their_own_samples_whatever_their_order() -> None:
 
 def test_a_transfer_learns_all_public_labels_and_needs_no_knowledge() -> None:
     experiment = one_step()
-    world = world_of(experiment)
+    data = federated_data(experiment)
     _, store = run(experiment, [Fit("transfer", "teacher", public={"ce": 1.0}, epochs=1)])
-    student = module(world, "mlp-8", initial(experiment))
-    assert world.public.labels is not None
-    assert len(world.public) == P
-    expected = stepped(student, ce_loss(student(images(world.public)), world.public.labels))
+    student = module(data, "mlp-8", initial(experiment))
+    assert data.public.labels is not None
+    assert len(data.public) == P
+    expected = stepped(student, ce_loss(student(images(data.public)), data.public.labels))
     assert_weights(state(store, 2).models["student"], expected, initial(experiment))
 
 
@@ -326,12 +326,12 @@ def test_a_transfer_learns_all_public_labels_and_needs_no_knowledge() -> None:
 
 def test_a_local_teacher_revisits_and_answers_while_the_student_digests() -> None:
     experiment = one_step(teacher="mlp-9")
-    world, knowledge = world_of(experiment), received()
+    data, knowledge = federated_data(experiment), received()
     asked = torch.tensor([8, 1, 30])
     results, store = run(
         experiment, USUAL, knowledge=knowledge, knowledge_round=1, asked=asked, round=2
     )
-    assert world.train.labels is not None
+    assert data.train.labels is not None
     for report in reports(results):
         models = state(store, report.client, 2).models
         assert set(models) == {"student", "teacher"}
@@ -340,14 +340,14 @@ def test_a_local_teacher_revisits_and_answers_while_the_student_digests() -> Non
             digest_reference(experiment, report.client, knowledge),
             initial(experiment),
         )
-        teacher = module(world, "mlp-9", initial(experiment, "mlp-9"))
-        shard = world.shards[report.client]
-        loss = ce_loss(teacher(images(world.train, shard)), world.train.labels[shard])
+        teacher = module(data, "mlp-9", initial(experiment, "mlp-9"))
+        shard = data.shards[report.client]
+        loss = ce_loss(teacher(images(data.train, shard)), data.train.labels[shard])
         taught = stepped(teacher, loss)
         assert_weights(models["teacher"], taught, initial(experiment, "mlp-9"))
         assert isinstance(report.answer, SoftLabels)
         assert report.answer.samples.tolist() == asked.tolist()
-        predicted = module(world, "mlp-9", taught)(images(world.public, asked))
+        predicted = module(data, "mlp-9", taught)(images(data.public, asked))
         torch.testing.assert_close(
             report.answer.values[0].double(), predicted.detach(), rtol=1e-4, atol=1e-5
         )
@@ -355,19 +355,19 @@ def test_a_local_teacher_revisits_and_answers_while_the_student_digests() -> Non
 
 def test_without_a_teacher_the_student_is_its_own() -> None:
     experiment = one_step()
-    world = world_of(experiment)
+    data = federated_data(experiment)
     asked = torch.tensor([8, 1, 30])
     results, store = run(experiment, [Revisit(), Predict("probabilities")], asked=asked)
     for report in reports(results):
         models = state(store, report.client).models
         assert set(models) == {"student"}
-        logits = module(world, "mlp-8", dict(models["student"]))(images(world.public, asked))
+        logits = module(data, "mlp-8", dict(models["student"]))(images(data.public, asked))
         assert isinstance(report.answer, SoftLabels)
         assert report.answer.space == "probabilities"
         torch.testing.assert_close(
             report.answer.values[0].double(), logits.softmax(-1).detach(), rtol=1e-4, atol=1e-6
         )
-        assert report.answer.num_examples.tolist() == [len(world.shards[report.client])]
+        assert report.answer.num_examples.tolist() == [len(data.shards[report.client])]
         assert report.answer.clients.tolist() == [report.client]
 
 
@@ -389,7 +389,7 @@ def test_all_clients_start_from_the_same_weights_which_follow_from_the_seed() ->
         sent = report.answer.by_model["mlp-8"].tensors
         for name, tensor in initial(tiny()).items():
             assert torch.equal(sent[name][0], tensor)
-    other = architectures_of(world_of(tiny())).initial_state("mlp-8", 6)
+    other = architectures_of(federated_data(tiny())).initial_state("mlp-8", 6)
     assert not torch.equal(other["head.weight"], initial(tiny())["head.weight"])
 
 
@@ -568,12 +568,12 @@ def test_results_come_in_the_order_of_the_orders() -> None:
 def test_clients_have_draws_of_their_own_in_every_round_and_phase() -> None:
     """The same images for all, so that only the draws can differ."""
     experiment = tiny(local_epochs=1, batch_size=5)
-    world = world_of(experiment)
-    world = replace(world, shards=(world.shards[0],) * K)
+    data = federated_data(experiment)
+    data = replace(data, shards=(data.shards[0],) * K)
 
     def weight(number: int, client: int, phase: str = "revisit") -> tuple[float, ...]:
         fit = Fit(phase, private={"ce": 1.0})
-        _, store = run(experiment, [fit], [client], world=world, round=number)
+        _, store = run(experiment, [fit], [client], data=data, round=number)
         bias = state(store, client, number).models["student"]["head.bias"]
         return tuple(bias.tolist())
 
@@ -589,7 +589,7 @@ def test_personal_knowledge_is_digested_by_its_recipient_alone() -> None:
         Order(k, 1, INITIAL, (Digest(),), NOTHING, own[k], knowledge_round=1) for k in range(K)
     ]
     store = new_store(experiment)
-    results = execute(experiment, world_of(experiment), orders, store)
+    results = execute(experiment, federated_data(experiment), orders, store)
     for k, result in enumerate(results):
         alone, other = run(experiment, [Digest()], [k], knowledge=own[k], knowledge_round=1)
         assert_same_report(alone[0], result)
@@ -607,11 +607,11 @@ def raised(text: str) -> str:
 
 
 def assert_only_the_second_fails(
-    experiment: Experiment, world: World, phases: Sequence[Phase], reason: str
+    experiment: Experiment, data: FederatedData, phases: Sequence[Phase], reason: str
 ) -> None:
     """Check the reason of client 1, and the others' numbers against a run without it."""
     common: dict[str, Any] = {
-        "world": world,
+        "data": data,
         "asked": ROWS,
         "knowledge": received(),
         "knowledge_round": 1,
@@ -629,26 +629,26 @@ def assert_only_the_second_fails(
 @pytest.mark.parametrize("student", ["mlp-8", "lenet"], ids=["stacked", "loop"])
 def test_a_client_without_data_fails_alone(student: str) -> None:
     experiment = tiny(student=student)
-    world = world_of(experiment)
-    world = replace(world, shards=(world.shards[0], NOTHING, world.shards[2]))
+    data = federated_data(experiment)
+    data = replace(data, shards=(data.shards[0], NOTHING, data.shards[2]))
     assert_only_the_second_fails(
-        experiment, world, USUAL, "model 0 of the cohort has no private samples"
+        experiment, data, USUAL, "model 0 of the cohort has no private samples"
     )
 
 
 def test_a_client_whose_term_raises_fails_alone() -> None:
     """Client 1 holds all the nines."""
     experiment = tiny(plan="loop", client_code="federation_tools")
-    world = world_of(experiment)
-    assert world.train.labels is not None
-    private = torch.cat(world.shards)
-    nines = world.train.labels[private] == 9
+    data = federated_data(experiment)
+    assert data.train.labels is not None
+    private = torch.cat(data.shards)
+    nines = data.train.labels[private] == 9
     first, third = private[~nines].chunk(2)
-    world = replace(world, shards=(first, private[nines], third))
+    data = replace(data, shards=(first, private[nines], third))
     phases: list[Phase] = [Digest(), Revisit({refuses_nines: 1.0}), Predict()]
     assert_only_the_second_fails(
         experiment,
-        world,
+        data,
         phases,
         f"ArithmeticError: a nine of all things {raised('a nine')}",
     )
@@ -657,12 +657,12 @@ def test_a_client_whose_term_raises_fails_alone() -> None:
 def test_a_client_whose_model_raises_fails_alone() -> None:
     """Client 1 holds an image that is white all over."""
     experiment = tiny(plan="loop", student="federation_tools:fragile")
-    world = world_of(experiment)
-    pixels = world.train.pixels.clone()
-    pixels[world.shards[1][3]] = 255
-    world = replace(world, train=replace(world.train, pixels=pixels))
+    data = federated_data(experiment)
+    pixels = data.train.pixels.clone()
+    pixels[data.shards[1][3]] = 255
+    data = replace(data, train=replace(data.train, pixels=pixels))
     assert_only_the_second_fails(
-        experiment, world, USUAL, f"ArithmeticError: blinded {raised('blinded')}"
+        experiment, data, USUAL, f"ArithmeticError: blinded {raised('blinded')}"
     )
 
 
@@ -685,23 +685,23 @@ def test_samples_that_do_not_exist_are_a_failure() -> None:
 
 def test_accuracy_is_the_share_of_test_images_that_are_right() -> None:
     experiment = tiny(local_epochs=4, partition="dirichlet", student="mlp-8,lenet")
-    world = world_of(experiment)
+    data = federated_data(experiment)
     results, store = run(experiment, [Revisit()])
-    assert world.test.labels is not None
-    assert world.train.labels is not None
+    assert data.test.labels is not None
+    assert data.train.labels is not None
     for report in reports(results):
         name = experiment.student_of(report.client)
-        model = module(world, name, dict(state(store, report.client).models["student"])).eval()
-        predicted = model(images(world.test)).argmax(-1)
-        right = (predicted == world.test.labels).tolist()
+        model = module(data, name, dict(state(store, report.client).models["student"])).eval()
+        predicted = model(images(data.test)).argmax(-1)
+        right = (predicted == data.test.labels).tolist()
         accuracy = sum(right) / len(right)
         assert report.metrics["accuracy_after_revisit"] == pytest.approx(accuracy, abs=1e-12)
         # Own accuracy: by class on the test set, weighted by the client's own classes.
-        mine = world.train.labels[world.shards[report.client]].tolist()
+        mine = data.train.labels[data.shards[report.client]].tolist()
         by_class = []
         for label in range(C):
             of_class = [
-                r for r, t in zip(right, world.test.labels.tolist(), strict=True) if t == label
+                r for r, t in zip(right, data.test.labels.tolist(), strict=True) if t == label
             ]
             by_class.append(sum(of_class) / len(of_class))
         own = sum(by_class[label] for label in mine) / len(mine)
@@ -710,11 +710,11 @@ def test_accuracy_is_the_share_of_test_images_that_are_right() -> None:
 
 def test_agreement_is_the_share_of_digested_labels_that_the_student_now_gives() -> None:
     experiment = tiny(distill_epochs=30, alpha=1.0)
-    world, knowledge = world_of(experiment), received()
+    data, knowledge = federated_data(experiment), received()
     results, store = run(experiment, [Digest()], knowledge=knowledge, knowledge_round=1)
     for report in reports(results):
-        model = module(world, "mlp-8", dict(state(store, report.client).models["student"]))
-        predicted = model(images(world.public, ROWS)).argmax(-1)
+        model = module(data, "mlp-8", dict(state(store, report.client).models["student"]))
+        predicted = model(images(data.public, ROWS)).argmax(-1)
         agree = (predicted == knowledge.values[0].argmax(-1)).double().mean()
         assert report.metrics["agreement"] == pytest.approx(float(agree))
         assert 0.3 < report.metrics["agreement"] <= 1
@@ -891,8 +891,8 @@ def test_reference_agrees_with_torchs_own_losses() -> None:
 def test_a_term_that_vmap_refuses_is_run_client_by_client() -> None:
     """``.item()`` cannot be mapped; one by one the numbers are those of the mean absolute error."""
     experiment = tiny(plan="auto", client_code="federation_tools")
-    world = world_of(experiment)
-    values = torch.randn(1, len(world.public), 10, generator=torch.Generator().manual_seed(3))
+    data = federated_data(experiment)
+    values = torch.randn(1, len(data.public), 10, generator=torch.Generator().manual_seed(3))
     orders = {
         name: [
             Order(
@@ -903,8 +903,8 @@ def test_a_term_that_vmap_refuses_is_run_client_by_client() -> None:
         ]
         for name in ("mae_logits", "federation_tools:mae_by_item")
     }  # fmt: skip
-    easy = execute(experiment, world, orders["mae_logits"], new_store(experiment))
-    hard = execute(experiment, world, orders["federation_tools:mae_by_item"], new_store(experiment))
+    easy = execute(experiment, data, orders["mae_logits"], new_store(experiment))
+    hard = execute(experiment, data, orders["federation_tools:mae_by_item"], new_store(experiment))
     for once, again in zip(easy, hard, strict=True):
         assert isinstance(once, Report)
         assert isinstance(again, Report), again

@@ -20,7 +20,7 @@ from fedkd.clients.instructions import Failure, Order, Report
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL, States
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.engines import answering
 from fedkd.engines import in_process as engine
 from fedkd.knowledge import SoftLabels
@@ -62,11 +62,11 @@ def watched(folder: Path, name: str, *, resident: bool = False) -> Seen:
     alive: WeakSet[States] = WeakSet()
     put, load = ResidentStates.put, StateFiles.load
 
-    def executing(world: World, parts: Sequence[Part]) -> list[list[Report | Failure]]:
+    def executing(data: FederatedData, parts: Sequence[Part]) -> list[list[Report | Failure]]:
         (part,) = parts
         if resident:
             part = replace(part, experiment=part.experiment.replace(fraction_train=1.0))
-        (results,) = execute_together(world, [part])
+        (results,) = execute_together(data, [part])
         reports = [result for result in results if isinstance(result, Report)]
         seen.exchanges.append(list(zip(part.orders, reports, strict=True)))
         return [results]
@@ -187,14 +187,14 @@ def test_who_is_drawn_again_goes_on_from_its_own_state(many: Seen, tmp_path: Pat
 
         alone = ResidentStates(StateFiles(tmp_path / str(client)), 0)
         for order, report in mine:
-            (result,) = execute(experiment, world_of(experiment), [order], alone)
+            (result,) = execute(experiment, federated_data(experiment), [order], alone)
             assert isinstance(result, Report)
             assert_same(result, report)
 
         second, report = mine[1]
         fresh = ResidentStates(StateFiles(tmp_path / "fresh"), 0)
         anew = replace(second, base=INITIAL)
-        (result,) = execute(experiment, world_of(experiment), [anew], fresh)
+        (result,) = execute(experiment, federated_data(experiment), [anew], fresh)
         assert isinstance(result, Report)
         assert isinstance(result.answer, SoftLabels)
         assert isinstance(report.answer, SoftLabels)

@@ -12,15 +12,15 @@ from federation_tools import DATA, tiny
 from torch import Tensor
 
 from fedkd import data
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 
 KINDS = ["iid", "dirichlet", "shard", "pathological"]
 
 
-def world(**keys: Any) -> World:
-    return world_of(tiny(**keys))
+def split(**keys: Any) -> FederatedData:
+    return federated_data(tiny(**keys))
 
 
 def as_bytes(pixels: Tensor) -> list[bytes]:
@@ -33,7 +33,7 @@ def labelled(pixels: Tensor, labels: Tensor | None) -> Counter[tuple[bytes, int]
     return Counter(zip(as_bytes(pixels), labels.tolist(), strict=True))
 
 
-def same_split(one: World, other: World) -> bool:
+def same_split(one: FederatedData, other: FederatedData) -> bool:
     return (
         len(one.shards) == len(other.shards)
         and all(torch.equal(a, b) for a, b in zip(one.shards, other.shards, strict=True))
@@ -46,7 +46,7 @@ def same_split(one: World, other: World) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_public_set_and_shards_are_disjoint_and_cover_the_training_split(kind: str) -> None:
-    found = world(partition=kind, train_size=None, test_size=None, public_size=101, num_clients=7)
+    found = split(partition=kind, train_size=None, test_size=None, public_size=101, num_clients=7)
     source = data.load("digits", DATA)
     private = torch.cat(found.shards)
     assert len(private.unique()) == len(private)
@@ -57,13 +57,13 @@ def test_public_set_and_shards_are_disjoint_and_cover_the_training_split(kind: s
     assert dealt + given == labelled(source.train_images, source.train_labels)
 
 
-def _labels(found: World) -> Tensor:
+def _labels(found: FederatedData) -> Tensor:
     assert found.train.labels is not None
     return found.train.labels
 
 
 def test_the_test_set_is_the_data_sets_own_and_untouched() -> None:
-    found = world(train_size=None, test_size=None)
+    found = split(train_size=None, test_size=None)
     source = data.load("digits", DATA)
     assert torch.equal(found.test.pixels, source.test_images)
     assert found.test.labels is not None
@@ -76,7 +76,7 @@ def test_the_test_set_is_the_data_sets_own_and_untouched() -> None:
 
 
 def test_every_client_has_its_minimum_and_the_counts_are_right() -> None:
-    found = world(partition="dirichlet", partition_alpha=0.3, min_partition_size=5, train_size=700)
+    found = split(partition="dirichlet", partition_alpha=0.3, min_partition_size=5, train_size=700)
     assert min(map(len, found.shards)) >= 5
     for k, shard in enumerate(found.shards):
         counts = Counter(_labels(found)[shard].tolist())
@@ -87,7 +87,7 @@ def test_every_client_has_its_minimum_and_the_counts_are_right() -> None:
 
 
 def test_an_unlabelled_public_set_has_no_labels_anywhere() -> None:
-    hidden, shown = world(public_labels=False), world()
+    hidden, shown = split(public_labels=False), split()
     assert hidden.public.labels is None
     assert shown.public.labels is not None
     assert torch.equal(hidden.public.pixels, shown.public.pixels)
@@ -95,8 +95,8 @@ def test_an_unlabelled_public_set_has_no_labels_anywhere() -> None:
 
 
 def test_pooled_are_the_images_whose_labels_somebody_holds() -> None:
-    assert world().pooled.tolist() == list(range(151))
-    hidden = world(public_labels=False)
+    assert split().pooled.tolist() == list(range(151))
+    hidden = split(public_labels=False)
     assert hidden.pooled.tolist() == torch.cat(hidden.shards).sort().values.tolist()
     assert len(hidden.pooled) == 151 - 37
 
@@ -105,15 +105,15 @@ def test_pooled_are_the_images_whose_labels_somebody_holds() -> None:
 
 
 def test_the_split_follows_from_the_seed_or_from_its_own() -> None:
-    assert same_split(world(seed=1), world(seed=1))
-    assert not same_split(world(seed=1), world(seed=2))
-    assert same_split(world(seed=1, partition_seed=9), world(seed=2, partition_seed=9))
-    assert same_split(world(seed=9), world(seed=2, partition_seed=9))
-    assert not same_split(world(partition_seed=9), world(partition_seed=0))
+    assert same_split(split(seed=1), split(seed=1))
+    assert not same_split(split(seed=1), split(seed=2))
+    assert same_split(split(seed=1, partition_seed=9), split(seed=2, partition_seed=9))
+    assert same_split(split(seed=9), split(seed=2, partition_seed=9))
+    assert not same_split(split(partition_seed=9), split(partition_seed=0))
 
 
 def test_the_images_that_are_used_do_not_depend_on_the_seed() -> None:
-    one, other = world(seed=1), world(seed=2)
+    one, other = split(seed=1), split(seed=2)
     assert torch.equal(one.train.pixels, other.train.pixels)
     assert torch.equal(one.test.pixels, other.test.pixels)
     assert len(one.train) == 151
@@ -126,12 +126,12 @@ def test_the_images_that_are_used_do_not_depend_on_the_seed() -> None:
 
 
 def test_a_public_set_is_a_fifth_unless_told_otherwise() -> None:
-    assert len(world(public_size=None).public) == 151 // 5
+    assert len(split(public_size=None).public) == 151 // 5
 
 
 def test_what_has_no_influence_on_the_data_shares_it() -> None:
-    assert world(alpha=0.1, strategy="FedAvg") is world(alpha=0.9, student="lenet")
-    assert world(seed=1) is not world(seed=2)
+    assert split(alpha=0.1, strategy="FedAvg") is split(alpha=0.9, student="lenet")
+    assert split(seed=1) is not split(seed=2)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_what_has_no_influence_on_the_data_shares_it() -> None:
 )
 def test_an_impossible_split_is_refused_by_key(keys: dict[str, Any], reason: str) -> None:
     with pytest.raises(FedkdError, match=reason):
-        world(**keys)
+        split(**keys)
 
 
 # --- A public set from elsewhere -----------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_public_set_may_be_another_data_set(real_data: Path) -> None:
         "num_clients": 3,
         "device": "cpu",
     }
-    found = world_of(Experiment(**keys))
+    found = federated_data(Experiment(**keys))
     mnist, fashion = data.load("mnist", real_data), data.load("fashion-mnist", real_data)
     assert len(found.public) == 101
     assert found.public.labels is None
@@ -181,9 +181,9 @@ def test_a_public_set_may_be_another_data_set(real_data: Path) -> None:
     expected = (found.public.pixels.double() / 255 - mnist.mean[0]) / mnist.std[0]
     got = found.public.batch(torch.arange(101)).double()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    other = world_of(Experiment(**{**keys, "seed": 1}))
+    other = federated_data(Experiment(**{**keys, "seed": 1}))
     assert not torch.equal(other.public.pixels, found.public.pixels)
     with pytest.raises(FedkdError, match=r"public-size = 60001: fashion-mnist has 60000"):
-        world_of(Experiment(**{**keys, "public_size": 60_001}))
+        federated_data(Experiment(**{**keys, "public_size": 60_001}))
     with pytest.raises(FedkdError, match=r"public = 'cifar10'.*\(3, 32, 32\).*\(1, 28, 28\)"):
-        world_of(Experiment(**{**keys, "public": "cifar10"}))
+        federated_data(Experiment(**{**keys, "public": "cifar10"}))

@@ -16,7 +16,7 @@ from torch import Tensor
 import fedkd
 from fedkd import data
 from fedkd.data import federated
-from fedkd.data.federated import World, who_holds_what, world_of
+from fedkd.data.federated import FederatedData, federated_data, who_holds_what
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -26,11 +26,11 @@ N = 151
 
 
 @pytest.fixture(autouse=True)
-def fresh_worlds() -> Iterator[None]:
-    """Keep no world that was built of other data, before or after."""
-    federated._world.cache_clear()
+def fresh_data() -> Iterator[None]:
+    """Keep no split of other data, before or after."""
+    federated._data.cache_clear()
     yield
-    federated._world.cache_clear()
+    federated._data.cache_clear()
 
 
 def rows_of(images: Tensor, among: Tensor) -> list[int]:
@@ -40,8 +40,8 @@ def rows_of(images: Tensor, among: Tensor) -> list[int]:
     return [place[image.numpy().tobytes()] for image in images]
 
 
-def folds(count: int, **keys: Any) -> list[World]:
-    return [world_of(tiny(fold=f"{i}/{count}", **keys)) for i in range(1, count + 1)]
+def folds(count: int, **keys: Any) -> list[FederatedData]:
+    return [federated_data(tiny(fold=f"{i}/{count}", **keys)) for i in range(1, count + 1)]
 
 
 def labels(images: Images) -> Tensor:
@@ -54,7 +54,7 @@ def labels(images: Images) -> Tensor:
 
 @pytest.mark.parametrize("count", [2, 3, 5, 7])
 def test_every_training_image_is_in_one_fold_and_no_test_image_is(count: int) -> None:
-    whole = world_of(tiny()).train
+    whole = federated_data(tiny()).train
     found = [rows_of(each.test.pixels, whole.pixels) for each in folds(count)]
     assert sorted(row for rows in found for row in rows) == list(range(N))
     for rows, each in zip(found, folds(count), strict=True):
@@ -71,19 +71,19 @@ def test_every_fold_has_its_share_of_every_class_and_of_all(count: int) -> None:
     assert int((by_class.max(0).values - by_class.min(0).values).max()) <= 1
     sizes = by_class.sum(1)
     assert int(sizes.max() - sizes.min()) <= 10  # one a class at most, and spread over the folds
-    exact = labels(world_of(tiny()).train).bincount(minlength=10).double() / count
+    exact = labels(federated_data(tiny()).train).bincount(minlength=10).double() / count
     assert float((by_class.double() - exact).abs().max()) < 1
 
 
 def test_folds_are_the_same_for_every_seed_partition_and_number_of_clients() -> None:
-    first = world_of(tiny(fold="2/3"))
+    first = federated_data(tiny(fold="2/3"))
     for keys in (
         {"seed": 8},
         {"partition_seed": 3},
         {"num_clients": 5, "partition": "dirichlet"},
         {"public_size": 11, "public_labels": False},
     ):
-        other = world_of(tiny(fold="2/3", **keys))
+        other = federated_data(tiny(fold="2/3", **keys))
         assert torch.equal(first.test.pixels, other.test.pixels), keys
         assert torch.equal(first.train.pixels, other.train.pixels), keys
 
@@ -100,8 +100,8 @@ def test_folds_are_the_same_for_every_seed_partition_and_number_of_clients() -> 
 )
 def test_public_set_and_shards_share_out_what_is_left(keys: dict[str, Any]) -> None:
     for each in folds(3, **keys):
-        held = set(rows_of(each.train.pixels, world_of(tiny()).train.pixels))
-        out = rows_of(each.test.pixels, world_of(tiny()).train.pixels)
+        held = set(rows_of(each.train.pixels, federated_data(tiny()).train.pixels))
+        out = rows_of(each.test.pixels, federated_data(tiny()).train.pixels)
         assert held.isdisjoint(out)
         public = rows_of(each.public.pixels, each.train.pixels)
         private = [row for shard in each.shards for row in shard.tolist()]
@@ -121,7 +121,7 @@ def test_clients_elsewhere_are_told_the_fold() -> None:
     experiment = tiny(fold="2/5")
     told = decode_experiment(RecordDict({"experiment": experiment_record(experiment)}))
     assert told.fold == "2/5"
-    assert torch.equal(world_of(told).train.pixels, world_of(experiment).train.pixels)
+    assert torch.equal(federated_data(told).train.pixels, federated_data(experiment).train.pixels)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_other_folds_are_refused(fold: str) -> None:
 
 def test_more_folds_than_images_are_refused_with_their_number() -> None:
     with pytest.raises(FedkdError, match=r"fold = '997/1009': 151 training images"):
-        world_of(tiny(fold="997/1009"))
+        federated_data(tiny(fold="997/1009"))
 
 
 # --- Nobody looks at the test set, or at the fold ------------------------------------------------
@@ -156,7 +156,7 @@ def with_garbage(monkeypatch: pytest.MonkeyPatch, split: str, rows: Tensor | Non
         return replace(found, **{f"{split}_images": pixels, f"{split}_labels": truth})
 
     monkeypatch.setattr(federated, "load", load)
-    federated._world.cache_clear()
+    federated._data.cache_clear()
 
 
 def without(record: dict[str, Any], *beginnings: str) -> dict[str, Any]:
@@ -193,7 +193,9 @@ def test_images_of_the_fold_are_not_trained_on(
     )
     before, central = trained(experiment.replace(name="before")), {"teacher": "mlp-11"}
     pooled = fedkd.central(experiment.replace(**central), save=False)
-    rows = torch.tensor(rows_of(world_of(experiment).test.pixels, data.load("digits").train_images))
+    rows = torch.tensor(
+        rows_of(federated_data(experiment).test.pixels, data.load("digits").train_images)
+    )
     with_garbage(monkeypatch, "train", rows)
     after = trained(experiment.replace(name="after"))
     measured = ("accuracy", "own_accuracy", "client_accuracy", "client_own", "server_accuracy")
@@ -209,5 +211,5 @@ def test_images_of_the_fold_are_not_trained_on(
 def test_a_fold_is_as_many_images_as_the_result_says(tmp_path: Path) -> None:
     experiment = tiny(fold="3/7", strategy="LocalOnly", run_dir=str(tmp_path), test_size=13)
     run = fedkd.run(experiment)
-    assert run.result["test_size"] == len(world_of(experiment).test) != 13
+    assert run.result["test_size"] == len(federated_data(experiment).test) != 13
     assert run.experiment.fold == "3/7"

@@ -21,7 +21,7 @@ from httpx import ConnectError
 from paths import ROOT
 
 from fedkd.clients.instructions import Order
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.engines import client_app
 from fedkd.engines.deployment import DeployedGrid
 from fedkd.experiment import Experiment
@@ -42,7 +42,7 @@ def asked(
     record = experiment_record(experiment)
     content = RecordDict({"experiment": record})
     if kind == TRAIN:
-        request = encode_request(wanted, world_of(tiny()).sizes)
+        request = encode_request(wanted, federated_data(tiny()).sizes)
         content = encode_order(order, record, {}, request)
     context = Context(
         run_id=1,

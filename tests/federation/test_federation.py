@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fedkd.clients.instructions import Order
 from fedkd.clients.states import INITIAL
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 from fedkd.federation.flower_internals.replies import error_reply
@@ -1130,7 +1130,7 @@ def mean_of_answers(exchange: Exchange) -> Tensor:
 def test_the_draw_is_a_pure_function_of_seed_and_round() -> None:
     def draw(seed: int, number: int, size: int | None) -> list[int]:
         experiment = tiny(seed=seed, partition_seed=3, public_per_round=size)
-        server = Server(experiment, world_of(experiment))
+        server = Server(experiment, federated_data(experiment))
         server.round = number
         return server.draw().tolist()
 

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkd.clients.instructions import Order
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
@@ -126,7 +126,7 @@ def shared_by(federation: Federation, *others: object) -> list[object]:
     """Return what copies of a federation may share."""
     exchange, experiment = federation._exchange, federation._experiment
     assert exchange is not None
-    return [*others, exchange.events, experiment, world_of(experiment)]
+    return [*others, exchange.events, experiment, federated_data(experiment)]
 
 
 @pytest.fixture(autouse=True)
@@ -728,7 +728,7 @@ def phases_of_junk(random: Random) -> str:
 
 def test_an_order_that_is_none_is_an_error_of_one_line() -> None:
     tried = {True: 0, False: 0}
-    sizes = world_of(experiment_of("logits")).sizes
+    sizes = federated_data(experiment_of("logits")).sizes
 
     @examples(ORDERS)
     @given(kind=st.sampled_from([*KINDS]), seed=SEEDS)

@@ -15,7 +15,7 @@ from scipy.stats import entropy as scipy_entropy
 from torch import Tensor
 
 import fedkd
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.calibration import HISTOGRAM_BINS, described, detailed, entropy
 from fedkd.records import Run
@@ -207,10 +207,10 @@ def test_rounds_with_new_soft_labels_have_a_line(runs: dict[str, Run]) -> None:
 
 def test_who_holds_what_is_written_down(runs: dict[str, Run]) -> None:
     run = runs["DSFL"]
-    said, world = json.loads((run.path / "shards.json").read_text()), world_of(run.experiment)
-    assert world.train.labels is not None
-    for shard, counts in zip(world.shards, said["counts"], strict=True):
-        drawn = world.train.labels[shard].tolist()
+    said, data = json.loads((run.path / "shards.json").read_text()), federated_data(run.experiment)
+    assert data.train.labels is not None
+    for shard, counts in zip(data.shards, said["counts"], strict=True):
+        drawn = data.train.labels[shard].tolist()
         assert counts == [drawn.count(c) for c in range(10)]
     assert sum(said["public"]) == 37
     assert sum(said["test"]) == 61

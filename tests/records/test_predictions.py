@@ -18,7 +18,7 @@ from fedkd.clients import evaluation
 from fedkd.clients.evaluation import record_predicted
 from fedkd.clients.stack import Stack
 from fedkd.clients.state_files import StateFiles
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans
@@ -140,7 +140,7 @@ def assert_agrees(run: Run, kind: str = "student") -> predictions.Tested:
     """The answers are the accuracies of the run, exactly."""
     found = predictions.Tested.load(run.path)
     assert found is not None
-    labels = world_of(run.experiment).test.labels
+    labels = federated_data(run.experiment).test.labels
     assert labels is not None
     assert torch.equal(found.labels, labels)
     right = found.correct(kind).double().mean(1).tolist()
@@ -183,8 +183,8 @@ def test_answers_are_the_accuracies_of_the_run(keys: dict[str, Any], tmp_path: P
         assert set(found.models) == {"student"}
 
 
-def normalised(world: World, pixels: Tensor) -> Tensor:
-    return (pixels.double() / 255 - world.test.mean[0]) / world.test.std[0]
+def normalised(data: FederatedData, pixels: Tensor) -> Tensor:
+    return (pixels.double() / 255 - data.test.mean[0]) / data.test.std[0]
 
 
 def left_models(run: Run, closing: int) -> list[nn.Module]:
@@ -202,8 +202,8 @@ def left_models(run: Run, closing: int) -> list[nn.Module]:
 def test_answers_and_confidences_are_those_of_the_models_that_are_left(tmp_path: Path) -> None:
     """By a forward pass of our own, in float64, over the states of the closing exchange."""
     run = fedkd.run(tiny(strategy="DSFL", num_server_rounds=2, run_dir=str(tmp_path)))
-    found, world = assert_agrees(run), world_of(run.experiment)
-    images = normalised(world, world.test.pixels)
+    found, data = assert_agrees(run), federated_data(run.experiment)
+    images = normalised(data, data.test.pixels)
     for k, model in enumerate(left_models(run, 3)):
         p = model(images).softmax(-1)
         assert torch.equal(found.models["student"].classes[k], p.argmax(-1))
@@ -227,7 +227,7 @@ def test_training_accuracy_is_of_the_same_classifier_as_the_accuracy(
     def watched(stack: Stack) -> None:
         honest(stack)
         assert stack.by_means
-        train = stack.world.train
+        train = stack.data.train
         assert train.labels is not None
         for row, (shard, means) in enumerate(zip(stack.shards, stack.knowledge, strict=True)):
             assert isinstance(means, ClassMeans)
@@ -243,12 +243,12 @@ def test_training_accuracy_is_of_the_same_classifier_as_the_accuracy(
 
 def test_training_accuracy_is_that_on_the_own_images(tmp_path: Path) -> None:
     run = fedkd.run(tiny(strategy="LocalOnly", num_server_rounds=5, run_dir=str(tmp_path)))
-    world = world_of(run.experiment)
-    assert world.train.labels is not None
+    data = federated_data(run.experiment)
+    assert data.train.labels is not None
     expected = []
-    for model, shard in zip(left_models(run, 6), world.shards, strict=True):
-        predicted = model(normalised(world, world.train.pixels[shard])).argmax(-1)
-        expected.append(float((predicted == world.train.labels[shard]).double().mean()))
+    for model, shard in zip(left_models(run, 6), data.shards, strict=True):
+        predicted = model(normalised(data, data.train.pixels[shard])).argmax(-1)
+        expected.append(float((predicted == data.train.labels[shard]).double().mean()))
     assert run.result["client_training_accuracy"] == expected
     assert run.result["training_accuracy"] == pytest.approx(sum(expected) / 3)
     assert run.result["training_accuracy"] > run.accuracy
@@ -297,7 +297,7 @@ def test_who_is_right_about_everything_reports_no_more_than_one() -> None:
     test = Images(torch.zeros(30, 1, 2, 2, dtype=torch.uint8), labels, [0.0], [1.0])
     counts = torch.randint(0, 60, (997, 10), generator=torch.Generator().manual_seed(1))
     stack = SimpleNamespace(
-        world=SimpleNamespace(test=test, num_classes=10, private_label_counts=counts),
+        data=SimpleNamespace(test=test, num_classes=10, private_label_counts=counts),
         clients=list(range(997)),
         metrics=[{} for _ in range(997)],
     )

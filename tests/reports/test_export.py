@@ -233,15 +233,15 @@ def test_mnist_from_its_cache(real_data: Path, tmp_path: Path) -> None:
 
 def test_the_normalisation_inside_is_that_of_training() -> None:
     """Bit by bit: the same two roundings."""
-    world = find_world()
-    program = FromPixels(nn.Identity(), world.test.mean, world.test.std)
-    assert torch.equal(program(world.test.pixels), world.test.whole())
+    data = find_data()
+    program = FromPixels(nn.Identity(), data.test.mean, data.test.std)
+    assert torch.equal(program(data.test.pixels), data.test.whole())
 
 
-def find_world() -> Any:
-    from fedkd.data.federated import world_of
+def find_data() -> Any:
+    from fedkd.data.federated import federated_data
 
-    return world_of(TINY)
+    return federated_data(TINY)
 
 
 # --- Every model ----------------------------------------------------------------------------------
@@ -421,19 +421,19 @@ def test_a_fold_is_not_called_a_test_set(tmp_path: Path) -> None:
 def test_calibration_sees_training_and_public_images_alone(finished: Run) -> None:
     trained = find(finished.path, client=2)
     pixels, of = exporting.calibration_images(trained)
-    world = trained.world
-    held = {image.numpy().tobytes() for image in world.train.pixels[world.shards[2]]}
-    public = {image.numpy().tobytes() for image in world.public.pixels}
+    data = trained.data
+    held = {image.numpy().tobytes() for image in data.train.pixels[data.shards[2]]}
+    public = {image.numpy().tobytes() for image in data.public.pixels}
     drawn = [image.numpy().tobytes() for image in pixels]
     assert set(drawn) <= held | public
     assert set(drawn) & held
     assert set(drawn) & public
-    assert len(drawn) == exporting.CALIBRATION < len(world.shards[2]) + len(world.public)
+    assert len(drawn) == exporting.CALIBRATION < len(data.shards[2]) + len(data.public)
     assert of == "training images of client 2 and public images"
     foreign = replace(trained, experiment=trained.experiment.replace(
         public="mnist-5k", public_labels=False
     ))  # fmt: skip
-    assert len(exporting.calibration_images(foreign)[0]) == len(world.shards[2])
+    assert len(exporting.calibration_images(foreign)[0]) == len(data.shards[2])
 
 
 # --- Central runs ---------------------------------------------------------------------------------
@@ -489,9 +489,9 @@ def test_a_central_run_keeps_the_models_of_its_record(tmp_path: Path) -> None:
         for seed, accuracy in zip((3, 5), recorded, strict=True):
             trained = find(run.path, model, seed=seed)
             assert trained.recorded == accuracy
-            predicted = trained.cohort().classify(trained.world.test)[0]
-            assert trained.world.test.labels is not None
-            right = predicted.eq(trained.world.test.labels)
+            predicted = trained.cohort().classify(trained.data.test)[0]
+            assert trained.data.test.labels is not None
+            right = predicted.eq(trained.data.test.labels)
             assert float(right.double().mean()) == pytest.approx(accuracy, abs=1e-9)
     done = export(run.path)
     assert done.accuracy == run.student_accuracies[0]
@@ -682,8 +682,8 @@ def test_the_card_holds_what_was_measured_and_recorded(finished: Run, exported: 
     assert card["training"]["experiment"] == finished.experiment.flat()
     assert card["calibration"] is None
     trained = find(finished.path)
-    assert card["data"]["labelled_images"] == len(trained.world.shards[0])
-    counts = trained.world.private_label_counts[0]
+    assert card["data"]["labelled_images"] == len(trained.data.shards[0])
+    counts = trained.data.private_label_counts[0]
     assert card["data"]["labelled_classes"] == int((counts > 0).sum())
 
 

@@ -119,7 +119,7 @@ def test_it_needs_neither_data_nor_models(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the data or a model was asked for")
 
-    monkeypatch.setattr("fedkd.data.federated.world_of", refuse)
+    monkeypatch.setattr("fedkd.data.federated.federated_data", refuse)
     monkeypatch.setattr("fedkd.training.models.build", refuse)
     monkeypatch.setattr("fedkd.data.federated.load", refuse)
     again = report([compared], tmp_path / "again.html")

@@ -12,7 +12,7 @@ from federation_tools import Exchange, Finished, federate, one_step, shard, star
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.server import Replies, Server
@@ -351,14 +351,14 @@ def softmax_means(model: nn.Module, x: Tensor, y: Tensor) -> dict[int, Tensor]:
 
 def rounds_of_the_paper(experiment: Experiment, gamma: float) -> list[list[dict[int, Tensor]]]:
     """Run algorithm 1 as it stands: F̄ by round, client and label."""
-    world = world_of(experiment)
+    data = federated_data(experiment)
     clients = range(experiment.num_clients)
     models = [starting(experiment, k) for k in clients]
     said: list[list[dict[int, Tensor]]] = []
     for _ in range(experiment.num_server_rounds):
         now = []
         for k in clients:
-            x, y = shard(world, k)
+            x, y = shard(data, k)
             log_q = models[k](x).log_softmax(-1)
             loss = -log_q[torch.arange(len(y)), y].mean()
             for label in y.unique().tolist():
@@ -415,13 +415,13 @@ def test_three_rounds_are_those_of_the_papers_algorithm(student: str, plan: str)
 
 def test_counts_are_those_of_the_shards_and_bytes_those_of_the_table() -> None:
     experiment = one_step()
-    world = world_of(experiment)
+    data = federated_data(experiment)
     done = federate(experiment, strategy=FD())
     for k in range(K):
         answer = done.exchanges[1].report(k).answer
         assert isinstance(answer, ClassMeans)
-        assert torch.equal(answer.counts[0], world.private_label_counts[k])
-    assert bool((world.private_label_counts[:K] == 0).any())
+        assert torch.equal(answer.counts[0], data.private_label_counts[k])
+    assert bool((data.private_label_counts[:K] == 0).any())
     for row in done.rows:
         assert row["bytes_up"] == K * (CLASSES * CLASSES * 4 + CLASSES * 4)
     assert done.rows[0]["bytes_down"] == 0

@@ -9,7 +9,7 @@ import torch
 from federation_tools import Finished, P, federate, tiny
 from torch import Tensor, nn
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -34,19 +34,19 @@ def experiment_of(**keys: Any) -> Experiment:
 
 
 def server_of(experiment: Experiment, number: int = 1) -> Server:
-    return Server(experiment, world_of(experiment), round=number)
+    return Server(experiment, federated_data(experiment), round=number)
 
 
 def replies_of(experiment: Experiment, clients: list[int], spread: float = 0.1) -> Replies:
     """Return weights around the initial ones, each client's its own."""
-    world = world_of(experiment)
+    data = federated_data(experiment)
     parts: dict[str, list[Weights]] = {}
     for k in clients:
         generator = torch.Generator().manual_seed(k)
         name = experiment.student_of(k)
         state = {
             n: (t + spread * torch.randn(t.shape, generator=generator)).unsqueeze(0)
-            for n, t in architectures_of(world).initial_state(name, experiment.seed).items()
+            for n, t in architectures_of(data).initial_state(name, experiment.seed).items()
         }
         one = ModelWeights(state, torch.tensor([k]), torch.tensor([SIZES[k]]))
         parts.setdefault(name, []).append(Weights({name: one}))
@@ -62,8 +62,8 @@ def pixels(images: Images, rows: Tensor) -> Tensor:
 
 
 def module(experiment: Experiment, name: str, state: dict[str, Tensor]) -> nn.Module:
-    world = world_of(experiment)
-    model = build(name, world.input_shape, world.num_classes).double()
+    data = federated_data(experiment)
+    model = build(name, data.input_shape, data.num_classes).double()
     model.load_state_dict({n: t.to(F64) for n, t in state.items()})
     return model
 
@@ -76,7 +76,7 @@ def prototypes_of_the_paper(
 ) -> dict[str, dict[str, Tensor]]:
     """Algorithm 3: average within an architecture, then learn the mean logits of all clients."""
     assert replies.weights is not None
-    x = pixels(world_of(experiment).public, drawn)
+    x = pixels(federated_data(experiment).public, drawn)
     logits = []
     averages: dict[str, dict[str, Tensor]] = {}
     for name, part in replies.weights.by_model.items():

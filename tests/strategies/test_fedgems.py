@@ -12,7 +12,7 @@ from federation_tools import C as CLASSES
 from federation_tools import P, federate, tiny
 from torch import Tensor, nn
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.server import Replies, Server
@@ -175,7 +175,7 @@ def plain(**keys: Any) -> Experiment:
 
 
 def server_of(experiment: Experiment, number: int = 1) -> Server:
-    return Server(experiment, world_of(experiment), round=number)
+    return Server(experiment, federated_data(experiment), round=number)
 
 
 def replies_to(server: Server, asked: Tensor, seed: int = 1) -> Replies:
@@ -204,9 +204,9 @@ class Learner:
 
     @classmethod
     def of(cls, server: Server, *, swapped: bool = False) -> Learner:
-        experiment, public = server.experiment, server.world.public
-        model = build(experiment.server_model, server.world.input_shape, CLASSES).double()
-        state = architectures_of(server.world).initial_state(
+        experiment, public = server.experiment, server.data.public
+        model = build(experiment.server_model, server.data.input_shape, CLASSES).double()
+        state = architectures_of(server.data).initial_state(
             experiment.server_model, experiment.seed
         )
         model.load_state_dict({n: t.to(F64) for n, t in state.items()})

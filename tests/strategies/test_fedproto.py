@@ -13,7 +13,7 @@ from federation_tools import federate, one_step, shard, starting
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans
@@ -254,7 +254,7 @@ def step_of_the_paper(
 
 def rounds_of_the_paper(experiment: Experiment, weight: float) -> list[list[dict[int, Tensor]]]:
     """Run algorithm 1 as it stands: C_i by round, client and label."""
-    world = world_of(experiment)
+    data = federated_data(experiment)
     clients = range(experiment.num_clients)
     models = [starting(experiment, k) for k in clients]
     shared: dict[int, Tensor] = {}
@@ -263,7 +263,7 @@ def rounds_of_the_paper(experiment: Experiment, weight: float) -> list[list[dict
         now: list[dict[int, Tensor]] = []
         sums: dict[int, tuple[Tensor, int]] = {}
         for k in clients:
-            x, y = shard(world, k)
+            x, y = shard(data, k)
             step_of_the_paper(models[k], x, y, shared, weight, experiment.learning_rate)
             with torch.no_grad():
                 features = models[k].body(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ModelWeights, Weights
@@ -151,20 +151,20 @@ def three_steps(**keys: Any) -> Experiment:
 
 def rounds_of_the_paper(experiment: Experiment, mu: float) -> list[list[dict[str, Tensor]]]:
     """Run algorithm 2 in float64, all clients to the end: their weights by round and client."""
-    world = world_of(experiment)
-    labels = world.train.labels
+    data = federated_data(experiment)
+    labels = data.train.labels
     assert labels is not None
     mean, std = (
-        torch.tensor(v, dtype=F64)[:, None, None] for v in (world.train.mean, world.train.std)
+        torch.tensor(v, dtype=F64)[:, None, None] for v in (data.train.mean, data.train.std)
     )
-    x = (world.train.pixels.to(F64) / 255 - mean) / std
-    model = build("mlp-8", world.input_shape, world.num_classes).double()
-    initial = architectures_of(world).initial_state("mlp-8", experiment.seed)
+    x = (data.train.pixels.to(F64) / 255 - mean) / std
+    model = build("mlp-8", data.input_shape, data.num_classes).double()
+    initial = architectures_of(data).initial_state("mlp-8", experiment.seed)
     at = {n: t.to(F64) for n, t in initial.items()}
     rounds = []
     for _ in range(experiment.num_server_rounds):
         now = []
-        for shard in world.shards:
+        for shard in data.shards:
             model.load_state_dict(at)
             for _ in range(experiment.local_epochs):
                 loss = F.cross_entropy(model(x[shard]), labels[shard])
@@ -175,7 +175,7 @@ def rounds_of_the_paper(experiment: Experiment, mu: float) -> list[list[dict[str
                     ):
                         weight.sub_(experiment.learning_rate * (slope + mu * (weight - at[name])))
             now.append({n: t.clone() for n, t in model.state_dict().items()})
-        sizes = [len(shard) for shard in world.shards]
+        sizes = [len(shard) for shard in data.shards]
         at = {n: sum(s * w[n] for s, w in zip(sizes, now, strict=True)) / sum(sizes) for n in at}
         rounds.append(now)
     return rounds
@@ -199,7 +199,7 @@ def test_two_rounds_are_those_of_the_papers_algorithm(mu: float, plan: str) -> N
 
 def test_the_larger_mu_the_closer_clients_stay() -> None:
     experiment = three_steps(num_server_rounds=1)
-    start = architectures_of(world_of(experiment)).initial_state("mlp-8", experiment.seed)
+    start = architectures_of(federated_data(experiment)).initial_state("mlp-8", experiment.seed)
     distances = []
     for mu in (0.0, 1.0, 3.0):
         weights = sent(federate(experiment, strategy=FedProx(mu=mu)), 0, 1)

@@ -12,7 +12,7 @@ from federation_tools import C as CLASSES
 from federation_tools import P, federate, tiny
 from torch import Tensor
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.server import Replies, Server
@@ -42,7 +42,7 @@ def answers(clients: list[int], mask: Tensor | None = None, seed: int = 1) -> So
 
 def server_of(num_clients: int = K, c: Tensor | None = None) -> Server:
     experiment = tiny(num_clients=num_clients)
-    server = Server(experiment, world_of(experiment), round=1)
+    server = Server(experiment, federated_data(experiment), round=1)
     if c is not None:
         server.state["coefficients"] = c.clone()
     return server

@@ -13,7 +13,7 @@ from federation_tools import Finished, P, federate, tiny
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import SoftLabels
@@ -413,11 +413,11 @@ def familiar_in(run: Finished, number: int, client: int) -> set[int]:
 def test_clients_answer_what_is_familiar_round_after_round() -> None:
     """And the server passes on what is not ambiguous of it."""
     experiment, strategy = tiny(num_server_rounds=3), SelectiveFD(images=20, least=2, ambiguity=1.6)
-    world, run = world_of(experiment), federate(experiment, strategy=strategy)
+    data, run = federated_data(experiment), federate(experiment, strategy=strategy)
     assert [row["dropped"] for row in run.rows] == [{}] * 3
     found = []
-    for k, shard in enumerate(world.shards):
-        client = client_of(world.train.batch(shard), world.public.batch(torch.arange(P)))
+    for k, shard in enumerate(data.shards):
+        client = client_of(data.train.batch(shard), data.public.batch(torch.arange(P)))
         client.generator = lambda purpose, k=k: generator(  # type: ignore[misc]
             experiment.seed, k, 1, "apply 0", purpose
         )

@@ -15,7 +15,7 @@ from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import ce
@@ -174,30 +174,30 @@ def _labels(what: str, shard: Tensor) -> Tensor:
     return torch.randint(0, 10, (len(shard),), generator=generator("random", what))
 
 
-def _memorising() -> tuple[World, Cohort]:
+def _memorising() -> tuple[FederatedData, Cohort]:
     """Return models that have learnt random labels of their shards by heart."""
     experiment = tiny(train_size=300)
-    world = world_of(experiment)
-    architectures = architectures_of(world)
+    data = federated_data(experiment)
+    architectures = architectures_of(data)
     models = architectures.cohort(
         experiment, "mlp-64", architectures.initial_states("mlp-64", 0, 3)
     )
-    labels = [_labels(f"{k}", shard) for k, shard in enumerate(world.shards)]
+    labels = [_labels(f"{k}", shard) for k, shard in enumerate(data.shards)]
     models.fit(
-        [Side("private", world.train, world.shards, {ce: 1.0}, labels=labels)],
+        [Side("private", data.train, data.shards, {ce: 1.0}, labels=labels)],
         epochs=60,
         batch_size=16,
         optimizer=OptimizerSettings(learning_rate=0.01),
         streams=[("memorise", k) for k in range(3)],
     )
-    return world, models
+    return data, models
 
 
 def test_what_a_model_knows_by_heart_is_detected_and_what_it_never_saw_is_not() -> None:
-    world, models = _memorising()
-    outputs = models.predict(world.train)
+    data, models = _memorising()
+    outputs = models.predict(data.train)
     for client in range(3):
-        mine, next_one, last_one = (world.shards[(client + step) % 3] for step in range(3))
+        mine, next_one, last_one = (data.shards[(client + step) % 3] for step in range(3))
         others = outputs[client, next_one], _labels("others", next_one)
         members = outputs[client, mine], _labels(f"{client}", mine)
         found = leakage.detection(*(leakage.log_likelihoods(*each) for each in (members, others)))
@@ -213,14 +213,14 @@ def test_what_a_model_knows_by_heart_is_detected_and_what_it_never_saw_is_not() 
 
 
 def test_a_proxy_answers_like_its_client_and_like_no_other() -> None:
-    world, models = _memorising()
-    public = models.predict(world.public)
+    data, models = _memorising()
+    public = models.predict(data.public)
     experiment = tiny(train_size=300, student="mlp-64", learning_rate=0.01)
     mask = torch.ones(3, P, dtype=torch.bool)
     mask[1, 5:] = False
     labels = SoftLabels(public.softmax(-1), "probabilities", mask=mask)
-    proxies = leakage.distilled_proxies(labels, world, experiment, 100)
-    said, wanted = proxies.classify(world.public), public.argmax(-1)
+    proxies = leakage.distilled_proxies(labels, data, experiment, 100)
+    said, wanted = proxies.classify(data.public), public.argmax(-1)
     agreement = (said.unsqueeze(1) == wanted).double().mean(-1)  # [proxy, client]
     assert bool((agreement.diagonal()[[0, 2]] > 0.9).all())
     assert float((said[1, :5] == wanted[1, :5]).double().mean()) == 1
@@ -228,8 +228,8 @@ def test_a_proxy_answers_like_its_client_and_like_no_other() -> None:
     assert float(off.max()) < 0.8
     # A client's proxy does not depend on who else is looked at.
     alone = SoftLabels(labels.values[2:], "probabilities", clients=torch.tensor([2]))
-    (only,) = leakage.distilled_proxies(alone, world, experiment, 100).predict(world.public)
-    torch.testing.assert_close(only, proxies.predict(world.public)[2], rtol=1e-3, atol=1e-3)
+    (only,) = leakage.distilled_proxies(alone, data, experiment, 100).predict(data.public)
+    torch.testing.assert_close(only, proxies.predict(data.public)[2], rtol=1e-3, atol=1e-3)
 
 
 # --- The script -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from scipy.special import softmax
 from scipy.stats import entropy as scipy_entropy
 
 import fedkd
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.experiment import Experiment
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.training.architectures import architectures_of
@@ -61,7 +61,7 @@ def test_each_student_is_the_one_of_a_central_run_of_its_own(keys: dict[str, Any
     members = experiments(**keys)
     pooled = trained(members)
     assert len(pooled.teachers) == 5
-    test = pooled.world.test
+    test = pooled.data.test
     found = accuracies(pooled.students.classify(test), test)
     for k, member in enumerate(members):
         alone = fedkd.central(member, save=False)
@@ -95,12 +95,12 @@ def test_every_student_learns_from_the_soft_labels_of_its_own_pooled_images() ->
     """Entropies by a forward pass of our own over the rows that the seed leaves, in float64."""
     members = experiments(public_labels=False, plan="stacked-4")
     pooled = trained(members)
-    train = pooled.world.train
+    train = pooled.data.train
     pixels = (train.pixels.double() / 255 - train.mean[0]) / train.std[0]
     for k, member in enumerate(members):
-        rows = world_of(member).pooled
+        rows = federated_data(member).pooled
         assert len(rows) == 151 - 37
-        model = architectures_of(pooled.world).model("mlp-11").double()
+        model = architectures_of(pooled.data).model("mlp-11").double()
         state = pooled.teachers.state(int(pooled.teacher_of[k]))
         model.load_state_dict({n: t.double() for n, t in state.items()})
         logits = model.eval()(pixels[rows]).detach().numpy()
@@ -109,7 +109,7 @@ def test_every_student_learns_from_the_soft_labels_of_its_own_pooled_images() ->
         for at_tau, tau in ((False, 1.0), (True, member.tau)):
             expected = scipy_entropy(softmax(logits / tau, 1), axis=1).mean()
             assert pooled.soft_label_entropies(at_tau)[k] == pytest.approx(expected, rel=1e-4)
-        model = architectures_of(pooled.world).model("mlp-8").double()
+        model = architectures_of(pooled.data).model("mlp-8").double()
         model.load_state_dict({n: t.double() for n, t in pooled.students.state(k).items()})
         assert train.labels is not None
         right = model.eval()(pixels[rows]).argmax(1) == train.labels[rows]
@@ -191,9 +191,9 @@ def test_a_run_whose_teacher_is_as_large_as_its_student_can_be_repeated(tmp_path
 
 def test_models_of_a_run_are_those_that_were_tested(run: fedkd.CentralRun) -> None:
     assert run.path is not None
-    tensors, world = load_file(run.path / "models.safetensors"), world_of(run.experiment)
-    pixels = (world.test.pixels.double() / 255 - world.test.mean[0]) / world.test.std[0]
-    assert world.test.labels is not None
+    tensors, data = load_file(run.path / "models.safetensors"), federated_data(run.experiment)
+    pixels = (data.test.pixels.double() / 255 - data.test.mean[0]) / data.test.std[0]
+    assert data.test.labels is not None
     for model, name, expected in (
         ("teacher", "mlp-11", run.teacher_accuracies),
         ("student-alone", "mlp-8", run.student_alone_accuracies),
@@ -204,7 +204,7 @@ def test_models_of_a_run_are_those_that_were_tested(run: fedkd.CentralRun) -> No
             state = {
                 n.removeprefix(head): t.double() for n, t in tensors.items() if n.startswith(head)
             }
-            module = architectures_of(world).model(name).double()
+            module = architectures_of(data).model(name).double()
             module.load_state_dict(state)
-            right = module.eval()(pixels).argmax(1) == world.test.labels
+            right = module.eval()(pixels).argmax(1) == data.test.labels
             assert float(right.double().mean()) == pytest.approx(accuracy, abs=1.5 / 61)

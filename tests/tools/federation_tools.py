@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedkd.clients.execute import Part, execute_together
 from fedkd.clients.instructions import Failure, Order, Report
 from fedkd.clients.state_store import ResidentStates
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.engines import in_process
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
@@ -73,33 +73,33 @@ def one_step(**keys: Any) -> Experiment:
     return tiny(**{**plain, "partition": "dirichlet", "partition_alpha": 0.3, "seed": 3, **keys})
 
 
-def shard(world: World, client: int) -> tuple[Tensor, Tensor]:
+def shard(data: FederatedData, client: int) -> tuple[Tensor, Tensor]:
     """Return a client's images, normalised in float64, and labels."""
-    rows = world.shards[client]
-    assert world.train.labels is not None
+    rows = data.shards[client]
+    assert data.train.labels is not None
     mean, std = (
         torch.tensor(v, dtype=torch.float64)[:, None, None]
-        for v in (world.train.mean, world.train.std)
+        for v in (data.train.mean, data.train.std)
     )
-    images = (world.train.pixels[rows].to(torch.float64) / 255 - mean) / std
-    return images, world.train.labels[rows]
+    images = (data.train.pixels[rows].to(torch.float64) / 255 - mean) / std
+    return images, data.train.labels[rows]
 
 
 def starting(experiment: Experiment, client: int) -> Any:
     """Return a client's initial model in float64."""
-    world = world_of(experiment)
+    data = federated_data(experiment)
     name = experiment.student_of(client)
-    model = build(name, world.input_shape, world.num_classes).double()
-    state = architectures_of(world).initial_state(name, experiment.seed)
+    model = build(name, data.input_shape, data.num_classes).double()
+    state = architectures_of(data).initial_state(name, experiment.seed)
     model.load_state_dict({n: t.to(torch.float64) for n, t in state.items()})
     return model
 
 
 def execute(
-    experiment: Experiment, world: World, orders: Sequence[Order], store: ResidentStates
+    experiment: Experiment, data: FederatedData, orders: Sequence[Order], store: ResidentStates
 ) -> list[Report | Failure]:
     """Execute orders of one federation, and return one result an order."""
-    (results,) = execute_together(world, [Part(experiment, orders, store)])
+    (results,) = execute_together(data, [Part(experiment, orders, store)])
     return results
 
 
@@ -157,8 +157,8 @@ class Clients:
         self._honest = in_process.Clients(experiment.replace(name="clients", run_dir=folder))
         self._meddle = meddle or (lambda order, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
-        world = world_of(experiment)
-        self._shards, self._sizes = world.shards, world.sizes
+        data = federated_data(experiment)
+        self._shards, self._sizes = data.shards, data.sizes
         self._replay = replay
         self.exchanges: list[Exchange] = []
 

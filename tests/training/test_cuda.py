@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fedkd
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.data.images import Images
 from fedkd.losses import ce, kl
 from fedkd.machine import Precision
@@ -346,24 +346,24 @@ def test_the_memory_of_a_client_is_measured_without_what_the_first_step_leaves(
 ) -> None:
     """CUDA's libraries keep a workspace, many times as large as a small client."""
     experiment = tiny()
-    world, clients = world_of(experiment), 100
-    state = sum(t.nbytes for t in architectures_of(world).initial_state("mlp-8", 0).values())
+    data, clients = federated_data(experiment), 100
+    state = sum(t.nbytes for t in architectures_of(data).initial_state("mlp-8", 0).values())
     each, free = 1 << 20, 1 << 30
     with faked(Memory(each, workspace, free)):
-        block = tuning._fitting_block(experiment, world, "mlp-8", clients)
+        block = tuning._fitting_block(experiment, data, "mlp-8", clients)
     assert block == int((0.8 * free - clients * state) / each)
 
 
 @needs_cuda
 def test_the_block_that_is_taken_to_fit_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = tiny(device="cuda", batch_size=128, student="mlp-1200")
-    world, clients = world_of(experiment), 23
+    data, clients = federated_data(experiment), 23
     free = 1 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
-    block = tuning._fitting_block(experiment, world, "mlp-1200", clients)
+    block = tuning._fitting_block(experiment, data, "mlp-1200", clients)
     assert block > 1
-    device = world.train.device
+    device = data.train.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    tuning._time(experiment, world, "mlp-1200", block, Plan(True, block))
+    tuning._time(experiment, data, "mlp-1200", block, Plan(True, block))
     assert torch.cuda.max_memory_allocated(device) - before < free

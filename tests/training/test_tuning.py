@@ -12,7 +12,7 @@ import torch
 from federation_tools import tiny
 
 import fedkd
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records import Run
 from fedkd.training import tuning
@@ -42,7 +42,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Timing], list[tuple[str,
         asked: list[tuple[str, Plan, int]] = []
 
         def time(
-            experiment: Experiment, world: World, name: str, clients: int, plan: Plan
+            experiment: Experiment, data: FederatedData, name: str, clients: int, plan: Plan
         ) -> tuple[float, float]:
             asked.append((name, plan, clients))
             return timing(plan)
@@ -134,7 +134,7 @@ def test_the_time_of_a_clients_step_is_that_of_a_block_shared(
     """Every step of a block takes a second of this clock."""
     monkeypatch.setattr(tuning, "perf_counter", Ticks())
     experiment = tiny()
-    _, each = tuning._time(experiment, world_of(experiment), "mlp-8", clients, plan)
+    _, each = tuning._time(experiment, federated_data(experiment), "mlp-8", clients, plan)
     assert each == pytest.approx(expected)
 
 
@@ -150,9 +150,9 @@ def test_measuring_takes_few_steps_and_leaves_no_trace(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Cohort, "fit", counted)
     experiment = tiny(teacher="lenet", student="mlp-8,mlp-7", num_server_rounds=20)
-    world = world_of(experiment)
+    data = federated_data(experiment)
     names = ("mlp-8", "mlp-7", "lenet")
-    architectures = architectures_of(world)
+    architectures = architectures_of(data)
     before = {
         name: {n: t.clone() for n, t in architectures.initial_state(name, experiment.seed).items()}
         for name in names
@@ -178,8 +178,8 @@ def budget(experiment: Experiment, step: float) -> float:
 
     A round of `tiny` has 3 batches of 38 private images and 3 of 37 public ones.
     """
-    shards = [len(shard) for shard in world_of(experiment).shards]
-    assert (min(shards), max(shards), len(world_of(experiment).public)) == (38, 38, 37)
+    shards = [len(shard) for shard in federated_data(experiment).shards]
+    assert (min(shards), max(shards), len(federated_data(experiment).public)) == (38, 38, 37)
     return 0.01 * 20 * (3 + 3) * 3 * step
 
 
@@ -343,7 +343,9 @@ def test_the_choice_is_recorded_and_does_not_decide_results(
         entries = dict(entry.split("=") for entry in saved.plan.split(", "))
         assert set(entries) == {"mlp-8", "lenet"}
         for architecture, text in entries.items():
-            assert str(architectures_of(world_of(saved)).plan(architecture, saved.plan)) == text
+            assert (
+                str(architectures_of(federated_data(saved)).plan(architecture, saved.plan)) == text
+            )
         assert planned(saved) == saved
 
     expected = runs["loop"]

@@ -120,7 +120,7 @@ def card_of(
         },
         "model": _model(trained),
         "input": _input(trained),
-        "output": {"name": OUTPUT, "dtype": "float32", "shape": [BATCH, trained.world.num_classes]},
+        "output": {"name": OUTPUT, "dtype": "float32", "shape": [BATCH, trained.data.num_classes]},
         "data": _data(trained),
         "accuracy": {**verified.as_json(), "recorded": trained.recorded},
         "calibration": calibration,
@@ -139,31 +139,29 @@ def _model(trained: Trained) -> dict[str, Any]:
         "owner": trained.owner,
         "chosen": trained.chosen,
         "architecture": trained.architecture,
-        "parameters": num_parameters(
-            architectures_of(trained.world).skeleton(trained.architecture)
-        ),
+        "parameters": num_parameters(architectures_of(trained.data).skeleton(trained.architecture)),
     }
     if trained.teacher != "none" and trained.model != "teacher":
         facts["teacher"] = trained.teacher
         facts["teacher_parameters"] = num_parameters(
-            architectures_of(trained.world).skeleton(trained.teacher)
+            architectures_of(trained.data).skeleton(trained.teacher)
         )
     return facts
 
 
 def _input(trained: Trained) -> dict[str, Any]:
-    test = trained.world.test
+    test = trained.data.test
     return {
         "name": INPUT,
         "dtype": "uint8",
-        "shape": [BATCH, *trained.world.input_shape],
+        "shape": [BATCH, *trained.data.input_shape],
         "mean": list(test.mean),
         "std": list(test.std),
     }
 
 
 def _data(trained: Trained) -> dict[str, Any]:
-    experiment, train = trained.experiment, trained.world.train
+    experiment, train = trained.experiment, trained.data.train
     assert train.labels is not None
     classes = data.load(experiment.dataset, experiment.data_dir).class_names
     return {

@@ -108,7 +108,7 @@ def export(
     trained = find(run_folder, model, client, seed)
     path = _path(trained, form, output)
     pixels, of = calibration_images(trained)
-    original = FromPixels(trained.module(), trained.world.test.mean, trained.world.test.std)
+    original = FromPixels(trained.module(), trained.data.test.mean, trained.data.test.std)
     with _scratch(path) as scratch:
         draft = Path(scratch) / path.name
         _write(form, to, original, trained, draft, pixels)
@@ -138,12 +138,12 @@ def calibration_images(trained: Trained) -> tuple[Tensor, str]:
     A client holds its own and the public ones. Those of another data set are left out: they would
     stretch the ranges.
     """
-    world, experiment = trained.world, trained.experiment
-    held, of = [world.train.pixels[trained.rows]], "training images"
+    data, experiment = trained.data, trained.experiment
+    held, of = [data.train.pixels[trained.rows]], "training images"
     if trained.kind == "federated":
         of += f" of {trained.owner}"
         if experiment.public == "train":
-            held.append(world.public.pixels)
+            held.append(data.public.pixels)
             of += " and public images"
     pixels = torch.cat(held)
     drawn = pixels[permutation(len(pixels), experiment.seed, "calibration")[:CALIBRATION]]
@@ -156,7 +156,7 @@ def verify(trained: Trained, predictor: Predictor) -> Verified:
     The original is the cohort that tested it in the run, and normalises by itself. The first image
     goes alone, the others in hundreds: batches of several sizes.
     """
-    test = trained.world.test
+    test = trained.data.test
     assert test.labels is not None
     expected = trained.cohort().predict(test)[0]
     parts = [test.pixels[:1], *test.pixels[1:].split(100)]
@@ -199,7 +199,7 @@ def _write(
 ) -> None:
     what = f"to = '{to}': the {trained.model} '{trained.architecture}'"
     try:
-        form.write(model, trained.world.input_shape, path, pixels)
+        form.write(model, trained.data.input_shape, path, pixels)
     except FedkdError as error:
         raise FedkdError(f"{what}: {error}") from error
     except Exception as error:  # an exporter may choke on anything that a user's model does
@@ -231,12 +231,12 @@ def _seconds(
     """Measure the file, the original and the teacher's architecture in PyTorch, by batch size."""
     contenders: dict[str, Predictor] = {"file": predictor, "original": _in_pytorch(original)}
     if trained.teacher != "none" and trained.model != "teacher":
-        test = trained.world.test
+        test = trained.data.test
         teacher = FromPixels(
-            architectures_of(trained.world).model(trained.teacher), test.mean, test.std
+            architectures_of(trained.data).model(trained.teacher), test.mean, test.std
         )
         contenders["teacher"] = _in_pytorch(teacher)
-    pixels = trained.world.test.pixels
+    pixels = trained.data.test.pixels
     sizes = {size: pixels[torch.arange(size) % len(pixels)] for size in BATCHES}
     return {size: latencies(contenders, batch, REPEATS) for size, batch in sizes.items()}
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedkd.clients.state_files import StateFiles
-from fedkd.data.federated import World, world_of
+from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.records.files import read_json
@@ -49,8 +49,8 @@ class Trained:
         teacher: the architecture of the teacher of the run or of this client, or ``"none"``.
         state: parameters and buffers by name.
         experiment: of the run, on the CPU, with the owner's seed.
-        world: its data.
-        rows: the training images that its owner holds labels of, int64 indices into ``world.train``.
+        data: its data.
+        rows: the training images that its owner holds labels of, int64 indices into ``data.train``.
         recorded: its accuracy in the run's result, 0..1.
         seeds: of a central run, all of them.
     """
@@ -64,7 +64,7 @@ class Trained:
     teacher: str
     state: State
     experiment: Experiment
-    world: World
+    data: FederatedData
     rows: Tensor
     recorded: float | None
     seeds: tuple[int, ...] = ()
@@ -75,7 +75,7 @@ class Trained:
         Raises:
             FedkdError: the architecture has other parameters than the ones kept.
         """
-        module = architectures_of(self.world).model(self.architecture).eval().requires_grad_(False)
+        module = architectures_of(self.data).model(self.architecture).eval().requires_grad_(False)
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         found = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         if found != {name: tuple(tensor.shape) for name, tensor in named.items()}:
@@ -90,7 +90,7 @@ class Trained:
     def cohort(self) -> Cohort:
         """Return the model as the run itself would test it, in float32."""
         return Cohort.of(
-            architectures_of(self.world).model(self.architecture), [self.state], Plan(stacked=False)
+            architectures_of(self.data).model(self.architecture), [self.state], Plan(stacked=False)
         )
 
 
@@ -157,7 +157,7 @@ def _of_client(
         raise FedkdError(f"client = {client}: this run has clients 0 to {last}")
     teacher = experiment.teacher_of(client) if _has_teachers(folder.path) else "none"
     _check_model(model, ["student"] if teacher == "none" else ["student", "teacher"])
-    world = world_of(experiment)
+    data = federated_data(experiment)
     return Trained(
         folder=folder,
         kind="federated",
@@ -168,8 +168,8 @@ def _of_client(
         teacher=teacher,
         state=_last_state(folder.path, experiment, result, client, model),
         experiment=experiment,
-        world=world,
-        rows=world.shards[client],
+        data=data,
+        rows=data.shards[client],
         recorded=result["client_accuracy"][client] if model == "student" else None,
     )
 
@@ -211,7 +211,7 @@ def _of_seed(
             Setting("seed", seed), f": this run has seeds {', '.join(map(str, seeds))}"
         )
     experiment = experiment.replace(seed=seed)
-    world = world_of(experiment)
+    data = federated_data(experiment)
     return Trained(
         folder=folder,
         kind="central",
@@ -222,8 +222,8 @@ def _of_seed(
         teacher=experiment.teacher,
         state=_saved_state(folder.path / MODELS, f"{model}/{seed}/"),
         experiment=experiment,
-        world=world,
-        rows=world.pooled,
+        data=data,
+        rows=data.pooled,
         recorded=result[_RECORDED[model]][seeds.index(seed)],
         seeds=tuple(seeds),
     )

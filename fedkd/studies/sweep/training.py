@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 
-from fedkd.data.federated import world_of
+from fedkd.data.federated import federated_data
 from fedkd.engines.preflight import check
 from fedkd.engines.run import is_begun, run_or_resume, run_side_by_side
 from fedkd.engines.side_by_side import alike
@@ -81,7 +81,7 @@ class Trials:
         experiment = self._cell_experiment(cell).replace(name=None)
         if self._of == "central":
             check_central(experiment)
-            check_models(experiment, world_of(experiment), ("student", "teacher"))
+            check_models(experiment, federated_data(experiment), ("student", "teacher"))
         else:
             check(experiment)
 
@@ -209,7 +209,7 @@ class Trials:
         pooled = Pooled([experiment.replace(plan=plan) for experiment in experiments], told)
         pooled.train_teachers()
         pooled.train_students()
-        test = pooled.world.test
+        test = pooled.data.test
         return accuracies(pooled.students.classify(test), test)
 
     def _in_federations(self, cells: Sequence[Cell]) -> list[Run | Exception]:
