@@ -10,7 +10,7 @@ import torch
 from federation_tools import C, P, execute, federate, tiny
 from torch import Tensor, nn
 
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.clients.memories import Memory
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
@@ -110,8 +110,8 @@ def ordered(
     """Have all clients execute phases, from the state of the round before."""
     experiment = tiny(client_code=HERE, **keys)
     nothing = torch.empty(0, dtype=torch.int64)
-    orders = [
-        Order(
+    instructions = [
+        Instruction(
             client=k,
             round=round,
             base=round - 1,
@@ -123,7 +123,7 @@ def ordered(
         )
         for k in range(K)
     ]
-    return execute(experiment, federated_data(experiment), orders, store)
+    return execute(experiment, federated_data(experiment), instructions, store)
 
 
 def memory(store: ResidentStates, client: int, round: int) -> Memory:
@@ -302,9 +302,9 @@ def test_a_term_on_class_means_trains_as_plain_pytorch_does(
     data = federated_data(experiment)
     fit = Revisit({"ce": 1.0, towards_mean: 0.25})
     nothing = torch.empty(0, dtype=torch.int64)
-    orders = [Order(k, 1, 0, (fit,), nothing, mine[k], 1, "none") for k in range(K)]
+    instructions = [Instruction(k, 1, 0, (fit,), nothing, mine[k], 1, "none") for k in range(K)]
     store = make_store(tmp_path)
-    execute(experiment, data, orders, store)
+    execute(experiment, data, instructions, store)
     for client in range(K):
         model = architectures_of(data).model("mlp-8").double()
         start = architectures_of(data).initial_state("mlp-8", experiment.seed)
@@ -372,10 +372,10 @@ def test_a_client_can_be_tested_by_the_nearest_class_mean(of: Any, tmp_path: Any
     data = federated_data(experiment)
     phases = (ClassifyByMeans(), Revisit())
     nothing = torch.empty(0, dtype=torch.int64)
-    orders = [Order(k, 1, 0, phases, nothing, means, 1, "phases") for k in range(K)]
-    reports = execute(experiment, data, orders, store)
+    instructions = [Instruction(k, 1, 0, phases, nothing, means, 1, "phases") for k in range(K)]
+    reports = execute(experiment, data, instructions, store)
     for client, report in enumerate(reports):
-        assert isinstance(report, Report)
+        assert isinstance(report, ClientReport)
         state = store.files.load({client: 1}).models["student"]
         model: Any = architectures_of(data).model("mlp-8").eval()
         model.load_state_dict({name: tensor[0] for name, tensor in state.items()})
@@ -403,11 +403,11 @@ def test_without_class_means_a_client_is_tested_by_its_head(tmp_path: Any) -> No
 
 def test_fedproto_ends_with_the_prototypes_and_fd_with_nothing() -> None:
     proto = federate(tiny(strategy="FedProto", num_server_rounds=2))
-    assert proto.exchanges[-1].orders[0].phases == (ClassifyByMeans(),)
-    assert isinstance(proto.exchanges[-1].orders[0].knowledge, ClassMeans)
+    assert proto.exchanges[-1].instructions[0].phases == (ClassifyByMeans(),)
+    assert isinstance(proto.exchanges[-1].instructions[0].knowledge, ClassMeans)
     alone = federate(tiny(strategy="FD", num_server_rounds=2))
-    assert alone.exchanges[-1].orders[0].phases == ()
-    assert alone.exchanges[-1].orders[0].knowledge is None
+    assert alone.exchanges[-1].instructions[0].phases == ()
+    assert alone.exchanges[-1].instructions[0].knowledge is None
 
 
 # --- In a federation -----------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_class_means_travel_both_ways() -> None:
     done = federate(tiny(num_server_rounds=2, client_code=HERE), strategy=Gathering())
     first, second = done.exchanges[0], done.exchanges[1]
     for client in range(K):
-        received = second.orders[client].knowledge
+        received = second.instructions[client].knowledge
         sent = first.report((client + 1) % K).answer
         assert isinstance(received, ClassMeans)
         assert isinstance(sent, ClassMeans)

@@ -95,9 +95,9 @@ def answer_with_weights(stack: Stack) -> None:
 def packed(stack: Stack) -> list[Packed | None]:
     """Return all answers as they are sent, `None` where that is simply their numbers."""
     if stack.first.wire == PLAIN:
-        return [None] * len(stack.orders)
+        return [None] * len(stack.instructions)
     started = monotonic()
-    found = [_packed(stack, row) for row in range(len(stack.orders))]
+    found = [_packed(stack, row) for row in range(len(stack.instructions))]
     stack.spend("encode", monotonic() - started)
     return found
 

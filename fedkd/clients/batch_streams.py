@@ -72,7 +72,7 @@ def _public_side(stack: Stack, terms: Terms) -> Side:
     public = stack.data.public
     if all(term.needs is None for term in terms):
         rows = torch.arange(len(public))
-        return Side("public", public, [rows] * len(stack.orders), terms)
+        return Side("public", public, [rows] * len(stack.instructions), terms)
     return public_side(public, terms, _to_digest(stack, terms))
 
 
@@ -101,7 +101,7 @@ def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
 
 def _private_side(stack: Stack, terms: Terms) -> Side:
     side = Side("private", stack.data.train, stack.shards, terms, augment=stack.experiment.augment)
-    clients = range(len(stack.orders))
+    clients = range(len(stack.instructions))
     if any(stack.attack(row).labels for row in clients):
         side = replace(side, labels=[stack.labels(row) for row in clients])
     if not any(term.needs == "class-means" for term in terms):

@@ -1,7 +1,7 @@
 """A client executes phases: the one implementation behind every engine.
 
-`execute_together` takes the orders of any number of clients, runs those that can share a stack as one
-cohort, and returns a report or a failure for each. A Flower client hands over its single order, the
+`execute_together` takes the instructions of any number of clients, runs those that can share a stack as one
+cohort, and returns a report or a failure for each. A Flower client hands over its single instruction, the
 in-process engine all of a round.
 """
 
@@ -16,7 +16,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from fedkd.clients.instructions import OUT_OF_MEMORY, Failure, Order, Report
+from fedkd.clients.instructions import OUT_OF_MEMORY, ClientReport, Failure, Instruction
 from fedkd.clients.memories import Memory
 from fedkd.clients.run_phases import run_phases
 from fedkd.clients.stack import Stack, has_news
@@ -37,24 +37,26 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The orders of one federation.
+    """The instructions of one federation.
 
     Attributes:
         experiment: the run.
-        orders: of any of its clients.
+        instructions: of any of its clients.
         store: where these keep their states.
         secret_noise: whether the noise of ``dp-noise`` is this node's own secret: a server that knows
             its seed can take it off.
     """
 
     experiment: Experiment
-    orders: Sequence[Order]
+    instructions: Sequence[Instruction]
     store: ResidentStates
     secret_noise: bool = False
 
 
-def execute_together(data: FederatedData, parts: Sequence[Part]) -> list[list[Report | Failure]]:
-    """Execute orders, stacking the clients that share architectures and phases.
+def execute_together(
+    data: FederatedData, parts: Sequence[Part]
+) -> list[list[ClientReport | Failure]]:
+    """Execute instructions, stacking the clients that share architectures and phases.
 
     No more clients of a federation than a round draws are in memory at once. A stack in which
     something fails is run again federation by federation, and client by client, from the stored states
@@ -66,53 +68,57 @@ def execute_together(data: FederatedData, parts: Sequence[Part]) -> list[list[Re
         parts: of one federation each; their experiments differ in nothing or in `STACKABLE` keys.
 
     Returns:
-        For each part one result an order, in the same sequence.
+        For each part one result an instruction, in the same sequence.
     """
-    results: list[dict[int, Report | Failure]] = [{} for _ in parts]
-    groups: dict[Hashable, dict[int, list[Order]]] = {}
-    texts: dict[int, str] = {}  # orders of one round share their phases
+    results: list[dict[int, ClientReport | Failure]] = [{} for _ in parts]
+    groups: dict[Hashable, dict[int, list[Instruction]]] = {}
+    texts: dict[int, str] = {}  # instructions of one round share their phases
     for number, part in enumerate(parts):
-        for order in part.orders:
-            if id(order.phases) not in texts:
-                texts[id(order.phases)] = to_text(order.phases)
-            kind = _group_key(part.experiment, order, texts[id(order.phases)])
-            groups.setdefault(kind, {}).setdefault(number, []).append(order)
+        for instruction in part.instructions:
+            if id(instruction.phases) not in texts:
+                texts[id(instruction.phases)] = to_text(instruction.phases)
+            kind = _group_key(part.experiment, instruction, texts[id(instruction.phases)])
+            groups.setdefault(kind, {}).setdefault(number, []).append(instruction)
     for group in groups.values():
         for some in _at_once(group, parts[0].experiment.clients_per_round):
-            chosen = {n: replace(parts[n], orders=orders) for n, orders in some.items()}
+            chosen = {
+                n: replace(parts[n], instructions=instructions) for n, instructions in some.items()
+            }
             found = _run_or_split(data, list(chosen.values()))
             for number, answers in zip(chosen, found, strict=True):
                 results[number].update({answer.client: answer for answer in answers})
     return [
-        [found[order.client] for order in part.orders]
+        [found[instruction.client] for instruction in part.instructions]
         for part, found in zip(parts, results, strict=True)
     ]
 
 
 def _at_once(
-    group: Mapping[int, Sequence[Order]], size: int
-) -> Iterator[dict[int, Sequence[Order]]]:
-    """Deal the orders of a group into stacks with at most `size` of each federation."""
-    for first in range(0, max(len(orders) for orders in group.values()), size):
-        dealt = {n: orders[first : first + size] for n, orders in group.items()}
-        yield {n: orders for n, orders in dealt.items() if orders}
+    group: Mapping[int, Sequence[Instruction]], size: int
+) -> Iterator[dict[int, Sequence[Instruction]]]:
+    """Deal the instructions of a group into stacks with at most `size` of each federation."""
+    for first in range(0, max(len(instructions) for instructions in group.values()), size):
+        dealt = {n: instructions[first : first + size] for n, instructions in group.items()}
+        yield {n: instructions for n, instructions in dealt.items() if instructions}
 
 
-def _group_key(experiment: Experiment, order: Order, phases: str) -> Hashable:
+def _group_key(experiment: Experiment, instruction: Instruction, phases: str) -> Hashable:
     """Name what the clients of one stack have in common."""
-    labels = order.knowledge if isinstance(order.knowledge, SoftLabels | Packed) else None
+    labels = (
+        instruction.knowledge if isinstance(instruction.knowledge, SoftLabels | Packed) else None
+    )
     return (
         experiment.alpha == 1,  # without the hard term private images may not be looked at at all
-        experiment.student_of(order.client),
-        experiment.teacher_of(order.client),
+        experiment.student_of(instruction.client),
+        experiment.teacher_of(instruction.client),
         phases,
-        order.round,
-        order.base == INITIAL,
-        order.evaluate,
-        order.knowledge is None,
-        order.knowledge_round,
+        instruction.round,
+        instruction.base == INITIAL,
+        instruction.evaluate,
+        instruction.knowledge is None,
+        instruction.knowledge_round,
         "" if labels is None else _digest(labels.samples),
-        _digest(order.asked),
+        _digest(instruction.asked),
     )
 
 
@@ -120,7 +126,7 @@ def _digest(samples: Tensor) -> str:
     return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[Report | Failure]]:
+def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[ClientReport | Failure]]:
     try:
         found = _run(data, parts)
     except Exception as error:
@@ -133,8 +139,8 @@ def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[Repor
     if did_not_fit:
         _let_go(parts)
     if not pieces:  # whatever a client's model or data raises is its failure, never the round's
-        return [[Failure(parts[0].orders[0].client, reason)]]
-    results: list[list[Report | Failure]] = [[] for _ in parts]
+        return [[Failure(parts[0].instructions[0].client, reason)]]
+    results: list[list[ClientReport | Failure]] = [[] for _ in parts]
     for piece in pieces:
         for number, answers in zip(piece, _run_or_split(data, list(piece.values())), strict=True):
             results[number] += answers
@@ -144,7 +150,7 @@ def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[Repor
 
 
 _Piece = dict[int, Part]
-"""Some of the orders of a stack, by the number of the part they belong to."""
+"""Some of the instructions of a stack, by the number of the part they belong to."""
 
 
 def _pieces(parts: Sequence[Part], error: Exception) -> list[_Piece]:
@@ -158,24 +164,30 @@ def _pieces(parts: Sequence[Part], error: Exception) -> list[_Piece]:
         return [dict(enumerate(loops))]
     if len(parts) > 1:
         return [{number: part} for number, part in enumerate(parts)]
-    if len(first.orders) > 1:
-        return [{0: replace(first, orders=[order])} for order in first.orders]
+    if len(first.instructions) > 1:
+        return [
+            {0: replace(first, instructions=[instruction])} for instruction in first.instructions
+        ]
     return []
 
 
 def _halves(parts: Sequence[Part]) -> list[_Piece]:
     """Deal the clients of a stack that is out of memory into two; one client has no halves."""
-    clients = [(number, order) for number, part in enumerate(parts) for order in part.orders]
+    clients = [
+        (number, instruction)
+        for number, part in enumerate(parts)
+        for instruction in part.instructions
+    ]
     if len(clients) == 1:
         return []
     _logger.warning("out of memory with %d clients in a stack: again by halves", len(clients))
     half = -(-len(clients) // 2)
     pieces: list[_Piece] = []
     for some in (clients[:half], clients[half:]):
-        orders: dict[int, list[Order]] = {}
-        for number, order in some:
-            orders.setdefault(number, []).append(order)
-        pieces.append({n: replace(parts[n], orders=each) for n, each in orders.items()})
+        instructions: dict[int, list[Instruction]] = {}
+        for number, instruction in some:
+            instructions.setdefault(number, []).append(instruction)
+        pieces.append({n: replace(parts[n], instructions=each) for n, each in instructions.items()})
     return pieces
 
 
@@ -183,11 +195,11 @@ def _reason(error: Exception) -> str:
     return f"{error}{place(error)}" if isinstance(error, FedkdError) else blamed(error)
 
 
-def _stored(parts: Sequence[Part], found: Sequence[_Outcome]) -> list[list[Report | Failure]]:
+def _stored(parts: Sequence[Part], found: Sequence[_Outcome]) -> list[list[ClientReport | Failure]]:
     """Write what came of the parts to disk; return the results."""
     for part, (_, trained, memories) in zip(parts, found, strict=True):
-        bases = {order.client: order.base for order in part.orders}
-        round = part.orders[0].round
+        bases = {instruction.client: instruction.base for instruction in part.instructions}
+        round = part.instructions[0].round
         part.store.memories.save(memories, round, bases)  # a full disk is no client's failure
         for states in trained:
             part.store.put(states, round, bases)
@@ -220,10 +232,10 @@ def _let_go(parts: Sequence[Part]) -> None:
         torch.cuda.empty_cache()
 
 
-def _count_out_of_memory(results: Sequence[Sequence[Report | Failure]]) -> None:
+def _count_out_of_memory(results: Sequence[Sequence[ClientReport | Failure]]) -> None:
     """Have the first report of each federation tell that its stack was run again by halves."""
     for answers in results:
-        told = next((answer.events for answer in answers if isinstance(answer, Report)), None)
+        told = next((answer.events for answer in answers if isinstance(answer, ClientReport)), None)
         if told is not None:
             told[OUT_OF_MEMORY] = told.get(OUT_OF_MEMORY, 0) + 1
 
@@ -236,12 +248,12 @@ def _is_refused_by_vmap(error: Exception) -> bool:
 
 # --- One stack, from stored states to reports -----------------------------------------------------
 
-_Outcome = tuple[list[Report | Failure], list[States], dict[int, Memory]]
-"""Of one part: a result for each order, the new states, and the new memories by client."""
+_Outcome = tuple[list[ClientReport | Failure], list[States], dict[int, Memory]]
+"""Of one part: a result for each instruction, the new states, and the new memories by client."""
 
 
 def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
-    """Execute a group's orders as one stack, or two where only some have news to digest."""
+    """Execute a group's instructions as one stack, or two where only some have news to digest."""
     before = [_starting_states(data, part) for part in parts]
     kept = [_memories(part) for part in parts]
     outcomes: list[_Outcome] = [
@@ -257,11 +269,13 @@ def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
         several = len(taken) > 1
         states = concatenated(list(taken.values())) if several else next(iter(taken.values()))
         owners = [(n, client) for n, some in taken.items() for client in some.clients]
-        orders = [{order.client: order for order in part.orders} for part in parts]
+        instructions = [
+            {instruction.client: instruction for instruction in part.instructions} for part in parts
+        ]
         stack = Stack(
             [parts[n].experiment for n, _ in owners],
             data,
-            [orders[n][client] for n, client in owners],
+            [instructions[n][client] for n, client in owners],
             states,
             is_fresh,
             [kept[n][client] for n, client in owners],
@@ -276,22 +290,22 @@ def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
     return outcomes
 
 
-def _lost(part: Part, states: States) -> list[Report | Failure]:
+def _lost(part: Part, states: States) -> list[ClientReport | Failure]:
     """Return the failures of clients whose states are not there."""
     found = set(states.clients)
     return [
-        Failure(order.client, f"has no state of round {order.base} to start from")
-        for order in part.orders
-        if order.client not in found
+        Failure(instruction.client, f"has no state of round {instruction.base} to start from")
+        for instruction in part.instructions
+        if instruction.client not in found
     ]
 
 
 def _rows(states: States, part: Part) -> dict[bool, list[int]]:
     """Return which rows of a part's states have no news to digest, and which have."""
-    orders = {order.client: order for order in part.orders}
+    instructions = {instruction.client: instruction for instruction in part.instructions}
     rows: dict[bool, list[int]] = {False: [], True: []}
     for row, (client, digested) in enumerate(zip(states.clients, states.digested, strict=True)):
-        rows[has_news(orders[client], digested)].append(row)
+        rows[has_news(instructions[client], digested)].append(row)
     return rows
 
 
@@ -301,15 +315,17 @@ def _some(states: States, rows: Sequence[int]) -> States:
 
 def _memories(part: Part) -> dict[int, Memory]:
     """Return what clients kept besides their models, by client."""
-    if part.orders[0].base == INITIAL:
-        return {order.client: {} for order in part.orders}
-    return part.store.memories.load({order.client: order.base for order in part.orders})
+    if part.instructions[0].base == INITIAL:
+        return {instruction.client: {} for instruction in part.instructions}
+    return part.store.memories.load(
+        {instruction.client: instruction.base for instruction in part.instructions}
+    )
 
 
 def _starting_states(data: FederatedData, part: Part) -> States:
-    """Return the states that the orders name, those there are; all of them, or none, are initial."""
-    experiment, first = part.experiment, part.orders[0]
-    bases = {order.client: order.base for order in part.orders}
+    """Return the states that instructions start from, as far as they are there; all or none are initial."""
+    experiment, first = part.experiment, part.instructions[0]
+    bases = {instruction.client: instruction.base for instruction in part.instructions}
     if first.base != INITIAL:
         return part.store.take(bases, data.train.device)
     names: dict[Role, str] = {"student": experiment.student_of(first.client)}

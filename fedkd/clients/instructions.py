@@ -20,7 +20,7 @@ REPORTED = (OUT_OF_MEMORY,)
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
+class Instruction:
     """What the server wants of one client.
 
     Attributes:
@@ -49,7 +49,7 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
+class ClientReport:
     """What one client answers.
 
     Attributes:
@@ -77,7 +77,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that could not execute its order, and why in one line."""
+    """A client that could not execute its instruction, and why in one line."""
 
     client: int
     reason: str

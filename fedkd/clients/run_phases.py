@@ -1,4 +1,4 @@
-"""Run the phases of an order, one after the other, for all clients of a stack."""
+"""Run the phases of an instruction, one after the other, for all clients of a stack."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedkd.clients.answers import (
 )
 from fedkd.clients.batch_streams import sides_of
 from fedkd.clients.evaluation import examine, measure_agreement, record_accuracy
-from fedkd.clients.instructions import Report
+from fedkd.clients.instructions import ClientReport
 from fedkd.clients.memories import Memory, check_kept
 from fedkd.clients.stack import Stack, has_news, remember
 from fedkd.clients.states import INITIAL
@@ -43,8 +43,8 @@ from fedkd.training.optimizers import OptimizerSettings, shared
 from fedkd.training.profiling import PART, part, profiled
 
 
-def run_phases(stack: Stack) -> list[Report]:
-    """Return the reports of all clients, after every phase of their orders.
+def run_phases(stack: Stack) -> list[ClientReport]:
+    """Return the reports of all clients, after every phase of their instructions.
 
     Raises:
         FedkdError: a phase lacks what it needs, or clients keep other tensors than last round.
@@ -63,7 +63,7 @@ def run_phases(stack: Stack) -> list[Report]:
         stack.spend(f"{PART} {name}", spent)
     round = stack.first.round
     return [
-        Report(k, len(shard), answer, metrics, dict(stack.seconds), each, round=round)
+        ClientReport(k, len(shard), answer, metrics, dict(stack.seconds), each, round=round)
         for k, shard, answer, metrics, each in zip(
             stack.clients, stack.shards, stack.answers, stack.metrics, sent, strict=True
         )
@@ -184,7 +184,7 @@ def _fit(stack: Stack, phase: Fit, position: int) -> None:
     stack.record(f"gradient_norm_{phase.name}", fitted.gradient_norms)
     distilled = any(side.teacher_logits is not None for side in sides)
     if distilled:
-        stack.states.digested = [stack.first.knowledge_round] * len(stack.orders)
+        stack.states.digested = [stack.first.knowledge_round] * len(stack.instructions)
     if not _is_evaluated(stack, position):
         return
     with part("evaluate"):

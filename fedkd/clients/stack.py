@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedkd.clients.attacks import Attack, attack_of
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.clients.memories import Memory
 from fedkd.clients.states import States
 from fedkd.data.federated import FederatedData
@@ -31,7 +31,7 @@ STACKABLE = Experiment.keys("optimisation", "distillation")
 
 @dataclass
 class Stack:
-    """Clients with the same architectures and phases, and one order each to execute as one cohort.
+    """Clients with the same architectures and phases, and one instruction each to execute as one cohort.
 
     Their states are trained in place. They may be of several federations on the same data, whose
     experiments then differ in `STACKABLE` keys alone.
@@ -39,7 +39,7 @@ class Stack:
     Attributes:
         experiments: of each client.
         data: the data.
-        orders: of each client.
+        instructions: of each client.
         states: of each client.
         is_fresh: whether they have knowledge to digest that is new to them.
         memories: what each client keeps besides.
@@ -56,7 +56,7 @@ class Stack:
 
     experiments: Sequence[Experiment]
     data: FederatedData
-    orders: list[Order]
+    instructions: list[Instruction]
     states: States
     is_fresh: bool
     memories: list[Memory]
@@ -71,11 +71,11 @@ class Stack:
 
     def __post_init__(self) -> None:
         self.shards = [self.data.shards[k] for k in self.clients]
-        self.answers = [None] * len(self.orders)
-        self.metrics = [{} for _ in self.orders]
+        self.answers = [None] * len(self.instructions)
+        self.metrics = [{} for _ in self.instructions]
         self.knowledge = [
-            opened(order, memory, self.data.sizes.num_public)
-            for order, memory in zip(self.orders, self.memories, strict=True)
+            opened(instruction, memory, self.data.sizes.num_public)
+            for instruction, memory in zip(self.instructions, self.memories, strict=True)
         ]
         self.cohorts = {
             role: architectures_of(self.data).cohort(
@@ -90,9 +90,9 @@ class Stack:
         return self.experiments[0]
 
     @property
-    def first(self) -> Order:
-        """The first client's order, for all that does not differ."""
-        return self.orders[0]
+    def first(self) -> Instruction:
+        """The first client's instruction, for all that does not differ."""
+        return self.instructions[0]
 
     @property
     def clients(self) -> list[int]:
@@ -137,19 +137,21 @@ class Stack:
 
     def spend(self, name: str, seconds: float) -> None:
         """Add the time of all clients to that of a phase, shared equally."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds / len(self.orders)
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds / len(self.instructions)
 
 
-def has_news(order: Order, digested: int) -> bool:
+def has_news(instruction: Instruction, digested: int) -> bool:
     """Whether there is knowledge that a client has not digested."""
-    labels = order.knowledge
+    labels = instruction.knowledge
     empty = isinstance(labels, SoftLabels | Packed) and not len(labels.samples)
-    return order.knowledge is not None and not empty and order.knowledge_round > digested
+    return (
+        instruction.knowledge is not None and not empty and instruction.knowledge_round > digested
+    )
 
 
-def opened(order: Order, memory: Memory, num_public: int) -> Knowledge | None:
+def opened(instruction: Instruction, memory: Memory, num_public: int) -> Knowledge | None:
     """Decode what a client received, with what it has already if only changes were sent."""
-    received = order.knowledge
+    received = instruction.knowledge
     if not isinstance(received, Packed):
         return received
     labels, newer = SoftLabels.unpack(received, num_public, recall(memory, "down"))

@@ -1,8 +1,8 @@
 """What clients keep between rounds, on disk: which file holds which client's state of which round.
 
-States are kept by round because a crash or a lost reply leaves a client one round ahead: every order
-names the round to start from. On disk a client therefore has two slots, and a new state never takes
-the one that its order started from.
+States are kept by round because a crash or a lost reply leaves a client one round ahead: every
+instruction names the round to start from. On disk a client therefore has two slots, and a new state never takes
+the one that its instruction started from.
 
 A file holds a shard of clients that share their architectures: client k of ``k % period``, as comma
 lists of models repeat with that period. `fedkd.clients.slot_file` says how it is laid out.

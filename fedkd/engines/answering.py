@@ -11,14 +11,14 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedkd.clients.execute import Part, execute_together
-from fedkd.clients.instructions import Failure, Order
+from fedkd.clients.instructions import Failure, Instruction
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import error_reply
-from fedkd.federation.messages import Introduction, decode_order, encode_report
+from fedkd.federation.messages import Introduction, decode_instruction, encode_report
 from fedkd.knowledge import Knowledge
 from fedkd.knowledge.codec import Packed
 from fedkd.user_code import fingerprint
@@ -35,7 +35,7 @@ def answers(
         contents: each client's partition id and what it was sent.
 
     Raises:
-        FedkdError: an order cannot be read, or is another client's.
+        FedkdError: an instruction cannot be read, or is another client's.
     """
     (found,) = answers_together([Sent(experiment, store, contents)])
     return found
@@ -62,33 +62,37 @@ def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
     """Answer the messages of federations on the same data, those that can share a stack side by side.
 
     Raises:
-        FedkdError: an order cannot be read, or is another client's.
+        FedkdError: an instruction cannot be read, or is another client's.
     """
     data = federated_data(sent[0].experiment)
     started = perf_counter()
-    parts = [Part(one.experiment, _orders(one, data), one.store, one.secret_noise) for one in sent]
-    decoding = (perf_counter() - started) / sum(len(part.orders) for part in parts)
+    parts = [
+        Part(one.experiment, _instructions(one, data), one.store, one.secret_noise) for one in sent
+    ]
+    decoding = (perf_counter() - started) / sum(len(part.instructions) for part in parts)
     return [
         [
             result
             if isinstance(result, Failure)
-            else encode_report(result, order.asked, data.sizes, decoding)
-            for order, result in zip(part.orders, results, strict=True)
+            else encode_report(result, instruction.asked, data.sizes, decoding)
+            for instruction, result in zip(part.instructions, results, strict=True)
         ]
         for part, results in zip(parts, execute_together(data, parts), strict=True)
     ]
 
 
-def _orders(sent: Sent, data: FederatedData) -> list[Order]:
+def _instructions(sent: Sent, data: FederatedData) -> list[Instruction]:
     seen: dict[Any, Knowledge | Packed | None] = {}
-    orders = []
+    instructions = []
     for client, content in sent.contents:
         held = len(data.shards[client])
-        order = decode_order(content, data.sizes, num_examples=held, seen=seen)
-        if order.client != client:
-            raise FedkdError(f"the order is for partition {order.client}, this node holds {client}")
-        orders.append(order)
-    return orders
+        instruction = decode_instruction(content, data.sizes, num_examples=held, seen=seen)
+        if instruction.client != client:
+            raise FedkdError(
+                f"the order is for partition {instruction.client}, this node holds {client}"
+            )
+        instructions.append(instruction)
+    return instructions
 
 
 def reply(message: Message, answer: RecordDict | Failure) -> Message:

@@ -1,4 +1,4 @@
-"""The Flower client: executes the orders it receives on a cohort of one.
+"""The Flower client: executes the instructions it receives on a cohort of one.
 
 In a simulation the experiment in a message is this user's own. The node of a deployment believes it in
 what is to be learned and how, and in nothing that is its own affair: which code may run, where its data
@@ -48,7 +48,7 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train("fedkd")
 def train(message: Message, context: Context) -> Message:
-    """Execute an order and report."""
+    """Execute an instruction and report."""
     keep_freed_memory()
     experiment = _accepted(decode_experiment(message.content), context)
     client = _partition(context, experiment)
@@ -107,7 +107,7 @@ def _check_noise(experiment: Experiment, least: object) -> None:
 
 
 def _check_leaving(answer: RecordDict, context: Context) -> None:
-    """Refuse to send a kind of knowledge that this node keeps to itself, whatever the order was."""
+    """Refuse to send a kind of knowledge that this node keeps to itself, whatever the instruction was."""
     if _is_simulated() or "knowledge-kind" not in answer:
         return
     kind = str(answer.config_records["knowledge-kind"]["kind"])

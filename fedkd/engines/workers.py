@@ -2,7 +2,7 @@
 
 A worker decodes, executes and encodes its clients' messages with the code of the engine in this process
 and keeps their states. Where an actor runs, and which GPU is its own, is Ray's to say. A worker that
-dies is built anew and its messages are sent again: every order names the round to start from, and
+dies is built anew and its messages are sent again: every instruction names the round to start from, and
 states are on disk by round, so that nothing is lost and no number changes.
 """
 
@@ -203,7 +203,7 @@ class Workers:
             return within(START_TIMEOUT, lambda: build(keys, sources, paths, self._share.threads))
         except TimeoutError as error:
             raise FedkdError(
-                f"worker {worker}: Ray takes no order for it in {START_TIMEOUT:g} s"
+                f"worker {worker}: Ray takes no instruction for it in {START_TIMEOUT:g} s"
             ) from error
 
     def _dead(self, worker: int, deaths: Counter[int], what: str, error: Exception) -> _Lost | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
@@ -66,7 +66,7 @@ class Exchange:
 
     Attributes:
         sampled: partition ids of the clients drawn, sorted.
-        orders: of those that were sent one.
+        instructions: of those that were sent one.
         up: bytes that came.
         down: bytes that were sent.
         sent: what each client has of our soft labels once it has replied.
@@ -78,11 +78,11 @@ class Exchange:
     """
 
     sampled: list[int]
-    orders: dict[int, Order] = field(default_factory=dict)
+    instructions: dict[int, Instruction] = field(default_factory=dict)
     up: Bytes = field(default_factory=Bytes)
     down: Bytes = field(default_factory=Bytes)
     sent: dict[int, Reference | None] = field(default_factory=dict)
-    reports: list[Report] = field(default_factory=list)
+    reports: list[ClientReport] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     started: float = field(default_factory=monotonic)
     encoding: float = 0.0
@@ -115,9 +115,9 @@ class Exchange:
             client = _sender(reply, client_of)
             if client is None:
                 self.events.add("stray-reply", "a reply came from a node that holds no partition")
-            elif client not in self.orders:
+            elif client not in self.instructions:
                 self.dropped.setdefault(client, "replies without having been asked")
-            elif (group := reply.metadata.group_id) != str(self.orders[client].round):
+            elif (group := reply.metadata.group_id) != str(self.instructions[client].round):
                 if client in silent:
                     silent[client] = f"replies to the message of round {shown(group)}"
             elif silent.pop(client, None) is None:
@@ -147,10 +147,12 @@ class Exchange:
                 raise FedkdError(failure_reason(reply))
             if not reply.has_content():
                 raise FedkdError("sends an empty reply")
-            order = self.orders[client]
-            report = decode_report(reply.content, order.asked, data.sizes, order.wire, heard)
-            check_report(report, order, data, student)
-            self.reports.append(with_known_numbers(report, order))
+            instruction = self.instructions[client]
+            report = decode_report(
+                reply.content, instruction.asked, data.sizes, instruction.wire, heard
+            )
+            check_report(report, instruction, data, student)
+            self.reports.append(with_known_numbers(report, instruction))
         except FedkdError as error:
             self.dropped[client] = str(error)
         except Exception:

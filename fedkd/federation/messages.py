@@ -1,6 +1,6 @@
-"""Orders and reports as Flower records.
+"""Instructions and reports as Flower records.
 
-An order travels as the experiment's keys (any Ray worker may get any client), the instruction, the
+An instruction travels as the experiment's keys (any Ray worker may get any client), the instruction, the
 samples asked for and the knowledge; a report as its numbers and the answer.
 """
 
@@ -16,7 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.clients.instructions import REPORTED, Order, Report
+from fedkd.clients.instructions import REPORTED, ClientReport, Instruction
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.knowledge_records import (
@@ -31,7 +31,7 @@ from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import from_text, to_text
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
-"""Message types: execute an order; say who you are."""
+"""Message types: execute an instruction; say who you are."""
 
 _SECONDS = "seconds "
 """Begins the names under which a client reports how long it took."""
@@ -113,46 +113,46 @@ def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
     return {"request": ArrayRecord(arrays)}
 
 
-def encode_order(
-    order: Order,
+def encode_instruction(
+    instruction: Instruction,
     experiment: ConfigRecord,
     knowledge: dict[str, Any],
     request: dict[str, Any],
 ) -> RecordDict:
-    """Pack an order.
+    """Pack an instruction.
 
     Args:
-        order: what the client is to do.
+        instruction: what the client is to do.
         experiment: see `experiment_record`; shared by all messages.
         knowledge: see `encode_knowledge`; shared by all who receive the same.
         request: see `encode_request`; shared by all who are asked the same.
     """
-    instruction: dict[str, Any] = {
-        "client": order.client,
-        "round": order.round,
-        "base": order.base,
-        "phases": to_text(order.phases),
-        "knowledge-round": order.knowledge_round,
-        "evaluate": order.evaluate,
-        "wire": str(order.wire),
+    fields: dict[str, Any] = {
+        "client": instruction.client,
+        "round": instruction.round,
+        "base": instruction.base,
+        "phases": to_text(instruction.phases),
+        "knowledge-round": instruction.knowledge_round,
+        "evaluate": instruction.evaluate,
+        "wire": str(instruction.wire),
     }
     records: dict[str, Any] = {
         "experiment": experiment,
-        "instruction": ConfigRecord(instruction),
+        "instruction": ConfigRecord(fields),
         **knowledge,
         **request,
     }
     return RecordDict(records)
 
 
-def decode_order(
+def decode_instruction(
     records: RecordDict,
     sizes: Sizes,
     *,
     num_examples: int,
     seen: dict[Any, Knowledge | Packed | None] | None = None,
-) -> Order:
-    """Unpack an order.
+) -> Instruction:
+    """Unpack an instruction.
 
     Soft labels of which only changed rows were sent stay packed: what they add to is in the client's
     state.
@@ -161,11 +161,11 @@ def decode_order(
         records: of a message.
         sizes: of the public set.
         num_examples: the client's private images.
-        seen: knowledge decoded before, by its bytes; orders that share them share one object, which
+        seen: knowledge decoded before, by its bytes; instructions that share them share one object, which
             is how a stack knows that all its clients received the same.
 
     Raises:
-        FedkdError: the records do not make up an order.
+        FedkdError: the records do not make up an instruction.
     """
     seen = {} if seen is None else seen
     try:
@@ -176,7 +176,7 @@ def decode_order(
         if request is not None:
             listed = decode_tensor("samples", request["samples"]) if "samples" in request else None
             asked = unpack_samples(listed, sizes.num_public)
-        return Order(
+        return Instruction(
             client=instruction["client"],
             round=instruction["round"],
             base=instruction["base"],
@@ -191,7 +191,7 @@ def decode_order(
         raise FedkdError(one_line(str(error))) from None
     except Exception as error:
         # As with knowledge: a foreign message can make the decoder raise anything.
-        raise FedkdError(f"the order cannot be read: {one_line(error)}") from None
+        raise FedkdError(f"the instruction cannot be read: {one_line(error)}") from None
 
 
 def _received(
@@ -201,7 +201,7 @@ def _received(
     num_examples: int,
     seen: dict[Any, Knowledge | Packed | None],
 ) -> Knowledge | Packed | None:
-    """Return the knowledge of an order, one object for all orders that share its bytes."""
+    """Return the knowledge of an instruction, one object for all instructions that share its bytes."""
     arrays = typed_record(records, "knowledge", ArrayRecord)
     key = tuple(id(array.data) for array in arrays.values()) if arrays else ()
     if key not in seen:
@@ -213,7 +213,7 @@ def _received(
 
 
 def _instruction(records: RecordDict) -> dict[str, Any]:
-    """Return an order's instruction, its numbers and texts checked."""
+    """Return an instruction's instruction, its numbers and texts checked."""
     given: Any = typed_record(records, "instruction", ConfigRecord)
     instruction: dict[str, Any] = dict(given)
     for name in ("client", "round", "base", "knowledge-round"):
@@ -225,14 +225,16 @@ def _instruction(records: RecordDict) -> dict[str, Any]:
     return instruction
 
 
-def encode_report(report: Report, asked: Tensor, sizes: Sizes, decoding: float = 0.0) -> RecordDict:
+def encode_report(
+    report: ClientReport, asked: Tensor, sizes: Sizes, decoding: float = 0.0
+) -> RecordDict:
     """Pack a report; sample indices go along only for an answer other than what was asked.
 
     Args:
         report: what the client answers.
         asked: samples that it was asked for.
         sizes: of the public set.
-        decoding: seconds that reading its order took, reported together with those of this.
+        decoding: seconds that reading its instruction took, reported together with those of this.
     """
     started = perf_counter()
     knowledge: dict[str, Any] = {}
@@ -259,7 +261,7 @@ def decode_report(
     sizes: Sizes,
     wire: Wire = PLAIN,
     reference: Reference | None = None,
-) -> Report:
+) -> ClientReport:
     """Unpack a report.
 
     Args:
@@ -298,7 +300,7 @@ def decode_report(
     if isinstance(answer, Packed):
         owner = torch.tensor([client]), torch.tensor([num_examples])
         answer, newer = _unpacked(answer, sizes, wire, reference, owner)
-    return Report(
+    return ClientReport(
         client=client,
         num_examples=num_examples,
         answer=answer,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, Setting
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
@@ -27,33 +27,35 @@ MOST_EVENTS = 1_000_000
 _PARTS = ("data", "forward", "backward", "optimizer", "predict", "evaluate")
 
 
-def check_report(report: Report, order: Order, data: FederatedData, student: str) -> None:
+def check_report(
+    report: ClientReport, instruction: Instruction, data: FederatedData, student: str
+) -> None:
     """Refuse a report that would poison the round.
 
     Args:
         report: as it came.
-        order: what the client was asked for.
+        instruction: what the client was asked for.
         data: its private images are counted there.
         student: architecture of its student.
 
     Raises:
         FedkdError: says what the client did, as in "answers samples that were not asked for".
     """
-    if report.client != order.client:
+    if report.client != instruction.client:
         raise FedkdError(f"replies for partition {report.client}")
-    if report.round != order.round:
+    if report.round != instruction.round:
         which = f"round {report.round}" if report.round else "no round that it names"
-        raise FedkdError(f"replies to {which} in round {order.round}")
-    if report.num_examples != (held := len(data.shards[order.client])):
+        raise FedkdError(f"replies to {which} in round {instruction.round}")
+    if report.num_examples != (held := len(data.shards[instruction.client])):
         raise FedkdError(f"sends num-examples = {report.num_examples} of a partition of {held}")
-    if order.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
+    if instruction.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
         raise FedkdError("sends no final accuracy")
-    answers = [phase for phase in order.phases if isinstance(phase, ANSWERS)]
+    answers = [phase for phase in instruction.phases if isinstance(phase, ANSWERS)]
     if report.answer is not None and not answers:
         raise FedkdError("sends knowledge that nobody asked for")
     for phase in answers:
         if isinstance(phase, Predict):
-            _check_labels(report.answer, phase, order)
+            _check_labels(report.answer, phase, instruction)
         elif isinstance(phase, MeanByClass):
             _check_means(report, phase, data, student)
         else:
@@ -62,15 +64,15 @@ def check_report(report: Report, order: Order, data: FederatedData, student: str
         check_answer(report.answer)
 
 
-def with_known_numbers(report: Report, order: Order) -> Report:
-    """Return a report without metrics, seconds and events that do not follow from its order.
+def with_known_numbers(report: ClientReport, instruction: Instruction) -> ClientReport:
+    """Return a report without metrics, seconds and events that do not follow from its instruction.
 
     Raises:
         FedkdError: one of the others is not in its range.
     """
-    names = [phase.name for phase in order.phases]
-    shares = {"accuracy", "training_accuracy"} if order.evaluate == "end" else set()
-    if order.evaluate != "none":
+    names = [phase.name for phase in instruction.phases]
+    shares = {"accuracy", "training_accuracy"} if instruction.evaluate == "end" else set()
+    if instruction.evaluate != "none":
         shares |= {"own_accuracy", "agreement", *(f"accuracy_after_{name}" for name in names)}
     losses, norms = ({f"{what}_{name}" for name in names} for what in ("loss", "gradient_norm"))
     spent = {"encode", *names, *(f"{PART} {name}" for name in _PARTS)}
@@ -98,16 +100,18 @@ def _within(
     return found
 
 
-def _check_labels(answer: Knowledge | None, phase: Predict, order: Order) -> None:
+def _check_labels(answer: Knowledge | None, phase: Predict, instruction: Instruction) -> None:
     if not isinstance(answer, SoftLabels) or answer.space != phase.space:
         raise FedkdError(f"does not send the {phase.space} that were asked for")
-    if answer.samples is order.asked:  # the answer names none of its own
+    if answer.samples is instruction.asked:  # the answer names none of its own
         return
-    if not bool(torch.isin(answer.samples, order.asked).all()):
+    if not bool(torch.isin(answer.samples, instruction.asked).all()):
         raise FedkdError("answers samples that were not asked for")
 
 
-def _check_means(report: Report, phase: MeanByClass, data: FederatedData, student: str) -> None:
+def _check_means(
+    report: ClientReport, phase: MeanByClass, data: FederatedData, student: str
+) -> None:
     answer = report.answer
     if not isinstance(answer, ClassMeans) or answer.of != phase.of:
         raise FedkdError(f"does not send the means of its {phase.of} that were asked for")

@@ -12,7 +12,7 @@ import torch
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result
 
-from fedkd.clients.instructions import Report
+from fedkd.clients.instructions import ClientReport
 from fedkd.clients.memories import Memories, collected
 from fedkd.clients.privacy import epsilon
 from fedkd.experiment import Experiment
@@ -110,7 +110,9 @@ class RunRecord:
 
     def _server_accuracy(self, exchange: Exchange, kept: Checkpoint) -> float | None:
         """Test the server's model when the clients test theirs."""
-        if not any(order.evaluate != "none" for order in exchange.orders.values()):
+        if not any(
+            instruction.evaluate != "none" for instruction in exchange.instructions.values()
+        ):
             return None
         weights = kept.knowledge if isinstance(kept.knowledge, Weights) else None
         return self._server.accuracy(weights)
@@ -214,7 +216,7 @@ def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -
     return {"training_accuracy": mean, "client_training_accuracy": told}
 
 
-def _metrics(reports: Sequence[Report]) -> dict[str, Any]:
+def _metrics(reports: Sequence[ClientReport]) -> dict[str, Any]:
     """Turn the clients' metrics into means, and accuracies into lists as well."""
     names = dict.fromkeys(name for report in reports for name in report.metrics)
     metrics: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.clients.states import INITIAL
 from fedkd.data.federated import FederatedData, who_holds_what
 from fedkd.errors import DivergedError, FedkdError
@@ -28,7 +28,7 @@ from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
 from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.events import Events
 from fedkd.federation.exchange import Exchange
-from fedkd.federation.messages import TRAIN, encode_order, encode_request, experiment_record
+from fedkd.federation.messages import TRAIN, encode_instruction, encode_request, experiment_record
 from fedkd.federation.outgoing import Outgoing, SharedReferences
 from fedkd.federation.roster import Roster
 from fedkd.federation.round_record import RunRecord
@@ -136,7 +136,7 @@ class Federation:
         predicts = any(
             isinstance(phase, Predict) for phase in [*phases, *self._algorithm.phases(1)]
         )
-        order = Order(
+        instruction = Instruction(
             client=-1,
             round=number,
             base=INITIAL,
@@ -147,7 +147,7 @@ class Federation:
             wire=self._algorithm.wire_up,
         )
         drawn = permutation(experiment.num_clients, experiment.seed, "clients", number)
-        return self._open(order, sorted(drawn[: experiment.clients_per_round].tolist()))
+        return self._open(instruction, sorted(drawn[: experiment.clients_per_round].tolist()))
 
     def _evaluates(self, number: int) -> Literal["phases", "last", "none"]:
         """Return after which phases of a round clients test their models."""
@@ -159,7 +159,7 @@ class Federation:
     def open_closing(self) -> list[Message]:
         """Return the messages of the closing exchange, to all clients."""
         number = self._server.round + 1
-        order = Order(
+        instruction = Instruction(
             client=-1,
             round=number,
             base=INITIAL,
@@ -168,14 +168,14 @@ class Federation:
             knowledge_round=self._kept.knowledge_round,
             evaluate="end",
         )
-        return self._open(order, list(range(self._experiment.num_clients)))
+        return self._open(instruction, list(range(self._experiment.num_clients)))
 
-    def _open(self, order: Order, sampled: list[int]) -> list[Message]:
+    def _open(self, instruction: Instruction, sampled: list[int]) -> list[Message]:
         """Begin an exchange: address the order to every sampled client."""
         self.roster.complete()
         exchange = self._exchange = Exchange(sampled, events=self._events)
         outgoing = Outgoing(self._algorithm, self._server, self._kept, self._references)
-        request = encode_request(order.asked, self._server.data.sizes)
+        request = encode_request(instruction.asked, self._server.data.sizes)
         first = tuple(self._algorithm.phases(1))
         messages = []
         for client in sampled:
@@ -183,28 +183,28 @@ class Federation:
             if node is None:
                 exchange.dropped[client] = self.roster.why_missing()
                 continue
-            mine = replace(order, client=client, base=self._kept.base.get(client, INITIAL))
-            if mine.base == INITIAL and order.evaluate != "end":
+            mine = replace(instruction, client=client, base=self._kept.base.get(client, INITIAL))
+            if mine.base == INITIAL and instruction.evaluate != "end":
                 mine = replace(mine, phases=first)
             # A closing exchange that only tests needs none.
             encoded = outgoing.records_for(client, mine.phases) if mine.phases else None
             records: dict[str, Any] = {}
             if encoded is not None:
                 records, exchange.sent[client] = encoded
-            content = encode_order(mine, self._experiment_record, records, request)
-            exchange.orders[client] = mine
+            content = encode_instruction(mine, self._experiment_record, records, request)
+            exchange.instructions[client] = mine
             self._count_asked(mine)
             exchange.down.count(client, content)
-            timeout, group = self._experiment.round_timeout, str(order.round)
+            timeout, group = self._experiment.round_timeout, str(instruction.round)
             messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
         exchange.encoding = monotonic() - exchange.started
         return messages
 
-    def _count_asked(self, order: Order) -> None:
+    def _count_asked(self, instruction: Instruction) -> None:
         """Count the rows of soft labels that a client is about to give away."""
-        if any(isinstance(phase, Predict) for phase in order.phases):
+        if any(isinstance(phase, Predict) for phase in instruction.phases):
             asked = self._kept.asked
-            asked[order.client] = asked.get(order.client, 0) + len(order.asked)
+            asked[instruction.client] = asked.get(instruction.client, 0) + len(instruction.asked)
 
     # --- replies in -----------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ def _failure(what: str, given: Iterable[str], rate: float) -> FedkdError:
     return FedkdError(text)
 
 
-def _replies(reports: Sequence[Report], targets: Tensor | None) -> Replies:
+def _replies(reports: Sequence[ClientReport], targets: Tensor | None) -> Replies:
     answers = [report.answer for report in reports]
     labels = [answer for answer in answers if isinstance(answer, SoftLabels)]
     means = [answer for answer in answers if isinstance(answer, ClassMeans)]

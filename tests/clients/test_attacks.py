@@ -41,7 +41,7 @@ from fedkd.clients.attacks import (
     deviations,
     malicious_clients,
 )
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL
@@ -412,11 +412,11 @@ def told(
     clients: Sequence[int] = range(5),
     knowledge: SoftLabels | None = None,
     together: bool = True,
-) -> dict[int, Report]:
+) -> dict[int, ClientReport]:
     """Let clients execute phases, in the sequence given, at once or one after the other."""
     store = ResidentStates(StateFiles(folder, experiment.architecture_period), 5)
-    orders = [
-        Order(
+    instructions = [
+        Instruction(
             client=k,
             round=1,
             phases=tuple(phases),
@@ -427,16 +427,16 @@ def told(
         )
         for k in clients
     ]
-    groups = [orders] if together else [[order] for order in orders]
-    found: dict[int, Report] = {}
+    groups = [instructions] if together else [[instruction] for instruction in instructions]
+    found: dict[int, ClientReport] = {}
     for group in groups:
         for report in execute(experiment, data or federated_data(experiment), group, store):
-            assert isinstance(report, Report), report
+            assert isinstance(report, ClientReport), report
             found[report.client] = report
     return found
 
 
-def tensors(report: Report) -> Iterator[Tensor]:
+def tensors(report: ClientReport) -> Iterator[Tensor]:
     """Yield what a client sends, and what it says of its training."""
     sent = report.answer
     if isinstance(sent, SoftLabels | ClassMeans):
@@ -450,7 +450,7 @@ def tensors(report: Report) -> Iterator[Tensor]:
     yield torch.tensor([report.metrics[name] for name in names], dtype=F64)
 
 
-def same(one: Report, other: Report) -> bool:
+def same(one: ClientReport, other: ClientReport) -> bool:
     """Whether two clients say the same, bit for bit; their accuracy on private labels aside."""
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
@@ -523,7 +523,7 @@ def test_a_step_with_false_labels_is_that_of_their_cross_entropy(tmp_path: Path)
 
 def uploads(run: Finished, round: int) -> dict[int, Tensor]:
     exchange = run.exchanges[round - 1]
-    sent = {k: exchange.report(k).answer for k in exchange.orders}
+    sent = {k: exchange.report(k).answer for k in exchange.instructions}
     return {k: labels.values for k, labels in sent.items() if isinstance(labels, SoftLabels)}
 
 
@@ -573,7 +573,7 @@ def test_a_liar_in_a_federation_sends_what_the_attack_says(name: str) -> None:
     """From what the server told it, and its honest answer, which it would have sent without a lie."""
     experiment = mechanism(**FIVE, attack=name)
     run = federate(experiment)
-    received = run.exchanges[1].orders[0].knowledge
+    received = run.exchanges[1].instructions[0].knowledge
     assert isinstance(received, SoftLabels)
     told_NC = received.values[0].double()
     liars = malicious_clients(experiment)
@@ -800,11 +800,11 @@ def test_a_federation_under_guard(keys: dict[str, Any]) -> None:
     run = federate(experiment, strategy=strategy)
     server = guard_of(5)
     for exchange, later in zip(run.exchanges, run.exchanges[1:], strict=False):
-        clients = sorted(exchange.orders)
+        clients = sorted(exchange.instructions)
         labels = exchange.answers(clients)
         assert isinstance(labels, SoftLabels)
         expected = strategy.update(Replies(clients, labels), server)
-        received = next(iter(later.orders.values())).knowledge
+        received = next(iter(later.instructions.values())).knowledge
         assert isinstance(expected, SoftLabels)
         assert isinstance(received, SoftLabels)
         assert torch.equal(received.values, expected.values)
@@ -812,7 +812,7 @@ def test_a_federation_under_guard(keys: dict[str, Any]) -> None:
     logs = server.state["log_weights"]
     assert isinstance(logs, Tensor)
     liars = malicious_clients(experiment)
-    assert len({len(exchange.orders) for exchange in run.exchanges[:3]}) == 1
+    assert len({len(exchange.instructions) for exchange in run.exchanges[:3]}) == 1
     if not keys:
         assert max(logs[k] for k in liars) < min(logs[k] for k in range(5) if k not in liars)
 

@@ -21,7 +21,7 @@ from federation_tools import P, execute, refuses_nines, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedkd.clients.instructions import Failure, Order, Report
+from fedkd.clients.instructions import ClientReport, Failure, Instruction
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL
@@ -83,17 +83,17 @@ def run(
     *,
     data: FederatedData | None = None,
     store: ResidentStates | None = None,
-    **order: Any,
-) -> tuple[list[Report | Failure], ResidentStates]:
+    **instruction: Any,
+) -> tuple[list[ClientReport | Failure], ResidentStates]:
     """Execute the same phases for some clients; the states are those of round 1 by default."""
     store = store or new_store(experiment)
-    fields = {"round": 1, "base": INITIAL, "asked": NOTHING, **order}
-    orders = [Order(client=k, phases=tuple(phases), **fields) for k in clients]
-    return execute(experiment, data or federated_data(experiment), orders, store), store
+    fields = {"round": 1, "base": INITIAL, "asked": NOTHING, **instruction}
+    instructions = [Instruction(client=k, phases=tuple(phases), **fields) for k in clients]
+    return execute(experiment, data or federated_data(experiment), instructions, store), store
 
 
-def reports(results: Sequence[Report | Failure]) -> list[Report]:
-    good = [result for result in results if isinstance(result, Report)]
+def reports(results: Sequence[ClientReport | Failure]) -> list[ClientReport]:
+    good = [result for result in results if isinstance(result, ClientReport)]
     assert len(good) == len(results), results
     return good
 
@@ -128,10 +128,10 @@ def assert_same_state(one: Kept, other: Kept) -> None:
             assert torch.equal(tensor, other.models[role][name]), (role, name)
 
 
-def assert_same_report(one: Report | Failure, other: Report | Failure) -> None:
+def assert_same_report(one: ClientReport | Failure, other: ClientReport | Failure) -> None:
     """Compare bit for bit, seconds aside."""
-    assert isinstance(one, Report)
-    assert isinstance(other, Report)
+    assert isinstance(one, ClientReport)
+    assert isinstance(other, ClientReport)
     assert (one.client, one.num_examples) == (other.client, other.num_examples)
     assert one.metrics == other.metrics
     assert one.seconds.keys() == other.seconds.keys()
@@ -301,9 +301,11 @@ def test_soft_labels_meet_their_own_samples_whatever_their_order() -> None:
     """Knowledge travels with sample indices, never by order."""
     experiment = one_step()
     knowledge = received()
-    order = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    instruction = torch.tensor([4, 0, 6, 2, 5, 1, 3])
     _, store = run(experiment, [Digest()], knowledge=knowledge, knowledge_round=1)
-    _, permuted = run(experiment, [Digest()], knowledge=knowledge.keep(order), knowledge_round=1)
+    _, permuted = run(
+        experiment, [Digest()], knowledge=knowledge.keep(instruction), knowledge_round=1
+    )
     for name, tensor in state(store, 0).models["student"].items():
         torch.testing.assert_close(
             state(permuted, 0).models["student"][name], tensor, rtol=1e-5, atol=1e-6
@@ -429,7 +431,7 @@ def test_one_clients_lost_state_does_not_touch_the_others(limit: int) -> None:
     store = new_store(tiny(), limit)
     run(tiny(), [Revisit()], [0, 2], store=store)
     results, _ = run(tiny(), [Revisit()], base=1, round=2, store=store)
-    assert [type(r) for r in results] == [Report, Failure, Report]
+    assert [type(r) for r in results] == [ClientReport, Failure, ClientReport]
     whole, other = run(tiny(), [Revisit()])
     reports(whole)
     run(tiny(), [Revisit()], base=1, round=2, store=other)
@@ -585,11 +587,12 @@ def test_clients_have_draws_of_their_own_in_every_round_and_phase() -> None:
 def test_personal_knowledge_is_digested_by_its_recipient_alone() -> None:
     experiment = tiny()
     own = {k: received(seed=k) for k in range(K)}
-    orders = [
-        Order(k, 1, INITIAL, (Digest(),), NOTHING, own[k], knowledge_round=1) for k in range(K)
+    instructions = [
+        Instruction(k, 1, INITIAL, (Digest(),), NOTHING, own[k], knowledge_round=1)
+        for k in range(K)
     ]
     store = new_store(experiment)
-    results = execute(experiment, federated_data(experiment), orders, store)
+    results = execute(experiment, federated_data(experiment), instructions, store)
     for k, result in enumerate(results):
         alone, other = run(experiment, [Digest()], [k], knowledge=own[k], knowledge_round=1)
         assert_same_report(alone[0], result)
@@ -617,7 +620,7 @@ def assert_only_the_second_fails(
         "knowledge_round": 1,
     }
     results, store = run(experiment, phases, round=2, **common)
-    assert [type(r) for r in results] == [Report, Failure, Report]
+    assert [type(r) for r in results] == [ClientReport, Failure, ClientReport]
     assert results[1] == Failure(1, reason)
     assert not has(store, 1, 2)
     others, their_store = run(experiment, phases, [0, 2], round=2, **common)
@@ -742,8 +745,8 @@ def test_testing_is_done_when_it_is_asked_for() -> None:
 def test_after_the_last_training_phase_alone() -> None:
     """The digest is tested, and compared with what it digested, only where it comes last."""
 
-    def names(*phases: Phase, base: int = INITIAL, **order: Any) -> set[str]:
-        results, _ = run(tiny(), phases, asked=ROWS, base=base, evaluate="last", **order)
+    def names(*phases: Phase, base: int = INITIAL, **instruction: Any) -> set[str]:
+        results, _ = run(tiny(), phases, asked=ROWS, base=base, evaluate="last", **instruction)
         (metrics,) = {frozenset(r.metrics) for r in reports(results)}
         return {name for name in metrics if not name.startswith(("loss_", "gradient_norm_"))}
 
@@ -763,9 +766,9 @@ def test_a_digest_without_news_is_not_the_last_to_train() -> None:
 
 
 def test_accuracy_after_the_last_phase_is_what_it_is_after_all_of_them() -> None:
-    orders: dict[str, Any] = {"asked": ROWS, "knowledge": received(), "knowledge_round": 1}
-    every, _ = run(tiny(), USUAL, evaluate="phases", **orders)
-    last, _ = run(tiny(), USUAL, evaluate="last", **orders)
+    instructions: dict[str, Any] = {"asked": ROWS, "knowledge": received(), "knowledge_round": 1}
+    every, _ = run(tiny(), USUAL, evaluate="phases", **instructions)
+    last, _ = run(tiny(), USUAL, evaluate="last", **instructions)
     for one, other in zip(reports(every), reports(last), strict=True):
         skipped = {"accuracy_after_digest", "agreement"}
         assert other.metrics == {n: v for n, v in one.metrics.items() if n not in skipped}
@@ -833,11 +836,11 @@ def test_states_in_memory_and_states_on_disk_give_the_same_run(limit: int) -> No
     experiment = tiny(student="resnet-8,mlp-8,resnet-8", teacher="mlp-9,none,mlp-9")
     disk, memory = new_store(experiment, 0), new_store(experiment, limit)
     for number in (1, 2, 3):
-        order: dict[str, Any] = {"asked": ROWS, "round": number, "base": number - 1}
+        instruction: dict[str, Any] = {"asked": ROWS, "round": number, "base": number - 1}
         if number > 1:
-            order |= {"knowledge": received(seed=number), "knowledge_round": number - 1}
-        one, _ = run(experiment, USUAL, store=disk, **order)
-        two, _ = run(experiment, USUAL, store=memory, **order)
+            instruction |= {"knowledge": received(seed=number), "knowledge_round": number - 1}
+        one, _ = run(experiment, USUAL, store=disk, **instruction)
+        two, _ = run(experiment, USUAL, store=memory, **instruction)
         for a, b in zip(one, two, strict=True):
             assert_same_report(a, b)
     for k in range(K):
@@ -893,9 +896,9 @@ def test_a_term_that_vmap_refuses_is_run_client_by_client() -> None:
     experiment = tiny(plan="auto", client_code="federation_tools")
     data = federated_data(experiment)
     values = torch.randn(1, len(data.public), 10, generator=torch.Generator().manual_seed(3))
-    orders = {
+    instructions = {
         name: [
-            Order(
+            Instruction(
                 k, 2, INITIAL, (Fit("digest", public={name: 1.0}),), torch.empty(0).long(),
                 SoftLabels(values, "logits"), 1,
             )
@@ -903,9 +906,11 @@ def test_a_term_that_vmap_refuses_is_run_client_by_client() -> None:
         ]
         for name in ("mae_logits", "federation_tools:mae_by_item")
     }  # fmt: skip
-    easy = execute(experiment, data, orders["mae_logits"], new_store(experiment))
-    hard = execute(experiment, data, orders["federation_tools:mae_by_item"], new_store(experiment))
+    easy = execute(experiment, data, instructions["mae_logits"], new_store(experiment))
+    hard = execute(
+        experiment, data, instructions["federation_tools:mae_by_item"], new_store(experiment)
+    )
     for once, again in zip(easy, hard, strict=True):
-        assert isinstance(once, Report)
-        assert isinstance(again, Report), again
+        assert isinstance(once, ClientReport)
+        assert isinstance(again, ClientReport), again
         assert again.metrics["loss_digest"] == pytest.approx(once.metrics["loss_digest"], rel=1e-5)

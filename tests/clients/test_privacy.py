@@ -285,16 +285,16 @@ def test_noise_is_another_for_every_client_and_round() -> None:
 
 def test_a_codec_comes_after_the_noise() -> None:
     keys = {"dp_noise": 0.3, "seed": 11}
-    full = federate(_experiment("DSFL", **keys)).exchanges[0].orders[0]
+    full = federate(_experiment("DSFL", **keys)).exchanges[0].instructions[0]
     coded = federate(_experiment("DSFL", **keys).replace(codec="simplex:2")).exchanges
     noisy = federate(_experiment("DSFL", **keys)).exchanges[0].answers([0])
     assert isinstance(noisy, SoftLabels)
     packed = coded[0].replies[0]
     assert packed is not None
     codes = packed.content.array_records["knowledge"]["values"].numpy()
-    wanted, _ = noisy.pack(coded[0].orders[0].wire, P)
+    wanted, _ = noisy.pack(coded[0].instructions[0].wire, P)
     assert np.array_equal(codes, wanted.arrays["values"].numpy())
-    assert full.wire != coded[0].orders[0].wire
+    assert full.wire != coded[0].instructions[0].wire
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4])

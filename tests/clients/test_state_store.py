@@ -16,7 +16,7 @@ from federation_tools import ROUGH, execute, tiny
 
 import fedkd
 from fedkd.clients.execute import Part, execute_together
-from fedkd.clients.instructions import Failure, Order, Report
+from fedkd.clients.instructions import ClientReport, Failure, Instruction
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL, States
@@ -50,7 +50,7 @@ class Seen:
     """
 
     run: Run
-    exchanges: list[list[tuple[Order, Report]]] = field(default_factory=list)
+    exchanges: list[list[tuple[Instruction, ClientReport]]] = field(default_factory=list)
     stored: dict[int, list[list[int]]] = field(default_factory=lambda: defaultdict(list))
     in_memory: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     loaded: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -62,13 +62,13 @@ def watched(folder: Path, name: str, *, resident: bool = False) -> Seen:
     alive: WeakSet[States] = WeakSet()
     put, load = ResidentStates.put, StateFiles.load
 
-    def executing(data: FederatedData, parts: Sequence[Part]) -> list[list[Report | Failure]]:
+    def executing(data: FederatedData, parts: Sequence[Part]) -> list[list[ClientReport | Failure]]:
         (part,) = parts
         if resident:
             part = replace(part, experiment=part.experiment.replace(fraction_train=1.0))
         (results,) = execute_together(data, [part])
-        reports = [result for result in results if isinstance(result, Report)]
-        seen.exchanges.append(list(zip(part.orders, reports, strict=True)))
+        reports = [result for result in results if isinstance(result, ClientReport)]
+        seen.exchanges.append(list(zip(part.instructions, reports, strict=True)))
         return [results]
 
     def putting(self: ResidentStates, states: States, round: int, keep: Mapping[int, int]) -> None:
@@ -157,12 +157,12 @@ def test_the_numbers_are_those_with_all_clients_in_memory(many: Seen, tmp_path: 
     for name in ("client_accuracy", "client_own_accuracy", "bytes_up", "bytes_down", "dropped"):
         assert many.run.result[name] == whole.run.result[name]
     for exchange, expected in zip(many.exchanges, whole.exchanges, strict=True):
-        for (order, report), (same_order, same) in zip(exchange, expected, strict=True):
-            assert (order.client, order.base) == (same_order.client, same_order.base)
+        for (instruction, report), (same_order, same) in zip(exchange, expected, strict=True):
+            assert (instruction.client, instruction.base) == (same_order.client, same_order.base)
             assert_same(report, same)
 
 
-def assert_same(report: Report, expected: Report) -> None:
+def assert_same(report: ClientReport, expected: ClientReport) -> None:
     """Compare bit for bit, seconds aside."""
     assert report.client == expected.client
     assert report.metrics == expected.metrics
@@ -176,26 +176,26 @@ def test_who_is_drawn_again_goes_on_from_its_own_state(many: Seen, tmp_path: Pat
     experiment = tiny(**MANY)
     for client in drawn_again(many):
         mine = [
-            (order, report)
+            (instruction, report)
             for exchange in many.exchanges
-            for order, report in exchange
-            if order.client == client
+            for instruction, report in exchange
+            if instruction.client == client
         ]
-        orders = [order for order, _ in mine]
-        assert [o.base for o in orders] == [INITIAL, *(o.round for o in orders[:-1])]
-        assert len(orders) > 2  # the closing exchange is the last
+        instructions = [instruction for instruction, _ in mine]
+        assert [o.base for o in instructions] == [INITIAL, *(o.round for o in instructions[:-1])]
+        assert len(instructions) > 2  # the closing exchange is the last
 
         alone = ResidentStates(StateFiles(tmp_path / str(client)), 0)
-        for order, report in mine:
-            (result,) = execute(experiment, federated_data(experiment), [order], alone)
-            assert isinstance(result, Report)
+        for instruction, report in mine:
+            (result,) = execute(experiment, federated_data(experiment), [instruction], alone)
+            assert isinstance(result, ClientReport)
             assert_same(result, report)
 
         second, report = mine[1]
         fresh = ResidentStates(StateFiles(tmp_path / "fresh"), 0)
         anew = replace(second, base=INITIAL)
         (result,) = execute(experiment, federated_data(experiment), [anew], fresh)
-        assert isinstance(result, Report)
+        assert isinstance(result, ClientReport)
         assert isinstance(result.answer, SoftLabels)
         assert isinstance(report.answer, SoftLabels)
         assert not torch.equal(result.answer.values, report.answer.values)
@@ -203,5 +203,5 @@ def test_who_is_drawn_again_goes_on_from_its_own_state(many: Seen, tmp_path: Pat
 
 def test_who_was_never_drawn_starts_at_the_end(many: Seen) -> None:
     last = {client: row["round"] for row in many.run.rounds for client in row["sampled"]}
-    for order, _ in many.exchanges[ROUNDS]:
-        assert order.base == last.get(order.client, INITIAL)
+    for instruction, _ in many.exchanges[ROUNDS]:
+        assert instruction.base == last.get(instruction.client, INITIAL)

@@ -28,7 +28,7 @@ from paths import TOOLS
 import fedkd
 from fedkd.clients import execute as client
 from fedkd.clients.execute import is_out_of_memory
-from fedkd.clients.instructions import Report
+from fedkd.clients.instructions import ClientReport
 from fedkd.clients.run_phases import run_phases
 from fedkd.clients.stack import Stack
 from fedkd.engines import ray_session, workers
@@ -111,10 +111,10 @@ def with_room_for(
     """
     tried: list[int] = []
 
-    def scarce(stack: Stack) -> list[Report]:
+    def scarce(stack: Stack) -> list[ClientReport]:
         reports = run_phases(stack)  # has trained its states in place
-        tried.append(len(stack.orders))
-        if len(stack.orders) > most or set(never) & set(stack.clients):
+        tried.append(len(stack.instructions))
+        if len(stack.instructions) > most or set(never) & set(stack.clients):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
         return reports
 

@@ -20,14 +20,20 @@ from flwr.supercore.run import RunNotRunningException
 from httpx import ConnectError
 from paths import ROOT
 
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.data.federated import federated_data
 from fedkd.engines import client_app
 from fedkd.engines.deployment import DeployedGrid
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
 from fedkd.federation.flower_internals.replies import failure_reason
-from fedkd.federation.messages import HELLO, TRAIN, encode_order, encode_request, experiment_record
+from fedkd.federation.messages import (
+    HELLO,
+    TRAIN,
+    encode_instruction,
+    encode_request,
+    experiment_record,
+)
 from fedkd.phases import MeanByClass, Phase, Predict, SendWeights
 
 # --- What a node decides ----------------------------------------------------------------------------
@@ -38,12 +44,14 @@ def asked(
 ) -> Message:
     """Call the client app as a SuperNode with this configuration does."""
     wanted = torch.arange(3) if isinstance(phase, Predict) else torch.empty(0, dtype=torch.int64)
-    order = Order(0, 1, 0, phases=(phase,) if phase else (), asked=wanted, evaluate="none")
+    instruction = Instruction(
+        0, 1, 0, phases=(phase,) if phase else (), asked=wanted, evaluate="none"
+    )
     record = experiment_record(experiment)
     content = RecordDict({"experiment": record})
     if kind == TRAIN:
         request = encode_request(wanted, federated_data(tiny()).sizes)
-        content = encode_order(order, record, {}, request)
+        content = encode_instruction(instruction, record, {}, request)
     context = Context(
         run_id=1,
         node_id=11,

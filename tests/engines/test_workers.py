@@ -26,7 +26,7 @@ from torch import Tensor
 from worker_models import FOLDER
 
 import fedkd
-from fedkd.clients.instructions import Failure, Order
+from fedkd.clients.instructions import Failure, Instruction
 from fedkd.data import write_tensors
 from fedkd.engines import workers
 from fedkd.engines.preflight import check
@@ -37,7 +37,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
 from fedkd.federation.knowledge_records import encode_knowledge
-from fedkd.federation.messages import decode_order, encode_order, experiment_record
+from fedkd.federation.messages import decode_instruction, encode_instruction, experiment_record
 from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import Sizes, SoftLabels
 from fedkd.phases import Digest, Phase, Revisit
@@ -158,8 +158,13 @@ def contents_for(
     record = experiment_record(experiment)
     packed = {} if labels is None else encode_knowledge(labels, SIZES, asked=False)
     nothing = torch.empty(0, dtype=torch.int64)
-    orders = [Order(k, 1, 0, tuple(phases), nothing, knowledge_round=1) for k in clients]
-    return [(order.client, encode_order(order, record, packed, {})) for order in orders]
+    instructions = [
+        Instruction(k, 1, 0, tuple(phases), nothing, knowledge_round=1) for k in clients
+    ]
+    return [
+        (instruction.client, encode_instruction(instruction, record, packed, {}))
+        for instruction in instructions
+    ]
 
 
 def test_what_many_messages_share_travels_once_and_arrives_as_one() -> None:
@@ -173,13 +178,13 @@ def test_what_many_messages_share_travels_once_and_arrives_as_one() -> None:
     shipped = cloudpickle.dumps(contents, protocol=5)
     assert shipped.count(values.numpy().tobytes()) == 1
     seen: dict[Any, Any] = {}
-    orders = [
-        decode_order(content, SIZES, num_examples=5, seen=seen)
+    instructions = [
+        decode_instruction(content, SIZES, num_examples=5, seen=seen)
         for _, content in cloudpickle.loads(shipped)
     ]
-    assert len({id(order.knowledge) for order in orders}) == 1
-    assert isinstance(orders[0].knowledge, SoftLabels)
-    assert torch.equal(orders[0].knowledge.values, values)
+    assert len({id(instruction.knowledge) for instruction in instructions}) == 1
+    assert isinstance(instructions[0].knowledge, SoftLabels)
+    assert torch.equal(instructions[0].knowledge.values, values)
 
 
 def test_a_worker_that_runs_other_code_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from federation_tools import C, P, federate, reply_with, tiny, without
 from flwr.app import Message
 
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.clients.memories import Memories, Memory
 from fedkd.errors import FedkdError
 from fedkd.federation.flower_internals.replies import error_reply
@@ -94,8 +94,8 @@ def test_sending_only_changes_changes_bytes_and_nothing_else(number: str) -> Non
 
 @pytest.mark.parametrize("loss", ["silence", "error", "garbage"])
 def test_a_lost_reply_takes_both_sides_back_to_what_they_had(loss: str) -> None:
-    def lose(order: Order, message: Message, reply: Message) -> Message | None:
-        if (order.client, order.round) not in ((1, 2), (0, 3)):
+    def lose(instruction: Instruction, message: Message, reply: Message) -> Message | None:
+        if (instruction.client, instruction.round) not in ((1, 2), (0, 3)):
             return reply
         if loss == "silence":
             return None
@@ -114,15 +114,15 @@ def test_a_lost_reply_takes_both_sides_back_to_what_they_had(loss: str) -> None:
 
 def test_changed_rows_arrive_packed_and_all_rows_as_numbers() -> None:
     changes, plain = federate(with_codec("float32+changed")), federate(with_codec("float32"))
-    assert isinstance(changes.exchanges[-1].orders[0].knowledge, Packed)
-    assert isinstance(plain.exchanges[-1].orders[0].knowledge, SoftLabels)
+    assert isinstance(changes.exchanges[-1].instructions[0].knowledge, Packed)
+    assert isinstance(plain.exchanges[-1].instructions[0].knowledge, SoftLabels)
 
 
 def test_knowledge_that_nobody_acknowledged_is_sent_again() -> None:
     """After a round below the quorum."""
 
-    def lose(order: Order, message: Message, reply: Message) -> Message | None:
-        return None if order.round == 3 and order.client else reply
+    def lose(instruction: Instruction, message: Message, reply: Message) -> Message | None:
+        return None if instruction.round == 3 and instruction.client else reply
 
     done = federate(with_codec("float32+changed", num_server_rounds=4, quorum=2), lose)
     assert done.rows[2]["accepted"] is False

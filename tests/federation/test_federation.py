@@ -40,7 +40,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.clients.states import INITIAL
 from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
@@ -62,7 +62,7 @@ SENDING = ["FedMD", "DSFL", "FedAvg"]
 
 
 Got = Knowledge | Packed | None
-"""What an order may carry."""
+"""What an instruction may carry."""
 
 
 def tensors(knowledge: Got) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ def timeless(row: Row) -> Row:
 def in_round(number: int, client: int, change: Callable[[RecordDict], RecordDict]) -> Meddle:
     """Return a meddler who changes one client's records in one round."""
 
-    def meddle(order: Order, message: Message, reply: Message) -> Message:
-        if (order.round, order.client) != (number, client):
+    def meddle(instruction: Instruction, message: Message, reply: Message) -> Message:
+        if (instruction.round, instruction.client) != (number, client):
             return reply
         return reply_with(message, change(reply.content))
 
@@ -101,8 +101,8 @@ def in_round(number: int, client: int, change: Callable[[RecordDict], RecordDict
 
 def dropping(number: int, client: int) -> Meddle:
     """Return a meddler who keeps one client's reply in one round."""
-    return lambda order, _, reply: (
-        None if (order.round, order.client) == (number, client) else reply
+    return lambda instruction, _, reply: (
+        None if (instruction.round, instruction.client) == (number, client) else reply
     )
 
 
@@ -267,12 +267,16 @@ def assert_dropped(done: Finished, name: str, reason: str) -> None:
     first, closing = done.exchanges
     honest = honest_run(name).exchanges[0].answers(HONEST)
     assert_knowledge(done.knowledge, find(name).aggregate(honest))
-    assert {k: order.base for k, order in closing.orders.items()} == {0: 1, 1: INITIAL, 2: 1}
+    assert {k: instruction.base for k, instruction in closing.instructions.items()} == {
+        0: 1,
+        1: INITIAL,
+        2: 1,
+    }
     for field, value in row.items():
         if field.startswith("client_"):
             honest_row = honest_run(name).rows[0]
             assert value == [honest_row[field][k] for k in HONEST]
-    assert first.orders.keys() == {0, 1, 2}
+    assert first.instructions.keys() == {0, 1, 2}
 
 
 @cases(BAD_REPLIES, BAD_LABELS)
@@ -303,8 +307,8 @@ def test_a_silent_client_is_dropped(name: str) -> None:
 
 @pytest.mark.parametrize("name", SENDING)
 def test_a_client_that_fails_is_dropped_with_its_own_words(name: str) -> None:
-    def fail(order: Order, message: Message, reply: Message) -> Message:
-        bad = (order.round, order.client) == (1, BAD)
+    def fail(instruction: Instruction, message: Message, reply: Message) -> Message:
+        bad = (instruction.round, instruction.client) == (1, BAD)
         return error_reply(message, "ArithmeticError: out of luck") if bad else reply
 
     assert_dropped(badly(name, fail), name, "^ArithmeticError: out of luck$")
@@ -408,14 +412,14 @@ def test_a_partial_answer_counts_where_it_answers() -> None:
 def test_finite_replies_do_not_overflow_into_infinite_knowledge() -> None:
     """What passes one by one is digested by everybody: its mean has to be finite as well."""
 
-    def shout(order: Order, message: Message, reply: Message) -> Message:
-        if order.round != 1 or order.client == 0:
+    def shout(instruction: Instruction, message: Message, reply: Message) -> Message:
+        if instruction.round != 1 or instruction.client == 0:
             return reply
         loud = first_array(reply.content, lambda values: torch.full_like(values, 3e38))
         return reply_with(message, loud)
 
     done = federate(tiny(strategy="FedMD", num_server_rounds=2), shout)
-    received = done.exchanges[1].orders[0].knowledge
+    received = done.exchanges[1].instructions[0].knowledge
     if received is not None:
         assert all(bool(t.isfinite().all()) for t in tensors(received).values())
     assert done.rows[1]["answered"] == [0, 1, 2]
@@ -591,8 +595,8 @@ def attempt(meddle: Meddle | None, meddle_hello: MeddleHello) -> Finished | Fedk
 def test_nobody_can_claim_other_data_than_its_partition_has(claimed: int) -> None:
     """Consistently, from the introduction on: FedAvg weighs by it."""
 
-    def nine(order: Order, message: Message, reply: Message) -> Message:
-        if order.client != BAD or order.round != 1:
+    def nine(instruction: Instruction, message: Message, reply: Message) -> Message:
+        if instruction.client != BAD or instruction.round != 1:
             return reply
         loud = first_array(reply.content, lambda values: torch.full_like(values, 9.0))
         return reply_with(message, with_metrics(loud, num__examples=claimed))
@@ -610,8 +614,8 @@ def test_a_client_cannot_name_code_that_the_server_runs() -> None:
     """The server knows which student a partition has; a client's word for it may be any function."""
     federation_tools.CALLED.clear()
 
-    def renamed(order: Order, message: Message, reply: Message) -> Message:
-        if order.client != BAD or order.round != 1:
+    def renamed(instruction: Instruction, message: Message, reply: Message) -> Message:
+        if instruction.client != BAD or instruction.round != 1:
             return reply
         other = with_config(reply.content, "knowledge-kind", model="federation_tools:bomb")
         return reply_with(message, other)
@@ -634,9 +638,13 @@ def test_below_the_quorum_the_previous_knowledge_stays() -> None:
     assert second["dropped"] == {"1": "no reply in time"}
     assert [row["knowledge_round"] for row in done.rows] == [None, 1, 1]
     for exchange in done.exchanges[1:3]:
-        assert all(order.base == 1 for order in exchange.orders.values())
-        assert all(order.knowledge_round == 1 for order in exchange.orders.values())
-    assert_knowledge(done.exchanges[2].orders[0].knowledge, done.exchanges[1].orders[0].knowledge)
+        assert all(instruction.base == 1 for instruction in exchange.instructions.values())
+        assert all(
+            instruction.knowledge_round == 1 for instruction in exchange.instructions.values()
+        )
+    assert_knowledge(
+        done.exchanges[2].instructions[0].knowledge, done.exchanges[1].instructions[0].knowledge
+    )
     # Clients start over from round 1, so the third round digests the same knowledge as the second.
     assert third["client_accuracy_after_digest"][0] is not None
     assert third["agreement"] > 0
@@ -657,8 +665,8 @@ def test_three_lost_rounds_running_end_the_run(tmp_path: Path, name: str) -> Non
     experiment = tiny(strategy=name, num_server_rounds=9, quorum=3, run_dir=str(tmp_path), name="x")
     folder = RunFolder.create(experiment, "")
 
-    def from_two_on(order: Order, message: Message, reply: Message) -> Message | None:
-        return None if order.client == BAD and order.round > 1 else reply
+    def from_two_on(instruction: Instruction, message: Message, reply: Message) -> Message | None:
+        return None if instruction.client == BAD and instruction.round > 1 else reply
 
     with pytest.raises(FedkdError, match=r"round 4.*quorum of 3.*3 rounds.*no reply in time"):
         federate(experiment, from_two_on)
@@ -692,8 +700,8 @@ def test_each_round_samples_other_clients_and_the_closing_all(partial_run: Finis
     assert all(set(s) <= set(range(7)) for s in sampled)
     assert len({tuple(s) for s in sampled}) > 3
     for row, exchange in zip(partial_run.rows, partial_run.exchanges, strict=False):
-        assert sorted(exchange.orders) == row["sampled"] == row["answered"]
-    assert sorted(partial_run.exchanges[-1].orders) == list(range(7))
+        assert sorted(exchange.instructions) == row["sampled"] == row["answered"]
+    assert sorted(partial_run.exchanges[-1].instructions) == list(range(7))
 
 
 def test_all_methods_sample_the_same_clients_and_another_seed_others() -> None:
@@ -713,21 +721,21 @@ def test_the_samples_of_a_round_are_asked_and_then_digested_in_the_next(
     """FL-bench's FedMD digests the samples of round 1 for ever."""
     asked = []
     for number, exchange in enumerate(partial_run.exchanges[:-1], 1):
-        orders = list(exchange.orders.values())
-        assert all(torch.equal(o.asked, orders[0].asked) for o in orders)
-        samples = orders[0].asked.tolist()
+        instructions = list(exchange.instructions.values())
+        assert all(torch.equal(o.asked, instructions[0].asked) for o in instructions)
+        samples = instructions[0].asked.tolist()
         assert samples == sorted(set(samples))
         assert len(samples) == 11
         assert set(samples) <= set(range(P))
         asked.append(samples)
-        for order in orders:
+        for instruction in instructions:
             if number == 1:
-                assert order.knowledge is None
+                assert instruction.knowledge is None
             else:
-                assert isinstance(order.knowledge, SoftLabels)
-                assert order.knowledge.samples.tolist() == asked[number - 2]
-                assert order.knowledge_round == number - 1
-        for client in exchange.orders:
+                assert isinstance(instruction.knowledge, SoftLabels)
+                assert instruction.knowledge.samples.tolist() == asked[number - 2]
+                assert instruction.knowledge_round == number - 1
+        for client in exchange.instructions:
             answer = exchange.report(client).answer
             assert isinstance(answer, SoftLabels)
             assert answer.samples.tolist() == samples
@@ -739,15 +747,15 @@ def test_what_is_sent_is_the_mean_of_the_round_before(partial_run: Finished) -> 
     for before, after in zip(partial_run.exchanges, partial_run.exchanges[1:], strict=False):
         values = [
             answer.values[0].double()
-            for k in sorted(before.orders)
+            for k in sorted(before.instructions)
             if isinstance(answer := before.report(k).answer, SoftLabels)
         ]
         expected = sum(values) / len(values)
-        for order in after.orders.values():
-            assert isinstance(order.knowledge, SoftLabels)
+        for instruction in after.instructions.values():
+            assert isinstance(instruction.knowledge, SoftLabels)
             assert isinstance(expected, Tensor)
             torch.testing.assert_close(
-                order.knowledge.values[0].double(), expected, rtol=1e-6, atol=1e-6
+                instruction.knowledge.values[0].double(), expected, rtol=1e-6, atol=1e-6
             )
 
 
@@ -757,20 +765,20 @@ def test_a_client_starts_from_its_own_last_round_and_gets_the_newest_knowledge(
     last: dict[int, int] = {}
     skipped = 0
     for number, exchange in enumerate(partial_run.exchanges, 1):
-        for client, order in exchange.orders.items():
-            assert order.base == last.get(client, INITIAL)
-            assert order.round == number
-            skipped += 0 < order.base < number - 1
+        for client, instruction in exchange.instructions.items():
+            assert instruction.base == last.get(client, INITIAL)
+            assert instruction.round == number
+            skipped += 0 < instruction.base < number - 1
         if number <= len(partial_run.rows):
-            last |= dict.fromkeys(exchange.orders, number)
+            last |= dict.fromkeys(exchange.instructions, number)
     assert skipped > 0
 
 
 def test_a_client_that_was_away_digests_the_newest_knowledge_once(partial_run: Finished) -> None:
     for exchange in partial_run.exchanges[1:-1]:
-        for client, order in exchange.orders.items():
-            if order.base == INITIAL:  # its first round: FedMD's transfer learning
-                assert order.phases == tuple(find("FedMD").phases(1))
+        for client, instruction in exchange.instructions.items():
+            if instruction.base == INITIAL:  # its first round: FedMD's transfer learning
+                assert instruction.phases == tuple(find("FedMD").phases(1))
                 continue
             metrics = exchange.report(client).metrics
             assert "loss_digest" in metrics
@@ -790,11 +798,11 @@ def test_fedavg_does_not_lose_an_architecture_whose_clients_were_not_drawn() -> 
     sampled = [row["sampled"][0] for row in done.rows]
     newest: dict[str, Knowledge] = {}
     for number, exchange in enumerate(done.exchanges):
-        for client, order in exchange.orders.items():
+        for client, instruction in exchange.instructions.items():
             student = experiment.student_of(client)
             if student in newest:
-                assert order.knowledge is not None, (number + 1, client, sampled)
-                assert_knowledge(order.knowledge, newest[student])
+                assert instruction.knowledge is not None, (number + 1, client, sampled)
+                assert_knowledge(instruction.knowledge, newest[student])
         if number < len(sampled):
             answer = exchange.report(sampled[number]).answer
             assert answer is not None
@@ -823,7 +831,7 @@ def test_fedavg_averages_every_architecture_of_ours(student: str) -> None:
     assert done.rows[0]["server_accuracy"] is not None
     answers = done.exchanges[0].answers(range(K))
     assert isinstance(answers, Weights)
-    sent = done.exchanges[-1].orders[0].knowledge
+    sent = done.exchanges[-1].instructions[0].knowledge
     assert_knowledge(sent, find("FedAvg").aggregate(answers).only(student.split(",")[0]))
 
 
@@ -903,10 +911,10 @@ def test_a_rounds_record_is_on_disk_before_the_next_begins(tmp_path: Path) -> No
     path = RunFolder.create(experiment, "").path / "rounds.jsonl"
     found: dict[int, int] = {}
 
-    def count(order: Order, message: Message, reply: Message) -> Message:
+    def count(instruction: Instruction, message: Message, reply: Message) -> Message:
         lines = path.read_text().splitlines() if path.exists() else []
-        found[order.round] = len(lines)
-        assert [json.loads(line)["round"] for line in lines] == list(range(1, order.round))
+        found[instruction.round] = len(lines)
+        assert [json.loads(line)["round"] for line in lines] == list(range(1, instruction.round))
         return reply
 
     done = federate(experiment, count)
@@ -978,12 +986,12 @@ def test_the_closing_exchange_ends_with_the_strategys_last_phase(name: str) -> N
         "LocalOnly": [],
     }
     closing = done.exchanges[-1]
-    for order in closing.orders.values():
-        assert [phase.name for phase in order.phases] == expected[name]
-        assert order.evaluate == "end"
-        assert order.round == 3
-        assert order.base == 2
-        assert len(order.asked) == 0
+    for instruction in closing.instructions.values():
+        assert [phase.name for phase in instruction.phases] == expected[name]
+        assert instruction.evaluate == "end"
+        assert instruction.round == 3
+        assert instruction.base == 2
+        assert len(instruction.asked) == 0
     if name == "FedAvg":  # every client equals the server
         accuracies = {closing.report(k).metrics["accuracy"] for k in range(K)}
         assert accuracies == {done.rows[-1]["server_accuracy"]}
@@ -1056,7 +1064,7 @@ class Diary(DistillationStrategy):
 
 def entries(exchanges: Sequence[Exchange]) -> list[float | None]:
     """Return what the diary's table held in each exchange, as the clients were told."""
-    told = [exchange.orders[0].knowledge for exchange in exchanges]
+    told = [exchange.instructions[0].knowledge for exchange in exchanges]
     return [float(k.values[0, 0, 0]) if isinstance(k, SoftLabels) else None for k in told]
 
 
@@ -1081,7 +1089,7 @@ def test_a_strategy_that_raises_leaves_its_memory_as_it_was() -> None:
                 federation.finish_round(replies)
         list(grid.send_and_receive(federation.open_closing()))
     assert entries(clients.exchanges) == [None, 1.0, 1.0, 2.0]
-    assert clients.exchanges[2].orders[0].base == 1
+    assert clients.exchanges[2].instructions[0].base == 1
 
 
 def test_a_strategy_that_raises_is_named_with_its_round(tmp_path: Path) -> None:
@@ -1115,9 +1123,9 @@ def test_knowledge_may_be_personal() -> None:
 
     done = federate(tiny(num_server_rounds=2), strategy=Private())
     mean = mean_of_answers(done.exchanges[0])
-    for client, order in done.exchanges[1].orders.items():
-        assert isinstance(order.knowledge, SoftLabels)
-        torch.testing.assert_close(order.knowledge.values[0], mean + client)
+    for client, instruction in done.exchanges[1].instructions.items():
+        assert isinstance(instruction.knowledge, SoftLabels)
+        torch.testing.assert_close(instruction.knowledge.values[0], mean + client)
     assert done.rows[1]["dropped"] == {}
 
 
@@ -1163,9 +1171,9 @@ def test_what_is_personal_reaches_its_own_client() -> None:
     done = federate(tiny(num_clients=7, num_server_rounds=3), strategy=Personal())
     for exchange in done.exchanges[1:]:
         values = []
-        for client, order in exchange.orders.items():
-            assert isinstance(order.knowledge, SoftLabels)
-            values.append(order.knowledge.values[0] - 100.0 * torch.arange(10) * client)
+        for client, instruction in exchange.instructions.items():
+            assert isinstance(instruction.knowledge, SoftLabels)
+            values.append(instruction.knowledge.values[0] - 100.0 * torch.arange(10) * client)
         for other in values[1:]:
             torch.testing.assert_close(other, values[0], rtol=0, atol=1e-3)
         assert (
@@ -1224,7 +1232,7 @@ def test_what_a_strategy_says_wrongly_is_named_and_blamed_on_no_client(
 def test_a_run_in_which_nobody_ever_answered_has_no_result(tmp_path: Path) -> None:
     named = tiny(strategy="DSFL", num_server_rounds=2, run_dir=str(tmp_path), name="run")
     RunFolder.create(named, "")
-    lost = lambda order, message, reply: reply if order.evaluate == "end" else None  # noqa: E731
+    lost = lambda instruction, message, reply: reply if instruction.evaluate == "end" else None  # noqa: E731
     with pytest.raises(FedkdError, match=r"no round had a quorum of 1.*no reply in time"):
         federate(named, lost)
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 2

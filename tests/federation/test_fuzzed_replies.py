@@ -27,7 +27,7 @@ from fuzzing import CASES, Numbers, cases_for, failed, with_arrays, with_content
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.data.federated import federated_data
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -35,7 +35,7 @@ from fedkd.federation.events import Events
 from fedkd.federation.exchange import REFUSED
 from fedkd.federation.flower_internals.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
 from fedkd.federation.flower_internals.replies import error_reply
-from fedkd.federation.messages import decode_experiment, decode_introduction, decode_order
+from fedkd.federation.messages import decode_experiment, decode_instruction, decode_introduction
 from fedkd.federation.rounds import Federation
 from fedkd.records import Row
 from fedkd.registry import strategy_of
@@ -222,11 +222,11 @@ def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(kind
     honest, seen = waiting(kind).honest, list[str]()
 
     @examples(EACH)
-    @given(drawn=bad_clients(sorted(names_of(kind, 0))), order=SEEDS)
-    def check(drawn: dict[int, tuple[str, int]], order: int) -> None:
+    @given(drawn=bad_clients(sorted(names_of(kind, 0))), instruction=SEEDS)
+    def check(drawn: dict[int, tuple[str, int]], instruction: int) -> None:
         bad = {k: how for k, how in drawn.items() if how[0] in names_of(kind, k)}
         replies = {**honest, **{k: spoilt(honest[k], *how) for k, how in bad.items()}}
-        outcome = finished(kind, shuffled([*replies.values()], order))
+        outcome = finished(kind, shuffled([*replies.values()], instruction))
         assert_as_if_silent(kind, outcome, bad)
         for client, (name, _) in bad.items():
             reason = outcome.row["dropped"][str(client)]
@@ -536,24 +536,24 @@ def test_a_run_with_a_bad_client_is_that_with_a_silent_one(kind: str) -> None:
     """Also in the rounds after: what is remembered of the others stays right."""
     experiment = experiment_of(kind).replace(num_server_rounds=5)
 
-    def badly(order: Order, message: Message, reply: Message) -> Message:
-        if order.client != 1 or order.round in (1, 4):
+    def badly(instruction: Instruction, message: Message, reply: Message) -> Message:
+        if instruction.client != 1 or instruction.round in (1, 4):
             return reply
         names = sorted(cases_for(reply.content))
-        return spoilt(reply, Random(order.round).choice(names), order.round)
+        return spoilt(reply, Random(instruction.round).choice(names), instruction.round)
 
-    def silently(order: Order, message: Message, reply: Message) -> Message | None:
-        return None if order.client == 1 and order.round not in (1, 4) else reply
+    def silently(instruction: Instruction, message: Message, reply: Message) -> Message | None:
+        return None if instruction.client == 1 and instruction.round not in (1, 4) else reply
 
     bad, silent = federate(experiment, badly), federate(experiment, silently)
     assert [list(row["dropped"]) for row in bad.rows] == [[], ["1"], ["1"], [], ["1"]]
     for row, expected in zip(bad.rows, silent.rows, strict=True):
         fields = expected.keys() - MAY_DIFFER
         assert {n: row[n] for n in fields} == {n: expected[n] for n in fields}
-    assert bad.exchanges[-1].orders.keys() == silent.exchanges[-1].orders.keys()
+    assert bad.exchanges[-1].instructions.keys() == silent.exchanges[-1].instructions.keys()
     for here, there in zip(bad.exchanges, silent.exchanges, strict=True):
-        assert {k: o.base for k, o in here.orders.items()} == {
-            k: o.base for k, o in there.orders.items()
+        assert {k: o.base for k, o in here.instructions.items()} == {
+            k: o.base for k, o in there.instructions.items()
         }
     ours, theirs = (last_told(done) for done in (bad, silent))
     assert ours.keys() == theirs.keys()
@@ -562,7 +562,10 @@ def test_a_run_with_a_bad_client_is_that_with_a_silent_one(kind: str) -> None:
 
 def last_told(done: Finished) -> dict[int, Any]:
     """Return what the closing exchange told each client, decoded or as it was packed."""
-    return {client: order.knowledge for client, order in done.exchanges[-1].orders.items()}
+    return {
+        client: instruction.knowledge
+        for client, instruction in done.exchanges[-1].instructions.items()
+    }
 
 
 # --- Strangers who introduce themselves ----------------------------------------------------------
@@ -689,28 +692,30 @@ def what_is_wrong(work: Callable[[], object]) -> str | None:
 
 
 @cache
-def orders() -> dict[str, list[RecordDict]]:
+def instructions() -> dict[str, list[RecordDict]]:
     return {kind: without(kind, frozenset()).told for kind in KINDS}
 
 
-def spoilt_order(order: RecordDict, random: Random) -> RecordDict:
+def spoilt_order(instruction: RecordDict, random: Random) -> RecordDict:
     """Return an order of which something is not as it should be."""
     names = [
-        n for n, case in CASES.items() if case.needs != "any" and fuzzing.fits(case.needs, order)
+        n
+        for n, case in CASES.items()
+        if case.needs != "any" and fuzzing.fits(case.needs, instruction)
     ]
     what = random.choice(["instruction", "record", "request", "knowledge", "knowledge"])
     if what == "knowledge" and names:
-        return CASES[random.choice(names)].spoil(order, random)
+        return CASES[random.choice(names)].spoil(instruction, random)
     if what == "record":
-        name = random.choice([*order])
+        name = random.choice([*instruction])
         others = [None, ArrayRecord(), ConfigRecord(), MetricRecord({"a": 1})]
-        return fuzzing.with_records(order, **{name: random.choice(others)})
+        return fuzzing.with_records(instruction, **{name: random.choice(others)})
     if what == "request":
         values = np.arange(17, dtype=random.choice(["i4", "i8", "u1", "f4"])) - random.randrange(3)
-        return fuzzing.with_records(order, request=ArrayRecord({"samples": Array(values)}))
-    said = dict(order.config_records["instruction"])
+        return fuzzing.with_records(instruction, request=ArrayRecord({"samples": Array(values)}))
+    said = dict(instruction.config_records["instruction"])
     said[random.choice([*said])] = random.choice([junk(random), phases_of_junk(random)])
-    return fuzzing.with_records(order, instruction=ConfigRecord(said))
+    return fuzzing.with_records(instruction, instruction=ConfigRecord(said))
 
 
 def phases_of_junk(random: Random) -> str:
@@ -734,8 +739,8 @@ def test_an_order_that_is_none_is_an_error_of_one_line() -> None:
     @given(kind=st.sampled_from([*KINDS]), seed=SEEDS)
     def check(kind: str, seed: int) -> None:
         random = Random(seed)
-        order = spoilt_order(random.choice(orders()[kind]), random)
-        said = what_is_wrong(lambda: decode_order(order, sizes, num_examples=30))
+        instruction = spoilt_order(random.choice(instructions()[kind]), random)
+        said = what_is_wrong(lambda: decode_instruction(instruction, sizes, num_examples=30))
         tried[said is None] += 1  # sound by chance, or for the strategy's code to refuse
         assert said is None or "\n" not in said
 

@@ -1,4 +1,4 @@
-"""Orders and reports as records: nothing is lost, every byte is counted, garbage is an error."""
+"""Instructions and reports as records: nothing is lost, every byte is counted, garbage is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from federation_tools import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.errors import FedkdError
 from fedkd.federation.exchange import payload_bytes, wire_bytes
 from fedkd.federation.flower_internals.local_grid import task_identity
@@ -23,11 +23,11 @@ from fedkd.federation.messages import (
     HELLO,
     Introduction,
     decode_experiment,
+    decode_instruction,
     decode_introduction,
-    decode_order,
     decode_report,
+    encode_instruction,
     encode_introduction,
-    encode_order,
     encode_report,
     encode_request,
     experiment_record,
@@ -88,16 +88,16 @@ def assert_same(got: Knowledge | Packed | None, sent: Knowledge, samples: Tensor
 
 
 def order_records(knowledge: Knowledge | None, asked: Tensor | None = None) -> RecordDict:
-    order = Order(4, 7, 5, PHASES, SAMPLES if asked is None else asked, None, 6, "none")
+    instruction = Instruction(4, 7, 5, PHASES, SAMPLES if asked is None else asked, None, 6, "none")
     packed = {} if knowledge is None else encode_knowledge(knowledge, SIZES, asked=False)
-    return encode_order(
-        order, experiment_record(tiny()), packed, encode_request(order.asked, SIZES)
+    return encode_instruction(
+        instruction, experiment_record(tiny()), packed, encode_request(instruction.asked, SIZES)
     )
 
 
-def report(answer: Knowledge | None) -> Report:
+def report(answer: Knowledge | None) -> ClientReport:
     metrics = {"accuracy_after_revisit": 0.625, "loss_digest": 1.5}
-    return Report(4, 83, answer, metrics, {"revisit": 0.25, "digest": 3.0})
+    return ClientReport(4, 83, answer, metrics, {"revisit": 0.25, "digest": 3.0})
 
 
 # --- Round trips ---------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def report(answer: Knowledge | None) -> Report:
     "knowledge", [None, soft_labels(), soft_labels("probabilities"), weights()]
 )
 def test_an_order_arrives_as_it_was_given(knowledge: Knowledge | None) -> None:
-    got = decode_order(order_records(knowledge), SIZES, num_examples=83)
+    got = decode_instruction(order_records(knowledge), SIZES, num_examples=83)
     assert (got.client, got.round, got.base) == (4, 7, 5)
     assert (got.knowledge_round, got.evaluate) == (6, "none")
     assert got.phases == PHASES
@@ -121,7 +121,7 @@ def test_an_order_arrives_as_it_was_given(knowledge: Knowledge | None) -> None:
 
 def test_an_order_may_ask_for_nothing() -> None:
     records = order_records(None, torch.empty(0, dtype=torch.int64))
-    assert decode_order(records, SIZES, num_examples=1).asked.tolist() == []
+    assert decode_instruction(records, SIZES, num_examples=1).asked.tolist() == []
     assert payload_bytes(records) == {}
 
 
@@ -204,24 +204,27 @@ def resent(records: RecordDict) -> RecordDict:
 
 def test_what_all_receive_is_decoded_once() -> None:
     packed = encode_knowledge(soft_labels(), SIZES, asked=False)
-    order = Order(4, 7, 5, PHASES, SAMPLES)
+    instruction = Instruction(4, 7, 5, PHASES, SAMPLES)
     experiment = experiment_record(tiny())
     seen: dict[Any, Knowledge | Packed | None] = {}
     first, second = (
-        decode_order(
-            resent(encode_order(order, experiment, packed, {})), SIZES, num_examples=1, seen=seen
+        decode_instruction(
+            resent(encode_instruction(instruction, experiment, packed, {})),
+            SIZES,
+            num_examples=1,
+            seen=seen,
         )
         for _ in range(2)
     )
     assert first.knowledge is not None
     assert first.knowledge is second.knowledge
     own = encode_knowledge(soft_labels(), SIZES, asked=False)
-    personal = decode_order(
-        encode_order(order, experiment, own, {}), SIZES, num_examples=1, seen=seen
+    personal = decode_instruction(
+        encode_instruction(instruction, experiment, own, {}), SIZES, num_examples=1, seen=seen
     )
     assert personal.knowledge is not first.knowledge
-    nothing = decode_order(
-        encode_order(order, experiment, {}, {}), SIZES, num_examples=1, seen=seen
+    nothing = decode_instruction(
+        encode_instruction(instruction, experiment, {}, {}), SIZES, num_examples=1, seen=seen
     )
     assert nothing.knowledge is None
     assert_same(personal.knowledge, soft_labels())
@@ -254,7 +257,7 @@ def test_a_download_counts_knowledge_its_indices_and_the_request() -> None:
 def test_indices_are_left_out_of_what_needs_none() -> None:
     everything = order_records(soft_labels(), torch.arange(P))
     assert "requested samples" not in payload_bytes(everything)
-    assert torch.equal(decode_order(everything, SIZES, num_examples=1).asked, torch.arange(P))
+    assert torch.equal(decode_instruction(everything, SIZES, num_examples=1).asked, torch.arange(P))
 
 
 def test_weights_are_counted_by_tensor() -> None:
@@ -374,7 +377,7 @@ def test_huge_numbers_do_not_upset_the_decoder() -> None:
 
 
 def broken_order(**changes: Any) -> RecordDict:
-    """Return an order with another instruction; None takes a key away."""
+    """Return an instruction with another instruction; None takes a key away."""
     records: dict[str, Any] = dict(order_records(soft_labels()))
     fields: dict[str, Any] = {**records["instruction"]}
     fields |= {name.replace("_", "-"): value for name, value in changes.items()}
@@ -411,7 +414,7 @@ BAD_ORDERS = [
 @pytest.mark.parametrize("records", BAD_ORDERS, ids=range(len(BAD_ORDERS)))
 def test_an_order_that_is_none_is_refused_in_one_line(records: RecordDict) -> None:
     with pytest.raises(FedkdError) as caught:
-        decode_order(records, SIZES, num_examples=83)
+        decode_instruction(records, SIZES, num_examples=83)
     assert "\n" not in str(caught.value)
 
 

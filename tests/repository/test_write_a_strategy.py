@@ -19,7 +19,7 @@ from paths import ROOT
 
 import fedkd
 from fedkd.cli import main
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.engines import client_app
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
@@ -30,7 +30,7 @@ from fedkd.federation.messages import (
     HELLO,
     TRAIN,
     decode_introduction,
-    encode_order,
+    encode_instruction,
     experiment_record,
 )
 from fedkd.phases import Fit
@@ -256,10 +256,12 @@ def test_code_in_a_file_called_like_a_module_cannot_reach_workers(folder: Path) 
 def asked(experiment: Experiment, kind: str, phases: tuple[Fit, ...] = (), **node: Any) -> Message:
     """Call a Flower client as Flower does, outside a simulation unless that is faked."""
     nothing = torch.empty(0, dtype=torch.int64)
-    order = Order(client=0, round=1, base=0, phases=phases, asked=nothing, evaluate="none")
+    instruction = Instruction(
+        client=0, round=1, base=0, phases=phases, asked=nothing, evaluate="none"
+    )
     content = RecordDict({"experiment": experiment_record(experiment)})
     if kind == TRAIN:
-        content = encode_order(order, experiment_record(experiment), {}, {})
+        content = encode_instruction(instruction, experiment_record(experiment), {}, {})
     context = Context(
         run_id=1,
         node_id=11,

@@ -18,7 +18,7 @@ from flwr.app import Array, Message
 from torch import Tensor
 from watching import watch
 
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.server import Replies
@@ -286,11 +286,11 @@ def tiny_with_server(**keys: Any) -> Experiment:
     return tiny(**{"server_model": "mlp-8", "public_labels": False, **keys})
 
 
-def silent_or_spoilt(order: Order, message: Message, reply: Message) -> Message | None:
+def silent_or_spoilt(instruction: Instruction, message: Message, reply: Message) -> Message | None:
     """Client 1 says nothing in round 2, and client 2 sends junk in rounds 3 and 4."""
-    if (order.round, order.client) == (2, 1):
+    if (instruction.round, instruction.client) == (2, 1):
         return None
-    if (order.round, order.client) in ((3, 2), (4, 2)):
+    if (instruction.round, instruction.client) in ((3, 2), (4, 2)):
         junk = Array(np.frombuffer(b"junk", np.uint8))
         return reply_with(message, with_arrays(reply.content, values=junk))
     return reply

@@ -498,7 +498,7 @@ def test_a_federation_of_cronus(public_labels: bool) -> None:
     experiment = tiny(num_server_rounds=2, public_labels=public_labels)
     run = federate(experiment, strategy=Cronus())
     for exchange, later in zip(run.exchanges, run.exchanges[1:], strict=False):
-        received = later.orders[1].knowledge
+        received = later.instructions[1].knowledge
         assert isinstance(received, SoftLabels)
         expected = Cronus().aggregate(answers_of(exchange))
         assert torch.equal(received.values[0], expected)

@@ -381,7 +381,7 @@ def rounds_of_the_paper(experiment: Experiment, gamma: float) -> list[list[dict[
 
 def answers(exchange: Exchange) -> ClassMeans:
     """Stack what clients sent, in order of partition."""
-    given = [exchange.report(k).answer for k in sorted(exchange.orders)]
+    given = [exchange.report(k).answer for k in sorted(exchange.instructions)]
     found = [answer for answer in given if isinstance(answer, ClassMeans)]
     assert len(found) == len(given)
     return ClassMeans.stack(found)
@@ -432,7 +432,7 @@ def test_what_crosses_the_wire_down_is_the_mean_of_the_others() -> None:
     done = federate(one_step(), strategy=FD())
     said = answers(done.exchanges[0])
     for k in range(K):
-        heard = done.exchanges[1].orders[k].knowledge
+        heard = done.exchanges[1].instructions[k].knowledge
         assert isinstance(heard, ClassMeans)
         expected, found = leave_one_out_loop(said, k)
         assert heard.present[0].tolist() == found
@@ -455,11 +455,11 @@ def test_clients_that_were_not_drawn_learn_from_all_who_were() -> None:
     checked = 0
     for before, now in zip(done.exchanges[:3], done.exchanges[1:4], strict=True):
         said = answers(before)
-        for k, order in now.orders.items():
+        for k, order in now.instructions.items():
             assert isinstance(order.knowledge, ClassMeans)
             expected, _ = leave_one_out_loop(said, k)
             torch.testing.assert_close(
                 order.knowledge.values[0].double(), expected, rtol=0, atol=1e-6
             )
-            checked += k not in before.orders
+            checked += k not in before.instructions
     assert checked > 0

@@ -251,7 +251,7 @@ def test_no_passes_at_the_server_are_refused(epochs: int) -> None:
 
 def received(done: Finished, number: int, client: int) -> dict[str, Tensor]:
     """Return the weights that a client was sent in a round."""
-    knowledge = done.exchanges[number].orders[client].knowledge
+    knowledge = done.exchanges[number].instructions[client].knowledge
     assert isinstance(knowledge, Weights)
     (part,) = knowledge.by_model.values()
     return {n: t[0] for n, t in part.tensors.items()}

@@ -432,7 +432,7 @@ def test_a_federation_asks_ever_less_and_the_server_s_logits_come_back() -> None
     """Until nothing is asked, which goes on as well; bytes stay within the formulas."""
     experiment = tiny(server_model="mlp-40", num_server_rounds=6, distill_epochs=25)
     run = federate(experiment, strategy=FedGEMS())
-    asked = [len(exchange.orders[0].asked) for exchange in run.exchanges[:-1]]
+    asked = [len(exchange.instructions[0].asked) for exchange in run.exchanges[:-1]]
     assert 0 < asked[0] <= P
     assert asked[1:] == sorted(asked[1:], reverse=True)
     assert asked[-1] == 0

@@ -323,7 +323,7 @@ def test_all_receive_the_same_prototypes() -> None:
     said = ClassMeans.stack([answer for answer in given if isinstance(answer, ClassMeans)])
     assert len(said.clients) == K
     for k in range(K):
-        heard = done.exchanges[1].orders[k].knowledge
+        heard = done.exchanges[1].instructions[k].knowledge
         assert isinstance(heard, ClassMeans)
         torch.testing.assert_close(
             heard.values[0].double(),

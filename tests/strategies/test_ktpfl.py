@@ -341,11 +341,11 @@ def replayed(experiment: Experiment, strategy: KTpFL) -> None:
     c: Matrix = [[1 / everybody] * everybody] * everybody
     differences = []
     for exchange, later in itertools.pairwise(run.exchanges):
-        here = sorted(exchange.orders)
+        here = sorted(exchange.instructions)
         said = exchange.answers(here)
         assert isinstance(said, SoftLabels)
         c = stepped_loop(c, here, said, strategy)
-        for k, order in later.orders.items():
+        for k, order in later.instructions.items():
             assert isinstance(order.knowledge, SoftLabels)
             mine = order.knowledge.values[0]
             torch.testing.assert_close(mine, teacher_loop_of(said, c[k]), rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ from flwr.app import Array, Message
 from torch import Tensor
 from watching import watch
 
-from fedkd.clients.instructions import Order
+from fedkd.clients.instructions import Instruction
 from fedkd.errors import FedkdError
 from fedkd.federation.server import Replies
 from fedkd.knowledge import Rule, SoftLabels, Wire
@@ -98,8 +98,8 @@ def test_a_larger_beta_is_a_sharper_label_of_the_same_order() -> None:
     labels = [SCARLET(beta=beta).aggregate(answers()) for beta in BETAS]
     entropies = torch.stack([-(p * p.log()).sum(-1) for p in labels])
     assert bool((entropies.diff(dim=0) < 0).all())
-    order = answers().mean_probabilities().argsort(-1)
-    assert all(torch.equal(p.argsort(-1), order) for p in labels)
+    instruction = answers().mean_probabilities().argsort(-1)
+    assert all(torch.equal(p.argsort(-1), instruction) for p in labels)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -376,12 +376,12 @@ def test_the_phases_the_wire_and_the_defaults() -> None:
 # --- Both ends -----------------------------------------------------------------------------------
 
 
-def silent_or_spoilt(order: Order, message: Message, reply: Message) -> Message | None:
+def silent_or_spoilt(instruction: Instruction, message: Message, reply: Message) -> Message | None:
     """Client 1 says nothing in round 2, and client 2 sends NaN in rounds 3 and 4."""
-    if (order.round, order.client) == (2, 1):
+    if (instruction.round, instruction.client) == (2, 1):
         return None
-    if (order.round, order.client) in ((3, 2), (4, 2)) and "knowledge" in reply.content:
-        spoilt = array(torch.full((len(order.asked), CLASSES), math.nan))
+    if (instruction.round, instruction.client) in ((3, 2), (4, 2)) and "knowledge" in reply.content:
+        spoilt = array(torch.full((len(instruction.asked), CLASSES), math.nan))
         return reply_with(message, with_arrays(reply.content, values=spoilt))
     return reply
 
@@ -409,7 +409,9 @@ def test_clients_read_the_labels_that_the_server_holds(
     seen = watch(monkeypatch, experiment, SCARLET(lifetime=lifetime), meddle)
     seen.assert_heard()
     seen.assert_in_step()
-    spoilt = [number for number in (3, 4) if len(seen.done.exchanges[number - 1].orders[2].asked)]
+    spoilt = [
+        number for number in (3, 4) if len(seen.done.exchanges[number - 1].instructions[2].asked)
+    ]
     assert spoilt
     wanted = {} if meddle is None else {2: "1", **dict.fromkeys(spoilt, "2")}
     for row in seen.done.rows:
@@ -423,7 +425,7 @@ def test_a_client_that_is_seldom_drawn_catches_up(monkeypatch: pytest.MonkeyPatc
     assert [row["dropped"] for row in seen.done.rows] == [{}] * 9
     seen.assert_heard()
     assert seen.assert_in_step() > 17
-    assert set(seen.done.exchanges[-1].orders) == set(range(5))
+    assert set(seen.done.exchanges[-1].instructions) == set(range(5))
 
 
 def test_declared_bytes_are_never_exceeded() -> None:
@@ -439,18 +441,18 @@ def test_declared_bytes_are_never_exceeded() -> None:
 
 
 def test_a_sample_that_no_client_answers_is_asked_for_again_alone() -> None:
-    def forgets_the_first(order: Order, message: Message, reply: Message) -> Message:
-        if order.round != 1:
+    def forgets_the_first(instruction: Instruction, message: Message, reply: Message) -> Message:
+        if instruction.round != 1:
             return reply
         values = reply.content.array_records["knowledge"]["values"].numpy()[1:]
-        some = {"values": Array(values), "samples": array(order.asked[1:].to(torch.int32))}
+        some = {"values": Array(values), "samples": array(instruction.asked[1:].to(torch.int32))}
         return reply_with(message, with_arrays(reply.content, **some))
 
     experiment = tiny(num_server_rounds=3)
     done = federate(experiment, forgets_the_first, SCARLET(lifetime=3))
     assert [row["dropped"] for row in done.rows] == [{}] * 3
-    asked = [exchange.orders[0].asked.tolist() for exchange in done.exchanges]
+    asked = [exchange.instructions[0].asked.tolist() for exchange in done.exchanges]
     assert asked[:3] == [list(range(PUBLIC_OF_TINY)), [0], []]
-    told = [exchange.orders[0].knowledge for exchange in done.exchanges]
+    told = [exchange.instructions[0].knowledge for exchange in done.exchanges]
     sizes = [len(labels.samples) for labels in told if labels is not None]  # type: ignore[union-attr]
     assert sizes == [PUBLIC_OF_TINY - 1, PUBLIC_OF_TINY, PUBLIC_OF_TINY]

@@ -433,7 +433,7 @@ def test_clients_answer_what_is_familiar_round_after_round() -> None:
         assert isinstance(said, SoftLabels)
         mean = said.mean_probabilities()
         sure = 2 * (1 - mean.amax(-1)) <= 1.6
-        received = later.orders[0].knowledge
+        received = later.instructions[0].knowledge
         if bool(sure.any()):
             assert isinstance(received, SoftLabels)
             assert received.samples.tolist() == said.samples[sure].tolist()

@@ -18,13 +18,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor, nn
 
 from fedkd.clients.execute import Part, execute_together
-from fedkd.clients.instructions import Failure, Order, Report
+from fedkd.clients.instructions import ClientReport, Failure, Instruction
 from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.engines import in_process
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
-from fedkd.federation.messages import HELLO, decode_order, decode_report
+from fedkd.federation.messages import HELLO, decode_instruction, decode_report
 from fedkd.federation.rounds import Federation
 from fedkd.knowledge import KINDS, ClassMeans, Knowledge, Sizes, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
@@ -96,17 +96,20 @@ def starting(experiment: Experiment, client: int) -> Any:
 
 
 def execute(
-    experiment: Experiment, data: FederatedData, orders: Sequence[Order], store: ResidentStates
-) -> list[Report | Failure]:
-    """Execute orders of one federation, and return one result an order."""
-    (results,) = execute_together(data, [Part(experiment, orders, store)])
+    experiment: Experiment,
+    data: FederatedData,
+    instructions: Sequence[Instruction],
+    store: ResidentStates,
+) -> list[ClientReport | Failure]:
+    """Execute instructions of one federation, and return one result an instruction."""
+    (results,) = execute_together(data, [Part(experiment, instructions, store)])
     return results
 
 
 # --- Clients with their mail on record -----------------------------------------------------------
 
-Meddle = Callable[[Order, Message, Message], Message | None]
-"""Given an order, its message and the honest reply: the reply that is sent, or None for silence."""
+Meddle = Callable[[Instruction, Message, Message], Message | None]
+"""Given an instruction, its message and the honest reply: the reply that is sent, or None for silence."""
 
 MeddleHello = Callable[[int, Message, Message], Message | None]
 """The same for the introduction of a partition."""
@@ -117,14 +120,14 @@ class Exchange:
     """What one exchange told the clients, and what they answered, by partition."""
 
     sizes: Sizes
-    orders: dict[int, Order] = field(default_factory=dict)
+    instructions: dict[int, Instruction] = field(default_factory=dict)
     replies: dict[int, Message | None] = field(default_factory=dict)
 
-    def report(self, client: int) -> Report:
+    def report(self, client: int) -> ClientReport:
         """Decode a client's reply."""
         reply = self.replies[client]
         assert reply is not None
-        return decode_report(reply.content, self.orders[client].asked, self.sizes)
+        return decode_report(reply.content, self.instructions[client].asked, self.sizes)
 
     def answers(self, clients: Sequence[int]) -> Knowledge:
         """Stack the answers of some clients."""
@@ -155,7 +158,7 @@ class Clients:
         folder = tempfile.mkdtemp(prefix="fedkd-tests-clients-")
         weakref.finalize(self, shutil.rmtree, folder)
         self._honest = in_process.Clients(experiment.replace(name="clients", run_dir=folder))
-        self._meddle = meddle or (lambda order, message, reply: reply)
+        self._meddle = meddle or (lambda instruction, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
         data = federated_data(experiment)
         self._shards, self._sizes = data.shards, data.sizes
@@ -182,11 +185,11 @@ class Clients:
         exchange = Exchange(self._sizes)
         for (client, message), reply in zip(messages, honest, strict=True):
             assert reply is not None
-            order = decode_order(
+            instruction = decode_instruction(
                 message.content, self._sizes, num_examples=len(self._shards[client])
             )
-            exchange.orders[client] = order
-            exchange.replies[client] = self._meddle(order, message, reply)
+            exchange.instructions[client] = instruction
+            exchange.replies[client] = self._meddle(instruction, message, reply)
         self.exchanges.append(exchange)
         return [exchange.replies[client] for client, _ in messages]
 
@@ -202,7 +205,7 @@ class Finished:
     @property
     def knowledge(self) -> Knowledge:
         """What the closing exchange told client 0."""
-        received = self.exchanges[-1].orders[0].knowledge
+        received = self.exchanges[-1].instructions[0].knowledge
         assert isinstance(received, KINDS)
         return received
 

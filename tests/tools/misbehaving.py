@@ -57,7 +57,7 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train(TRAIN.partition(".")[2], mods=[always_reply, ends_in_time])
 def train(message: Message, context: Context) -> Message:
-    """Execute an order, and spoil the reply."""
+    """Execute an instruction, and spoil the reply."""
     number = int(message.metadata.group_id)
     if not context.node_config.get("misbehaves", False) or number > len(WAYS):
         return honest(message, context)

@@ -15,7 +15,7 @@ from federation_tools import P as PUBLIC_OF_TINY
 
 from fedkd.clients import execute as executing
 from fedkd.clients import stack
-from fedkd.clients.instructions import Order, Report
+from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.clients.memories import Memory
 from fedkd.clients.run_phases import run_phases
 from fedkd.clients.stack import Stack
@@ -62,18 +62,18 @@ class Watched:
         caught_up = 0
         rows = [*self.done.rows, {"accepted": False, "answered": []}]
         for exchange, row in zip(self.done.exchanges, rows, strict=True):
-            for client, order in exchange.orders.items():
-                if order.knowledge is None:
+            for client, instruction in exchange.instructions.items():
+                if instruction.knowledge is None:
                     continue
-                told = self.told[order.knowledge_round]
+                told = self.told[instruction.knowledge_round]
                 wanted = rows_of(told, number)
-                got = self.opened[order.round, client]
+                got = self.opened[instruction.round, client]
                 assert rows_of(got, "float32") == wanted
                 known = have.setdefault(client, {})
                 news = [sample for sample in wanted if known.get(sample) != wanted[sample]]
-                assert isinstance(order.knowledge, Packed)
-                assert changed_samples(order.knowledge) == news
-                before = self.told.get(order.knowledge_round - 1)
+                assert isinstance(instruction.knowledge, Packed)
+                assert changed_samples(instruction.knowledge) == news
+                before = self.told.get(instruction.knowledge_round - 1)
                 old = {} if before is None else rows_of(before, number)
                 caught_up += sum(wanted[sample] == old.get(sample) for sample in news)
                 if row["accepted"] and client in row["answered"]:
@@ -110,13 +110,13 @@ def watch(
         seen.told[server.round] = update(self, replies, server)
         return seen.told[server.round]
 
-    def open_and_note(order: Order, memory: Memory, num_public: int) -> Any:
-        received = opens(order, memory, num_public)
+    def open_and_note(instruction: Instruction, memory: Memory, num_public: int) -> Any:
+        received = opens(instruction, memory, num_public)
         if isinstance(received, SoftLabels):
-            seen.opened[order.round, order.client] = received
+            seen.opened[instruction.round, instruction.client] = received
         return received
 
-    def run_and_note(stack: Stack) -> list[Report]:
+    def run_and_note(stack: Stack) -> list[ClientReport]:
         reports = run_phases(stack)
         for report in reports:
             if isinstance(report.answer, SoftLabels):
