@@ -165,7 +165,7 @@ class Term:
     needs_features: bool = False
 
     @property
-    def reference(self) -> str:
+    def import_path(self) -> str:
         """The ``module:function`` under which the term travels."""
         return f"{self.function.__module__}:{self.function.__qualname__}"
 

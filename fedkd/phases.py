@@ -92,7 +92,7 @@ class Procedure:
     function: ProcedureFunction
 
     @property
-    def reference(self) -> str:
+    def import_path(self) -> str:
         """The ``module:function`` under which the procedure travels."""
         return f"{self.function.__module__}:{self.function.__qualname__}"
 
@@ -112,7 +112,7 @@ def check_received(procedure: Procedure, labels: object) -> None:
     Raises:
         FedkdError: no soft labels, or of no sample.
     """
-    who = procedure.reference
+    who = procedure.import_path
     if not isinstance(labels, SoftLabels):
         raise FedkdError(f"{who} leaves a {type(labels).__name__} as received soft labels")
     if not labels.values.numel():
@@ -154,7 +154,7 @@ class Apply:
     name: str = "apply"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "procedure", reference(self.procedure))
+        object.__setattr__(self, "procedure", import_path(self.procedure))
         for name, value in self.numbers.items():
             if not (isinstance(value, bool | str) or _is_number(value)):
                 raise FedkdError(
@@ -256,7 +256,7 @@ Phase: TypeAlias = (
     Reset | Load | Apply | Fit | ClassifyByMeans | Predict | MeanByClass | SendWeights
 )
 _PHASES: dict[str, Callable[..., Phase]] = {cls.__name__: cls for cls in get_args(Phase)}
-ANSWERS = (Predict, MeanByClass, SendWeights)
+ANSWERING = (Predict, MeanByClass, SendWeights)
 
 
 def Digest(loss: Term | str = losses.kl, epochs: int | None = None) -> Fit:
@@ -276,7 +276,7 @@ def Revisit(
 
 
 def _terms(terms: Mapping[Any, Coefficient]) -> dict[str, Coefficient]:
-    named = {reference(term): coefficient for term, coefficient in terms.items()}
+    named = {import_path(term): coefficient for term, coefficient in terms.items()}
     for name, coefficient in named.items():
         if coefficient not in get_args(get_args(Coefficient)[1]) and not _is_number(coefficient):
             raise FedkdError(
@@ -301,7 +301,7 @@ def _check_choice(phase: Any, field: str, accepted: Sequence[str]) -> None:
 # --- Code by reference ----------------------------------------------------------------------------
 
 
-def reference(code: object) -> str:
+def import_path(code: object) -> str:
     """Return the name under which a term or procedure travels: short for those of `fedkd.losses`.
 
     Raises:
@@ -313,7 +313,7 @@ def reference(code: object) -> str:
             f"{name} is neither a loss term nor a procedure: put @term or @procedure above it, at the "
             "top of a module (a lambda cannot be sent)"
         )
-    name = code if isinstance(code, str) else code.reference
+    name = code if isinstance(code, str) else code.import_path
     if "<" in name:
         raise FedkdError(
             f"{name}: clients find code by name, which a lambda or a function within a function has "
@@ -393,7 +393,7 @@ def check_phases(phases: object) -> list[Phase]:
     """
     if not isinstance(phases, list | tuple) or not all(isinstance(p, Phase) for p in phases):
         raise FedkdError(f"{phases!r} is not a list of phases")
-    answers = [type(phase).__name__ for phase in phases if isinstance(phase, ANSWERS)]
+    answers = [type(phase).__name__ for phase in phases if isinstance(phase, ANSWERING)]
     if len(answers) > 1:
         raise FedkdError(f"asks for {' and '.join(answers)}: a client gives one answer a round")
     return list(phases)
@@ -429,7 +429,7 @@ def closing(phases: Sequence[Phase], last: Literal["digest", "revisit"]) -> list
     kept: list[Phase] = []
     for phase in phases:
         private_only = isinstance(phase, Fit) and not phase.public
-        if isinstance(phase, ANSWERS) or (last == "digest" and private_only):
+        if isinstance(phase, ANSWERING) or (last == "digest" and private_only):
             break
         kept.append(phase)
     return kept

@@ -42,7 +42,7 @@ from fedkd.federation.server import Replies, Server
 from fedkd.keys import accepted, kebab
 from fedkd.knowledge import Knowledge, SoftLabels, Wire
 from fedkd.knowledge.wire import PLAIN, parse_codec
-from fedkd.phases import ANSWERS, Digest, Phase, Predict, Revisit
+from fedkd.phases import ANSWERING, Digest, Phase, Predict, Revisit
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 
@@ -165,7 +165,7 @@ class DistillationStrategy(Strategy):
     def uploads(self) -> type[Knowledge] | None:
         """Return the kind of knowledge that clients send, from the phases of a usual round."""
         for phase in self.phases(2):
-            if isinstance(phase, ANSWERS):
+            if isinstance(phase, ANSWERING):
                 return phase.sends
         return None
 

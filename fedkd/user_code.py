@@ -19,23 +19,23 @@ from typing import Any, cast
 from fedkd.errors import FedkdError, Setting, nearest, one_line
 
 
-def find_function(reference: str, key: str) -> Callable[..., Any]:
-    """Import the function that `reference` (``module:function``) names.
+def find_function(import_path: str, key: str) -> Callable[..., Any]:
+    """Import the function that `import_path` (``module:function``) names.
 
     Args:
-        reference: the module is looked for in the working directory as well, where a console script
+        import_path: the module is looked for in the working directory as well, where a console script
             does not search by itself.
         key: what it is the value of, such as ``"dataset"`` or ``"model"``.
 
     Raises:
         FedkdError: the module does not import, or has no such function.
     """
-    module_name, _, function_name = reference.partition(":")
+    module_name, _, function_name = import_path.partition(":")
     try:
         module = users_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise FedkdError(
-            Setting(key, reference), f": cannot import '{module_name}' ({blamed(error)})"
+            Setting(key, import_path), f": cannot import '{module_name}' ({blamed(error)})"
         ) from error
     try:
         function = attrgetter(function_name)(module)
@@ -43,7 +43,7 @@ def find_function(reference: str, key: str) -> Callable[..., Any]:
         function = None
     if not callable(function):
         raise FedkdError(
-            Setting(key, reference),
+            Setting(key, import_path),
             f": '{module_name}' has no function '{function_name}'"
             f"{nearest(function_name, vars(module))}",
         )

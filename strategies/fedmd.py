@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkd.knowledge import Rule, SoftLabels, combine_logits
 from fedkd.losses import mae_logits
-from fedkd.phases import Digest, Fit, Phase, Predict, Revisit, reference
+from fedkd.phases import Digest, Fit, Phase, Predict, Revisit, import_path
 from fedkd.strategy import Count, DistillationStrategy, Facts
 
 
@@ -57,7 +57,7 @@ class FedMD(DistillationStrategy):
             return [transfer, Revisit(), Predict()]
         if self.digest == "kl":
             return [Digest(), Revisit(), Predict()]
-        mae = Fit("digest", public={reference(mae_logits): 1.0})
+        mae = Fit("digest", public={import_path(mae_logits): 1.0})
         return [mae, Revisit(), Predict()]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:

@@ -327,7 +327,7 @@ def test_terms_are_what_their_names_say() -> None:
 
 
 def test_terms_say_what_they_need_and_where_they_are_found() -> None:
-    needs = {t.reference: (t.needs, t.needs_start) for t in (ce, kl, kl_mean, mae_logits)}
+    needs = {t.import_path: (t.needs, t.needs_start) for t in (ce, kl, kl_mean, mae_logits)}
     assert needs == {
         "fedkd.losses:ce": (None, False),
         "fedkd.losses:kl": ("soft-labels", False),

@@ -20,7 +20,7 @@ from fedkd.phases import (
     SendWeights,
     closing,
     from_text,
-    reference,
+    import_path,
     resolve_term,
     to_text,
 )
@@ -101,16 +101,16 @@ def test_revisit_is_cross_entropy_on_the_private_shard_unless_told_otherwise() -
 
 
 def test_terms_travel_under_a_name_that_leads_back_to_them() -> None:
-    assert reference(kl) == "kl"
-    assert reference("kl") == "kl"
-    assert reference(federation_tools.refuses_nines) == "federation_tools:refuses_nines"
-    assert reference("fedkd.losses:mae_logits") == "mae_logits"
+    assert import_path(kl) == "kl"
+    assert import_path("kl") == "kl"
+    assert import_path(federation_tools.refuses_nines) == "federation_tools:refuses_nines"
+    assert import_path("fedkd.losses:mae_logits") == "mae_logits"
 
 
 @pytest.mark.parametrize("term", [ce, kl, kl_mean, mae_logits])
 def test_our_own_terms_are_found_by_either_name(term: Term) -> None:
-    assert resolve_term(reference(term)) is term
-    assert resolve_term(term.reference) is term
+    assert resolve_term(import_path(term)) is term
+    assert resolve_term(term.import_path) is term
 
 
 def test_all_terms_of_fedkd_can_be_resolved() -> None:

@@ -95,7 +95,7 @@ def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
     for term in private:
         if term.needs in ("soft-labels", "logits"):
             raise FedkdError(
-                f"{term.reference} needs soft labels, which private images have not; put it in public"
+                f"{term.import_path} needs soft labels, which private images have not; put it in public"
             )
 
 

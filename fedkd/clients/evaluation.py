@@ -14,7 +14,7 @@ from fedkd.knowledge import ClassMeans, SoftLabels
 from fedkd.phases import Role
 from fedkd.training.accuracy import accuracy, correct_by_class
 from fedkd.training.architectures import architectures_of
-from fedkd.training.cohort import Answers
+from fedkd.training.cohort import Classified
 
 
 def measure_agreement(stack: Stack, role: Role) -> None:
@@ -49,7 +49,7 @@ def examine(stack: Stack) -> None:
         if role == "student":
             if stack.by_means:
                 classes = _by_means(stack, "student").to(torch.int16)
-                answers = Answers(classes, torch.full_like(answers.confidences, torch.nan))
+                answers = Classified(classes, torch.full_like(answers.confidences, torch.nan))
             record_predicted(stack, "accuracy", answers.classes)
         for memory, classes, confidences in compress(
             zip(stack.memories, *answers, strict=True), trained

@@ -1,8 +1,8 @@
 """A client executes phases: the one implementation behind every engine.
 
-`execute_together` takes the instructions of any number of clients, runs those that can share a stack as one
-cohort, and returns a report or a failure for each. A Flower client hands over its single instruction, the
-in-process engine all of a round.
+`execute_together` takes the instructions of any number of clients, runs those that can share a stack as
+one cohort, and returns a report or a failure for each. A Flower client hands over its single
+instruction, the in-process engine all of a round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class FederationInstructions:
     """The instructions of one federation.
 
     Attributes:
@@ -54,7 +54,7 @@ class Part:
 
 
 def execute_together(
-    data: FederatedData, parts: Sequence[Part]
+    data: FederatedData, federations: Sequence[FederationInstructions]
 ) -> list[list[ClientReport | Failure]]:
     """Execute instructions, stacking the clients that share architectures and phases.
 
@@ -65,31 +65,32 @@ def execute_together(
 
     Args:
         data: the data of all federations.
-        parts: of one federation each; their experiments differ in nothing or in `STACKABLE` keys.
+        federations: of one federation each; their experiments differ in nothing or in `STACKABLE` keys.
 
     Returns:
         For each part one result an instruction, in the same sequence.
     """
-    results: list[dict[int, ClientReport | Failure]] = [{} for _ in parts]
+    results: list[dict[int, ClientReport | Failure]] = [{} for _ in federations]
     groups: dict[Hashable, dict[int, list[Instruction]]] = {}
     texts: dict[int, str] = {}  # instructions of one round share their phases
-    for number, part in enumerate(parts):
-        for instruction in part.instructions:
+    for number, federation in enumerate(federations):
+        for instruction in federation.instructions:
             if id(instruction.phases) not in texts:
                 texts[id(instruction.phases)] = to_text(instruction.phases)
-            kind = _group_key(part.experiment, instruction, texts[id(instruction.phases)])
+            kind = _group_key(federation.experiment, instruction, texts[id(instruction.phases)])
             groups.setdefault(kind, {}).setdefault(number, []).append(instruction)
     for group in groups.values():
-        for some in _at_once(group, parts[0].experiment.clients_per_round):
+        for some in _at_once(group, federations[0].experiment.clients_per_round):
             chosen = {
-                n: replace(parts[n], instructions=instructions) for n, instructions in some.items()
+                n: replace(federations[n], instructions=instructions)
+                for n, instructions in some.items()
             }
             found = _run_or_split(data, list(chosen.values()))
             for number, answers in zip(chosen, found, strict=True):
                 results[number].update({answer.client: answer for answer in answers})
     return [
-        [found[instruction.client] for instruction in part.instructions]
-        for part, found in zip(parts, results, strict=True)
+        [found[instruction.client] for instruction in federation.instructions]
+        for federation, found in zip(federations, results, strict=True)
     ]
 
 
@@ -126,21 +127,23 @@ def _digest(samples: Tensor) -> str:
     return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[ClientReport | Failure]]:
+def _run_or_split(
+    data: FederatedData, federations: Sequence[FederationInstructions]
+) -> list[list[ClientReport | Failure]]:
     try:
-        found = _run(data, parts)
+        found = _run(data, federations)
     except Exception as error:
-        pieces = _pieces(parts, error)
+        pieces = _pieces(federations, error)
         did_not_fit = is_out_of_memory(error)
         reason = "" if pieces else _reason(error)
     else:
-        return _stored(parts, found)
+        return _stored(federations, found)
     # Out of the handler: the exception, which holds the frames and tensors of the stack, is gone.
     if did_not_fit:
-        _let_go(parts)
+        _let_go(federations)
     if not pieces:  # whatever a client's model or data raises is its failure, never the round's
-        return [[Failure(parts[0].instructions[0].client, reason)]]
-    results: list[list[ClientReport | Failure]] = [[] for _ in parts]
+        return [[Failure(federations[0].instructions[0].client, reason)]]
+    results: list[list[ClientReport | Failure]] = [[] for _ in federations]
     for piece in pieces:
         for number, answers in zip(piece, _run_or_split(data, list(piece.values())), strict=True):
             results[number] += answers
@@ -149,21 +152,21 @@ def _run_or_split(data: FederatedData, parts: Sequence[Part]) -> list[list[Clien
     return results
 
 
-_Piece = dict[int, Part]
+_Piece = dict[int, FederationInstructions]
 """Some of the instructions of a stack, by the number of the part they belong to."""
 
 
-def _pieces(parts: Sequence[Part], error: Exception) -> list[_Piece]:
+def _pieces(federations: Sequence[FederationInstructions], error: Exception) -> list[_Piece]:
     """Return what to run in the place of a stack in which something failed; nothing for one client."""
-    first = parts[0]
+    first = federations[0]
     if is_out_of_memory(error):
-        return _halves(parts)
+        return _halves(federations)
     if first.experiment.plan != "loop" and _is_refused_by_vmap(error):
         _logger.warning("run client by client, as vmap refuses: %s", one_line(error))
-        loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in parts]
+        loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in federations]
         return [dict(enumerate(loops))]
-    if len(parts) > 1:
-        return [{number: part} for number, part in enumerate(parts)]
+    if len(federations) > 1:
+        return [{number: federation} for number, federation in enumerate(federations)]
     if len(first.instructions) > 1:
         return [
             {0: replace(first, instructions=[instruction])} for instruction in first.instructions
@@ -171,12 +174,12 @@ def _pieces(parts: Sequence[Part], error: Exception) -> list[_Piece]:
     return []
 
 
-def _halves(parts: Sequence[Part]) -> list[_Piece]:
+def _halves(federations: Sequence[FederationInstructions]) -> list[_Piece]:
     """Deal the clients of a stack that is out of memory into two; one client has no halves."""
     clients = [
         (number, instruction)
-        for number, part in enumerate(parts)
-        for instruction in part.instructions
+        for number, federation in enumerate(federations)
+        for instruction in federation.instructions
     ]
     if len(clients) == 1:
         return []
@@ -187,7 +190,9 @@ def _halves(parts: Sequence[Part]) -> list[_Piece]:
         instructions: dict[int, list[Instruction]] = {}
         for number, instruction in some:
             instructions.setdefault(number, []).append(instruction)
-        pieces.append({n: replace(parts[n], instructions=each) for n, each in instructions.items()})
+        pieces.append(
+            {n: replace(federations[n], instructions=each) for n, each in instructions.items()}
+        )
     return pieces
 
 
@@ -195,14 +200,16 @@ def _reason(error: Exception) -> str:
     return f"{error}{place(error)}" if isinstance(error, FedkdError) else blamed(error)
 
 
-def _stored(parts: Sequence[Part], found: Sequence[_Outcome]) -> list[list[ClientReport | Failure]]:
+def _stored(
+    federations: Sequence[FederationInstructions], found: Sequence[_Outcome]
+) -> list[list[ClientReport | Failure]]:
     """Write what came of the parts to disk; return the results."""
-    for part, (_, trained, memories) in zip(parts, found, strict=True):
-        bases = {instruction.client: instruction.base for instruction in part.instructions}
-        round = part.instructions[0].round
-        part.store.memories.save(memories, round, bases)  # a full disk is no client's failure
+    for federation, (_, trained, memories) in zip(federations, found, strict=True):
+        bases = {instruction.client: instruction.base for instruction in federation.instructions}
+        round = federation.instructions[0].round
+        federation.store.memories.save(memories, round, bases)  # a full disk is no client's failure
         for states in trained:
-            part.store.put(states, round, bases)
+            federation.store.put(states, round, bases)
     return [results for results, _, _ in found]
 
 
@@ -223,10 +230,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
-def _let_go(parts: Sequence[Part]) -> None:
+def _let_go(federations: Sequence[FederationInstructions]) -> None:
     """Free what can be had again: states in memory are on disk as well, and stay there from now on."""
-    for part in parts:
-        part.store.limit = 0
+    for federation in federations:
+        federation.store.limit = 0
     gc.collect()  # a lane's exception and its frames hold each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -252,15 +259,17 @@ _Outcome = tuple[list[ClientReport | Failure], list[States], dict[int, Memory]]
 """Of one part: a result for each instruction, the new states, and the new memories by client."""
 
 
-def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
+def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> list[_Outcome]:
     """Execute a group's instructions as one stack, or two where only some have news to digest."""
-    before = [_starting_states(data, part) for part in parts]
-    kept = [_memories(part) for part in parts]
+    before = [_starting_states(data, federation) for federation in federations]
+    kept = [_memories(federation) for federation in federations]
     outcomes: list[_Outcome] = [
-        (_lost(part, states), [], {client: memories[client] for client in states.clients})
-        for part, states, memories in zip(parts, before, kept, strict=True)
+        (_lost(federation, states), [], {client: memories[client] for client in states.clients})
+        for federation, states, memories in zip(federations, before, kept, strict=True)
     ]
-    rows = [_rows(states, part) for states, part in zip(before, parts, strict=True)]
+    rows = [
+        _rows(states, federation) for states, federation in zip(before, federations, strict=True)
+    ]
     for is_fresh in (False, True):
         chosen = {n: each[is_fresh] for n, each in enumerate(rows) if each[is_fresh]}
         if not chosen:
@@ -270,16 +279,17 @@ def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
         states = concatenated(list(taken.values())) if several else next(iter(taken.values()))
         owners = [(n, client) for n, some in taken.items() for client in some.clients]
         instructions = [
-            {instruction.client: instruction for instruction in part.instructions} for part in parts
+            {instruction.client: instruction for instruction in federation.instructions}
+            for federation in federations
         ]
         stack = Stack(
-            [parts[n].experiment for n, _ in owners],
+            [federations[n].experiment for n, _ in owners],
             data,
             [instructions[n][client] for n, client in owners],
             states,
             is_fresh,
             [kept[n][client] for n, client in owners],
-            secret_noise=parts[0].secret_noise,
+            secret_noise=federations[0].secret_noise,
         )
         reports = run_phases(stack)
         first = 0
@@ -290,19 +300,19 @@ def _run(data: FederatedData, parts: Sequence[Part]) -> list[_Outcome]:
     return outcomes
 
 
-def _lost(part: Part, states: States) -> list[ClientReport | Failure]:
+def _lost(federation: FederationInstructions, states: States) -> list[ClientReport | Failure]:
     """Return the failures of clients whose states are not there."""
     found = set(states.clients)
     return [
         Failure(instruction.client, f"has no state of round {instruction.base} to start from")
-        for instruction in part.instructions
+        for instruction in federation.instructions
         if instruction.client not in found
     ]
 
 
-def _rows(states: States, part: Part) -> dict[bool, list[int]]:
+def _rows(states: States, federation: FederationInstructions) -> dict[bool, list[int]]:
     """Return which rows of a part's states have no news to digest, and which have."""
-    instructions = {instruction.client: instruction for instruction in part.instructions}
+    instructions = {instruction.client: instruction for instruction in federation.instructions}
     rows: dict[bool, list[int]] = {False: [], True: []}
     for row, (client, digested) in enumerate(zip(states.clients, states.digested, strict=True)):
         rows[has_news(instructions[client], digested)].append(row)
@@ -313,21 +323,21 @@ def _some(states: States, rows: Sequence[int]) -> States:
     return states if len(rows) == len(states) else states.rows(rows)
 
 
-def _memories(part: Part) -> dict[int, Memory]:
+def _memories(federation: FederationInstructions) -> dict[int, Memory]:
     """Return what clients kept besides their models, by client."""
-    if part.instructions[0].base == INITIAL:
-        return {instruction.client: {} for instruction in part.instructions}
-    return part.store.memories.load(
-        {instruction.client: instruction.base for instruction in part.instructions}
+    if federation.instructions[0].base == INITIAL:
+        return {instruction.client: {} for instruction in federation.instructions}
+    return federation.store.memories.load(
+        {instruction.client: instruction.base for instruction in federation.instructions}
     )
 
 
-def _starting_states(data: FederatedData, part: Part) -> States:
-    """Return the states that instructions start from, as far as they are there; all or none are initial."""
-    experiment, first = part.experiment, part.instructions[0]
-    bases = {instruction.client: instruction.base for instruction in part.instructions}
+def _starting_states(data: FederatedData, federation: FederationInstructions) -> States:
+    """Return the states that instructions start from, as far as they exist; all or none are initial."""
+    experiment, first = federation.experiment, federation.instructions[0]
+    bases = {instruction.client: instruction.base for instruction in federation.instructions}
     if first.base != INITIAL:
-        return part.store.take(bases, data.train.device)
+        return federation.store.take(bases, data.train.device)
     names: dict[Role, str] = {"student": experiment.student_of(first.client)}
     if experiment.teacher_of(first.client) != "none":
         names["teacher"] = experiment.teacher_of(first.client)

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedkd.knowledge import Knowledge, Wire
-from fedkd.knowledge.codec import Packed, Reference
+from fedkd.knowledge.codec import KnownRows, Packed
 from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import Phase
 
@@ -59,7 +59,7 @@ class ClientReport:
         metrics: test accuracies and the like, fractions 0..1.
         seconds: by phase; a stack's time is shared equally by its clients.
         packed: the answer as it is sent, where that is not simply its numbers.
-        reference: what the server then has of this client's soft labels, where only changes are sent.
+        known: what the server then has of this client's soft labels, where only changes are sent.
         events: what broke at the client and was fixed, how often by kind: see `REPORTED`.
         round: of the order that it answers; 0 where the client does not say.
     """
@@ -70,7 +70,7 @@ class ClientReport:
     metrics: dict[str, float]
     seconds: dict[str, float]
     packed: Packed | None = None
-    reference: Reference | None = None
+    known: KnownRows | None = None
     events: dict[str, int] = field(default_factory=dict)
     round: int = 0
 

@@ -34,7 +34,7 @@ from fedkd.phases import (
     Reset,
     Role,
     check_received,
-    reference,
+    import_path,
     resolve_procedure,
 )
 from fedkd.randomness import generator
@@ -120,7 +120,7 @@ def _load(stack: Stack) -> None:
 
 
 def _apply(stack: Stack, phase: Apply, position: int) -> None:
-    found = resolve_procedure(reference(phase.procedure), stack.experiment.client_modules)
+    found = resolve_procedure(import_path(phase.procedure), stack.experiment.client_modules)
     stream = f"{phase.name} {_occurrence(stack, position)}"
     load_public = cache(stack.data.public.whole)  # for all of them, if any looks
     for row, memory in enumerate(stack.memories):
@@ -129,7 +129,7 @@ def _apply(stack: Stack, phase: Apply, position: int) -> None:
         found(client, **phase.numbers)
         if client.received is not received:
             check_received(found, client.received)
-        check_kept(found.reference, client.state, before)
+        check_kept(found.import_path, client.state, before)
         if client.received is not None:
             stack.knowledge[row] = client.received
         remember(memory, "own", client.state)

@@ -19,7 +19,7 @@ from fedkd.data.federated import FederatedData
 from fedkd.data.images import Images
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, Output, SoftLabels
-from fedkd.knowledge.codec import Packed, Reference
+from fedkd.knowledge.codec import KnownRows, Packed
 from fedkd.phases import Role
 from fedkd.training.architectures import architectures_of
 from fedkd.training.cohort import Cohort
@@ -159,15 +159,15 @@ def opened(instruction: Instruction, memory: Memory, num_public: int) -> Knowled
     return labels
 
 
-def recall(memory: Memory, direction: str) -> Reference | None:
+def recall(memory: Memory, direction: str) -> KnownRows | None:
     """Return what a client's memory says of soft labels that were sent before."""
     kept = memory.get(direction)
-    return None if kept is None else Reference(kept["codes"], kept["known"])
+    return None if kept is None else KnownRows(kept["codes"], kept["known"])
 
 
-def remember(memory: Memory, name: str, kept: Reference | State | None) -> None:
+def remember(memory: Memory, name: str, kept: KnownRows | State | None) -> None:
     """Put tensors into a client's memory, on the CPU, in the place of what was there."""
-    tensors = {"codes": kept.codes, "known": kept.known} if isinstance(kept, Reference) else kept
+    tensors = {"codes": kept.codes, "known": kept.known} if isinstance(kept, KnownRows) else kept
     memory.pop(name, None)
     if tensors:
         memory[name] = {n: tensor.detach().cpu() for n, tensor in tensors.items()}

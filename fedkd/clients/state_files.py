@@ -1,8 +1,8 @@
 """What clients keep between rounds, on disk: which file holds which client's state of which round.
 
 States are kept by round because a crash or a lost reply leaves a client one round ahead: every
-instruction names the round to start from. On disk a client therefore has two slots, and a new state never takes
-the one that its instruction started from.
+instruction names the round to start from. On disk a client therefore has two slots, and a new state never
+takes the one that its instruction started from.
 
 A file holds a shard of clients that share their architectures: client k of ``k % period``, as comma
 lists of models repeat with that period. `fedkd.clients.slot_file` says how it is laid out.
@@ -78,12 +78,12 @@ class StateFiles:
         digested = torch.zeros(len(wanted), dtype=torch.int64)
         is_found = np.zeros(len(wanted), dtype=bool)
         stack: dict[str, Tensor] = {}
-        for part in self._parts(clients):
-            if not part.path.exists():
+        for location in self._locations(clients):
+            if not location.path.exists():
                 continue
-            with part.opened("read") as file:
-                held = file.rounds()[:, part.rows]
-                matches = (held == wanted[part.positions]) & (held != INITIAL)
+            with location.opened("read") as file:
+                held = file.rounds()[:, location.rows]
+                matches = (held == wanted[location.positions]) & (held != INITIAL)
                 here = matches.any(0)
                 if not here.any():
                     continue
@@ -92,8 +92,8 @@ class StateFiles:
                     kinds = row_types(stack)
                     contents = {n: bytes_of(t) for n, t in [*stack.items(), ("digested", digested)]}
                 file.check(kinds)
-                cells = (matches.argmax(0) * CLIENTS_A_FILE + part.rows)[here]
-                positions = part.positions[here]
+                cells = (matches.argmax(0) * CLIENTS_A_FILE + location.rows)[here]
+                positions = location.positions[here]
                 file.read(cells, positions, contents)
                 is_found[positions] = True
         states = States(clients, _by_role(stack), digested.tolist())
@@ -127,26 +127,27 @@ class StateFiles:
         contents = {name: bytes_of(t) for name, t in [*stack.items(), ("digested", digested)]}
         rounds = {"round": bytes_of(torch.full((len(states),), round))}
         kept = np.array([keep[client] for client in states.clients], dtype=np.int64)
-        for part in self._parts(states.clients):
-            part.create(kinds)
-            with part.opened("written") as file:
+        for location in self._locations(states.clients):
+            location.create(kinds)
+            with location.opened("written") as file:
                 file.check(kinds)
-                held = file.rounds()[:, part.rows]
+                held = file.rounds()[:, location.rows]
                 if (held > round).any():
                     raise FedkdError(
-                        f"{part.path} holds states of rounds after {round} already: of an earlier run of "
-                        "the same name, or this process is a leftover of a run that has gone on"
+                        f"{location.path} holds states of rounds after {round} already: of an "
+                        "earlier run of the same name, or this process is left over from a run that has "
+                        "gone on"
                     )
-                stays = (held == kept[part.positions]) & (held != round)
-                cells = stays[0] * CLIENTS_A_FILE + part.rows
+                stays = (held == kept[location.positions]) & (held != round)
+                cells = stays[0] * CLIENTS_A_FILE + location.rows
                 # Nothing that a torn write leaves behind may pass for a state: the slot is empty
                 # until all of it is there.
-                file.write_rounds(part.rows, np.where(stays, held, INITIAL))
-                file.write(cells, part.positions, contents)
-                file.write(cells, part.positions, rounds)
+                file.write_rounds(location.rows, np.where(stays, held, INITIAL))
+                file.write(cells, location.positions, contents)
+                file.write(cells, location.positions, rounds)
                 file.flush()
 
-    def _parts(self, clients: Sequence[int]) -> Iterator[_Part]:
+    def _locations(self, clients: Sequence[int]) -> Iterator[_Location]:
         """Sort clients into files."""
         rank, residue = np.divmod(np.array(clients, dtype=np.int64), self.period)
         number, row = np.divmod(rank, CLIENTS_A_FILE)
@@ -157,11 +158,11 @@ class StateFiles:
             path = self.folder / f"{of}-{at}.safetensors"
             first = of + at * CLIENTS_A_FILE * self.period
             index = np.array(positions)
-            yield _Part(path, first, self.period, row[index], index)
+            yield _Location(path, first, self.period, row[index], index)
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _Location:
     """The clients of one call that share a file.
 
     Attributes:

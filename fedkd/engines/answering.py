@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedkd.clients.execute import Part, execute_together
+from fedkd.clients.execute import FederationInstructions, execute_together
 from fedkd.clients.instructions import Failure, Instruction
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
@@ -24,7 +24,7 @@ from fedkd.knowledge.codec import Packed
 from fedkd.user_code import fingerprint
 
 
-def answers(
+def handle(
     experiment: Experiment, store: ResidentStates, contents: Sequence[tuple[int, RecordDict]]
 ) -> list[RecordDict | Failure]:
     """Answer the messages of any number of clients of one federation.
@@ -37,19 +37,19 @@ def answers(
     Raises:
         FedkdError: an instruction cannot be read, or is another client's.
     """
-    (found,) = answers_together([Sent(experiment, store, contents)])
+    (found,) = handle_together([Delivery(experiment, store, contents)])
     return found
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
+class Delivery:
     """What the clients of one federation were sent.
 
     Attributes:
         experiment: the run.
         store: where these clients keep their states.
         contents: each client's partition id and its message.
-        secret_noise: see `fedkd.clients.execute.Part`.
+        secret_noise: see `fedkd.clients.execute.FederationInstructions`.
     """
 
     experiment: Experiment
@@ -58,16 +58,19 @@ class Sent:
     secret_noise: bool = False
 
 
-def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
+def handle_together(deliveries: Sequence[Delivery]) -> list[list[RecordDict | Failure]]:
     """Answer the messages of federations on the same data, those that can share a stack side by side.
 
     Raises:
         FedkdError: an instruction cannot be read, or is another client's.
     """
-    data = federated_data(sent[0].experiment)
+    data = federated_data(deliveries[0].experiment)
     started = perf_counter()
     parts = [
-        Part(one.experiment, _instructions(one, data), one.store, one.secret_noise) for one in sent
+        FederationInstructions(
+            one.experiment, _instructions(one, data), one.store, one.secret_noise
+        )
+        for one in deliveries
     ]
     decoding = (perf_counter() - started) / sum(len(part.instructions) for part in parts)
     return [
@@ -81,15 +84,15 @@ def answers_together(sent: Sequence[Sent]) -> list[list[RecordDict | Failure]]:
     ]
 
 
-def _instructions(sent: Sent, data: FederatedData) -> list[Instruction]:
+def _instructions(deliveries: Delivery, data: FederatedData) -> list[Instruction]:
     seen: dict[Any, Knowledge | Packed | None] = {}
     instructions = []
-    for client, content in sent.contents:
+    for client, content in deliveries.contents:
         held = len(data.shards[client])
         instruction = decode_instruction(content, data.sizes, num_examples=held, seen=seen)
         if instruction.client != client:
             raise FedkdError(
-                f"the order is for partition {instruction.client}, this node holds {client}"
+                f"the instruction is for partition {instruction.client}, this node holds {client}"
             )
         instructions.append(instruction)
     return instructions

@@ -18,7 +18,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkd.engines.answering import Sent, answers_together, introduce, reply, store_of
+from fedkd.engines.answering import Delivery, handle_together, introduce, reply, store_of
 from fedkd.engines.deployment import ends_in_time
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
@@ -52,8 +52,10 @@ def train(message: Message, context: Context) -> Message:
     keep_freed_memory()
     experiment = _accepted(decode_experiment(message.content), context)
     client = _partition(context, experiment)
-    sent = Sent(experiment, store_of(experiment), [(client, message.content)], not _is_simulated())
-    ((answer,),) = answers_together([sent])
+    sent = Delivery(
+        experiment, store_of(experiment), [(client, message.content)], not _is_simulated()
+    )
+    ((answer,),) = handle_together([sent])
     if isinstance(answer, RecordDict):
         _check_leaving(answer, context)
     return reply(message, answer)

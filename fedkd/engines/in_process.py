@@ -15,7 +15,7 @@ from functools import partial
 from flwr.app import Message, RecordDict
 
 from fedkd.clients.instructions import Failure
-from fedkd.engines.answering import answers, introduce, reply, store_of
+from fedkd.engines.answering import handle, introduce, reply, store_of
 from fedkd.engines.workers import Workers
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
@@ -25,7 +25,7 @@ from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
 from fedkd.strategy import DistillationStrategy
 
-Answers = Callable[[Sequence[tuple[int, RecordDict]]], list[RecordDict | Failure]]
+Handler = Callable[[Sequence[tuple[int, RecordDict]]], list[RecordDict | Failure]]
 """Answers what clients were sent, by partition id, in order."""
 
 
@@ -41,7 +41,7 @@ def run(
         workers = Workers(experiment, events) if experiment.num_workers else None
         if workers is not None:
             stack.enter_context(workers)
-        clients = Clients(experiment, workers.answers if workers else None)
+        clients = Clients(experiment, workers.handle if workers else None)
         grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
         stack.enter_context(task_identity())
         strategy.open(grid, experiment, folder, on_round, events).run()
@@ -55,17 +55,17 @@ class Clients:
         others: answer the messages of some of them; default: in this process, by themselves.
     """
 
-    def __init__(self, experiment: Experiment, others: Answers | None = None) -> None:
+    def __init__(self, experiment: Experiment, others: Handler | None = None) -> None:
         self._experiment = experiment
-        here = partial(answers, experiment, store_of(experiment, experiment.clients_per_round))
-        self._answers = others or here
+        here = partial(handle, experiment, store_of(experiment, experiment.clients_per_round))
+        self._handle = others or here
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
         """Answer all messages of an exchange."""
         if messages[0][1].metadata.message_type == HELLO:
             return [self._hello(client, message) for client, message in messages]
         contents = [(client, message.content) for client, message in messages]
-        found = self._answers(contents)
+        found = self._handle(contents)
         return [
             reply(message, answer) for (_, message), answer in zip(messages, found, strict=True)
         ]

@@ -18,7 +18,7 @@ from fedkd.phases import (
     Fit,
     MeanByClass,
     Procedure,
-    reference,
+    import_path,
     resolve_procedure,
     resolve_term,
 )
@@ -95,8 +95,8 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
                         "put it in private"
                     )
         if isinstance(phase, Apply):
-            _check_reach(experiment, reference(phase.procedure))
-            _check_numbers(phase, resolve_procedure(reference(phase.procedure), modules))
+            _check_reach(experiment, import_path(phase.procedure))
+            _check_numbers(phase, resolve_procedure(import_path(phase.procedure), modules))
 
 
 def _check_numbers(phase: Apply, procedure: Procedure) -> None:

@@ -19,7 +19,7 @@ from flwr.app import RecordDict
 from fedkd.clients.instructions import Failure
 from fedkd.clients.stack import STACKABLE
 from fedkd.clients.state_store import ResidentStates
-from fedkd.engines.answering import Sent, answers_together, store_of
+from fedkd.engines.answering import Delivery, handle_together, store_of
 from fedkd.engines.in_process import Clients
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -93,8 +93,8 @@ def _run(planned: Planned, meeting: _Meeting, number: int) -> Exception | None:
     experiment = planned.experiment
     with meeting.turn:
         try:
-            answers = partial(meeting.answers, number, experiment, store_of(experiment))
-            clients = Clients(experiment, answers)
+            handle = partial(meeting.handle, number, experiment, store_of(experiment))
+            clients = Clients(experiment, handle)
             grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
             planned.strategy.open(grid, experiment, planned.folder, planned.on_round).run()
         except Exception as error:
@@ -114,11 +114,11 @@ class _Meeting:
     def __init__(self, size: int) -> None:
         self.turn = Condition()
         self._present = size
-        self._sent: dict[int, Sent] = {}
+        self._sent: dict[int, Delivery] = {}
         self._answered: dict[int, list[RecordDict | Failure] | BaseException] = {}
         self._is_over = False
 
-    def answers(
+    def handle(
         self,
         number: int,
         experiment: Experiment,
@@ -126,7 +126,7 @@ class _Meeting:
         contents: Sequence[tuple[int, RecordDict]],
     ) -> list[RecordDict | Failure]:
         """Wait for all others, and return the answers of a federation's clients."""
-        self._sent[number] = Sent(experiment, store, contents)
+        self._sent[number] = Delivery(experiment, store, contents)
         self._answer_if_all_are_here()
         self.turn.wait_for(lambda: number in self._answered or self._is_over)
         if self._is_over:
@@ -152,7 +152,7 @@ class _Meeting:
         numbers = sorted(self._sent)  # not in the order in which the threads came
         sent = [self._sent.pop(number) for number in numbers]
         try:
-            self._answered.update(zip(numbers, answers_together(sent), strict=True))
+            self._answered.update(zip(numbers, handle_together(sent), strict=True))
         except BaseException as error:  # nobody may wait for ever
             self._answered.update(dict.fromkeys(numbers, error))
         self.turn.notify_all()

@@ -16,7 +16,7 @@ from flwr.app import RecordDict
 from fedkd import data
 from fedkd.clients.instructions import Failure
 from fedkd.data.federated import federated_data
-from fedkd.engines.answering import answers, store_of
+from fedkd.engines.answering import handle, store_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
@@ -26,7 +26,7 @@ from fedkd.user_code import fingerprint
 Contents = list[tuple[int, RecordDict]]
 """What the clients of a worker are sent: each one's partition id and its message."""
 
-Answers = list[RecordDict | Failure]
+Results = list[RecordDict | Failure]
 """What they answer, in the same order."""
 
 
@@ -48,18 +48,18 @@ class Worker:
         keep_freed_memory()
         self._keys = keys
         self._sources = sources
-        self._answers: Callable[[Contents], Answers] | None = None
+        self._handle: Callable[[Contents], Results] | None = None
 
-    def answers(self, contents: Contents, sent: Mapping[str, list[Any]]) -> Answers | None:
+    def handle(self, contents: Contents, sent: Mapping[str, list[Any]]) -> Results | None:
         """Answer messages, of which there may be none; get the data before, if need be.
 
         Returns:
             One answer a message, or ``None`` if this machine lacks data that are not in `sent` yet.
 
         Raises:
-            FedkdError: this process runs other code than the driver; see `answering.answers`.
+            FedkdError: this process runs other code than the driver; see `answering.handle`.
         """
-        if self._answers is None:
+        if self._handle is None:
             self._refuse_other_code()
             experiment = Experiment.load(("the driver", self._keys))
             if sent:
@@ -67,10 +67,10 @@ class Worker:
             elif not _has_data(experiment):
                 return None
             federated_data(experiment)
-            self._answers = partial(
-                answers, experiment, store_of(experiment, experiment.clients_per_round)
+            self._handle = partial(
+                handle, experiment, store_of(experiment, experiment.clients_per_round)
             )
-        return self._answers(contents) if contents else []
+        return self._handle(contents) if contents else []
 
     def node(self) -> str:
         """Return the id of the machine that this process is on, to who wants to know that it is up."""
@@ -108,7 +108,7 @@ def _has_data(experiment: Experiment) -> bool:
     return True
 
 
-class _Sent:
+class _DeliveredData:
     """Data sets that the driver sent: `data.load` finds them by ``module:function``."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class _Sent:
         return self.sets["public"]
 
 
-SENT = _Sent()
+DELIVERED = _DeliveredData()
 """The data sets of this worker process, if they had to be sent."""
 
 
@@ -131,7 +131,7 @@ def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experimen
     """Take data sets out of Ray's object store and have the experiment name them."""
     import ray
 
-    SENT.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
+    DELIVERED.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
     return experiment.replace(**{key: f"{__name__}:SENT.{key}" for key in sent})
 
 

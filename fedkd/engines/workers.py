@@ -35,7 +35,7 @@ from fedkd.engines.ray_session import (
     within,
 )
 from fedkd.engines.resources import Share, available_cpus, placement, share_of
-from fedkd.engines.worker import Answers, Contents, Worker, data_sets, packed
+from fedkd.engines.worker import Contents, Results, Worker, data_sets, packed
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
@@ -107,8 +107,8 @@ class Workers:
     ) -> None:
         self._leave.close()
 
-    def answers(self, contents: Sequence[tuple[int, RecordDict]]) -> list[RecordDict | Failure]:
-        """Answer messages, each by the worker that holds its client: `answering.answers`.
+    def handle(self, contents: Sequence[tuple[int, RecordDict]]) -> list[RecordDict | Failure]:
+        """Answer messages, each by the worker that holds its client: `answering.handle`.
 
         The clients of a worker fail if it has not answered by the round's timeout, when it is ended,
         or if it dies, is built anew and dies again.
@@ -143,7 +143,7 @@ class Workers:
 
     def _exchange(
         self, parts: Mapping[int, Contents], timeout: float
-    ) -> dict[int, Answers | _Lost]:
+    ) -> dict[int, Results | _Lost]:
         """Have workers answer their parts of an exchange, all at once.
 
         Raises:
@@ -151,7 +151,7 @@ class Workers:
         """
         end = monotonic() + timeout
         deaths = Counter[int]()
-        found: dict[int, Answers | _Lost] = {}
+        found: dict[int, Results | _Lost] = {}
         calls = {self._call(worker, part): worker for worker, part in parts.items()}
         while calls:
             self._look_around()
@@ -169,13 +169,13 @@ class Workers:
         self._look_around()
         return found
 
-    def _outcome(self, worker: int, call: Any, deaths: Counter[int]) -> Answers | _Lost | None:
+    def _outcome(self, worker: int, call: Any, deaths: Counter[int]) -> Results | _Lost | None:
         """Return what came of a call, or `None` if it is to be made again."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            answered: Answers | None = ray.get(call, timeout=_FETCH_S)
+            answered: Results | None = ray.get(call, timeout=_FETCH_S)
         except RayTaskError as error:
             if not isinstance(error.cause, MemoryError):
                 raise error.cause from error  # a mistake of the experiment, or of this code
@@ -192,7 +192,7 @@ class Workers:
             self._actors[worker] = self._built(worker)
             since = self._absent.get(worker, (None, monotonic()))[1]
             self._absent[worker] = (self._actors[worker].node.remote(), since)
-        return self._actors[worker].answers.remote(part, self._sent)
+        return self._actors[worker].handle.remote(part, self._sent)
 
     def _built(self, worker: int) -> Any:
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus, "max_restarts": 0}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge
-from fedkd.knowledge.codec import Reference
+from fedkd.knowledge.codec import KnownRows
 from fedkd.knowledge.kinds import BY_NAME
 from fedkd.records.files import replace_file
 from fedkd.training.parameters import State
@@ -29,7 +29,7 @@ FILE = "server.safetensors"
 _SAID = "fedkd"
 """The entry of the header in which the rest stands."""
 
-References = dict[int, Reference | None]
+KnownRowsByClient = dict[int, KnownRows | None]
 """What a client has of our soft labels, or we of its, by client."""
 
 
@@ -59,8 +59,8 @@ class Checkpoint:
     model: State | None = None
     trained: bool = False
     base: dict[int, int] = field(default_factory=dict)
-    sent: References = field(default_factory=dict)
-    heard: References = field(default_factory=dict)
+    sent: KnownRowsByClient = field(default_factory=dict)
+    heard: KnownRowsByClient = field(default_factory=dict)
     asked: dict[int, int] = field(default_factory=dict)
     lost: int = 0
     totals: dict[str, int] = field(default_factory=dict)
@@ -116,12 +116,12 @@ class Checkpoint:
 
     @classmethod
     def _of(cls, said: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
-        references: dict[int, Reference] = {}
+        known_by_number: dict[int, KnownRows] = {}
         for number in {place for each in ("sent", "heard") for _, place in said[each]} - {None}:
             parts = _under(f"references/{number}", tensors)
-            references[number] = Reference(parts["codes"], parts["known"])
+            known_by_number[number] = KnownRows(parts["codes"], parts["known"])
         opened = {
-            each: {client: references.get(place) for client, place in said[each]}
+            each: {client: known_by_number.get(place) for client, place in said[each]}
             for each in ("sent", "heard")
         }
         return cls(
@@ -146,19 +146,19 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _listed(
-    references: References, places: dict[int, int], tensors: dict[str, Tensor]
+    known_by_number: KnownRowsByClient, places: dict[int, int], tensors: dict[str, Tensor]
 ) -> list[tuple[int, int | None]]:
     """Number references, each object once, and put their tensors beside the others."""
     found: list[tuple[int, int | None]] = []
-    for client, reference in sorted(references.items(), key=lambda item: item[0]):
-        if reference is None:
+    for client, known in sorted(known_by_number.items(), key=lambda item: item[0]):
+        if known is None:
             found.append((client, None))
             continue
-        if id(reference) not in places:
-            number = places[id(reference)] = len(places)
-            tensors[f"references/{number}/codes"] = reference.codes
-            tensors[f"references/{number}/known"] = reference.known
-        found.append((client, places[id(reference)]))
+        if id(known) not in places:
+            number = places[id(known)] = len(places)
+            tensors[f"references/{number}/codes"] = known.codes
+            tensors[f"references/{number}/known"] = known.known
+        found.append((client, places[id(known)]))
     return found
 
 

@@ -24,7 +24,7 @@ from fedkd.federation.flower_internals.replies import failure_reason
 from fedkd.federation.knowledge_records import typed_record
 from fedkd.federation.messages import decode_report
 from fedkd.federation.report_checks import check_report, with_known_numbers
-from fedkd.knowledge.codec import Reference
+from fedkd.knowledge.codec import KnownRows
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Exchange:
     instructions: dict[int, Instruction] = field(default_factory=dict)
     up: Bytes = field(default_factory=Bytes)
     down: Bytes = field(default_factory=Bytes)
-    sent: dict[int, Reference | None] = field(default_factory=dict)
+    sent: dict[int, KnownRows | None] = field(default_factory=dict)
     reports: list[ClientReport] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     started: float = field(default_factory=monotonic)
@@ -94,7 +94,7 @@ class Exchange:
         client_of: Mapping[int, int],
         experiment: Experiment,
         data: FederatedData,
-        heard: Mapping[int, Reference | None],
+        heard: Mapping[int, KnownRows | None],
     ) -> None:
         """Sort replies into good reports and drops with a reason.
 
@@ -138,7 +138,7 @@ class Exchange:
         client: int,
         data: FederatedData,
         student: str,
-        heard: Reference | None,
+        heard: KnownRows | None,
     ) -> None:
         """Take a client's report, or drop the client."""
         report = None

@@ -26,7 +26,7 @@ from fedkd.federation.knowledge_records import (
     typed_record,
 )
 from fedkd.knowledge import Knowledge, Sizes, SoftLabels, Wire
-from fedkd.knowledge.codec import Packed, Reference, pack_samples, unpack_samples
+from fedkd.knowledge.codec import KnownRows, Packed, pack_samples, unpack_samples
 from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import from_text, to_text
 
@@ -260,7 +260,7 @@ def decode_report(
     asked: Tensor,
     sizes: Sizes,
     wire: Wire = PLAIN,
-    reference: Reference | None = None,
+    known: KnownRows | None = None,
 ) -> ClientReport:
     """Unpack a report.
 
@@ -269,7 +269,7 @@ def decode_report(
         asked: samples that the client was asked for.
         sizes: of the public set.
         wire: how its soft labels have to be encoded.
-        reference: what the server has of them already.
+        known: what the server has of them already.
 
     Raises:
         FedkdError: the records do not make up a report.
@@ -299,14 +299,14 @@ def decode_report(
     newer = None
     if isinstance(answer, Packed):
         owner = torch.tensor([client]), torch.tensor([num_examples])
-        answer, newer = _unpacked(answer, sizes, wire, reference, owner)
+        answer, newer = _unpacked(answer, sizes, wire, known, owner)
     return ClientReport(
         client=client,
         num_examples=num_examples,
         answer=answer,
         metrics=metrics,
         seconds=seconds,
-        reference=newer,
+        known=newer,
         events=events,
         round=round,
     )
@@ -316,16 +316,16 @@ def _unpacked(
     packed: Packed,
     sizes: Sizes,
     wire: Wire,
-    reference: Reference | None,
+    known: KnownRows | None,
     owner: tuple[Tensor, Tensor],
-) -> tuple[SoftLabels, Reference | None]:
+) -> tuple[SoftLabels, KnownRows | None]:
     """Decode a client's soft labels, if they are encoded as they have to be."""
     if (packed.wire, packed.sets) != (wire, 1):
         raise FedkdError(
             f"sends {shown(packed.sets)} × {packed.wire}, where one set as {wire} was asked for"
         )
     try:
-        return SoftLabels.unpack(packed, sizes.num_public, reference, owner)
+        return SoftLabels.unpack(packed, sizes.num_public, known, owner)
     except FedkdError as error:
         raise FedkdError(f"sends soft labels that are none: {error}") from None
 

@@ -11,26 +11,26 @@ from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.knowledge_records import encode_knowledge
 from fedkd.federation.server import Server
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
-from fedkd.knowledge.codec import Reference
+from fedkd.knowledge.codec import KnownRows
 from fedkd.phases import Phase
 
 _Records = dict[str, Any]
 
 
-class SharedReferences:
+class SharedKnownRows:
     """One object for all clients that have the same soft labels, whichever way they came by them.
 
     What no client has any more is forgotten.
     """
 
     def __init__(self) -> None:
-        self._by_digest: WeakValueDictionary[bytes, Reference] = WeakValueDictionary()
+        self._by_digest: WeakValueDictionary[bytes, KnownRows] = WeakValueDictionary()
 
-    def shared(self, reference: Reference | None) -> Reference | None:
+    def shared(self, known: KnownRows | None) -> KnownRows | None:
         """Return the object that stands for all references equal to this one."""
-        if reference is None:
+        if known is None:
             return None
-        return self._by_digest.setdefault(reference.digest(), reference)
+        return self._by_digest.setdefault(known.digest(), known)
 
 
 class Outgoing:
@@ -40,7 +40,7 @@ class Outgoing:
         algorithm: says what each client receives.
         server: knows the experiment and the sizes of the public set.
         kept: the newest knowledge, and what each client has already.
-        references: of this federation.
+        known_rows: of this federation.
     """
 
     def __init__(
@@ -48,22 +48,22 @@ class Outgoing:
         algorithm: CheckedAlgorithm,
         server: Server,
         kept: Checkpoint,
-        references: SharedReferences,
+        known_rows: SharedKnownRows,
     ) -> None:
         self._algorithm = algorithm
         self._experiment = server.experiment
         self._sizes = server.data.sizes
         self._kept = kept
-        self._references = references
+        self._known_rows = known_rows
         # By the ids of what was encoded and of what its receivers had, which are kept beside it:
         # another object could take over the id of a freed one.
         self._encodings: dict[
-            tuple[int, int], tuple[object, object, _Records, Reference | None]
+            tuple[int, int], tuple[object, object, _Records, KnownRows | None]
         ] = {}
 
     def records_for(
         self, client: int, phases: Sequence[Phase]
-    ) -> tuple[_Records, Reference | None] | None:
+    ) -> tuple[_Records, KnownRows | None] | None:
         """Encode what a client receives, once for all who receive the same and have the same.
 
         Args:
@@ -96,10 +96,10 @@ class Outgoing:
         return records, newer
 
     def _encoded(
-        self, part: Knowledge, known: Reference | None
-    ) -> tuple[_Records, Reference | None]:
+        self, part: Knowledge, known: KnownRows | None
+    ) -> tuple[_Records, KnownRows | None]:
         """Encode knowledge for clients that have `known` of it already."""
         if not isinstance(part, SoftLabels):
             return encode_knowledge(part, self._sizes, asked=False), None
         packed, newer = part.pack(self._algorithm.wire_down, self._sizes.num_public, known)
-        return encode_knowledge(packed, self._sizes, asked=False), self._references.shared(newer)
+        return encode_knowledge(packed, self._sizes, asked=False), self._known_rows.shared(newer)

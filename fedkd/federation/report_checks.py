@@ -11,7 +11,7 @@ from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, Setting
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
-from fedkd.phases import ANSWERS, MeanByClass, Predict
+from fedkd.phases import ANSWERING, MeanByClass, Predict
 from fedkd.training.architectures import architectures_of
 from fedkd.training.profiling import PART
 
@@ -50,7 +50,7 @@ def check_report(
         raise FedkdError(f"sends num-examples = {report.num_examples} of a partition of {held}")
     if instruction.evaluate == "end" and not {"accuracy", "own_accuracy"} <= set(report.metrics):
         raise FedkdError("sends no final accuracy")
-    answers = [phase for phase in instruction.phases if isinstance(phase, ANSWERS)]
+    answers = [phase for phase in instruction.phases if isinstance(phase, ANSWERING)]
     if report.answer is not None and not answers:
         raise FedkdError("sends knowledge that nobody asked for")
     for phase in answers:
@@ -151,11 +151,11 @@ def _check_weights(answer: Knowledge | None, data: FederatedData, student: str) 
     if not isinstance(answer, Weights) or list(answer.by_model) != [student]:
         raise FedkdError(f"does not send the weights of {student} that were asked for")
     model = architectures_of(data).skeleton(student)
-    reference = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    known = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sent = answer.by_model[student].tensors
-    if set(sent) != set(reference):
+    if set(sent) != set(known):
         raise FedkdError(f"sends other parameters than {student} has")
-    for name, tensor in reference.items():
+    for name, tensor in known.items():
         if sent[name].shape[1:] != tensor.shape or sent[name].dtype != tensor.dtype:
             raise FedkdError(
                 f"sends {name} as {sent[name].dtype} of shape {tuple(sent[name].shape[1:])}: "

@@ -29,7 +29,7 @@ from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.events import Events
 from fedkd.federation.exchange import Exchange
 from fedkd.federation.messages import TRAIN, encode_instruction, encode_request, experiment_record
-from fedkd.federation.outgoing import Outgoing, SharedReferences
+from fedkd.federation.outgoing import Outgoing, SharedKnownRows
 from fedkd.federation.roster import Roster
 from fedkd.federation.round_record import RunRecord
 from fedkd.federation.server import Replies, Server
@@ -82,7 +82,7 @@ class Federation:
         self._server = Server(experiment, data)
         self._algorithm = CheckedAlgorithm(strategy, self._server)
         self._kept = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
-        self._references = SharedReferences()
+        self._known_rows = SharedKnownRows()
         self._exchange: Exchange | None = None
         self._record = RunRecord(self._server, folder)
         self._folder = folder
@@ -113,7 +113,7 @@ class Federation:
         kept = Checkpoint.load(folder.path)
         self._record.keep(kept.round)
         if kept.round:
-            kept.sent |= {k: self._references.shared(each) for k, each in kept.sent.items()}
+            kept.sent |= {k: self._known_rows.shared(each) for k, each in kept.sent.items()}
             _restore(self._server, kept)
             self._kept = kept
 
@@ -174,7 +174,7 @@ class Federation:
         """Begin an exchange: address the order to every sampled client."""
         self.roster.complete()
         exchange = self._exchange = Exchange(sampled, events=self._events)
-        outgoing = Outgoing(self._algorithm, self._server, self._kept, self._references)
+        outgoing = Outgoing(self._algorithm, self._server, self._kept, self._known_rows)
         request = encode_request(instruction.asked, self._server.data.sizes)
         first = tuple(self._algorithm.phases(1))
         messages = []
@@ -281,7 +281,7 @@ class Federation:
             if client in exchange.sent:
                 self._kept.sent[client] = exchange.sent[client]
             if isinstance(report.answer, SoftLabels):
-                self._kept.heard[client] = report.reference
+                self._kept.heard[client] = report.known
 
     def _renew(self, new: Knowledge) -> None:
         """Put new knowledge in place of the previous, and let an observing server's model digest it."""

@@ -2,7 +2,7 @@
 
 A `Wire` has three slots in a fixed order: the number that stands for a value, the rows that are sent,
 and how what is left is packed. `pack` and `unpack` apply it to one peer's soft labels; where only
-changed rows are sent, both ends keep a `Reference`, what the receiver has already.
+changed rows are sent, both ends keep a `KnownRows`, what the receiver has already.
 
 Everything here works on the CPU and without a loop over samples.
 """
@@ -36,7 +36,7 @@ MOST_SETS = 1000
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class KnownRows:
     """What one peer already has of the other's soft labels, by public sample.
 
     Attributes:
@@ -48,7 +48,7 @@ class Reference:
     known: Tensor
 
     @classmethod
-    def empty(cls, wire: Wire, num_public: int, width: int) -> Reference:
+    def empty(cls, wire: Wire, num_public: int, width: int) -> KnownRows:
         """Return one that knows nothing, for rows of `width` codes."""
         codes = torch.zeros(num_public, width, dtype=wire.dtype)
         return cls(codes, torch.zeros(num_public, dtype=torch.bool))
@@ -60,11 +60,11 @@ class Reference:
             found.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return found.digest()
 
-    def updated(self, samples: Tensor, codes: Tensor) -> Reference:
+    def updated(self, samples: Tensor, codes: Tensor) -> KnownRows:
         """Return a copy in which the rows `samples` are `codes`; this one stays as it is."""
         new, known = self.codes.clone(), self.known.clone()
         new[samples], known[samples] = codes, True
-        return Reference(new, known)
+        return KnownRows(new, known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,8 @@ def pack(
     samples: Tensor,
     wire: Wire,
     num_public: int,
-    reference: Reference | None = None,
-) -> tuple[Packed, Reference | None]:
+    known: KnownRows | None = None,
+) -> tuple[Packed, KnownRows | None]:
     """Write soft labels for the wire.
 
     Args:
@@ -152,11 +152,11 @@ def pack(
         samples: int64 ``[N]``, distinct.
         wire: the codec.
         num_public: P, samples of the public set.
-        reference: what the receiver has, where only changed rows are sent; ``None`` is nothing.
+        known: what the receiver has, where only changed rows are sent; ``None`` is nothing.
 
     Returns:
         What to send, and the reference once the receiver has it (``None`` where all rows are sent).
-        `reference` itself is not changed, so that a message that got lost can be forgotten.
+        `known` itself is not changed, so that a message that got lost can be forgotten.
 
     Raises:
         FedkdError: shapes do not fit, or values that are to go on the simplex are not finite or are
@@ -176,7 +176,7 @@ def pack(
     arrays: dict[str, Tensor] = {}
     updated = None
     if wire.rows == "changed":
-        base = _reference(reference, wire, num_public, sets * classes)
+        base = _known_rows(known, wire, num_public, sets * classes)
         changed = ~base.known[samples] | _differ(codes, base.codes[samples])
         arrays["changed"] = write_bitmap(changed)
         codes = codes[changed]
@@ -186,8 +186,8 @@ def pack(
 
 
 def unpack(
-    packed: Packed, num_public: int, reference: Reference | None = None
-) -> tuple[Tensor, Reference | None]:
+    packed: Packed, num_public: int, known: KnownRows | None = None
+) -> tuple[Tensor, KnownRows | None]:
     """Read soft labels from the wire.
 
     Whatever the arrays hold ends in soft labels of the promised shape or in an error. Whether floats are
@@ -196,14 +196,14 @@ def unpack(
     Args:
         packed: what arrived.
         num_public: P, samples of the public set.
-        reference: what this end has, where only changed rows are sent; ``None`` is nothing.
+        known: what this end has, where only changed rows are sent; ``None`` is nothing.
 
     Returns:
         Values float32 ``[M, N, C]``, and the updated reference (``None`` where all rows are sent).
 
     Raises:
         FedkdError: an array is missing or has a wrong type or length, a code is off the simplex, or an
-            unchanged row is one that `reference` does not know.
+            unchanged row is one that `known` does not know.
     """
     wire, sets, classes, samples = packed.wire, packed.sets, packed.num_classes, packed.samples
     _check_header(packed.space, sets, classes, samples, num_public)
@@ -216,7 +216,7 @@ def unpack(
         codes = unpacked_codes(packed.arrays["values"], wire, len(samples), sets, classes)
         return _dequantised(codes, packed), None
     changed = read_bitmap("changed", packed.arrays["changed"], len(samples))
-    base = _reference(reference, wire, num_public, sets * classes)
+    base = _known_rows(known, wire, num_public, sets * classes)
     lost = int((~changed & ~base.known[samples]).sum())
     if lost:
         raise FedkdError(
@@ -280,16 +280,16 @@ def _check_header(space: str, sets: int, classes: int, samples: Tensor, num_publ
     check_samples(samples, num_public)
 
 
-def _reference(reference: Reference | None, wire: Wire, num_public: int, width: int) -> Reference:
-    if reference is None:
-        return Reference.empty(wire, num_public, width)
-    found = (reference.codes.dtype, tuple(reference.codes.shape), tuple(reference.known.shape))
+def _known_rows(known: KnownRows | None, wire: Wire, num_public: int, width: int) -> KnownRows:
+    if known is None:
+        return KnownRows.empty(wire, num_public, width)
+    found = (known.codes.dtype, tuple(known.codes.shape), tuple(known.known.shape))
     if found != (wire.dtype, (num_public, width), (num_public,)):
         raise FedkdError(
             f"the reference holds {found[0]} {list(found[1])}: must be {wire.dtype} "
             f"{[num_public, width]} for {wire}"
         )
-    return reference
+    return known
 
 
 # --- Numbers -----------------------------------------------------------------------------------

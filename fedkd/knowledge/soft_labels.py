@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge.arrival import Arrival, Sizes
-from fedkd.knowledge.codec import Packed, Reference, pack, unpack
+from fedkd.knowledge.codec import KnownRows, Packed, pack, unpack
 from fedkd.knowledge.wire import PLAIN, Wire
 
 Space = Literal["logits", "probabilities"]
@@ -187,32 +187,32 @@ class SoftLabels:
         return Packed.from_message(tensors, fields, arrival)
 
     def pack(
-        self, wire: Wire, num_public: int, reference: Reference | None = None
-    ) -> tuple[Packed, Reference | None]:
+        self, wire: Wire, num_public: int, known: KnownRows | None = None
+    ) -> tuple[Packed, KnownRows | None]:
         """Encode all K of these for one peer; see `fedkd.knowledge.codec.pack`."""
         values = self.values.detach().cpu().float()
-        return pack(values, self.space, self.samples.cpu(), wire, num_public, reference)
+        return pack(values, self.space, self.samples.cpu(), wire, num_public, known)
 
     @classmethod
     def unpack(
         cls,
         packed: Packed,
         num_public: int,
-        reference: Reference | None = None,
+        known: KnownRows | None = None,
         owner: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[SoftLabels, Reference | None]:
+    ) -> tuple[SoftLabels, KnownRows | None]:
         """Decode what `pack` encoded.
 
         Args:
             packed: as it came.
             num_public: P.
-            reference: what this side has already of the peer's soft labels.
+            known: what this side has already of the peer's soft labels.
             owner: clients and num_examples, ``[K]`` each.
 
         Raises:
             FedkdError: see `fedkd.knowledge.codec.unpack`.
         """
-        values, newer = unpack(packed, num_public, reference)
+        values, newer = unpack(packed, num_public, known)
         space: Any = packed.space
         return cls(values, space, packed.samples, *(owner or ())), newer
 

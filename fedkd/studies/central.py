@@ -27,7 +27,7 @@ from fedkd.records.results import CentralRun
 from fedkd.studies.arguments import Progress, seeds_of, silent
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.training.architectures import check_models
-from fedkd.training.cohort import Answers
+from fedkd.training.cohort import Classified
 from fedkd.training.fit import NORM_EVERY, Fitted
 from fedkd.training.models import num_parameters
 from fedkd.training.tuning import check_plan, described, planned
@@ -99,8 +99,8 @@ def _trained(pooled: Pooled) -> tuple[CentralRun, Tested]:
     count = len(taught.classes)
     answers = {
         "teacher": taught,
-        "student-alone": Answers(*(each[:count] for each in learnt)),
-        "student-distilled": Answers(*(each[count:] for each in learnt)),
+        "student-alone": Classified(*(each[:count] for each in learnt)),
+        "student-distilled": Classified(*(each[count:] for each in learnt)),
     }
     right = {model: accuracies(each.classes, test) for model, each in answers.items()}
     agreement = answers["student-distilled"].classes == taught.classes

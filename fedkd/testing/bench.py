@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkd.data import Dataset, load
 from fedkd.data.federated import federated_data
-from fedkd.engines.answering import answers, introduce, reply, store_of
+from fedkd.engines.answering import handle, introduce, reply, store_of
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Algorithm
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
@@ -24,7 +24,7 @@ from fedkd.federation.messages import HELLO, encode_introduction
 from fedkd.federation.rounds import Federation
 from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import KINDS, Knowledge, ModelWeights, SoftLabels, tensors_of
-from fedkd.phases import Apply, Fit, reference
+from fedkd.phases import Apply, Fit, import_path
 from fedkd.records.files import Row
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Wrong
@@ -180,7 +180,7 @@ class Clients:
         said: dict[int, RecordDict] = {}
         replies: list[Message | None] = []
         number = len(self.exchanges) + 1
-        for (client, message), answer in zip(messages, self._answers(messages), strict=True):
+        for (client, message), answer in zip(messages, self._handle(messages), strict=True):
             if isinstance(answer, RecordDict):
                 said[client] = answer
                 replies.append(self._change(number, client, message, answer))
@@ -189,12 +189,12 @@ class Clients:
         self.exchanges.append(said)
         return replies
 
-    def _answers(self, messages: Sequence[tuple[int, Message]]) -> Sequence[Any]:
+    def _handle(self, messages: Sequence[tuple[int, Message]]) -> Sequence[Any]:
         if self._replay:
             said = self._replay[len(self.exchanges)]
             return [_said_again(said[client], message) for client, message in messages]
         contents = [(client, message.content) for client, message in messages]
-        return answers(self._experiment, self._store, contents)
+        return handle(self._experiment, self._store, contents)
 
 
 def _said_again(content: RecordDict, message: Message) -> RecordDict:
@@ -260,7 +260,7 @@ class Bench:
             if isinstance(phase, Fit):
                 names += [*phase.private, *phase.public]
             if isinstance(phase, Apply):
-                names.append(reference(phase.procedure))
+                names.append(import_path(phase.procedure))
         modules = {name.rpartition(":")[0] for name in names} - {"", "fedkd.losses", "__main__"}
         return sorted(name for name in modules if not f"{name}.".startswith("strategies."))
 

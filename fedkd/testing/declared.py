@@ -16,13 +16,13 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import Output, Space
 from fedkd.losses import Step, Term
 from fedkd.phases import (
-    ANSWERS,
+    ANSWERING,
     Apply,
     Fit,
     MeanByClass,
     Phase,
     from_text,
-    reference,
+    import_path,
     resolve_procedure,
     resolve_term,
     to_text,
@@ -113,9 +113,9 @@ def phases(bench: Bench) -> None:
         answers |= {
             (type(p), getattr(p, "space", ""), getattr(p, "of", ""))
             for p in found
-            if isinstance(p, ANSWERS)
+            if isinstance(p, ANSWERING)
         }
-        if sum(isinstance(phase, ANSWERS) for phase in found) > 1:
+        if sum(isinstance(phase, ANSWERING) for phase in found) > 1:
             raise Wrong(f"{where} answers twice: a client sends one kind of knowledge a round")
     if len(answers) > 1:
         raise Wrong(
@@ -167,7 +167,7 @@ def client_code(bench: Bench) -> None:
     found = [*bench.strategy.phases(1), *bench.strategy.phases(2)]
     for phase in found:
         if isinstance(phase, Apply):
-            resolve_procedure(reference(phase.procedure), experiment.client_modules)
+            resolve_procedure(import_path(phase.procedure), experiment.client_modules)
     numbers: dict[str, dict[str, float]] = {}
     for phase in found:
         if isinstance(phase, Fit):
@@ -175,7 +175,7 @@ def client_code(bench: Bench) -> None:
                 numbers.setdefault(name, dict(phase.numbers))
     for name, given in numbers.items():
         term = resolve_term(name, experiment.client_modules)
-        if not term.reference.startswith("fedkd.losses:"):
+        if not term.import_path.startswith("fedkd.losses:"):
             _TermCheck(bench, term, experiment, given)()
     own = [name for name in numbers if ":" in name]
     if not own and not any(isinstance(phase, Apply) for phase in found):
@@ -191,7 +191,7 @@ class _TermCheck:
         self, bench: Bench, term: Term, experiment: Experiment, numbers: Mapping[str, float]
     ) -> None:
         self.term = term
-        self.name = term.reference
+        self.name = term.import_path
         self.steps = _steps(bench, term, experiment, numbers, self.clients, self.samples)
 
     def __call__(self) -> None:

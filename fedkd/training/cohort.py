@@ -35,7 +35,7 @@ IMAGES_AT_ONCE = {True: 1000, False: 250}
 """Images a forward pass without training takes, stacked or not: measured best on a CPU."""
 
 
-class Answers(NamedTuple):
+class Classified(NamedTuple):
     """What K models say of N images: classes int16 ``[K, N]``, and their probabilities ``[K, N]``."""
 
     classes: Tensor
@@ -171,7 +171,7 @@ class Cohort:
         # `argmax` itself is five times slower over few classes.
         return self._evaluated(images, rows, lambda z: z.max(-1).indices.to(torch.int16))
 
-    def answer(self, images: Images) -> Answers:
+    def answer(self, images: Images) -> Classified:
         """Return the predicted classes of all images, and how sure the models are of them."""
 
         def read(z: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class Cohort:
             return torch.stack([best.indices.to(z.dtype), confidences], -1)
 
         classes, confidences = self._evaluated(images, None, read).unbind(-1)
-        return Answers(classes.to(torch.int16), confidences)
+        return Classified(classes.to(torch.int16), confidences)
 
     @property
     def _device(self) -> torch.device:

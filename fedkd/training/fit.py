@@ -186,10 +186,10 @@ class BlockFit:
                 value: object = term(step)
                 if not isinstance(value, Tensor):
                     kind = type(value).__name__
-                    raise FedkdError(f"{term.reference} returns a {kind}: must be a tensor")
+                    raise FedkdError(f"{term.import_path} returns a {kind}: must be a tensor")
                 if value.shape not in ((), step.labels.shape):
                     raise FedkdError(
-                        f"{term.reference} returns shape {tuple(value.shape)}: must be "
+                        f"{term.import_path} returns shape {tuple(value.shape)}: must be "
                         f"{tuple(step.labels.shape)} (a value a sample), or () (added as it is)"
                     )
                 mean = (value * batch["weights"]).sum() if value.ndim else value

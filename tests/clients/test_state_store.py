@@ -15,7 +15,7 @@ import torch
 from federation_tools import ROUGH, execute, tiny
 
 import fedkd
-from fedkd.clients.execute import Part, execute_together
+from fedkd.clients.execute import FederationInstructions, execute_together
 from fedkd.clients.instructions import ClientReport, Failure, Instruction
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
@@ -62,7 +62,9 @@ def watched(folder: Path, name: str, *, resident: bool = False) -> Seen:
     alive: WeakSet[States] = WeakSet()
     put, load = ResidentStates.put, StateFiles.load
 
-    def executing(data: FederatedData, parts: Sequence[Part]) -> list[list[ClientReport | Failure]]:
+    def executing(
+        data: FederatedData, parts: Sequence[FederationInstructions]
+    ) -> list[list[ClientReport | Failure]]:
         (part,) = parts
         if resident:
             part = replace(part, experiment=part.experiment.replace(fraction_train=1.0))

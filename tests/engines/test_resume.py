@@ -26,7 +26,7 @@ from fedkd.engines.run import resume
 from fedkd.errors import FedkdError
 from fedkd.federation.checkpoint import Checkpoint
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
-from fedkd.knowledge.codec import Reference
+from fedkd.knowledge.codec import KnownRows
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.records.files import read_lines
@@ -358,7 +358,7 @@ def knowledges() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", list(knowledges()))
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, kind: str) -> None:
-    shared = Reference(torch.tensor([[1, 2], [3, 4]]).byte(), torch.tensor([True, False]))
+    shared = KnownRows(torch.tensor([[1, 2], [3, 4]]).byte(), torch.tensor([True, False]))
     written = Checkpoint(
         round=7,
         knowledge=knowledges()[kind],
@@ -368,7 +368,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, kind: str) -> No
         trained=True,
         base={2: 7, 0: 3},
         sent={2: shared, 0: None, 1: shared},
-        heard={0: Reference(drawn(2, 3), torch.tensor([False, True])), 5: None},
+        heard={0: KnownRows(drawn(2, 3), torch.tensor([False, True])), 5: None},
         asked={2: 13, 0: 5},
         lost=1,
         totals={"bytes_up": 2**53 + 1},

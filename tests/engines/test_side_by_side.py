@@ -260,10 +260,10 @@ def test_whatever_is_raised_while_clients_train_nobody_waits_for_ever(
 ) -> None:
     """As by a model or a procedure that calls `sys.exit`."""
 
-    def answers_together(sent: object) -> Any:
+    def handle_together(sent: object) -> Any:
         raise raised
 
-    monkeypatch.setattr(engine, "answers_together", answers_together)
+    monkeypatch.setattr(engine, "answers_together", handle_together)
     experiment = shared(tmp_path, name="mine")
     meeting = engine._Meeting(3)
     ended: list[BaseException] = []
@@ -272,7 +272,7 @@ def test_whatever_is_raised_while_clients_train_nobody_waits_for_ever(
         contents: list[tuple[int, RecordDict]] = []
         with meeting.turn:
             try:
-                meeting.answers(number, experiment, store_of(experiment), contents)
+                meeting.handle(number, experiment, store_of(experiment), contents)
             except BaseException as error:
                 ended.append(error)
             finally:

@@ -190,16 +190,16 @@ def test_what_many_messages_share_travels_once_and_arrives_as_one() -> None:
 def test_a_worker_that_runs_other_code_is_refused(tmp_path: Path) -> None:
     experiment = tiny(num_workers=2, name="x", run_dir=str(tmp_path))
     same = Worker(experiment.flat(), fingerprint(experiment.client_modules), [], 1)
-    assert same.answers([], {}) == []
+    assert same.handle([], {}) == []
     keys = {**experiment.flat(), "a-key-of-another-version": 3}
     with pytest.raises(FedkdError, match=f"worker on {socket.gethostname()} runs other code"):
-        Worker(keys, "0123456789abcdef", [], 1).answers([], {})
+        Worker(keys, "0123456789abcdef", [], 1).handle([], {})
 
 
 def test_a_machine_without_the_data_asks_for_them_and_downloads_none(tmp_path: Path) -> None:
     experiment = tiny(dataset="mnist", data_dir=str(tmp_path), name="x", run_dir=str(tmp_path))
     assert (
-        Worker(experiment.flat(), fingerprint(experiment.client_modules), [], 1).answers([], {})
+        Worker(experiment.flat(), fingerprint(experiment.client_modules), [], 1).handle([], {})
         is None
     )
     assert list(tmp_path.iterdir()) == []
@@ -231,22 +231,22 @@ class Told:
     """A run and what its clients told the server, round by round."""
 
     run: Run
-    answers: list[SoftLabels]
+    handle: list[SoftLabels]
 
 
 def told(keys: dict[str, Any], folder: Path, **more: Any) -> Told:
     """Run an experiment by its public name and listen in on the server."""
-    answers: list[SoftLabels] = []
+    handle: list[SoftLabels] = []
     update = DistillationStrategy.update
 
     def listen(self: DistillationStrategy, replies: Replies, server: Server) -> Any:
         assert replies.labels is not None
-        answers.append(replies.labels)
+        handle.append(replies.labels)
         return update(self, replies, server)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillationStrategy, "update", listen)
-        return Told(fedkd.run(tiny(**{"run_dir": str(folder), **keys, **more})), answers)
+        return Told(fedkd.run(tiny(**{"run_dir": str(folder), **keys, **more})), handle)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 def assert_same(got: Told, expected: Told, tolerance: float = 0.0) -> None:
     """Compare rounds, uploads and results; with no tolerance bit for bit. Machinery may have broken."""
-    assert len(got.run.rounds) == len(expected.run.rounds) == len(got.answers)
+    assert len(got.run.rounds) == len(expected.run.rounds) == len(got.handle)
     for row, other in zip(got.run.rounds, expected.run.rounds, strict=True):
         assert row["dropped"] == {}
         assert row.keys() == other.keys()
@@ -266,7 +266,7 @@ def assert_same(got: Told, expected: Told, tolerance: float = 0.0) -> None:
                 assert row[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
             else:
                 assert row[name] == other[name], name
-    for answer, other_answer in zip(got.answers, expected.answers, strict=True):
+    for answer, other_answer in zip(got.handle, expected.handle, strict=True):
         assert torch.equal(answer.clients, other_answer.clients)
         assert torch.equal(answer.samples, other_answer.samples)
         assert_close(answer.values, other_answer.values, tolerance)
@@ -287,8 +287,8 @@ def test_the_dense_case_is_worth_comparing(dense: Told) -> None:
     assert {len(row["sampled"]) for row in dense.run.rounds} == {5}
     assert len({tuple(row["sampled"]) for row in dense.run.rounds}) > 1
     assert "loss_digest" in dense.run.rounds[2]
-    assert not torch.equal(dense.answers[0].values[0], dense.answers[0].values[1])
-    assert len(set(dense.answers[0].num_examples.tolist())) > 1
+    assert not torch.equal(dense.handle[0].values[0], dense.handle[0].values[1])
+    assert len(set(dense.handle[0].num_examples.tolist())) > 1
 
 
 @pytest.mark.ray
@@ -418,7 +418,7 @@ def test_what_a_worker_does_costs_its_clients_at_most_a_round(
     monkeypatch.setattr(workers, "REBUILDS", 1)
 
     def outcomes(clients: list[int]) -> dict[int, str | int]:
-        found = crew.answers(contents_for(experiment, clients, [Revisit()]))
+        found = crew.handle(contents_for(experiment, clients, [Revisit()]))
         return {
             client: answer.reason if isinstance(answer, Failure) else reported(answer)
             for client, answer in zip(clients, found, strict=True)
@@ -436,8 +436,10 @@ def test_what_a_worker_does_costs_its_clients_at_most_a_round(
         assert events.take() == {"worker-died": 1, "worker-given-up": 1, "worker-late": 1}
         # What is nobody's failure is raised here, with its type.
         (_, content), _ = contents_for(experiment, [0, 1], [Revisit()])
-        with pytest.raises(FedkdError, match="the order is for partition 0, this node holds 1"):
-            crew.answers([(1, content)])
+        with pytest.raises(
+            FedkdError, match="the instruction is for partition 0, this node holds 1"
+        ):
+            crew.handle([(1, content)])
 
 
 @pytest.mark.ray

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedkd.errors import FedkdError
 from fedkd.knowledge import Wire
-from fedkd.knowledge.codec import Packed, Reference, pack, pack_samples, unpack, unpack_samples
+from fedkd.knowledge.codec import KnownRows, Packed, pack, pack_samples, unpack, unpack_samples
 from fedkd.knowledge.wire import NUMBERS, PACKS, PLAIN, ROWS, parse_codec
 
 
@@ -452,8 +452,8 @@ def test_peers_stay_in_step_though_messages_get_lost(wire: Wire) -> None:
     """The sender rolls back what was lost; the receiver's rows are what a full message would say."""
     generator = torch.Generator().manual_seed(11)
     table = labels("probabilities", 1, P, 7)
-    sender: Reference | None = None
-    receiver: Reference | None = None
+    sender: KnownRows | None = None
+    receiver: KnownRows | None = None
     saved = 0
     for turn in range(9):
         n = int(torch.randint(0, P + 1, (), generator=generator))
@@ -483,13 +483,13 @@ def test_only_rows_that_changed_are_sent(number: str) -> None:
     wire = Wire(number, "changed")
     samples = torch.tensor([4, 0, 19, 7, 22])
     values = labels("probabilities", 2, 5, 7)
-    _, reference = pack(values, "probabilities", samples, wire, P)
-    again, _ = pack(values, "probabilities", samples, wire, P, reference)
+    _, known = pack(values, "probabilities", samples, wire, P)
+    again, _ = pack(values, "probabilities", samples, wire, P, known)
     assert again.arrays["changed"].tolist() == [0]
     assert again.arrays["values"].shape == (0, 14)
     other = values.clone()
     other[1, 3] = other[1, 3].roll(1)  # sample 7, in one of its two sets
-    packed, _ = pack(other, "probabilities", samples, wire, P, reference)
+    packed, _ = pack(other, "probabilities", samples, wire, P, known)
     assert packed.arrays["changed"].tolist() == [0b00010000]
     assert packed.arrays["values"].shape == (1, 14)
 
@@ -500,8 +500,8 @@ def test_a_change_below_the_resolution_is_none() -> None:
     nearby = values + 1e-6 * values.flip(1)
     for number, sent in (("float32", 5), ("simplex:4", 0)):
         wire = Wire(number, "changed")
-        _, reference = pack(values, "logits", samples, wire, 5)
-        packed, _ = pack(nearby, "logits", samples, wire, 5, reference)
+        _, known = pack(values, "logits", samples, wire, 5)
+        packed, _ = pack(nearby, "logits", samples, wire, 5, known)
         assert len(packed.arrays["values"]) == sent
 
 
@@ -509,11 +509,11 @@ def test_floats_are_compared_by_their_bits() -> None:
     wire = Wire(rows="changed")
     values = torch.tensor([[[math.nan, 1.0], [0.0, 1.0]]])
     samples = torch.arange(2)
-    _, reference = pack(values, "logits", samples, wire, 2)
+    _, known = pack(values, "logits", samples, wire, 2)
     values[0, 1, 0] = -0.0
-    packed, _ = pack(values, "logits", samples, wire, 2, reference)
+    packed, _ = pack(values, "logits", samples, wire, 2, known)
     assert packed.arrays["changed"].tolist() == [0b01000000]
-    back, _ = unpack(packed, 2, reference)
+    back, _ = unpack(packed, 2, known)
     assert math.copysign(1, back[0, 1, 0]) == -1
 
 
@@ -528,21 +528,21 @@ def test_a_row_that_was_never_sent_counts_as_changed() -> None:
 def test_an_unchanged_row_must_be_known() -> None:
     wire = Wire("simplex:1", "changed", "bits")
     values = logits(1, 5, 7)
-    _, reference = pack(values, "logits", torch.arange(5), wire, P)
-    packed, _ = pack(values, "logits", torch.arange(5), wire, P, reference)
+    _, known = pack(values, "logits", torch.arange(5), wire, P)
+    packed, _ = pack(values, "logits", torch.arange(5), wire, P, known)
     with pytest.raises(FedkdError, match="5 of 5 rows are marked as unchanged"):
         unpack(packed, P)
 
 
 def test_a_reference_of_another_shape_is_refused() -> None:
     wire = Wire("simplex:2", "changed")
-    for reference in (
-        Reference.empty(wire, P, 14),
-        Reference.empty(wire, P - 1, 7),
-        Reference.empty(PLAIN, P, 7),
+    for known in (
+        KnownRows.empty(wire, P, 14),
+        KnownRows.empty(wire, P - 1, 7),
+        KnownRows.empty(PLAIN, P, 7),
     ):
         with pytest.raises(FedkdError, match=r"the reference holds .* must be torch\.uint8"):
-            pack(logits(1, 5, 7), "logits", torch.arange(5), wire, P, reference)
+            pack(logits(1, 5, 7), "logits", torch.arange(5), wire, P, known)
 
 
 # --- Index lists

@@ -23,7 +23,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.server import Replies
 from fedkd.knowledge import Rule, SoftLabels, Wire
-from fedkd.knowledge.codec import Reference, pack, unpack
+from fedkd.knowledge.codec import KnownRows, pack, unpack
 from fedkd.phases import Digest, Phase, Predict, Reset, Revisit
 from strategies.cfd import CFD
 
@@ -141,8 +141,8 @@ def test_only_changed_votes_cross_whichever_rounds_a_client_misses() -> None:
     samples = torch.arange(N)
     said = probabilities(K, N, C)
     peers = [Peer() for _ in range(K)]
-    sent: list[Reference | None] = [None] * K
-    heard: list[Reference | None] = [None] * K
+    sent: list[KnownRows | None] = [None] * K
+    heard: list[KnownRows | None] = [None] * K
     generator = torch.Generator().manual_seed(2)
     unchanged = 0
     for number in range(1, 10):

@@ -118,8 +118,8 @@ STUDENTS = ",".join(f"broken_models:accident_{k}" for k in range(4))
 class Forgetful(Worker):
     """A worker that runs out of memory outside its clients' training."""
 
-    def answers(self, contents: Any, sent: Any) -> Any:
+    def handle(self, contents: Any, sent: Any) -> Any:
         """Answer, or have no memory to."""
         if contents and is_due("worker-memory"):
             raise MemoryError("no room for the replies")
-        return super().answers(contents, sent)
+        return super().handle(contents, sent)

@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fedkd.clients.execute import Part, execute_together
+from fedkd.clients.execute import FederationInstructions, execute_together
 from fedkd.clients.instructions import ClientReport, Failure, Instruction
 from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import FederatedData, federated_data
@@ -102,7 +102,7 @@ def execute(
     store: ResidentStates,
 ) -> list[ClientReport | Failure]:
     """Execute instructions of one federation, and return one result an instruction."""
-    (results,) = execute_together(data, [Part(experiment, instructions, store)])
+    (results,) = execute_together(data, [FederationInstructions(experiment, instructions, store)])
     return results
 
 
