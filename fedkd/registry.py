@@ -21,7 +21,13 @@ from fedkd.knowledge import Wire
 from fedkd.phases import GROUP, check_phases, to_text
 from fedkd.randomness import key
 from fedkd.strategy import DistillationStrategy
-from fedkd.user_code import MADE_UP, blamed, blaming, find_in, users_module
+from fedkd.user_code import (
+    GENERATED_PREFIX,
+    add_import_path,
+    attributed,
+    described,
+    import_user_module,
+)
 
 _read: dict[str, int] = {}
 """When the files were last changed that were read here, in ns, by path."""
@@ -57,7 +63,7 @@ def _load(point: EntryPoint) -> type[DistillationStrategy]:
     try:
         cls = point.load()
     except Exception as error:
-        raise FedkdError(f"{what} does not import: {blamed(error)}") from error
+        raise FedkdError(f"{what} does not import: {described(error)}") from error
     if not _is_strategy(cls):
         raise FedkdError(f"{what} is none: it must be a subclass of fedkd.DistillationStrategy")
     if point.name != cls.name():
@@ -88,7 +94,7 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     except FedkdError as error:
         raise FedkdError(Setting("strategy-config", config), f": {error}") from None
     except Exception as error:  # it declares no facts, or what it does with its settings went wrong
-        raise FedkdError(Setting("strategy", name), f": {blamed(error)}") from error
+        raise FedkdError(Setting("strategy", name), f": {described(error)}") from error
 
 
 def strategy_of(experiment: Experiment) -> DistillationStrategy:
@@ -134,10 +140,10 @@ def recorded(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
 def _check_saying(strategy: DistillationStrategy) -> None:
     """Have a strategy say its phases and its wire once, before anything depends on them."""
     for number in (1, 2):
-        with blaming(f"phases of {strategy.name()}, round {number}"):
+        with attributed(f"phases of {strategy.name()}, round {number}"):
             phases: object = strategy.phases(number)
             to_text(check_phases(phases))
-    with blaming(f"wire of {strategy.name()}"):
+    with attributed(f"wire of {strategy.name()}"):
         wires: object = strategy.wire()
         if not isinstance(wires, tuple) or [type(wire) for wire in wires] != [Wire, Wire]:
             raise FedkdError(f"{wires!r} is not two of fedkd.knowledge.Wire, up and down")
@@ -189,11 +195,11 @@ def _is_strategy(value: object) -> TypeGuard[type[DistillationStrategy]]:
 
 def _import(module: str, what: str) -> ModuleType:
     try:
-        return users_module(module)
+        return import_user_module(module)
     except Exception as error:
         # Whatever the user's module does while it is imported is worth one line, not a traceback.
         raise FedkdError(
-            Setting("strategy", what), f": {module} does not import: {blamed(error)}"
+            Setting("strategy", what), f": {module} does not import: {described(error)}"
         ) from error
 
 
@@ -209,7 +215,7 @@ def _load_file(path: Path) -> ModuleType:
     where = str(path.resolve())
     if name in sys.modules and _read.setdefault(where, changed) == changed:
         return sys.modules[name]
-    find_in(path.resolve().parent)
+    add_import_path(path.resolve().parent)
     spec = spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
@@ -220,7 +226,7 @@ def _load_file(path: Path) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise FedkdError(
-            Setting("strategy", path), f": the file does not import: {blamed(error)}"
+            Setting("strategy", path), f": the file does not import: {described(error)}"
         ) from error
     _read[where] = changed
     return module
@@ -228,7 +234,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def _module_name(path: Path) -> str:
     """Return the file's own name, or a made-up one where that is another module's."""
-    made_up = f"{MADE_UP}{key(str(path.resolve())):x}"
+    made_up = f"{GENERATED_PREFIX}{key(str(path.resolve())):x}"
     if "." in path.stem:
         return made_up
     try:

@@ -32,10 +32,10 @@ def find_function(import_path: str, key: str) -> Callable[..., Any]:
     """
     module_name, _, function_name = import_path.partition(":")
     try:
-        module = users_module(module_name)
+        module = import_user_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise FedkdError(
-            Setting(key, import_path), f": cannot import '{module_name}' ({blamed(error)})"
+            Setting(key, import_path), f": cannot import '{module_name}' ({described(error)})"
         ) from error
     try:
         function = attrgetter(function_name)(module)
@@ -50,17 +50,17 @@ def find_function(import_path: str, key: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], function)
 
 
-def users_module(name: str) -> ModuleType:
+def import_user_module(name: str) -> ModuleType:
     """Import a module, looking for it in the working directory as well.
 
     Raises:
         Exception: whatever the module raises while it is imported.
     """
-    find_in(Path.cwd())
+    add_import_path(Path.cwd())
     return import_module(name)
 
 
-def find_in(folder: Path) -> None:
+def add_import_path(folder: Path) -> None:
     """Have modules looked for in a folder, after all other places: it hides none.
 
     Worker processes look where this process does.
@@ -69,13 +69,13 @@ def find_in(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-MADE_UP = "strategy_file_"
+GENERATED_PREFIX = "strategy_file_"
 """How modules are called that are read from a file whose own name another module has."""
 
 
 def is_importable(module: str) -> bool:
     """Whether other processes can import a module that this one has, going by its name."""
-    return module != "__main__" and not module.startswith(MADE_UP)
+    return module != "__main__" and not module.startswith(GENERATED_PREFIX)
 
 
 LONGEST = 200
@@ -85,7 +85,7 @@ _NOT_THE_USERS = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"])
 _LIBRARIES = ("flwr", "numpy", "pydantic", "ray", "torch", "torchvision")
 
 
-def place(error: BaseException) -> str:
+def user_location(error: BaseException) -> str:
     """Return where in a user's code an exception came from, as `` (file.py, line 12)``.
 
     The innermost frame that is neither of fedkd nor of an installed package, or else of a package that
@@ -107,17 +107,17 @@ def place(error: BaseException) -> str:
     return found or installed
 
 
-def blamed(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """Return an exception in one line, with the user's file and line where it came from any.
 
     `LONGEST` characters at most; what is too long is cut before the place.
     """
-    where = place(error)
+    where = user_location(error)
     return one_line(error, LONGEST - len(where)) + where
 
 
 @contextmanager
-def blaming(where: str) -> Iterator[None]:
+def attributed(where: str) -> Iterator[None]:
     """Say in whatever the block raises in which of a user's functions that was, and on which line.
 
     Raises:
@@ -126,9 +126,9 @@ def blaming(where: str) -> Iterator[None]:
     try:
         yield
     except FedkdError as error:
-        raise FedkdError(f"{where}: {error}{place(error)}") from error
+        raise FedkdError(f"{where}: {error}{user_location(error)}") from error
     except Exception as error:
-        raise FedkdError(f"{where}: {blamed(error)}") from error
+        raise FedkdError(f"{where}: {described(error)}") from error
 
 
 def fingerprint(modules: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ class FederatedData:
         return Sizes(len(self.public), self.num_classes)
 
 
-def who_holds_what(data: FederatedData) -> dict[str, Any]:
+def class_counts(data: FederatedData) -> dict[str, Any]:
     """Count the images of each class that each party holds: what ``shards.json`` says."""
     classes, truth = data.num_classes, data.public_truth
     assert data.test.labels is not None

@@ -27,7 +27,7 @@ from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.architectures import check_models
 from fedkd.training.tuning import check_plan
-from fedkd.user_code import MADE_UP, is_importable
+from fedkd.user_code import GENERATED_PREFIX, is_importable
 
 _PATIENCE_S = 5.0
 
@@ -124,7 +124,7 @@ def _check_reach(experiment: Experiment, name: str) -> None:
     if in_process or is_importable(module):
         return
     why = "stands in the script that is run: move it to a module, a file of its own"
-    if module.startswith(MADE_UP):
+    if module.startswith(GENERATED_PREFIX):
         why = "stands in a file that is called like another module: rename the file"
     raise FedkdError(
         Setting("strategy", experiment.strategy), f": workers cannot import {name}, which {why}"

@@ -25,7 +25,7 @@ from fedkd.knowledge import (
 )
 from fedkd.knowledge.samples import check_samples
 from fedkd.phases import Apply, Phase, check_phases, closing
-from fedkd.user_code import blaming
+from fedkd.user_code import attributed
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class CheckedAlgorithm:
         where = f"{method} of {self._algorithm.name()}, round {self._server.round}"
         if clients:
             where += f", client{'s' * (len(clients) > 1)} {_listed(clients)}"
-        with blaming(where):
+        with attributed(where):
             yield
 
     def phases(self, number: int) -> list[Phase]:

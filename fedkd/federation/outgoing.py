@@ -53,7 +53,7 @@ class Outgoing:
         self._algorithm = algorithm
         self._experiment = server.experiment
         self._sizes = server.data.sizes
-        self._kept = kept
+        self._checkpoint = kept
         self._known_rows = known_rows
         # By the ids of what was encoded and of what its receivers had, which are kept beside it:
         # another object could take over the id of a freed one.
@@ -77,16 +77,16 @@ class Outgoing:
         Raises:
             FedkdError: the algorithm's mistake, with its place.
         """
-        if self._kept.knowledge is None:
+        if self._checkpoint.knowledge is None:
             return None
-        part = self._algorithm.personalise(self._kept.knowledge, client, phases)
+        part = self._algorithm.personalise(self._checkpoint.knowledge, client, phases)
         identity: object = part
         if isinstance(part, Weights):
             student = self._experiment.student_of(client)
             if student not in part.by_model:
                 return None
             identity, part = part.by_model[student], part.only(student)
-        known = self._kept.sent.get(client)
+        known = self._checkpoint.sent.get(client)
         key = id(identity), id(known)
         if key not in self._encodings:
             with self._algorithm.named("personalise", [client]):

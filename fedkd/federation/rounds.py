@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.clients.states import INITIAL
-from fedkd.data.federated import FederatedData, who_holds_what
+from fedkd.data.federated import FederatedData, class_counts
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
@@ -81,7 +81,7 @@ class Federation:
         self._experiment_record = experiment_record(experiment)
         self._server = Server(experiment, data)
         self._algorithm = CheckedAlgorithm(strategy, self._server)
-        self._kept = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
+        self._checkpoint = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
         self._known_rows = SharedKnownRows()
         self._exchange: Exchange | None = None
         self._record = RunRecord(self._server, folder)
@@ -99,10 +99,10 @@ class Federation:
         """Run all rounds that are not done yet and the closing exchange, and write the result."""
         started = monotonic()
         if self._folder is not None:
-            self._folder.write_shards(who_holds_what(self._server.data))
+            self._folder.write_shards(class_counts(self._server.data))
             self._go_on(self._folder)
         rounds = self._experiment.num_server_rounds
-        for number in range(self._kept.round + 1, rounds + 1):
+        for number in range(self._checkpoint.round + 1, rounds + 1):
             messages = self.open_round(number)
             self.finish_round(self._send(messages))
         result = self.close(self._send(self.open_closing()), started)
@@ -115,7 +115,7 @@ class Federation:
         if kept.round:
             kept.sent |= {k: self._known_rows.shared(each) for k, each in kept.sent.items()}
             _restore(self._server, kept)
-            self._kept = kept
+            self._checkpoint = kept
 
     def _send(self, messages: Iterable[Message]) -> list[Message]:
         timeout = self._experiment.round_timeout
@@ -142,7 +142,7 @@ class Federation:
             base=INITIAL,
             phases=tuple(phases),
             asked=self._algorithm.request() if predicts else _NOTHING,
-            knowledge_round=self._kept.knowledge_round,
+            knowledge_round=self._checkpoint.knowledge_round,
             evaluate=self._evaluates(number),
             wire=self._algorithm.wire_up,
         )
@@ -165,7 +165,7 @@ class Federation:
             base=INITIAL,
             phases=tuple(self._algorithm.closing(number)),
             asked=_NOTHING,
-            knowledge_round=self._kept.knowledge_round,
+            knowledge_round=self._checkpoint.knowledge_round,
             evaluate="end",
         )
         return self._open(instruction, list(range(self._experiment.num_clients)))
@@ -174,7 +174,7 @@ class Federation:
         """Begin an exchange: address the order to every sampled client."""
         self.roster.complete()
         exchange = self._exchange = Exchange(sampled, events=self._events)
-        outgoing = Outgoing(self._algorithm, self._server, self._kept, self._known_rows)
+        outgoing = Outgoing(self._algorithm, self._server, self._checkpoint, self._known_rows)
         request = encode_request(instruction.asked, self._server.data.sizes)
         first = tuple(self._algorithm.phases(1))
         messages = []
@@ -183,7 +183,9 @@ class Federation:
             if node is None:
                 exchange.dropped[client] = self.roster.why_missing()
                 continue
-            mine = replace(instruction, client=client, base=self._kept.base.get(client, INITIAL))
+            mine = replace(
+                instruction, client=client, base=self._checkpoint.base.get(client, INITIAL)
+            )
             if mine.base == INITIAL and instruction.evaluate != "end":
                 mine = replace(mine, phases=first)
             # A closing exchange that only tests needs none.
@@ -203,7 +205,7 @@ class Federation:
     def _count_asked(self, instruction: Instruction) -> None:
         """Count the rows of soft labels that a client is about to give away."""
         if any(isinstance(phase, Predict) for phase in instruction.phases):
-            asked = self._kept.asked
+            asked = self._checkpoint.asked
             asked[instruction.client] = asked.get(instruction.client, 0) + len(instruction.asked)
 
     # --- replies in -----------------------------------------------------------------------------
@@ -215,22 +217,26 @@ class Federation:
             FedkdError: the third round running without a quorum.
         """
         exchange = self._received(replies)
-        digested_round = self._kept.knowledge_round
+        digested_round = self._checkpoint.knowledge_round
         accepted = len(exchange.reports) >= self._experiment.quorum
         aggregating = monotonic()
         if accepted:
             self._accept(exchange)
-        self._kept.lost = 0 if accepted else self._kept.lost + 1
+        self._checkpoint.lost = 0 if accepted else self._checkpoint.lost + 1
         spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
         row = self._record.row(
-            exchange, self._kept, digested_round=digested_round, accepted=accepted, spent=spent
+            exchange,
+            self._checkpoint,
+            digested_round=digested_round,
+            accepted=accepted,
+            spent=spent,
         )
-        self._record.add(row, self._kept)
+        self._record.add(row, self._checkpoint)
         if self._folder is not None:
-            _note(self._server, self._kept)
-            self._kept.save(self._folder.path)  # from now on the round is done
+            _note(self._server, self._checkpoint)
+            self._checkpoint.save(self._folder.path)  # from now on the round is done
         self._on_round(row)
-        if self._kept.lost >= LOST_ROUNDS:
+        if self._checkpoint.lost >= LOST_ROUNDS:
             what = (
                 f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
                 f"{LOST_ROUNDS} rounds running"
@@ -253,17 +259,17 @@ class Federation:
             what = "no client answered the closing exchange"
             raise _failure(what, exchange.dropped.values(), rate)
         reports = self._algorithm.facts.reports
-        return self._record.close(exchange, self._kept, reports=reports, started=started)
+        return self._record.close(exchange, self._checkpoint, reports=reports, started=started)
 
     def _received(self, replies: Iterable[Message]) -> Exchange:
         """Sort the replies into good reports, in order of partition, and drops with a reason."""
         exchange = self._exchange
         assert exchange is not None
         client_of, data = self.roster.client_of(), self._server.data
-        exchange.receive(replies, client_of, self._experiment, data, self._kept.heard)
+        exchange.receive(replies, client_of, self._experiment, data, self._checkpoint.heard)
         counted = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
-        for name in self._kept.totals:
-            self._kept.totals[name] += counted[name]
+        for name in self._checkpoint.totals:
+            self._checkpoint.totals[name] += counted[name]
         return exchange
 
     def _accept(self, exchange: Exchange) -> None:
@@ -277,18 +283,18 @@ class Federation:
         """Remember from which state these clients go on, and what they have."""
         for report in exchange.reports:
             client = report.client
-            self._kept.base[client] = self._server.round
+            self._checkpoint.base[client] = self._server.round
             if client in exchange.sent:
-                self._kept.sent[client] = exchange.sent[client]
+                self._checkpoint.sent[client] = exchange.sent[client]
             if isinstance(report.answer, SoftLabels):
-                self._kept.heard[client] = report.known
+                self._checkpoint.heard[client] = report.known
 
     def _renew(self, new: Knowledge) -> None:
         """Put new knowledge in place of the previous, and let an observing server's model digest it."""
-        if isinstance(new, Weights) and isinstance(self._kept.knowledge, Weights):
+        if isinstance(new, Weights) and isinstance(self._checkpoint.knowledge, Weights):
             # An architecture of which no client was drawn keeps its last average.
-            new = self._kept.knowledge.updated(new)
-        self._kept.knowledge, self._kept.knowledge_round = new, self._server.round
+            new = self._checkpoint.knowledge.updated(new)
+        self._checkpoint.knowledge, self._checkpoint.knowledge_round = new, self._server.round
         observes = self._algorithm.facts.server_model != "required"
         if not observes or self._server.model is None or not isinstance(new, SoftLabels):
             return

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from fedkd.data.federated import federated_data, who_holds_what
+from fedkd.data.federated import class_counts, federated_data
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
@@ -178,7 +178,7 @@ def _saved(
 ) -> CentralRun:
     folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
     record_beginning(folder, experiment, str(pooled.data.train.device), reasons)
-    folder.write_shards(who_holds_what(pooled.data))
+    folder.write_shards(class_counts(pooled.data))
     tested.save(folder.path)
     replace_file(folder.path / MODELS, safetensors_bytes(_models(pooled, run.seeds)))
     folder.write_result(run.as_json())

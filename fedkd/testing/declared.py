@@ -30,7 +30,7 @@ from fedkd.phases import (
 from fedkd.testing.bench import Bench
 from fedkd.testing.findings import NotApplicable, Wrong
 from fedkd.training.architectures import architectures_of
-from fedkd.user_code import place
+from fedkd.user_code import user_location
 
 SYMBOLS = ("P", "C", "K", "S", "D", "I")
 """What formulas of bytes are made of, besides settings; `fedkd.strategy.Facts` explains them."""
@@ -227,7 +227,7 @@ class _TermCheck:
         try:
             value: object = function(given)
         except Exception as error:
-            raise Wrong(f"{self.name} raises {one_line(error)}{place(error)}") from error
+            raise Wrong(f"{self.name} raises {one_line(error)}{user_location(error)}") from error
         if not isinstance(value, Tensor):
             raise Wrong(f"{self.name} returns a {type(value).__name__}: return a tensor")
         if not value.requires_grad:

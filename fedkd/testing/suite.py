@@ -14,7 +14,7 @@ from fedkd.strategy import DistillationStrategy
 from fedkd.testing import declared, mail, rounds, rule
 from fedkd.testing.bench import Bench
 from fedkd.testing.findings import Finding, NotApplicable, Report, StrategyCheckFailed, Wrong
-from fedkd.user_code import place
+from fedkd.user_code import user_location
 
 _ADVICE = {
     "server-model = 'none': there is no model": "declare server_model='required' in facts",
@@ -141,6 +141,6 @@ def _what_to_change(error: Exception) -> str:
         if isinstance(cause, Wrong):
             return str(cause)
         cause = cause.__cause__
-    text = str(error) if isinstance(error, FedkdError) else one_line(error) + place(error)
+    text = str(error) if isinstance(error, FedkdError) else one_line(error) + user_location(error)
     advice = [what for sign, what in _ADVICE.items() if sign in text]
     return f"{text}; {advice[0]}" if advice else text

@@ -16,7 +16,7 @@ from torch import Tensor
 import fedkd
 from fedkd import data
 from fedkd.data import federated
-from fedkd.data.federated import FederatedData, federated_data, who_holds_what
+from fedkd.data.federated import FederatedData, class_counts, federated_data
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -112,8 +112,8 @@ def test_public_set_and_shards_share_out_what_is_left(keys: dict[str, Any]) -> N
         assert sorted(each.pooled.tolist()) == sorted(private + (public if labelled else []))
         assert each.public_truth is not None
         assert each.public_truth.tolist() == labels(each.train)[public].tolist()
-        assert who_holds_what(each)["test"] == labels(each.test).bincount(minlength=10).tolist()
-        counts = torch.tensor(who_holds_what(each)["counts"])
+        assert class_counts(each)["test"] == labels(each.test).bincount(minlength=10).tolist()
+        counts = torch.tensor(class_counts(each)["counts"])
         assert torch.equal(counts.sum(0), labels(each.train)[private].bincount(minlength=10))
 
 
