@@ -25,7 +25,7 @@ from fedkd.user_code import (
     GENERATED_PREFIX,
     add_import_path,
     attributed,
-    described,
+    error_with_location,
     import_user_module,
 )
 
@@ -63,7 +63,7 @@ def _load(point: EntryPoint) -> type[DistillationStrategy]:
     try:
         cls = point.load()
     except Exception as error:
-        raise FedkdError(f"{what} does not import: {described(error)}") from error
+        raise FedkdError(f"{what} does not import: {error_with_location(error)}") from error
     if not _is_strategy(cls):
         raise FedkdError(f"{what} is none: it must be a subclass of fedkd.DistillationStrategy")
     if point.name != cls.name():
@@ -94,7 +94,7 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     except FedkdError as error:
         raise FedkdError(Setting("strategy-config", config), f": {error}") from None
     except Exception as error:  # it declares no facts, or what it does with its settings went wrong
-        raise FedkdError(Setting("strategy", name), f": {described(error)}") from error
+        raise FedkdError(Setting("strategy", name), f": {error_with_location(error)}") from error
 
 
 def strategy_of(experiment: Experiment) -> DistillationStrategy:
@@ -199,7 +199,7 @@ def _import(module: str, what: str) -> ModuleType:
     except Exception as error:
         # Whatever the user's module does while it is imported is worth one line, not a traceback.
         raise FedkdError(
-            Setting("strategy", what), f": {module} does not import: {described(error)}"
+            Setting("strategy", what), f": {module} does not import: {error_with_location(error)}"
         ) from error
 
 
@@ -226,7 +226,7 @@ def _load_file(path: Path) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise FedkdError(
-            Setting("strategy", path), f": the file does not import: {described(error)}"
+            Setting("strategy", path), f": the file does not import: {error_with_location(error)}"
         ) from error
     _read[where] = changed
     return module

@@ -35,7 +35,8 @@ def find_function(import_path: str, key: str) -> Callable[..., Any]:
         module = import_user_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise FedkdError(
-            Setting(key, import_path), f": cannot import '{module_name}' ({described(error)})"
+            Setting(key, import_path),
+            f": cannot import '{module_name}' ({error_with_location(error)})",
         ) from error
     try:
         function = attrgetter(function_name)(module)
@@ -107,7 +108,7 @@ def user_location(error: BaseException) -> str:
     return found or installed
 
 
-def described(error: BaseException) -> str:
+def error_with_location(error: BaseException) -> str:
     """Return an exception in one line, with the user's file and line where it came from any.
 
     `LONGEST` characters at most; what is too long is cut before the place.
@@ -128,7 +129,7 @@ def attributed(where: str) -> Iterator[None]:
     except FedkdError as error:
         raise FedkdError(f"{where}: {error}{user_location(error)}") from error
     except Exception as error:
-        raise FedkdError(f"{where}: {described(error)}") from error
+        raise FedkdError(f"{where}: {error_with_location(error)}") from error
 
 
 def fingerprint(modules: Iterable[str]) -> str:

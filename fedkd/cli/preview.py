@@ -12,7 +12,7 @@ from fedkd.phases import Fit
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.architectures import architectures_of
 from fedkd.training.models import num_parameters
-from fedkd.training.tuning import choices
+from fedkd.training.tuning import choose_plans
 
 
 def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
@@ -24,7 +24,7 @@ def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
         "strategy": f"{strategy.name()}{f' ({settings})' if settings else ''}, "
         f"{experiment.num_server_rounds} rounds",
         "loss": _losses(experiment, strategy, federated_data(experiment)),
-        "plan": "; ".join(map(str, choices(experiment))),
+        "plan": "; ".join(map(str, choose_plans(experiment))),
     }
 
 

@@ -30,7 +30,7 @@ from fedkd.knowledge.codec import Packed
 from fedkd.phases import Role, to_text
 from fedkd.training.architectures import architectures_of
 from fedkd.training.parameters import State
-from fedkd.user_code import described, user_location
+from fedkd.user_code import error_with_location, user_location
 
 _logger = logging.getLogger(__name__)
 
@@ -197,7 +197,11 @@ def _halves(federations: Sequence[FederationInstructions]) -> list[_Piece]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{error}{user_location(error)}" if isinstance(error, FedkdError) else described(error)
+    return (
+        f"{error}{user_location(error)}"
+        if isinstance(error, FedkdError)
+        else error_with_location(error)
+    )
 
 
 def _stored(

@@ -25,7 +25,7 @@ from fedkd.records.folder import RunFolder, environment
 from fedkd.records.results import Run
 from fedkd.registry import recorded, strategy_of
 from fedkd.strategy import DistillationStrategy
-from fedkd.training.tuning import described, planned
+from fedkd.training.tuning import plan_reasons, with_plan
 from fedkd.user_code import fingerprint
 
 _ENGINES = {"cohort": "fedkd.engines.in_process", "flower": "fedkd.engines.simulation"}
@@ -183,11 +183,11 @@ def run_side_by_side(
             if interrupts.wanted:
                 raise InterruptedRun("interrupted between two rounds")
 
-        planned = [
+        with_plan = [
             side_by_side.Planned(strategy, named, folder, on_round)
             for strategy, (folder, named) in zip(strategies, prepared, strict=True)
         ]
-        ended = side_by_side.run_side_by_side(planned)
+        ended = side_by_side.run_side_by_side(with_plan)
     return [
         error or Run.load(folder.path) for error, (folder, _) in zip(ended, prepared, strict=True)
     ]
@@ -199,7 +199,7 @@ def _with_one_plan(experiments: Sequence[Experiment]) -> list[Experiment]:
     if len(set(names)) < len(names):
         twice = next(name for n, (_, name) in enumerate(names) if names[n] in names[:n])
         raise FedkdError(Setting("name", twice), ": two runs side by side cannot have one folder")
-    plan = planned(experiments[0]).plan
+    plan = with_plan(experiments[0]).plan
     return [
         experiment.replace(plan=plan) if experiment.plan == AUTO else experiment
         for experiment in experiments
@@ -214,10 +214,10 @@ def _prepared(
     named = experiment.replace(
         name=folder.path.name,
         device=_device(experiment),
-        plan=planned(experiment).plan,
+        plan=with_plan(experiment).plan,
         **recorded(experiment, strategy),
     )
-    reasons = {**described(experiment), **_codec(experiment, strategy)}
+    reasons = {**plan_reasons(experiment), **_codec(experiment, strategy)}
     record_beginning(folder, named, named.device, reasons)
     return folder, named
 

@@ -18,7 +18,7 @@ from fedkd.federation.flower_internals.backend import is_simulated
 from fedkd.machine import resolve_device
 from fedkd.records.folder import RunFolder
 from fedkd.registry import recorded
-from fedkd.training.tuning import described, planned
+from fedkd.training.tuning import plan_reasons, with_plan
 
 app = ServerApp()
 
@@ -29,8 +29,8 @@ def main(grid: Grid, context: Context) -> None:
     given = Experiment.load(("Flower's run config", context.run_config))
     experiment = given.replace(engine="flower")
     strategy = check(experiment)
-    reasons = described(experiment)
-    experiment = planned(experiment).replace(**recorded(experiment, strategy))
+    reasons = plan_reasons(experiment)
+    experiment = with_plan(experiment).replace(**recorded(experiment, strategy))
     folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))

@@ -45,10 +45,10 @@ class Checkpoint:
         model: parameters and buffers of the server's model, where it keeps one.
         trained: whether that model has been trained.
         base: by client, the round of the state that it goes on from.
-        sent: what clients have of our soft labels, where only changes are sent.
-        heard: what we have of theirs.
+        downlink: rows of our soft labels that clients know, where only changes are sent.
+        uplink: rows of theirs that we know.
         asked: by client, the rows of soft labels that it was asked for in all.
-        lost: rounds running without a quorum.
+        rounds_without_quorum: how many in a row, up to this one.
         totals: bytes so far.
     """
 
@@ -59,10 +59,10 @@ class Checkpoint:
     model: State | None = None
     trained: bool = False
     base: dict[int, int] = field(default_factory=dict)
-    sent: KnownRowsByClient = field(default_factory=dict)
-    heard: KnownRowsByClient = field(default_factory=dict)
+    downlink: KnownRowsByClient = field(default_factory=dict)
+    uplink: KnownRowsByClient = field(default_factory=dict)
     asked: dict[int, int] = field(default_factory=dict)
-    lost: int = 0
+    rounds_without_quorum: int = 0
     totals: dict[str, int] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -77,8 +77,8 @@ class Checkpoint:
         kept = {n: value for n, value in self.state.items() if isinstance(value, Tensor)}
         tensors |= {f"state/{name}": tensor for name, tensor in kept.items()}
         places: dict[int, int] = {}
-        listed = {"sent": _listed(self.sent, places, tensors)}
-        listed |= {"heard": _listed(self.heard, places, tensors)}
+        listed = {"sent": _listed(self.downlink, places, tensors)}
+        listed |= {"heard": _listed(self.uplink, places, tensors)}
         said = {
             "round": self.round,
             "knowledge": kind,
@@ -88,7 +88,7 @@ class Checkpoint:
             "base": sorted(self.base.items()),
             **listed,
             "asked": sorted(self.asked.items()),
-            "lost": self.lost,
+            "lost": self.rounds_without_quorum,
             "totals": self.totals,
         }
         # Copies, as safetensors refuses tensors that share memory.
@@ -132,9 +132,10 @@ class Checkpoint:
             model=_under("model", tensors) or None,
             trained=said["trained"],
             base=dict(said["base"]),
-            **opened,
+            downlink=opened["sent"],
+            uplink=opened["heard"],
             asked=dict(said["asked"]),
-            lost=said["lost"],
+            rounds_without_quorum=said["lost"],
             totals=said["totals"],
         )
 

@@ -86,7 +86,7 @@ class Outgoing:
             if student not in part.by_model:
                 return None
             identity, part = part.by_model[student], part.only(student)
-        known = self._checkpoint.sent.get(client)
+        known = self._checkpoint.downlink.get(client)
         key = id(identity), id(known)
         if key not in self._encodings:
             with self._algorithm.named("personalise", [client]):

@@ -20,7 +20,7 @@ from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.exchange import Exchange
 from fedkd.federation.server import Server
 from fedkd.knowledge import SoftLabels, Weights
-from fedkd.knowledge.calibration import described, detailed
+from fedkd.knowledge.calibration import label_details, label_statistics
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder, environment
 from fedkd.records.results import mean_of
@@ -91,7 +91,7 @@ class RunRecord:
             return
         labels = self._new_labels(kept)
         if labels is not None:
-            details = detailed(labels, self._server.data.public_truth)
+            details = label_details(labels, self._server.data.public_truth)
             self._folder.append("knowledge.jsonl", {"round": row["round"], **details})
         self._folder.append_round(row)
 
@@ -106,7 +106,7 @@ class RunRecord:
         if labels is None:
             return {}
         truth = self._server.data.public_truth
-        return described(labels, truth, self._server.experiment.tau)
+        return label_statistics(labels, truth, self._server.experiment.tau)
 
     def _server_accuracy(self, exchange: Exchange, kept: Checkpoint) -> float | None:
         """Test the server's model when the clients test theirs."""

@@ -222,7 +222,9 @@ class Federation:
         aggregating = monotonic()
         if accepted:
             self._accept(exchange)
-        self._checkpoint.lost = 0 if accepted else self._checkpoint.lost + 1
+        self._checkpoint.rounds_without_quorum = (
+            0 if accepted else self._checkpoint.rounds_without_quorum + 1
+        )
         spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
         row = self._record.row(
             exchange,
@@ -236,7 +238,7 @@ class Federation:
             _note(self._server, self._checkpoint)
             self._checkpoint.save(self._folder.path)  # from now on the round is done
         self._on_round(row)
-        if self._checkpoint.lost >= LOST_ROUNDS:
+        if self._checkpoint.rounds_without_quorum >= LOST_ROUNDS:
             what = (
                 f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
                 f"{LOST_ROUNDS} rounds running"
@@ -266,7 +268,7 @@ class Federation:
         exchange = self._exchange
         assert exchange is not None
         client_of, data = self.roster.client_of(), self._server.data
-        exchange.receive(replies, client_of, self._experiment, data, self._checkpoint.heard)
+        exchange.receive(replies, client_of, self._experiment, data, self._checkpoint.uplink)
         counted = {**exchange.up.record("up", ()), **exchange.down.record("down", ())}
         for name in self._checkpoint.totals:
             self._checkpoint.totals[name] += counted[name]
@@ -285,9 +287,9 @@ class Federation:
             client = report.client
             self._checkpoint.base[client] = self._server.round
             if client in exchange.sent:
-                self._checkpoint.sent[client] = exchange.sent[client]
+                self._checkpoint.downlink[client] = exchange.sent[client]
             if isinstance(report.answer, SoftLabels):
-                self._checkpoint.heard[client] = report.known
+                self._checkpoint.uplink[client] = report.known
 
     def _renew(self, new: Knowledge) -> None:
         """Put new knowledge in place of the previous, and let an observing server's model digest it."""

@@ -24,7 +24,7 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
-def described(labels: SoftLabels, truth: Tensor | None, tau: float) -> dict[str, Any]:
+def label_statistics(labels: SoftLabels, truth: Tensor | None, tau: float) -> dict[str, Any]:
     """Say in a few numbers what soft labels say: the fields ``knowledge_...`` of a round's record.
 
     Args:
@@ -50,12 +50,12 @@ def described(labels: SoftLabels, truth: Tensor | None, tau: float) -> dict[str,
     }
 
 
-def detailed(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
+def label_details(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
     """Say at length what soft labels say: the fields of ``knowledge.jsonl``.
 
     Args:
-        labels: see `described`.
-        truth: see `described`.
+        labels: see `label_statistics`.
+        truth: see `label_statistics`.
     """
     logits, samples = _flat(labels)
     probabilities, classes = logits.softmax(-1), logits.shape[-1]

@@ -30,7 +30,7 @@ from fedkd.training.architectures import check_models
 from fedkd.training.cohort import Classified
 from fedkd.training.fit import NORM_EVERY, Fitted
 from fedkd.training.models import num_parameters
-from fedkd.training.tuning import check_plan, described, planned
+from fedkd.training.tuning import check_plan, plan_reasons, with_plan
 
 MODELS = "models.safetensors"
 """A central run's models: tensors ``<model>/<seed>/<parameter>``."""
@@ -66,8 +66,8 @@ def central(
     check_models(experiment, by_seed[0], ("student", "teacher"))
     keep_freed_memory()
     counts = ((experiment.teacher, len(seeds)), (experiment.student, 2 * len(seeds)))
-    reasons = described(experiment, counts)
-    experiment = planned(experiment, counts)
+    reasons = plan_reasons(experiment, counts)
+    experiment = with_plan(experiment, counts)
     alone = [experiment.replace(seed=seed, alpha=0.0) for seed in seeds]
     distilled = [experiment.replace(seed=seed) for seed in seeds]
     pooled = Pooled([*alone, *distilled], progress)

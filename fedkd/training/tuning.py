@@ -55,9 +55,9 @@ Counts = tuple[tuple[str, int], ...]
 """How many models of each architecture are run at once."""
 
 
-def described(experiment: Experiment, counts: Counts = ()) -> dict[str, str]:
-    """Say which plans were chosen and why, for the run folder; see `choices`."""
-    return {"plans": "; ".join(map(str, choices(experiment, counts)))}
+def plan_reasons(experiment: Experiment, counts: Counts = ()) -> dict[str, str]:
+    """Say which plans were chosen and why, for the run folder; see `choose_plans`."""
+    return {"plans": "; ".join(map(str, choose_plans(experiment, counts)))}
 
 
 def check_plan(experiment: Experiment) -> None:
@@ -77,16 +77,16 @@ def check_plan(experiment: Experiment) -> None:
             )
 
 
-def planned(experiment: Experiment, counts: Counts = ()) -> Experiment:
-    """Return the experiment with its plan written out; see `choices`."""
-    found = choices(experiment, counts)
+def with_plan(experiment: Experiment, counts: Counts = ()) -> Experiment:
+    """Return the experiment with its plan written out; see `choose_plans`."""
+    found = choose_plans(experiment, counts)
     if experiment.plan != AUTO or not found:
         return experiment
     return experiment.replace(plan=", ".join(f"{c.architecture}={c.plan}" for c in found))
 
 
 @lru_cache(maxsize=16)
-def choices(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
+def choose_plans(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
     """Choose how the models of each architecture are run, once for equal experiments.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 import fedkd
 from fedkd.data.federated import federated_data
 from fedkd.knowledge import SoftLabels
-from fedkd.knowledge.calibration import HISTOGRAM_BINS, described, detailed, entropy
+from fedkd.knowledge.calibration import HISTOGRAM_BINS, entropy, label_details, label_statistics
 from fedkd.records import Run
 
 N, C, P = 53, 7, 97
@@ -68,7 +68,7 @@ def test_entropy_of_what_is_certain_is_nothing_and_of_what_is_open_ln_c() -> Non
 def test_the_numbers_of_a_round_are_those_of_a_plain_loop(space: Any, tau: float) -> None:
     logits = drawn()
     values = logits if space == "logits" else logits.double().softmax(-1).float()
-    said = described(SoftLabels(values, space, samples()), truth(), tau)
+    said = label_statistics(SoftLabels(values, space, samples()), truth(), tau)
     p = softmax(logits[0].double().numpy(), -1)
     at_tau = softmax(logits[0].double().numpy() / tau, -1)
     labels = truth()[samples()].numpy()
@@ -84,7 +84,7 @@ def test_of_several_sets_all_rows_that_are_there_count() -> None:
     logits = drawn(3)
     mask = torch.rand(3, N, generator=torch.Generator().manual_seed(1)) > 0.4
     logits[~mask] = torch.nan
-    said = described(SoftLabels(logits, "logits", samples(), mask=mask), truth(), 2.0)
+    said = label_statistics(SoftLabels(logits, "logits", samples(), mask=mask), truth(), 2.0)
     rows = [
         (logits[k, n].double().numpy(), int(truth()[samples()[n]]))
         for k in range(3)
@@ -96,17 +96,17 @@ def test_of_several_sets_all_rows_that_are_there_count() -> None:
     assert said["knowledge_entropy"] == pytest.approx(scipy_entropy(p, axis=1).mean())
     assert said["knowledge_accuracy"] == pytest.approx(np.mean(p.argmax(1) == labels))
     assert said["knowledge_ece"] == pytest.approx(slow_error(p, labels))
-    more = detailed(SoftLabels(logits, "logits", samples(), mask=mask), truth())
+    more = label_details(SoftLabels(logits, "logits", samples(), mask=mask), truth())
     assert sum(more["entropy_histogram"]) == len(rows) == sum(more["reliability"]["count"])
 
 
 def test_where_nobody_knows_the_classes_there_is_no_accuracy() -> None:
     labels = SoftLabels(drawn(), "logits", samples())
-    said = described(labels, None, 2.0)
+    said = label_statistics(labels, None, 2.0)
     assert said["knowledge_accuracy"] is None
     assert said["knowledge_ece"] is None
     assert said["knowledge_entropy"] > 0
-    more = detailed(labels, None)
+    more = label_details(labels, None)
     assert more["by"] == "predicted"
     assert more["reliability"] is None
     p = softmax(drawn()[0].double().numpy(), -1)
@@ -116,11 +116,11 @@ def test_where_nobody_knows_the_classes_there_is_no_accuracy() -> None:
 
 
 def test_of_no_samples_nothing_is_said() -> None:
-    assert described(SoftLabels(torch.zeros(1, 0, C), "logits"), truth(), 2.0) == {}
+    assert label_statistics(SoftLabels(torch.zeros(1, 0, C), "logits"), truth(), 2.0) == {}
 
 
 def test_means_by_class_stand_in_the_row_of_the_true_class() -> None:
-    said = detailed(SoftLabels(drawn(), "logits", samples()), truth())
+    said = label_details(SoftLabels(drawn(), "logits", samples()), truth())
     p, labels = softmax(drawn()[0].double().numpy(), -1), truth()[samples()].numpy()
     assert said["by"] == "label"
     assert len(said["by_class"]) == C
@@ -133,7 +133,7 @@ def test_means_by_class_stand_in_the_row_of_the_true_class() -> None:
 
 
 def test_the_histogram_is_that_of_numpy() -> None:
-    said = detailed(SoftLabels(drawn(), "logits", samples()), truth())
+    said = label_details(SoftLabels(drawn(), "logits", samples()), truth())
     bits = scipy_entropy(softmax(drawn()[0].double().numpy(), -1), axis=1)
     expected, _ = np.histogram(bits, HISTOGRAM_BINS, (0, log(C)))
     assert said["entropy_histogram"] == expected.tolist()
@@ -147,7 +147,7 @@ def test_every_sample_is_in_the_histogram_also_the_one_that_is_quite_open(
 ) -> None:
     """Whose entropy is ln C, and after rounding perhaps a bit more."""
     values = torch.full((1, 3, classes), 1 / classes)
-    said = detailed(SoftLabels(values, space), None)
+    said = label_details(SoftLabels(values, space), None)
     assert said["entropy_histogram"] == [0] * (HISTOGRAM_BINS - 1) + [3]
 
 
@@ -155,8 +155,10 @@ def test_every_sample_is_in_the_histogram_also_the_one_that_is_quite_open(
 def test_and_the_one_that_is_certain(classes: int) -> None:
     values = torch.eye(classes)[None]  # as of one bit a class
     labels = SoftLabels(values, "probabilities")
-    assert detailed(labels, None)["entropy_histogram"] == [classes] + [0] * (HISTOGRAM_BINS - 1)
-    said = described(labels, torch.arange(classes), 5.0)
+    assert label_details(labels, None)["entropy_histogram"] == [classes] + [0] * (
+        HISTOGRAM_BINS - 1
+    )
+    said = label_statistics(labels, torch.arange(classes), 5.0)
     assert said["knowledge_entropy"] == pytest.approx(0, abs=1e-9)
     assert (said["knowledge_accuracy"], said["knowledge_ece"]) == (1.0, pytest.approx(0))
 

@@ -20,7 +20,7 @@ from fedkd.training.architectures import architectures_of
 from fedkd.training.cohort import Cohort
 from fedkd.training.fit import Fitted
 from fedkd.training.plans import Plan
-from fedkd.training.tuning import candidates, choices, fastest, planned
+from fedkd.training.tuning import candidates, choose_plans, fastest, with_plan
 
 Timing = Callable[[Plan], tuple[float, float]]
 """Given a plan: the seconds that measuring it takes, and those of a client's step in it."""
@@ -29,9 +29,9 @@ Timing = Callable[[Plan], tuple[float, float]]
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Choose anew in every test."""
-    choices.cache_clear()
+    choose_plans.cache_clear()
     yield
-    choices.cache_clear()
+    choose_plans.cache_clear()
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_measuring_takes_few_steps_and_leaves_no_trace(monkeypatch: pytest.Monke
     for name in names:
         architectures.skeleton(name)  # building one draws weights
     generator = torch.get_rng_state()
-    found = choices(experiment)
+    found = choose_plans(experiment)
     assert [choice.architecture for choice in found] == list(names)
     assert set(steps) == {tuning.STEPS}
     assert torch.get_num_threads() == 2
@@ -192,7 +192,7 @@ def test_measuring_stops_before_it_takes_a_hundredth_of_twenty_rounds(
     experiment, step = tiny(), 2.0
     used = share * budget(experiment, step)
     asked = timed(lambda plan: (used, step))
-    (choice,) = choices(experiment)
+    (choice,) = choose_plans(experiment)
     plans = candidates(choice.plan, 100, 3, 2)
     assert choice.plan == plans[0]
     assert len(plans) >= 3
@@ -207,7 +207,7 @@ def test_the_budget_is_that_of_the_fastest_so_far(
     experiment = tiny()
     used = 0.1 * budget(experiment, 2.0)
     asked = timed(lambda plan: (used, 2.0 if plan.stacked and plan.lanes > 1 else 0.2))
-    (choice,) = choices(experiment)
+    (choice,) = choose_plans(experiment)
     assert len(asked) == 2
     assert choice.plan == asked[1][1]
 
@@ -218,9 +218,9 @@ def test_a_longer_run_may_measure_more(
     torch.set_num_threads(2)
     used = 0.6 * budget(tiny(), 1.0)
     asked = timed(lambda plan: (used, 1.0))
-    choices(tiny())
+    choose_plans(tiny())
     assert len(asked) == 1
-    choices(tiny(local_epochs=5, distill_epochs=5))
+    choose_plans(tiny(local_epochs=5, distill_epochs=5))
     assert len(asked) > 2
 
 
@@ -240,7 +240,7 @@ def test_a_plan_is_chosen_for_the_clients_that_run_at_once(
         fraction_train=0.5,
         train_size=300,
     )
-    found = choices(experiment)
+    found = choose_plans(experiment)
     assert [choice.architecture for choice in found] == ["mlp-8", "mlp-7", "lenet"]
     blocks: dict[str, int] = {}
     for name, plan, clients in asked:
@@ -254,7 +254,7 @@ def test_a_flower_client_is_alone_in_its_process(
 ) -> None:
     torch.set_num_threads(2)
     asked = timed(lambda plan: (0.0, 1.0))
-    choices(tiny(engine="flower", student="mlp-8,lenet"))
+    choose_plans(tiny(engine="flower", student="mlp-8,lenet"))
     assert asked
     assert all((plan.block, plan.lanes, clients) == (1, 1, 1) for _, plan, clients in asked)
 
@@ -262,8 +262,8 @@ def test_a_flower_client_is_alone_in_its_process(
 def test_a_plan_that_was_given_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_time", refuse)
     experiment = tiny(student="mlp-8,lenet", plan="mlp-8=stacked-3x2, lenet=loop")
-    assert planned(experiment) == experiment
-    assert [(c.architecture, str(c.plan)) for c in choices(experiment)] == [
+    assert with_plan(experiment) == experiment
+    assert [(c.architecture, str(c.plan)) for c in choose_plans(experiment)] == [
         ("mlp-8", "stacked-3x2"),
         ("lenet", "loop"),
     ]
@@ -273,10 +273,10 @@ def test_equal_experiments_are_measured_once(
     timed: Callable[[Timing], list[tuple[str, Plan, int]]],
 ) -> None:
     asked = timed(lambda plan: (0.0, 1.0))
-    first = planned(tiny())
+    first = with_plan(tiny())
     counted = len(asked)
     assert counted > 1
-    assert planned(tiny()) == first
+    assert with_plan(tiny()) == first
     assert len(asked) == counted
 
 
@@ -287,7 +287,7 @@ def test_a_plan_that_a_model_does_not_take_is_not_chosen(monkeypatch: pytest.Mon
     """All plans are tried, however long they take."""
     monkeypatch.setattr(tuning, "ROUNDS", 10**9)
     experiment = tiny(student="federation_tools:choosy")
-    (choice,) = choices(experiment)
+    (choice,) = choose_plans(experiment)
     assert not choice.plan.stacked
 
 
@@ -304,7 +304,7 @@ def test_a_model_that_raises_is_its_clients_failure_and_ends_no_run(tmp_path: Pa
 
 def run_by(timing: Timing, timed: Callable[[Timing], Any], folder: Path, name: str) -> Run:
     timed(timing)
-    choices.cache_clear()
+    choose_plans.cache_clear()
     return fedkd.run(
         tiny(
             student="mlp-8,lenet",
@@ -337,7 +337,7 @@ def test_the_choice_is_recorded_and_does_not_decide_results(
 
     monkeypatch.setattr(tuning, "_time", refuse)
     for name, done in runs.items():
-        choices.cache_clear()
+        choose_plans.cache_clear()
         saved = Experiment.load(read_toml(done.path / "experiment.toml"))
         assert saved.plan == plans[name]
         entries = dict(entry.split("=") for entry in saved.plan.split(", "))
@@ -346,7 +346,7 @@ def test_the_choice_is_recorded_and_does_not_decide_results(
             assert (
                 str(architectures_of(federated_data(saved)).plan(architecture, saved.plan)) == text
             )
-        assert planned(saved) == saved
+        assert with_plan(saved) == saved
 
     expected = runs["loop"]
     for done in runs.values():

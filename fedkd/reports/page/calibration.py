@@ -42,9 +42,9 @@ def drawing(panels: Mapping[str, Sequence[Reliability]], whose: str, on: str) ->
     said = [
         f"{title}: {', '.join(each.label for each in lines)}" for title, lines in panels.items()
     ]
-    described = f"Expected calibration error in %: {'; '.join(said)}."
+    label_statistics = f"Expected calibration error in %: {'; '.join(said)}."
     figure = point_plots.reliability(panels)
-    return Drawing("reliability", "Reliability", caption, figure, described)
+    return Drawing("reliability", "Reliability", caption, figure, label_statistics)
 
 
 def of_models(folders: Iterable[Path], seeds: Sequence[int] | None = None) -> list[Reliability]:

@@ -30,7 +30,7 @@ from fedkd.studies.comparison.methods import (
 from fedkd.studies.comparison.record import Record
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.reuse import Shelf, common_plan
-from fedkd.training.tuning import planned
+from fedkd.training.tuning import with_plan
 
 
 def compare(
@@ -176,7 +176,7 @@ def _federated_jobs(
     if not begun:
         return []
     with threads(threads_each(at_once)):
-        shared = planned(common_plan(experiment, known))
+        shared = with_plan(common_plan(experiment, known))
     return [
         Job(f"{label(n)}, seed {s}", _free(variant(shared, n, s)), begun=path)
         for (n, s), path in begun.items()

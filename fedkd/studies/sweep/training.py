@@ -24,7 +24,7 @@ from fedkd.studies.central import check_central
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.studies.sweep.folder import Cell, Done, Keys, SweepFolder
 from fedkd.training.architectures import check_models
-from fedkd.training.tuning import Counts, clients_at_once, planned
+from fedkd.training.tuning import Counts, clients_at_once, with_plan
 
 MODELS_AT_ONCE = 500
 """Models of an architecture in one stack: enough to fill a device, few enough for its memory."""
@@ -245,7 +245,7 @@ class Trials:
 
     def _plan(self, cell: Cell, counts: Counts) -> str:
         """Choose one plan for a whole stack, of models by architecture, measured once for all folds."""
-        return planned(self._kind(Cell(cell.keys, cell.seed, 1)), counts).plan
+        return with_plan(self._kind(Cell(cell.keys, cell.seed, 1)), counts).plan
 
 
 def _begun_plan(path: Path) -> str | None:
