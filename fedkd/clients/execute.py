@@ -118,12 +118,12 @@ def _group_key(experiment: Experiment, instruction: Instruction, phases: str) ->
         instruction.evaluate,
         instruction.knowledge is None,
         instruction.knowledge_round,
-        "" if labels is None else _digest(labels.samples),
-        _digest(instruction.asked),
+        "" if labels is None else _fingerprint(labels.samples),
+        _fingerprint(instruction.asked),
     )
 
 
-def _digest(samples: Tensor) -> str:
+def _fingerprint(samples: Tensor) -> str:
     return blake2b(samples.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 

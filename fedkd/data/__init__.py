@@ -1,6 +1,6 @@
 """Data sets, the public set and the clients' shards, images on the device."""
 
-from fedkd.data.cache import data_folder, digest, load, read_tensors, write_tensors
+from fedkd.data.cache import data_folder, fingerprint, load, read_tensors, write_tensors
 from fedkd.data.datasets import DATASETS, TENSORS, Dataset, DatasetInfo
 
 __all__ = [

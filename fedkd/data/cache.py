@@ -1,7 +1,7 @@
 """Data sets fetched and kept: one memory-mapped file each, so that many processes share one copy.
 
 What torchvision downloads is converted once to ``<data-dir>/<name>.safetensors`` and mapped from
-then on; class names, normalisation and the digest of the tensors live in the code, not in the file.
+then on; class names, normalisation and the fingerprint of the tensors live in the code, not in the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset")
     digest is verified at the first load of a file in each process (0.1 s for CIFAR-10).
 
     ``cifar100`` is untested (it could not be downloaded where this was written): torchvision's own
-    checksums guard its download, the digest noted in the cache file guards the cache.
+    checksums guard its download, the fingerprint noted in the cache file guards the cache.
 
     Args:
         name: a key of `DATASETS`, or ``"module:function"``: a function that is called with the data
@@ -104,7 +104,7 @@ def _convert(name: str, path: Path) -> None:
     with tempfile.TemporaryFile(dir=folder):  # fails where writing will: not after a long download
         pass
     tensors = _from_torchvision(name, path)
-    found, known = digest(tensors), DATASETS[name].sha256
+    found, known = fingerprint(tensors), DATASETS[name].sha256
     if known and found != known:
         raise FedkdError(
             f"torchvision's files of {name} in {folder} do not hold the original images and labels "
@@ -162,16 +162,16 @@ def _read_cache(path: Path, info: DatasetInfo) -> dict[str, Tensor]:
 
 
 _verified: set[tuple[Path, int, int, int]] = set()
-"""The files whose digest this process has found right, each in the state in which it was read."""
+"""The files whose fingerprint this process has found right, each in the state in which it was read."""
 
 
 def _verify(path: Path, tensors: Mapping[str, Tensor], known: str) -> None:
-    """Compare the digest of the tensors of `path` with `known`, once for each state of the file."""
+    """Compare the fingerprint of the tensors of `path` with `known`, once for each state of the file."""
     status = path.stat()
     state = (path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
     if state in _verified:
         return
-    found = digest(tensors)
+    found = fingerprint(tensors)
     if found != known:
         raise _damaged(path, f"sha256 {found[:12]}..., not {known[:12]}...")
     _verified.add(state)
@@ -187,7 +187,7 @@ def _damaged(path: Path, reason: str) -> FedkdError:
 # --- Tensor files -------------------------------------------------------------------------------
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 (hexadecimal) over name, type, shape and bytes of each tensor, by name."""
     sha256 = hashlib.sha256()
     for name in sorted(tensors):
@@ -197,7 +197,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, its digest noted in it, that others see whole or not at all.
+    """Write a safetensors file, its fingerprint noted in it, that others see whole or not at all.
 
     Raises:
         OSError: the folder of `path` cannot be written.
@@ -205,7 +205,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with part.open("wb") as file:
-            file.write(save(tensors, {"sha256": digest(tensors)}))
+            file.write(save(tensors, {"sha256": fingerprint(tensors)}))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -216,7 +216,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Map the tensors of `path`; return them with the digest noted there, if any (not compared).
+    """Map the tensors of `path`; return them with the fingerprint noted there, if any (not compared).
 
     Raises:
         OSError: `path` cannot be opened.

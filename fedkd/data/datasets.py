@@ -125,7 +125,7 @@ class DatasetInfo:
         mean: per channel, of training pixels scaled to 0..1.
         std: likewise.
         torchvision: the class of ``torchvision.datasets`` that downloads it; ``None``: none needed.
-        sha256: `digest` of the original tensors, where it is known.
+        sha256: `fingerprint` of the original tensors, where it is known.
     """
 
     description: str

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedkd import randomness
-from fedkd.data.cache import digest, read_tensors, write_tensors
+from fedkd.data.cache import fingerprint, read_tensors, write_tensors
 from fedkd.errors import FedkdError, Setting, nearest
 
 KINDS = ("iid", "dirichlet", "shard", "pathological")
@@ -295,6 +295,6 @@ def _read(path: Path) -> list[Tensor] | None:
         tensors, noted = read_tensors(path)
     except (OSError, SafetensorError):
         return None
-    if digest(tensors) != noted:
+    if fingerprint(tensors) != noted:
         return None
     return list(torch.split(tensors["indices"], tensors["sizes"].tolist()))

@@ -24,13 +24,13 @@ class SharedKnownRows:
     """
 
     def __init__(self) -> None:
-        self._by_digest: WeakValueDictionary[bytes, KnownRows] = WeakValueDictionary()
+        self._by_fingerprint: WeakValueDictionary[bytes, KnownRows] = WeakValueDictionary()
 
     def shared(self, known: KnownRows | None) -> KnownRows | None:
         """Return the object that stands for all references equal to this one."""
         if known is None:
             return None
-        return self._by_digest.setdefault(known.digest(), known)
+        return self._by_fingerprint.setdefault(known.fingerprint(), known)
 
 
 class Outgoing:

@@ -53,8 +53,8 @@ class KnownRows:
         codes = torch.zeros(num_public, width, dtype=wire.dtype)
         return cls(codes, torch.zeros(num_public, dtype=torch.bool))
 
-    def digest(self) -> bytes:
-        """Return a digest of the content, the same for all that have the same."""
+    def fingerprint(self) -> bytes:
+        """Return a fingerprint of the content: equal contents, equal fingerprints."""
         found = blake2b(digest_size=16)
         for tensor in (self.codes, self.known):
             found.update(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -49,7 +49,7 @@ def tiny_tensors(seed: int = 0) -> dict[str, Tensor]:
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Register the small data set ``mnist`` with a known digest, and return its cache file."""
-    info = replace(TINY, sha256=data.digest(tiny_tensors()))
+    info = replace(TINY, sha256=data.fingerprint(tiny_tensors()))
     monkeypatch.setattr(cache, "DATASETS", MappingProxyType({"mnist": info}))
     path = tmp_path / "mnist.safetensors"
     save_file(tiny_tensors(), path)
@@ -83,10 +83,10 @@ def message(name: str, data_dir: Path | None = None) -> str:
         ("mnist-5k", "d85894635dde363a2c88d3209dcd1e26759f7756db70d89a21423ffc63b935da"),
     ],
 )
-def test_shipped_sets_never_change(name: str, digest: str, tmp_path: Path) -> None:
+def test_shipped_sets_never_change(name: str, fingerprint: str, tmp_path: Path) -> None:
     dataset = data.load(name, tmp_path / "never-made")
     tensors = {tensor: getattr(dataset, tensor) for tensor in TENSORS}
-    assert data.digest(tensors) == digest
+    assert data.fingerprint(tensors) == fingerprint
     assert {tensor: list(value.shape) for tensor, value in tensors.items()} == DATASETS[name].shapes
     assert not (tmp_path / "never-made").exists()
 
@@ -310,7 +310,7 @@ def test_the_digest_covers_names_types_shapes_and_bytes() -> None:
         kind = "uint8" if "images" in name else "int64"
         expected.update(f"{name} {kind} {list(tensors[name].shape)}\n".encode())
         expected.update(tensors[name].numpy().tobytes())
-    assert data.digest(tensors) == expected.hexdigest()
+    assert data.fingerprint(tensors) == expected.hexdigest()
 
 
 def test_mapped_tensors_lie_in_the_file_and_writes_do_not(tiny: Path) -> None:
@@ -333,11 +333,11 @@ def test_a_file_is_hashed_once_for_each_of_its_states(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    digest = data.digest
+    fingerprint = data.fingerprint
 
     def counted(tensors: Mapping[str, Tensor]) -> str:
         calls.append(1)
-        return digest(tensors)
+        return fingerprint(tensors)
 
     monkeypatch.setattr(cache, "digest", counted)
     data.load("mnist", tiny.parent)

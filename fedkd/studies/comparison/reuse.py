@@ -109,7 +109,7 @@ def _read(folder: Path) -> _Found | None:
 
 
 def _is_covered(experiment: Experiment) -> bool:
-    """Whether the digest covers all code of the user that the experiment names."""
+    """Whether the fingerprint covers all code of the user that the experiment names."""
     named = f"{experiment.dataset},{experiment.public},{experiment.student},{experiment.teacher},"
     parts = [part.strip() for part in (named + experiment.server_model).split(",")]
     own = {part.partition(":")[0] for part in parts if ":" in part}
