@@ -9,7 +9,7 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "data_folder",
-    "digest",
+    "fingerprint",
     "load",
     "read_tensors",
     "write_tensors",

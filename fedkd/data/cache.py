@@ -40,7 +40,7 @@ def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset")
 
     What torchvision downloads is converted once and memory-mapped from then on: processes that load
     the same file share its pages, and writing to the tensors changes the writer's copy only. Its
-    digest is verified at the first load of a file in each process (0.1 s for CIFAR-10).
+    fingerprint is verified at the first load of a file in each process (0.1 s for CIFAR-10).
 
     ``cifar100`` is untested (it could not be downloaded where this was written): torchvision's own
     checksums guard its download, the fingerprint noted in the cache file guards the cache.

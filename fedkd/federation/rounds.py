@@ -113,7 +113,8 @@ class Federation:
         kept = Checkpoint.load(folder.path)
         self._record.keep(kept.round)
         if kept.round:
-            kept.sent |= {k: self._known_rows.shared(each) for k, each in kept.sent.items()}
+            known = {k: self._known_rows.shared(each) for k, each in kept.downlink.items()}
+            kept.downlink |= known
             _restore(self._server, kept)
             self._checkpoint = kept
 

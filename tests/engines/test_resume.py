@@ -367,16 +367,16 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, kind: str) -> No
         model={"head.weight": drawn(1, 3, 2), "steps": torch.tensor([4])},
         trained=True,
         base={2: 7, 0: 3},
-        sent={2: shared, 0: None, 1: shared},
-        heard={0: KnownRows(drawn(2, 3), torch.tensor([False, True])), 5: None},
+        downlink={2: shared, 0: None, 1: shared},
+        uplink={0: KnownRows(drawn(2, 3), torch.tensor([False, True])), 5: None},
         asked={2: 13, 0: 5},
-        lost=1,
+        rounds_without_quorum=1,
         totals={"bytes_up": 2**53 + 1},
     )
     written.save(tmp_path)
     read = Checkpoint.load(tmp_path)
     assert spelled(read) == spelled(written)
-    assert read.sent[2] is read.sent[1]
+    assert read.downlink[2] is read.downlink[1]
 
 
 def spelled(value: Any) -> Any:
