@@ -84,7 +84,7 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
     Raises:
         FedkdError: there is no such strategy, it does not import, or a setting is not right.
     """
-    cls = _own(name) if ":" in name else _named(name)
+    cls = _user_strategy(name) if ":" in name else _named(name)
     settings = _settings(cls, config)
     bare = [f.name for f in fields(cls) if f.default is MISSING]  # type: ignore[arg-type]
     if bare:
@@ -121,7 +121,7 @@ def client_modules(experiment: Experiment, strategy: DistillationStrategy) -> li
     return list(dict.fromkeys([*experiment.client_modules, *([] if own else [module])]))
 
 
-def recorded(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+def reproducible_keys(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
     """Return the keys that name a strategy and its client code, as a run is recorded and repeated.
 
     One of a script that is run is found in the script's file afterwards.
@@ -171,7 +171,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def _own(name: str) -> type[DistillationStrategy]:
+def _user_strategy(name: str) -> type[DistillationStrategy]:
     where, _, class_name = name.rpartition(":")
     module = _load_file(Path(where)) if where.endswith(".py") else _import(where, name)
     cls = getattr(module, class_name, None)

@@ -1,6 +1,6 @@
 """How it is printed: facts one a line, tables, and the steps of what takes long.
 
-Facts are values by name. Only `write` and `Steps` print.
+Facts are values by name. Only `write` and `ProgressDisplay` print.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Console(Console):
             yield part if part.control else Segment(printable(part.text), part.style)
 
 
-class Steps:
+class ProgressDisplay:
     """How far the work is, on stderr: a bar on a terminal, elsewhere a line for each new text.
 
     The plan goes to stdout before the first step. By then everything has been checked: an error comes

@@ -24,7 +24,7 @@ from fedkd.keys import AUTO, accepted, kebab
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from fedkd.cli.console import Steps
+    from fedkd.cli.console import ProgressDisplay
 
 Source = tuple[str, Mapping[str, object]]
 """Where keys came from, and the keys."""
@@ -180,11 +180,11 @@ class Output:
         bool, Parameter(group=OUTPUT, negative="", help="the result in a line, no progress")
     ] = False
 
-    def progress(self, plan: Callable[[], Mapping[str, str]]) -> Steps:
+    def progress(self, plan: Callable[[], Mapping[str, str]]) -> ProgressDisplay:
         """Return a display of progress, which begins with the plan."""
-        from fedkd.cli.console import Steps
+        from fedkd.cli.console import ProgressDisplay
 
-        return Steps(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
+        return ProgressDisplay(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
 
     def result(
         self,

@@ -214,15 +214,15 @@ def sweep(
     with start.experiment(resume) as experiment:
         from fedkd.cli import preview
         from fedkd.studies.sweep.grid import parse
-        from fedkd.studies.sweep.request import Asked
+        from fedkd.studies.sweep.request import SweepRequest
 
         if resume is not None:
-            asked = Asked.in_folder(resume)
+            asked = SweepRequest.in_folder(resume)
         else:
             grid = parse(vary, is_search=trials is not None)
             chosen = chosen_seeds(seeds, experiment)
             parts = 3 if folds is None else folds
-            asked = Asked(grid, trials, chosen, parts, of or "federation")
+            asked = SweepRequest(grid, trials, chosen, parts, of or "federation")
         with output.progress(
             lambda: preview.sweep_plan(experiment, str(asked), asked.seeds, asked.folds, asked.of)
         ) as steps:

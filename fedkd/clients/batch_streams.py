@@ -14,7 +14,7 @@ from fedkd.knowledge import ClassMeans, SoftLabels
 from fedkd.losses import Term
 from fedkd.phases import Coefficient, Fit, experiment_term
 from fedkd.training.batches import Side
-from fedkd.training.optimizers import shared
+from fedkd.training.optimizers import stacked_values
 from fedkd.training.terms import Terms, public_side, resolved_terms
 
 
@@ -56,7 +56,7 @@ def _terms(stack: Stack, named: Mapping[str, Coefficient]) -> Terms:
             return isinstance(stack.knowledge[0], ClassMeans)
         return term.needs is None or stack.is_fresh  # soft labels only if they are news
 
-    return resolved_terms(named, shared(stack.experiments, "alpha"), has, stack.experiment)
+    return resolved_terms(named, stacked_values(stack.experiments, "alpha"), has, stack.experiment)
 
 
 def _wants_knowledge(stack: Stack, named: Mapping[str, Coefficient]) -> bool:

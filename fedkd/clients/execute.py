@@ -80,7 +80,7 @@ def execute_together(
             kind = _group_key(federation.experiment, instruction, texts[id(instruction.phases)])
             groups.setdefault(kind, {}).setdefault(number, []).append(instruction)
     for group in groups.values():
-        for some in _at_once(group, federations[0].experiment.clients_per_round):
+        for some in _batches(group, federations[0].experiment.clients_per_round):
             chosen = {
                 n: replace(federations[n], instructions=instructions)
                 for n, instructions in some.items()
@@ -94,7 +94,7 @@ def execute_together(
     ]
 
 
-def _at_once(
+def _batches(
     group: Mapping[int, Sequence[Instruction]], size: int
 ) -> Iterator[dict[int, Sequence[Instruction]]]:
     """Deal the instructions of a group into stacks with at most `size` of each federation."""
@@ -140,7 +140,7 @@ def _run_or_split(
         return _stored(federations, found)
     # Out of the handler: the exception, which holds the frames and tensors of the stack, is gone.
     if did_not_fit:
-        _let_go(federations)
+        _free_memory(federations)
     if not pieces:  # whatever a client's model or data raises is its failure, never the round's
         return [[Failure(federations[0].instructions[0].client, reason)]]
     results: list[list[ClientReport | Failure]] = [[] for _ in federations]
@@ -234,7 +234,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
-def _let_go(federations: Sequence[FederationInstructions]) -> None:
+def _free_memory(federations: Sequence[FederationInstructions]) -> None:
     """Free what can be had again: states in memory are on disk as well, and stay there from now on."""
     for federation in federations:
         federation.store.limit = 0

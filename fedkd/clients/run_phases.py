@@ -39,7 +39,7 @@ from fedkd.phases import (
 )
 from fedkd.randomness import generator
 from fedkd.training.architectures import architectures_of
-from fedkd.training.optimizers import OptimizerSettings, shared
+from fedkd.training.optimizers import OptimizerSettings, stacked_values
 from fedkd.training.profiling import PART, part, profiled
 
 
@@ -174,7 +174,7 @@ def _fit(stack: Stack, phase: Fit, position: int) -> None:
         epochs=default if phase.epochs is None else phase.epochs,
         batch_size=stack.experiment.batch_size,
         optimizer=OptimizerSettings.of_all(stack.experiments),
-        numbers={"tau": shared(stack.experiments, "tau"), **phase.numbers},
+        numbers={"tau": stacked_values(stack.experiments, "tau"), **phase.numbers},
         streams=[
             (experiment.seed, client, stack.first.round, stream)
             for experiment, client in zip(stack.experiments, stack.clients, strict=True)

@@ -39,7 +39,7 @@ app = ClientApp(mods=[always_reply, ends_in_time])
 def hello(message: Message, context: Context) -> Message:
     """Say which partition this node holds, how large it is, and which code it runs."""
     sent = decode_experiment(message.content)
-    experiment = _accepted(sent, context)
+    experiment = _localised(sent, context)
     introduction = introduce(experiment, _partition(context, experiment))
     # The server compares the code that the run names; a node may allow more.
     introduction = replace(introduction, sources=fingerprint(sent.client_modules))
@@ -50,7 +50,7 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Execute an instruction and report."""
     keep_freed_memory()
-    experiment = _accepted(decode_experiment(message.content), context)
+    experiment = _localised(decode_experiment(message.content), context)
     client = _partition(context, experiment)
     sent = Delivery(
         experiment, store_of(experiment), [(client, message.content)], not _is_simulated()
@@ -61,7 +61,7 @@ def train(message: Message, context: Context) -> Message:
     return reply(message, answer)
 
 
-def _accepted(experiment: Experiment, context: Context) -> Experiment:
+def _localised(experiment: Experiment, context: Context) -> Experiment:
     """Return the experiment of a message as it holds here.
 
     Raises:

@@ -23,7 +23,7 @@ from fedkd.records.callbacks import Callback, Callbacks
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder, environment
 from fedkd.records.results import Run
-from fedkd.registry import recorded, strategy_of
+from fedkd.registry import reproducible_keys, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.tuning import plan_reasons, with_plan
 from fedkd.user_code import fingerprint
@@ -215,7 +215,7 @@ def _prepared(
         name=folder.path.name,
         device=_device(experiment),
         plan=with_plan(experiment).plan,
-        **recorded(experiment, strategy),
+        **reproducible_keys(experiment, strategy),
     )
     reasons = {**plan_reasons(experiment), **_codec(experiment, strategy)}
     record_beginning(folder, named, named.device, reasons)
@@ -235,7 +235,7 @@ def _taken_up(
 def is_begun(experiment: Experiment) -> bool:
     """Whether the folder of a named experiment is there, and holds the same by the same code."""
     wanted = experiment.replace(
-        device=_device(experiment), **recorded(experiment, strategy_of(experiment))
+        device=_device(experiment), **reproducible_keys(experiment, strategy_of(experiment))
     )
     with suppress(FedkdError):
         folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))

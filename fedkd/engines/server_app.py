@@ -17,7 +17,7 @@ from fedkd.federation.events import Events
 from fedkd.federation.flower_internals.backend import is_simulated
 from fedkd.machine import resolve_device
 from fedkd.records.folder import RunFolder
-from fedkd.registry import recorded
+from fedkd.registry import reproducible_keys
 from fedkd.training.tuning import plan_reasons, with_plan
 
 app = ServerApp()
@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
     experiment = given.replace(engine="flower")
     strategy = check(experiment)
     reasons = plan_reasons(experiment)
-    experiment = with_plan(experiment).replace(**recorded(experiment, strategy))
+    experiment = with_plan(experiment).replace(**reproducible_keys(experiment, strategy))
     folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
     named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))

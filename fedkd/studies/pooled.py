@@ -23,7 +23,7 @@ from fedkd.training.architectures import architectures_of
 from fedkd.training.batches import Side
 from fedkd.training.cohort import Cohort
 from fedkd.training.fit import Fitted
-from fedkd.training.optimizers import OptimizerSettings, shared
+from fedkd.training.optimizers import OptimizerSettings, stacked_values
 from fedkd.training.parameters import stacked
 
 
@@ -71,7 +71,7 @@ class Pooled:
     def train_students(self) -> Fitted:
         """Distil the teachers into the students, each with its own α and τ."""
         experiments = self.experiments
-        alpha = shared(experiments, "alpha")
+        alpha = stacked_values(experiments, "alpha")
         terms = {kl_term(self.experiment.kl_reduction): alpha, ce: 1 - alpha}
         self.soft_labels = self._soft_labels()
         side = self._side(experiments, terms, self.soft_labels, self.teacher_of)
@@ -138,7 +138,7 @@ class Pooled:
             epochs=epochs,
             batch_size=self.experiment.batch_size,
             optimizer=OptimizerSettings.of_all(experiments),
-            numbers={"tau": shared(experiments, "tau")},
+            numbers={"tau": stacked_values(experiments, "tau")},
             streams=[(experiment.seed, "central", what) for experiment in experiments],
             progress=lambda done: self._progress(what, done),
         )

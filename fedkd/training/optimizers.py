@@ -53,9 +53,9 @@ class OptimizerSettings:
         """
         return cls(
             experiments[0].optimizer,
-            shared(experiments, "learning_rate"),
-            shared(experiments, "momentum"),
-            shared(experiments, "weight_decay"),
+            stacked_values(experiments, "learning_rate"),
+            stacked_values(experiments, "momentum"),
+            stacked_values(experiments, "weight_decay"),
         )
 
     def rows(self, rows: Tensor) -> OptimizerSettings:
@@ -69,7 +69,7 @@ class OptimizerSettings:
         )
 
 
-def shared(experiments: Sequence[Experiment], key: str) -> float | Tensor:
+def stacked_values(experiments: Sequence[Experiment], key: str) -> float | Tensor:
     """Return a number that all experiments share, which is faster, or else one each: float64 ``[K]``."""
     values = [getattr(experiment, key) for experiment in experiments]
     alike = len(set(values)) == 1

@@ -36,7 +36,7 @@ from fedkd.federation.messages import (
 from fedkd.phases import Fit
 from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
-from fedkd.registry import find, recorded, strategy_of
+from fedkd.registry import find, reproducible_keys, strategy_of
 from fedkd.user_code import fingerprint
 
 PAGE = (ROOT / "docs/write-a-strategy.md").read_text(encoding="utf-8")
@@ -207,7 +207,7 @@ def test_a_file_that_has_changed_is_read_again(folder: Path) -> None:
 def test_the_digest_covers_a_users_file(folder: Path) -> None:
     (folder / "own_e.py").write_text(OWN)
     experiment = Experiment(strategy=f"{folder}/own_e.py:Own", **SMALL)
-    keys = recorded(experiment, strategy_of(experiment))
+    keys = reproducible_keys(experiment, strategy_of(experiment))
     assert keys["client_code"] == "own_e"
     named = experiment.replace(**keys)
     assert fingerprint(named.client_modules) != fingerprint(experiment.client_modules)

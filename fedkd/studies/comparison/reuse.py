@@ -18,7 +18,7 @@ from fedkd.machine import resolve_device
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun
-from fedkd.registry import recorded, strategy_of
+from fedkd.registry import reproducible_keys, strategy_of
 from fedkd.user_code import fingerprint, is_importable
 
 _NOT_CENTRAL = ("seed", *Experiment.keys("federation", "evaluation", "clients"))
@@ -42,7 +42,7 @@ class _Found:
     central_seeds: tuple[int, ...]
 
 
-class Shelf:
+class ExistingRuns:
     """The runs in a folder that could have been made by this code here and now.
 
     The fingerprint of the sources and the version of PyTorch must be the same. A run is left out where
@@ -65,7 +65,7 @@ class Shelf:
         return next((path for path in begun if not RunFolder(path).is_running), None)
 
     def _of(self, wanted: Experiment) -> Iterator[_Found]:
-        asked = wanted.replace(**recorded(wanted, strategy_of(wanted)))
+        asked = wanted.replace(**reproducible_keys(wanted, strategy_of(wanted)))
         found = (run for run in self._runs if not run.central_seeds)
         return (run for run in found if _same(asked, run.experiment, ()))
 

@@ -29,7 +29,7 @@ from fedkd.studies.comparison.methods import (
 )
 from fedkd.studies.comparison.record import Record
 from fedkd.studies.comparison.result import Comparison
-from fedkd.studies.comparison.reuse import Shelf, common_plan
+from fedkd.studies.comparison.reuse import ExistingRuns, common_plan
 from fedkd.training.tuning import with_plan
 
 
@@ -131,7 +131,7 @@ def _made(record: Record, at_once: int, progress: Progress) -> Record:
     """Make the runs that are not there; return the record with all folders and the jobs' remark."""
     experiment, seeds = record.experiment, record.seeds
     methods = list(federated(record.methods))
-    shelf = Shelf(experiment.run_dir)
+    shelf = ExistingRuns(experiment.run_dir)
     wanted = [(name, seed) for name in methods for seed in seeds]
     there = {key: found for key in wanted if (found := shelf.federated(variant(experiment, *key)))}
     has_central = len(methods) < len(record.methods)

@@ -17,7 +17,7 @@ from fedkd.studies.sweep.tables import counted
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepRequest:
     """What was asked of a sweep, beside the experiment; see `sweep` and `search`.
 
     Attributes:
@@ -71,4 +71,6 @@ def resume(path: str | Path, *, progress: Progress = silent) -> Sweep:
     Raises:
         FedkdError: there is no sweep of this code in it.
     """
-    return Asked.in_folder(path).make(RunFolder.existing(path).relocated_experiment(), progress)
+    return SweepRequest.in_folder(path).make(
+        RunFolder.existing(path).relocated_experiment(), progress
+    )
