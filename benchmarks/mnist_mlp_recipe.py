@@ -21,7 +21,7 @@ from fedkd.cli.presets import mnist_mlp
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.losses import ce, kl
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 
@@ -46,13 +46,17 @@ def cohort(data: FederatedData, name: str, seeds: Sequence[int]) -> Cohort:
 
 
 def train(
-    models: Cohort, side: Side, epochs: int, what: str, numbers: dict[str, float | Tensor]
+    models: Cohort,
+    batch_stream: BatchStream,
+    epochs: int,
+    what: str,
+    numbers: dict[str, float | Tensor],
 ) -> None:
     """Train as the preset does, on its random streams."""
     copies = len(models) // len(SEEDS)
     started = monotonic()
     models.fit(
-        [side],
+        [batch_stream],
         epochs=epochs,
         batch_size=64,
         optimizer=OptimizerSettings("adam", 1e-3),
@@ -80,8 +84,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in TEACHERS:
         teachers = cohort(data, name, SEEDS)
-        side = Side("pooled", data.train, [rows] * len(SEEDS), {ce: 1.0})
-        train(teachers, side, experiment.local_epochs, "teacher", {})
+        batch_stream = BatchStream("pooled", data.train, [rows] * len(SEEDS), {ce: 1.0})
+        train(teachers, batch_stream, experiment.local_epochs, "teacher", {})
         logits = teachers.predict(data.train, rows)
         report(data, name, teachers, logits, experiment.distill_epochs)
 
@@ -93,14 +97,14 @@ def report(data: FederatedData, name: str, teachers: Cohort, logits: Tensor, epo
         torch.tensor([p[i] for p in points for _ in SEEDS], dtype=torch.float32) for i in range(3)
     )
     students = cohort(data, "mlp-20", SEEDS * len(points))
-    side = Side(
+    batch_stream = BatchStream(
         "pooled",
         data.train,
         [data.pooled] * len(students),
         {kl: soft, ce: hard},
         logits.repeat(len(points), 1, 1),
     )
-    train(students, side, epochs, "students", {"tau": tau})
+    train(students, batch_stream, epochs, "students", {"tau": tau})
     log_p = (logits / 5).log_softmax(-1)
     entropy = float(-(log_p.exp() * log_p).sum(-1).mean()) / 0.6931471805599453
     taught = teachers.classify(data.test)

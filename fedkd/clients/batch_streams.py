@@ -13,12 +13,12 @@ from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, SoftLabels
 from fedkd.losses import Term
 from fedkd.phases import Coefficient, Fit, experiment_term
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.optimizers import stacked_values
-from fedkd.training.terms import Terms, public_side, resolved_terms
+from fedkd.training.terms import Terms, public_stream, resolved_terms
 
 
-def sides_of(stack: Stack, phase: Fit) -> list[Side]:
+def sides_of(stack: Stack, phase: Fit) -> list[BatchStream]:
     """Turn a fit's terms into streams of batches, without terms whose knowledge is missing.
 
     Returns:
@@ -39,13 +39,13 @@ def sides_of(stack: Stack, phase: Fit) -> list[Side]:
         hard = {t: c for t, c in public.items() if t.needs is None and _counts(c)}
         private = {t: private.get(t, 0) + hard.get(t, 0) for t in {**hard, **private}}
         public = {t: c for t, c in public.items() if t.needs is not None}
-    sides = []
+    batch_streams = []
     if public:
-        sides.append(_public_side(stack, public))
+        batch_streams.append(_public_stream(stack, public))
     if private:
         _refuse_soft_labels(private)
-        sides.append(_private_side(stack, private))
-    return sides
+        batch_streams.append(_private_stream(stack, private))
+    return batch_streams
 
 
 def _terms(stack: Stack, named: Mapping[str, Coefficient]) -> Terms:
@@ -68,12 +68,12 @@ def _counts(coefficient: float | Tensor) -> bool:
     return bool((torch.as_tensor(coefficient) != 0).any())
 
 
-def _public_side(stack: Stack, terms: Terms) -> Side:
+def _public_stream(stack: Stack, terms: Terms) -> BatchStream:
     public = stack.data.public
     if all(term.needs is None for term in terms):
         rows = torch.arange(len(public))
-        return Side("public", public, [rows] * len(stack.instructions), terms)
-    return public_side(public, terms, _to_digest(stack, terms))
+        return BatchStream("public", public, [rows] * len(stack.instructions), terms)
+    return public_stream(public, terms, _to_digest(stack, terms))
 
 
 def _to_digest(stack: Stack, terms: Terms) -> list[SoftLabels]:
@@ -99,17 +99,19 @@ def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
             )
 
 
-def _private_side(stack: Stack, terms: Terms) -> Side:
-    side = Side("private", stack.data.train, stack.shards, terms, augment=stack.experiment.augment)
+def _private_stream(stack: Stack, terms: Terms) -> BatchStream:
+    batch_stream = BatchStream(
+        "private", stack.data.train, stack.shards, terms, augment=stack.experiment.augment
+    )
     clients = range(len(stack.instructions))
     if any(stack.attack(row).labels for row in clients):
-        side = replace(side, labels=[stack.labels(row) for row in clients])
+        batch_stream = replace(batch_stream, labels=[stack.labels(row) for row in clients])
     if not any(term.needs == "class-means" for term in terms):
-        return side
+        return batch_stream
     means = [k for k in stack.knowledge if isinstance(k, ClassMeans)]
     means = means[:1] if all(each is means[0] for each in means) else means
     return replace(
-        side,
+        batch_stream,
         class_means=torch.cat([each.values for each in means]),
         class_counts=torch.cat([each.counts for each in means]),
     )

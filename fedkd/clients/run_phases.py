@@ -163,14 +163,14 @@ def _local_client(
 
 
 def _fit(stack: Stack, phase: Fit, position: int) -> None:
-    sides = sides_of(stack, phase)
-    if not sides:
+    batch_streams = sides_of(stack, phase)
+    if not batch_streams:
         return
     stream = f"{phase.name} {_occurrence(stack, position)}"
     key = "distill_epochs" if phase.public else "local_epochs"
     default = [getattr(experiment, key) for experiment in stack.experiments]
     fitted = stack.role(phase.model).fit(
-        sides,
+        batch_streams,
         epochs=default if phase.epochs is None else phase.epochs,
         batch_size=stack.experiment.batch_size,
         optimizer=OptimizerSettings.of_all(stack.experiments),
@@ -182,7 +182,7 @@ def _fit(stack: Stack, phase: Fit, position: int) -> None:
     )
     stack.record(f"loss_{phase.name}", fitted.losses)
     stack.record(f"gradient_norm_{phase.name}", fitted.gradient_norms)
-    distilled = any(side.teacher_logits is not None for side in sides)
+    distilled = any(batch_stream.teacher_logits is not None for batch_stream in batch_streams)
     if distilled:
         stack.states.digested = [stack.first.knowledge_round] * len(stack.instructions)
     if not _is_evaluated(stack, position):

@@ -17,10 +17,10 @@ from fedkd.phases import Fit, experiment_term
 from fedkd.randomness import generator, permutation
 from fedkd.training.accuracy import accuracy
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
-from fedkd.training.terms import Terms, public_side, resolved_terms
+from fedkd.training.terms import Terms, public_stream, resolved_terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +131,19 @@ class Server:
             require_one(labels)
         elif samples is None:
             raise FedkdError("server.fit takes soft labels to digest, or samples with hard labels")
-        side = self._public_side(phase, labels, samples)
+        batch_stream = self._public_stream(phase, labels, samples)
         if weights is None:
             if self.model is None:
                 raise FedkdError(
                     Setting("server-model", "none"), ": there is no model to train; name one"
                 )
-            self._train(self.model, phase, side)
-            self.trained = self.trained or bool(len(side.rows[0]))
+            self._train(self.model, phase, batch_stream)
+            self.trained = self.trained or bool(len(batch_stream.rows[0]))
             return None
         parts = {}
         for name, part in weights.by_model.items():
             cohort = self._cohort(name, part.tensors)
-            self._train(cohort, phase, side)
+            self._train(cohort, phase, batch_stream)
             tensors = {n: t.cpu() for n, t in {**cohort.params, **cohort.buffers}.items()}
             parts[name] = replace(part, tensors=tensors)
         return Weights(parts)
@@ -178,12 +178,14 @@ class Server:
         order = clients.argsort()
         return SoftLabels(values[order], "logits", samples, clients[order], examples[order])
 
-    def _public_side(self, phase: Fit, labels: SoftLabels | None, samples: Tensor | None) -> Side:
+    def _public_stream(
+        self, phase: Fit, labels: SoftLabels | None, samples: Tensor | None
+    ) -> BatchStream:
         terms = self._terms(phase, labels)
         if labels is not None:
-            return public_side(self.data.public, terms, [labels])
+            return public_stream(self.data.public, terms, [labels])
         assert samples is not None
-        return Side("public", self.data.public, [samples], terms)
+        return BatchStream("public", self.data.public, [samples], terms)
 
     def _terms(self, phase: Fit, labels: SoftLabels | None) -> Terms:
         """Resolve a fit's public terms, without hard labels where there are none."""
@@ -200,12 +202,12 @@ class Server:
             raise FedkdError(f"the fit '{phase.name}' has no term for an unlabelled public set")
         return terms
 
-    def _train(self, model: Cohort, phase: Fit, side: Side) -> None:
-        if not len(side.rows[0]):
+    def _train(self, model: Cohort, phase: Fit, batch_stream: BatchStream) -> None:
+        if not len(batch_stream.rows[0]):
             return
         experiment = self.experiment
         model.fit(
-            [side],
+            [batch_stream],
             epochs=experiment.distill_epochs if phase.epochs is None else phase.epochs,
             batch_size=experiment.batch_size,
             optimizer=OptimizerSettings.of(experiment),

@@ -25,7 +25,7 @@ from fedkd.knowledge import SoftLabels
 from fedkd.losses import kl, log_probabilities
 from fedkd.randomness import generator
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 
@@ -78,7 +78,7 @@ def distilled_proxies(
         architectures_of(data).initial_states(architecture, experiment.seed, len(clients)),
     )
     proxies.fit(
-        [Side("public", public, rows, {kl: 1.0}, teacher.to(public.device, public.dtype))],
+        [BatchStream("public", public, rows, {kl: 1.0}, teacher.to(public.device, public.dtype))],
         epochs=epochs,
         batch_size=experiment.batch_size,
         optimizer=OptimizerSettings.of(experiment),

@@ -20,7 +20,7 @@ from fedkd.losses import Term, ce, kl_term
 from fedkd.studies.arguments import Progress
 from fedkd.training.accuracy import accuracy
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.fit import Fitted
 from fedkd.training.optimizers import OptimizerSettings, stacked_values
@@ -65,8 +65,8 @@ class Pooled:
         """Train the teachers on hard labels."""
         experiments = self._teachers_experiments
         epochs = [experiment.local_epochs for experiment in experiments]
-        side = self._side(experiments, {ce: 1.0}, augment=self.experiment.augment)
-        return self._fit("teacher", self.teachers, experiments, side, epochs)
+        batch_stream = self._batch_stream(experiments, {ce: 1.0}, augment=self.experiment.augment)
+        return self._fit("teacher", self.teachers, experiments, batch_stream, epochs)
 
     def train_students(self) -> Fitted:
         """Distil the teachers into the students, each with its own α and τ."""
@@ -74,9 +74,9 @@ class Pooled:
         alpha = stacked_values(experiments, "alpha")
         terms = {kl_term(self.experiment.kl_reduction): alpha, ce: 1 - alpha}
         self.soft_labels = self._soft_labels()
-        side = self._side(experiments, terms, self.soft_labels, self.teacher_of)
+        batch_stream = self._batch_stream(experiments, terms, self.soft_labels, self.teacher_of)
         epochs = [experiment.distill_epochs for experiment in experiments]
-        return self._fit("students", self.students, experiments, side, epochs)
+        return self._fit("students", self.students, experiments, batch_stream, epochs)
 
     def soft_label_entropies(self, at_tau: bool) -> list[float]:
         """Return the mean entropy in nats of each student's soft labels, at τ or at 1."""
@@ -111,16 +111,16 @@ class Pooled:
         whole = self.teachers.predict(self.data.train)
         return torch.stack([logits[each] for logits, each in zip(whole, rows, strict=True)])
 
-    def _side(
+    def _batch_stream(
         self,
         experiments: Sequence[Experiment],
         terms: Mapping[Term, float | Tensor],
         teacher_logits: Tensor | None = None,
         taught_by: Tensor | None = None,
         augment: Augment = "none",
-    ) -> Side:
+    ) -> BatchStream:
         rows = [federated_data(experiment).pooled for experiment in experiments]
-        return Side(
+        return BatchStream(
             "pooled", self.data.train, rows, terms, teacher_logits, taught_by, augment=augment
         )
 
@@ -129,12 +129,12 @@ class Pooled:
         what: str,
         cohort: Cohort,
         experiments: Sequence[Experiment],
-        side: Side,
+        batch_stream: BatchStream,
         epochs: Sequence[int],
     ) -> Fitted:
         started = monotonic()
         fitted = cohort.fit(
-            [side],
+            [batch_stream],
             epochs=epochs,
             batch_size=self.experiment.batch_size,
             optimizer=OptimizerSettings.of_all(experiments),

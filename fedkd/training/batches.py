@@ -19,7 +19,7 @@ matrix products round differently by where that is."""
 
 
 @dataclass(frozen=True)
-class Side:
+class BatchStream:
     """One stream of batches of a fit: whose samples, with which soft labels, under which terms.
 
     Attributes:
@@ -78,18 +78,18 @@ class Block:
 
 
 class Batches:
-    """One side of a fit for the clients of a block: what they see at each step.
+    """One stream of batches for the clients of a block: what they see at each step.
 
     All that does not depend on the model is made for all steps at once, so that a step costs a gather.
     """
 
-    def __init__(self, side: Side, block: Block) -> None:
+    def __init__(self, batch_stream: BatchStream, block: Block) -> None:
         index, device, dtype = block.index, block.index.device, block.dtype
-        self._images = side.images
-        self._augment: Augment = side.augment
+        self._images = batch_stream.images
+        self._augment: Augment = batch_stream.augment
         self._stacked = block.stacked
-        rows = [side.rows[k].to(device) for k in block.clients]
-        streams = [(*stream, side.name) for stream in block.streams]
+        rows = [batch_stream.rows[k].to(device) for k in block.clients]
+        streams = [(*stream, batch_stream.name) for stream in block.streams]
         sizes = [len(r) for r in rows]
         drawn = schedule(sizes, block.steps, block.batch_size, streams).padded(block.width)
         drawn = drawn.to(device, dtype)
@@ -97,28 +97,30 @@ class Batches:
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         self._rows = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
         self._real = drawn.weights > 0
-        labels = side.images.labels
+        labels = batch_stream.images.labels
         self._labels = torch.zeros_like(self._rows) if labels is None else labels[self._rows]
-        if side.labels is not None:
-            own = [side.labels[k].to(device) for k in block.clients]
+        if batch_stream.labels is not None:
+            own = [batch_stream.labels[k].to(device) for k in block.clients]
             padded = nn.utils.rnn.pad_sequence(own, batch_first=True)
             self._labels = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
-        self._teacher_logits = side.teacher_logits
-        several = side.teacher_logits is not None and len(side.teacher_logits) > 1
-        taught_by = index if side.taught_by is None else side.taught_by.to(device)[index]
+        self._teacher_logits = batch_stream.teacher_logits
+        several = batch_stream.teacher_logits is not None and len(batch_stream.teacher_logits) > 1
+        taught_by = (
+            index if batch_stream.taught_by is None else batch_stream.taught_by.to(device)[index]
+        )
         self._owner = taught_by if several else None
         keys = [key(*stream, "step") for stream in streams]
         self._keys = at_steps(torch.tensor(keys, device=device), max(block.steps))
-        means = {"class_means": side.class_means, "class_counts": side.class_counts}
+        means = {"class_means": batch_stream.class_means, "class_counts": batch_stream.class_counts}
         self._constant = {
             name: _own(tensor.to(device, dtype), index)
             for name, tensor in means.items()
             if tensor is not None
         }
-        self.terms = list(side.terms)
+        self.terms = list(batch_stream.terms)
         self._coefficients = {
             f"coefficient {i}": spread(value, index, dtype)
-            for i, value in enumerate(side.terms.values())
+            for i, value in enumerate(batch_stream.terms.values())
         }
 
     def batch(self, tick: int, active: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.func import vmap
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.machine import Precision, forward_pass, matrix_products
-from fedkd.training.batches import VECTOR, Block, Side
+from fedkd.training.batches import VECTOR, BatchStream, Block
 from fedkd.training.fit import BlockFit, Fitted, Progress, joined_fits
 from fedkd.training.lanes import in_lanes
 from fedkd.training.optimizers import OptimizerSettings
@@ -98,7 +98,7 @@ class Cohort:
 
     def fit(
         self,
-        sides: Sequence[Side],
+        batch_streams: Sequence[BatchStream],
         *,
         epochs: int | Sequence[int],
         batch_size: int,
@@ -110,8 +110,8 @@ class Cohort:
         """Train all models in place, with a fresh optimiser each.
 
         Args:
-            sides: an epoch runs over the first; every step draws a batch of each other side as well.
-            epochs: passes over the first side's samples, of all models or of each.
+            batch_streams: an epoch runs over the first; every step draws a batch of each other as well.
+            epochs: passes over the first stream's samples, of all models or of each.
             batch_size: B.
             optimizer: which one, with hyper-parameters per client where they are tensors ``[K]``.
             streams: the random stream of each client.
@@ -125,12 +125,14 @@ class Cohort:
         passes = [epochs] * len(self) if isinstance(epochs, int) else epochs
         steps = [
             count * steps_per_epoch(len(rows), batch_size)
-            for count, rows in zip(passes, sides[0].rows, strict=True)
+            for count, rows in zip(passes, batch_streams[0].rows, strict=True)
         ]
-        for side in sides:
-            empty = [k for k, rows in enumerate(side.rows) if not len(rows)]
+        for batch_stream in batch_streams:
+            empty = [k for k, rows in enumerate(batch_stream.rows) if not len(rows)]
             if empty:
-                raise FedkdError(f"model {empty[0]} of the cohort has no {side.name} samples")
+                raise FedkdError(
+                    f"model {empty[0]} of the cohort has no {batch_stream.name} samples"
+                )
         order = sorted(range(len(self)), key=lambda k: -steps[k])
         ticked = Progress(sum(steps), progress)
         blocks = self._blocks(order)
@@ -145,7 +147,7 @@ class Cohort:
                 self.plan.stacked,
                 self._dtype,
             )
-            fit = BlockFit(model, self.params, self.buffers, sides, block, self.precision)
+            fit = BlockFit(model, self.params, self.buffers, batch_streams, block, self.precision)
             fitted = fit.train(optimizer, numbers or {}, ticked)
             fit.write_back()
             return fitted

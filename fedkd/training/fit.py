@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from fedkd.errors import FedkdError
 from fedkd.losses import Step
 from fedkd.machine import Precision, forward_pass
-from fedkd.training.batches import Batches, Block, Side, spread
+from fedkd.training.batches import Batches, BatchStream, Block, spread
 from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.training.parameters import State, Stateless
 from fedkd.training.profiling import part
@@ -78,7 +78,7 @@ class BlockFit:
         model: Stateless,
         params: State,
         buffers: State,
-        sides: Sequence[Side],
+        batch_streams: Sequence[BatchStream],
         block: Block,
         precision: Precision,
     ) -> None:
@@ -87,13 +87,13 @@ class BlockFit:
         self._whole = (params, buffers)
         self._params = {n: p[block.index] for n, p in params.items()}
         self._buffers = {n: b[block.index] for n, b in buffers.items()}
-        self._start = self._starting_point(sides)
+        self._start = self._starting_point(batch_streams)
         self._trained = [n for n, p in model.module.named_parameters() if p.requires_grad]
         self._values: State = {}
-        self._sides = [Batches(side, block) for side in sides]
+        self._batch_streams = [Batches(batch_stream, block) for batch_stream in batch_streams]
 
-    def _starting_point(self, sides: Sequence[Side]) -> State:
-        if any(term.needs_start for side in sides for term in side.terms):
+    def _starting_point(self, batch_streams: Sequence[BatchStream]) -> State:
+        if any(term.needs_start for batch_stream in batch_streams for term in batch_stream.terms):
             return {n: p.clone() for n, p in self._params.items()}
         return {}
 
@@ -125,7 +125,7 @@ class BlockFit:
     def _inputs(self, tick: int, active: int) -> _Inputs:
         """Return all that the losses of a step depend on."""
         with part("data"):
-            batches = [side.batch(tick, active) for side in self._sides]
+            batches = [batch_stream.batch(tick, active) for batch_stream in self._batch_streams]
         return (
             {n: p[:active] for n, p in self._params.items()},
             {n: b[:active] for n, b in self._buffers.items()},
@@ -165,12 +165,14 @@ class BlockFit:
         *batches: State,
     ) -> Tensor:
         total = next(iter(params.values())).new_zeros(())
-        for side, batch in zip(self._sides, batches, strict=True):
+        for batch_stream, batch in zip(self._batch_streams, batches, strict=True):
             with (
                 KeyedMode(batch["key"], batch.get("real"), watch=watch),
                 forward_pass(self._precision, self._block.index.device),
             ):
-                logits, features = self._forward(side, {**params, **buffers}, batch["images"])
+                logits, features = self._forward(
+                    batch_stream, {**params, **buffers}, batch["images"]
+                )
             step = Step(
                 logits,
                 batch["labels"],
@@ -182,7 +184,7 @@ class BlockFit:
                 batch.get("class_means"),
                 batch.get("class_counts"),
             )
-            for i, term in enumerate(side.terms):
+            for i, term in enumerate(batch_stream.terms):
                 value: object = term(step)
                 if not isinstance(value, Tensor):
                     kind = type(value).__name__
@@ -196,10 +198,12 @@ class BlockFit:
                 total = total + batch[f"coefficient {i}"] * mean
         return total
 
-    def _forward(self, side: Batches, state: State, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, batch_stream: Batches, state: State, images: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the logits, and the features if a term wants them."""
         dtype = self._block.dtype
-        if not any(term.needs_features for term in side.terms):
+        if not any(term.needs_features for term in batch_stream.terms):
             return self._model(state, images).to(dtype), None
         features = self._model.features(state, images)
         return self._model.head(state, features).to(dtype), features.to(dtype)
@@ -212,7 +216,7 @@ class BlockFit:
 
 
 _Inputs = tuple[State, ...]
-"""Of a step: parameters, buffers, parameters at the start, numbers, and a batch for each side."""
+"""Of a step: parameters, buffers, parameters at the start, numbers, and a batch of each stream."""
 
 
 def _flat(inputs: _Inputs) -> list[Tensor]:

@@ -13,7 +13,7 @@ from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.losses import Term
 from fedkd.phases import Coefficient, experiment_term
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 
 Terms = dict[Term, float | Tensor]
 """Coefficients by term, each a number or a tensor ``[K]``."""
@@ -45,7 +45,7 @@ def resolved_terms(
     return terms
 
 
-def public_side(public: Images, terms: Terms, labels: Sequence[SoftLabels]) -> Side:
+def public_stream(public: Images, terms: Terms, labels: Sequence[SoftLabels]) -> BatchStream:
     """Return the stream of batches on the public samples that soft labels came for.
 
     Args:
@@ -56,7 +56,7 @@ def public_side(public: Images, terms: Terms, labels: Sequence[SoftLabels]) -> S
     different = {id(each): each for each in labels}  # most share one
     place = {which: n for n, which in enumerate(different)}
     logits = [each.logits[0] for each in different.values()]
-    return Side(
+    return BatchStream(
         "public",
         public,
         [each.samples for each in labels],

@@ -21,7 +21,7 @@ from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
 from fedkd.losses import ce
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.plans import Plan, default_plan, largest_block
@@ -265,7 +265,7 @@ def _time(
         ticks.append((share, perf_counter()))
 
     cohort.fit(
-        [Side("private", data.train, [rows] * clients, {ce: 1.0})],
+        [BatchStream("private", data.train, [rows] * clients, {ce: 1.0})],
         epochs=1,
         batch_size=experiment.batch_size,
         optimizer=OptimizerSettings.of(experiment),

@@ -22,7 +22,7 @@ from fedkd.losses import ce
 from fedkd.randomness import generator
 from fedkd.studies import leakage
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 from simulations import privacy_audit
@@ -184,7 +184,7 @@ def _memorising() -> tuple[FederatedData, Cohort]:
     )
     labels = [_labels(f"{k}", shard) for k, shard in enumerate(data.shards)]
     models.fit(
-        [Side("private", data.train, data.shards, {ce: 1.0}, labels=labels)],
+        [BatchStream("private", data.train, data.shards, {ce: 1.0}, labels=labels)],
         epochs=60,
         batch_size=16,
         optimizer=OptimizerSettings(learning_rate=0.01),

@@ -23,7 +23,7 @@ from fedkd.errors import FedkdError
 from fedkd.losses import Step, Term, ce, kl, kl_mean, mae_logits, term
 from fedkd.randomness import key, permutation
 from fedkd.training import models
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.fit import NORM_EVERY, Fitted
 from fedkd.training.optimizers import OptimizerSettings
@@ -88,9 +88,9 @@ def labels() -> Tensor:
 
 
 @cache
-def shard(k: int, side: str = "private") -> Tensor:
+def shard(k: int, batch_stream: str = "private") -> Tensor:
     """Return client k's sample numbers, in no particular order."""
-    return torch.randperm(N, generator=torch.Generator().manual_seed(50 * len(side) + k))[
+    return torch.randperm(N, generator=torch.Generator().manual_seed(50 * len(batch_stream) + k))[
         : SIZES[k]
     ]
 
@@ -163,15 +163,17 @@ class PlainSide:
     """In the order of `rows`."""
 
 
-def batches(side: PlainSide, k: int, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+def batches(batch_stream: PlainSide, k: int, dtype: torch.dtype) -> Iterator[list[Tensor]]:
     """Yield a client's batches for ever: one DataLoader an epoch."""
-    size = len(side.rows)
+    size = len(batch_stream.rows)
     dataset = TensorDataset(
-        inputs(dtype)[side.rows], labels()[side.rows], side.teacher_logits[:size].to(dtype)
+        inputs(dtype)[batch_stream.rows],
+        labels()[batch_stream.rows],
+        batch_stream.teacher_logits[:size].to(dtype),
     )
     epoch = 0
     while True:
-        order: list[int] = permutation(size, *stream(k), side.name, epoch).tolist()
+        order: list[int] = permutation(size, *stream(k), batch_stream.name, epoch).tolist()
         loader: DataLoader[tuple[Tensor, ...]] = DataLoader(dataset, batch_size=B, sampler=order)
         yield from loader
         epoch += 1
@@ -191,7 +193,7 @@ def plain_optimizer(
 def train_plainly(
     model: nn.Module,
     k: int,
-    sides: Sequence[PlainSide],
+    batch_streams: Sequence[PlainSide],
     name: Name = "adam",
     epochs: int = EPOCHS,
     dtype: torch.dtype = F64,
@@ -199,8 +201,8 @@ def train_plainly(
     """Train `model` in place; return its state and the mean loss over its steps."""
     optimizer = plain_optimizer(name, model.parameters(), float(LEARNING_RATE[k]))
     model.train()
-    streams = [batches(side, k, dtype) for side in sides]
-    steps = epochs * -(-len(sides[0].rows) // B)
+    streams = [batches(batch_stream, k, dtype) for batch_stream in batch_streams]
+    steps = epochs * -(-len(batch_streams[0].rows) // B)
     total = 0.0
     for step in range(steps):
         for module in model.modules():
@@ -209,7 +211,10 @@ def train_plainly(
         optimizer.zero_grad()
         drawn = [next(each) for each in streams]
         loss = torch.stack(
-            [side.loss(model, *batch) for side, batch in zip(sides, drawn, strict=True)]
+            [
+                batch_stream.loss(model, *batch)
+                for batch_stream, batch in zip(batch_streams, drawn, strict=True)
+            ]
         ).sum()
         loss.backward()
         optimizer.step()
@@ -263,21 +268,21 @@ def optimizer_of(name: Name, clients: Sequence[int]) -> OptimizerSettings:
     return OptimizerSettings(name, LEARNING_RATE[torch.tensor(clients)], **OPTIMIZERS[name])
 
 
-def private_side(clients: Sequence[int], dtype: torch.dtype = F64) -> Side:
-    return Side("private", images(dtype), [shard(k) for k in clients], {ce: 1.0})
+def private_stream(clients: Sequence[int], dtype: torch.dtype = F64) -> BatchStream:
+    return BatchStream("private", images(dtype), [shard(k) for k in clients], {ce: 1.0})
 
 
 def fit(
     cohort: Cohort,
     clients: Sequence[int],
-    sides: Sequence[Side],
+    batch_streams: Sequence[BatchStream],
     name: Name = "adam",
     epochs: int = EPOCHS,
     numbers: Mapping[str, float | Tensor] | None = None,
     batch_size: int = B,
 ) -> Tensor:
     return cohort.fit(
-        sides,
+        batch_streams,
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer_of(name, clients),
@@ -312,7 +317,7 @@ def test_each_of_seven_clients_equals_a_plain_loop(model: str, name: Name, plan:
     clients = SEVEN_NORMED if model == "resnet" else SEVEN
     cohort = cohort_of(MODELS[model], clients, plan)
 
-    losses = fit(cohort, clients, [private_side(clients)], name)
+    losses = fit(cohort, clients, [private_stream(clients)], name)
 
     for i, k in enumerate(clients):
         expected, loss = plain(model, name, k)
@@ -328,7 +333,7 @@ def test_each_of_seven_clients_equals_a_plain_loop(model: str, name: Name, plan:
 @pytest.mark.parametrize("model", ["mlp", "small-cnn", "resnet"])
 def test_so_do_cohorts_of_one_and_three(model: str, plan: Plan, clients: list[int]) -> None:
     cohort = cohort_of(MODELS[model], clients, plan)
-    fit(cohort, clients, [private_side(clients)])
+    fit(cohort, clients, [private_stream(clients)])
     assert len(cohort) == len(clients)
     for i, k in enumerate(clients):
         assert_equal_states(cohort.state(i), plain(model, "adam", k)[0], 1e-9)
@@ -338,11 +343,11 @@ def test_so_do_cohorts_of_one_and_three(model: str, plan: Plan, clients: list[in
 def test_a_dense_net_in_float32_equals_a_plain_loop(plan: Plan) -> None:
     clients = SEVEN
     cohort = cohort_of(MODELS["mlp"], clients, plan, torch.float32)
-    fit(cohort, clients, [private_side(clients, torch.float32)])
+    fit(cohort, clients, [private_stream(clients, torch.float32)])
     for k in clients:
         module = fresh(MODELS["mlp"], k, torch.float32)
-        side = PlainSide("private", shard(k), hard_loss)
-        expected, _ = train_plainly(module, k, [side], dtype=torch.float32)
+        batch_stream = PlainSide("private", shard(k), hard_loss)
+        expected, _ = train_plainly(module, k, [batch_stream], dtype=torch.float32)
         # Adam makes a step of the learning rate of a gradient that is nothing but rounding.
         assert_equal_states(cohort.state(k), expected, 5e-5)
 
@@ -351,14 +356,14 @@ def test_a_dense_net_in_float32_equals_a_plain_loop(plan: Plan) -> None:
 def test_every_fit_starts_with_a_fresh_optimiser_and_in_training_mode(plan: Plan) -> None:
     clients, build = [1, 0, 4], MODELS["normed"]
     cohort = cohort_of(build, clients, plan)
-    fit(cohort, clients, [private_side(clients)], epochs=2)
+    fit(cohort, clients, [private_stream(clients)], epochs=2)
     cohort.predict(images())
-    fit(cohort, clients, [private_side(clients)], epochs=1)
+    fit(cohort, clients, [private_stream(clients)], epochs=1)
     for i, k in enumerate(clients):
         module = fresh(build, k)
-        side = PlainSide("private", shard(k), hard_loss)
-        train_plainly(module, k, [side], epochs=2)
-        expected, _ = train_plainly(module, k, [side], epochs=1)
+        batch_stream = PlainSide("private", shard(k), hard_loss)
+        train_plainly(module, k, [batch_stream], epochs=2)
+        expected, _ = train_plainly(module, k, [batch_stream], epochs=1)
         assert_equal_states(cohort.state(i), expected, 1e-9)
 
 
@@ -382,8 +387,8 @@ def test_a_dense_client_s_bits_do_not_depend_on_the_others(
     def trained(clients: list[int], block: int, lanes: int = threads) -> dict[int, State]:
         plan = Plan(True, block, lanes)
         cohort = cohort_of(MODELS["mlp"], clients, plan, torch.float32)
-        side = private_side(clients, torch.float32)
-        fit(cohort, clients, [side], name, batch_size=batch_size)
+        batch_stream = private_stream(clients, torch.float32)
+        fit(cohort, clients, [batch_stream], name, batch_size=batch_size)
         return {k: cohort.state(i) for i, k in enumerate(clients)}
 
     together = trained(SEVEN, 7)
@@ -409,7 +414,7 @@ def test_a_convolutional_client_s_bits_do_not_depend_on_the_others_one_by_one(
     def trained(clients: list[int]) -> dict[int, State]:
         plan = Plan(False, lanes=lanes)
         cohort = cohort_of(MODELS["small-cnn"], clients, plan, torch.float32)
-        fit(cohort, clients, [private_side(clients, torch.float32)])
+        fit(cohort, clients, [private_stream(clients, torch.float32)])
         return {k: cohort.state(i) for i, k in enumerate(clients)}
 
     together = trained([0, 1, 2])
@@ -425,7 +430,7 @@ def test_augmented_images_do_not_depend_on_plan_or_neighbours(
     def trained(clients: list[int], plan: Plan) -> dict[int, State]:
         cohort = cohort_of(MODELS["mlp"], clients, plan)
         rows = [shard(k) for k in clients]
-        fit(cohort, clients, [Side("private", images(), rows, {ce: 1.0}, augment=augment)])
+        fit(cohort, clients, [BatchStream("private", images(), rows, {ce: 1.0}, augment=augment)])
         return {k: cohort.state(i) for i, k in enumerate(clients)}
 
     together = trained([0, 1, 2], STACKED_ALL)
@@ -450,10 +455,10 @@ def test_distillation_with_own_alpha_and_tau_equals_a_plain_loop(
     teachers = soft_labels(1 if shared else len(clients), 64)
     chosen = torch.tensor(clients)
     alpha = ALPHA[chosen]
-    side = Side("public", images(), rows, {kl: alpha, ce: 1 - alpha}, teachers)
+    batch_stream = BatchStream("public", images(), rows, {kl: alpha, ce: 1 - alpha}, teachers)
     cohort = cohort_of(build, clients, plan)
 
-    fit(cohort, clients, [side], name, numbers={"tau": TAU[chosen]})
+    fit(cohort, clients, [batch_stream], name, numbers={"tau": TAU[chosen]})
 
     for i, k in enumerate(clients):
         module = fresh(build, k)
@@ -472,13 +477,13 @@ def test_two_sides_in_one_step_equal_a_plain_loop(model: str, plan: Plan) -> Non
     public, teachers = torch.arange(21) * 2, soft_labels(1, 21)
     chosen = torch.tensor(clients)
     alpha = ALPHA[chosen]
-    sides = [
-        Side("public", images(labelled=False), [public] * 3, {kl: alpha}, teachers),
-        Side("private", images(), [shard(k) for k in clients], {ce: 1 - alpha}),
+    batch_streams = [
+        BatchStream("public", images(labelled=False), [public] * 3, {kl: alpha}, teachers),
+        BatchStream("private", images(), [shard(k) for k in clients], {ce: 1 - alpha}),
     ]
     cohort = cohort_of(build, clients, plan)
 
-    losses = fit(cohort, clients, sides, numbers={"tau": TAU[chosen]})
+    losses = fit(cohort, clients, batch_streams, numbers={"tau": TAU[chosen]})
 
     for i, k in enumerate(clients):
         own = [
@@ -504,7 +509,7 @@ def test_other_digests_equal_a_plain_loop(each: Term, plan: Plan) -> None:
     fit(
         cohort,
         clients,
-        [Side("public", images(), [rows] * 2, {each: 1.0}, teachers)],
+        [BatchStream("public", images(), [rows] * 2, {each: 1.0}, teachers)],
         numbers={"tau": 2.0},
     )
     for k in clients:
@@ -539,9 +544,9 @@ def test_a_term_of_one_number_is_added_once_and_knows_the_start(plan: Plan) -> N
     coefficient = torch.tensor([1.0, 0.5, 2.0], dtype=F64)
     rows = [shard(k) for k in clients]
     cohort = cohort_of(build, clients, plan)
-    side = Side("private", images(), rows, {ce: 1.0, proximal: coefficient})
+    batch_stream = BatchStream("private", images(), rows, {ce: 1.0, proximal: coefficient})
 
-    fit(cohort, clients, [side], numbers={"mu": mu})
+    fit(cohort, clients, [batch_stream], numbers={"mu": mu})
 
     for i, k in enumerate(clients):
         module = fresh(build, k)
@@ -606,7 +611,7 @@ def test_dropout_nets_equal_a_plain_loop_with_masks_of_its_own(plan: Plan) -> No
         return Dropping(nn.Dropout(0.5))
 
     cohort = cohort_of(build, clients, plan)
-    fit(cohort, clients, [private_side(clients)])
+    fit(cohort, clients, [private_stream(clients)])
 
     for i, k in enumerate(clients):
         module = fresh(lambda: Dropping(NumpyDropout(0.5, call=0), NumpyDropout(0.3, call=1)), k)
@@ -625,7 +630,7 @@ def test_training_neither_reads_nor_moves_the_global_generator(plan: Plan) -> No
             torch.manual_seed(seed)
             cohort = cohort_of(lambda: Dropping(nn.Dropout(0.5)), [0, 1], plan)
             before = torch.get_rng_state()
-            fit(cohort, [0, 1], [private_side([0, 1])], epochs=1)
+            fit(cohort, [0, 1], [private_stream([0, 1])], epochs=1)
             assert torch.equal(torch.get_rng_state(), before)
             results.append(cohort.state(1))
     assert all(torch.equal(results[0][n], t) for n, t in results[1].items())
@@ -663,7 +668,7 @@ class Attentive(nn.Module):
 def test_models_that_draw_otherwise_are_refused(build: Builder, plan: Plan) -> None:
     cohort = cohort_of(build, [0, 1], plan)
     with pytest.raises(FedkdError, match="cannot be keyed"):
-        fit(cohort, [0, 1], [private_side([0, 1])], epochs=1)
+        fit(cohort, [0, 1], [private_stream([0, 1])], epochs=1)
 
 
 # --- Predicting ----------------------------------------------------------------------------------
@@ -680,7 +685,7 @@ def test_predictions_are_those_of_the_module_in_evaluation(
     build = MODELS.get(model, lambda: Dropping(nn.Dropout(0.5)))
     clients = [0, 1, 2]
     cohort = cohort_of(build, clients, plan)
-    fit(cohort, clients, [private_side(clients)], epochs=1)
+    fit(cohort, clients, [private_stream(clients)], epochs=1)
     states = [cohort.state(k) for k in clients]
     rows = torch.arange(N).flip(0)[:29]
 
@@ -836,7 +841,7 @@ def test_special_modules_train_as_in_plain_pytorch(build: Builder, plan: Plan) -
     """With decay, and shards of 5, 64 and 8 samples: no batch of one, which 1-d norms refuse."""
     clients = [0, 2, 4]
     cohort = cohort_of(build, clients, plan)
-    fit(cohort, clients, [private_side(clients)], "adamw")
+    fit(cohort, clients, [private_stream(clients)], "adamw")
     for i, k in enumerate(clients):
         module = fresh(build, k)
         expected, _ = train_plainly(module, k, [PlainSide("private", shard(k), hard_loss)], "adamw")
@@ -850,7 +855,7 @@ def test_a_last_batch_of_one_sample_under_batch_norm_is_the_same_in_both_plans()
     states = []
     for plan in (STACKED_ALL, LOOP):
         cohort = cohort_of(dense_normed, clients, plan)
-        fit(cohort, clients, [private_side(clients)])
+        fit(cohort, clients, [private_stream(clients)])
         states.append(cohort.state(0))
     assert all(bool(t.isfinite().all()) for t in states[0].values())
     assert_equal_states(states[0], states[1], 1e-9)
@@ -867,9 +872,11 @@ def test_a_client_without_samples_is_refused_before_anything_moves(empty: int, p
     rows = [[shard(k) for k in clients] for _ in range(2)]
     rows[empty][1] = torch.empty(0, dtype=torch.int64)
     names = ["public", "private"]
-    sides = [Side(n, images(), r, {ce: 1.0}) for n, r in zip(names, rows, strict=True)]
+    batch_streams = [
+        BatchStream(n, images(), r, {ce: 1.0}) for n, r in zip(names, rows, strict=True)
+    ]
     with pytest.raises(FedkdError, match=f"model 1 .*no {names[empty]} samples"):
-        fit(cohort, clients, sides)
+        fit(cohort, clients, batch_streams)
     for k in clients:
         assert_equal_states(cohort.state(k), start(MODELS["linear"], k), 0.0)
 
@@ -880,7 +887,7 @@ def test_progress_rises_to_one(plan: Plan) -> None:
     clients = [0, 1, 2]
     cohort = cohort_of(MODELS["linear"], clients, plan)
     cohort.fit(
-        [private_side(clients)],
+        [private_stream(clients)],
         epochs=1,
         batch_size=B,
         optimizer=OptimizerSettings(),
@@ -913,14 +920,14 @@ def told_plainly(model: str, name: Name, k: int) -> Told:
     """Distil teacher `TAUGHT_BY[k]` into client k for `EPOCHS_OF[k]` epochs."""
     module = fresh(MODELS[model], k)
     optimizer = plain_optimizer(name, module.parameters(), float(LEARNING_RATE[k]))
-    side = PlainSide(
+    batch_stream = PlainSide(
         "public", shard(k), partial(distilling_loss, k=k), soft_labels(3, N)[TAUGHT_BY[k]]
     )
-    drawn, told = batches(side, k, F64), Told({})
+    drawn, told = batches(batch_stream, k, F64), Told({})
     module.train()
     for _ in range(EPOCHS_OF[k] * -(-SIZES[k] // B)):
         optimizer.zero_grad()
-        loss = side.loss(module, *next(drawn))
+        loss = batch_stream.loss(module, *next(drawn))
         grads = torch.autograd.grad(loss, list(module.parameters()))
         told.norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
         for parameter, grad in zip(module.parameters(), grads, strict=True):
@@ -936,7 +943,7 @@ def distilled(
 ) -> tuple[Cohort, Fitted]:
     """Distil three teachers into some of the seven clients, each with numbers of its own."""
     cohort, index = cohort_of(MODELS[model], clients, plan, dtype), torch.tensor(clients)
-    side = Side(
+    batch_stream = BatchStream(
         "public",
         images(dtype),
         [shard(k) for k in clients],
@@ -945,7 +952,7 @@ def distilled(
         torch.tensor(TAUGHT_BY)[index],
     )
     fitted = cohort.fit(
-        [side],
+        [batch_stream],
         epochs=[EPOCHS_OF[k] for k in clients],
         batch_size=B,
         optimizer=optimizer_of(name, clients),
@@ -1032,22 +1039,22 @@ def test_a_parameter_may_be_a_number_or_have_no_part_in_the_loss(plan: Plan) -> 
     clients = [2, 0, 4]
     cohort = cohort_of(_Scaled, clients, plan)
     fitted = cohort.fit(
-        [private_side(clients)],
+        [private_stream(clients)],
         epochs=1,
         batch_size=B,
         optimizer=optimizer_of("sgd", clients),
         streams=[stream(k) for k in clients],
     )
     for i, k in enumerate(clients):
-        side = PlainSide("private", shard(k), hard_loss)
+        batch_stream = PlainSide("private", shard(k), hard_loss)
         module = fresh(_Scaled, k)
         assert isinstance(module, _Scaled)
-        x, y, _ = next(batches(side, k, F64))
+        x, y, _ = next(batches(batch_stream, k, F64))
         used = [module.dense.weight, module.dense.bias, module.scale]
         grads = torch.autograd.grad(hard_loss(module, x, y, x), used)
         norm = torch.cat([grad.flatten() for grad in grads]).norm()
         assert float(fitted.gradient_norm_by_step[i, 0]) == pytest.approx(float(norm), rel=1e-9)
-        expected, _ = train_plainly(module, k, [side], "sgd", epochs=1)
+        expected, _ = train_plainly(module, k, [batch_stream], "sgd", epochs=1)
         assert_equal_states(cohort.state(i), expected, 1e-9)
 
 
@@ -1056,7 +1063,7 @@ def test_a_parameter_may_be_a_number_or_have_no_part_in_the_loss(plan: Plan) -> 
 def test_answers_are_the_largest_probability_and_its_class(model: str, plan: Plan) -> None:
     clients = [4, 1, 2]
     cohort = cohort_of(MODELS[model], clients, plan)
-    fit(cohort, clients, [private_side(clients)])
+    fit(cohort, clients, [private_stream(clients)])
     classes, confidences = cohort.answer(images())
     for i in range(3):
         module = MODELS[model]().to(F64).eval()

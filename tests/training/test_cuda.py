@@ -25,7 +25,7 @@ from fedkd.losses import ce, kl
 from fedkd.machine import Precision
 from fedkd.training import models, tuning
 from fedkd.training.architectures import architectures_of
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parameters import State, initial_state, stacked
@@ -138,15 +138,15 @@ def images(device: torch.device) -> Images:
     return Images(pixels.to(device), labels.to(device), [0.3], [0.4])
 
 
-def sides(device: torch.device) -> list[Side]:
+def batch_streams(device: torch.device) -> list[BatchStream]:
     """Return a public side with soft labels and an augmented private one."""
     generator = torch.Generator().manual_seed(2)
     teachers = 3 * torch.randn(1, 13, C, generator=generator).to(device)
     rows = [torch.randperm(N, generator=generator)[:size] for size in SIZES]
     public = [torch.arange(13)] * K
     return [
-        Side("private", images(device), rows, {ce: 0.7}, augment="jitter-2"),
-        Side("public", images(device), public, {kl: torch.linspace(0.1, 1, K)}, teachers),
+        BatchStream("private", images(device), rows, {ce: 0.7}, augment="jitter-2"),
+        BatchStream("public", images(device), public, {kl: torch.linspace(0.1, 1, K)}, teachers),
     ]
 
 
@@ -168,7 +168,7 @@ def fit(
     progress: Callable[[float], None] = lambda _: None,
 ) -> Tensor:
     return cohort.fit(
-        sides(next(iter(cohort.params.values())).device),
+        batch_streams(next(iter(cohort.params.values())).device),
         epochs=2,
         batch_size=B,
         optimizer=optimizer,

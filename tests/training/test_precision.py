@@ -20,7 +20,7 @@ from fedkd.errors import FedkdError
 from fedkd.losses import ce, kl
 from fedkd.machine import Precision, forward_pass, matrix_products
 from fedkd.training import models
-from fedkd.training.batches import Side
+from fedkd.training.batches import BatchStream
 from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.training.parameters import State, initial_state, stacked
@@ -84,7 +84,7 @@ def fit(cohort: Cohort) -> Tensor:
     rows = [torch.arange(size) for size in SIZES]
     teachers = 3 * torch.randn(1, max(SIZES), C, generator=torch.Generator().manual_seed(2))
     return cohort.fit(
-        [Side("public", images(), rows, {ce: 0.7, kl: 0.3}, teachers)],
+        [BatchStream("public", images(), rows, {ce: 0.7, kl: 0.3}, teachers)],
         epochs=2,
         batch_size=B,
         optimizer=OptimizerSettings("sgd", 0.01),
@@ -176,7 +176,7 @@ def test_what_is_rounded_are_the_passes_and_nothing_else(
     monkeypatch.setattr(StackedOptimizer, "step", watched)
     cohort = cohort_of(Peeking, plan, precision)
     cohort.fit(
-        [Side("private", images(), [torch.arange(size) for size in SIZES], {ce: 1.0})],
+        [BatchStream("private", images(), [torch.arange(size) for size in SIZES], {ce: 1.0})],
         epochs=1,
         batch_size=B,
         optimizer=OptimizerSettings("adam"),
