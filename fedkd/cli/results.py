@@ -19,7 +19,7 @@ from fedkd.records.files import Row
 from fedkd.records.results import CentralRun, Run
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.findings import Report
-from fedkd.training.profiling import PART
+from fedkd.training.profiling import TIMED
 from fedkd.wording import percent, plus_minus
 
 SHOWN_ROUNDS = 5
@@ -95,7 +95,7 @@ def run_profile(done: Run) -> Table:
     spent: dict[str, float] = {}
     for row in done.rounds:
         for name, seconds in row["seconds"].items():
-            part = name.removeprefix(f"{PART} ")
+            part = name.removeprefix(f"{TIMED} ")
             if part != name or name in ("encode", "aggregate"):
                 spent[part] = spent.get(part, 0.0) + seconds
     total = sum(spent.values())

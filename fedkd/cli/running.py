@@ -162,9 +162,9 @@ def compare(
 
 
 def _begun_comparison(folder: str) -> Experiment:
-    from fedkd.studies.comparison.record import Record
+    from fedkd.studies.comparison.record import ComparisonRecord
 
-    return Record.read(Path(folder)).experiment
+    return ComparisonRecord.read(Path(folder)).experiment
 
 
 def sweep(

@@ -15,7 +15,7 @@ from fedkd.knowledge.codec import Packed
 from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import MeanByClass, Predict
 from fedkd.randomness import generator
-from fedkd.training.profiling import part
+from fedkd.training.profiling import timed
 
 
 def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
@@ -25,7 +25,7 @@ def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
         FedkdError: `phase.only` names no mask in a client's state.
     """
     asked = stack.first.asked
-    with part("predict"):
+    with timed("predict"):
         logits = stack.role(phase.model).predict(stack.data.public, asked)
         values = (logits if phase.space == "logits" else logits.softmax(-1)).cpu()
     for row, client in enumerate(stack.clients):

@@ -40,7 +40,7 @@ from fedkd.phases import (
 from fedkd.randomness import generator
 from fedkd.training.architectures import architectures_of
 from fedkd.training.optimizers import OptimizerSettings, stacked_values
-from fedkd.training.profiling import PART, part, profiled
+from fedkd.training.profiling import TIMED, profiled, timed
 
 
 def run_phases(stack: Stack) -> list[ClientReport]:
@@ -60,7 +60,7 @@ def run_phases(stack: Stack) -> list[ClientReport]:
         _check_names_kept(kept, stack.memories)
         sent = packed(stack)
     for name, spent in parts.items():
-        stack.spend(f"{PART} {name}", spent)
+        stack.spend(f"{TIMED} {name}", spent)
     round = stack.first.round
     return [
         ClientReport(k, len(shard), answer, metrics, dict(stack.seconds), each, round=round)
@@ -187,7 +187,7 @@ def _fit(stack: Stack, phase: Fit, position: int) -> None:
         stack.states.digested = [stack.first.knowledge_round] * len(stack.instructions)
     if not _is_evaluated(stack, position):
         return
-    with part("evaluate"):
+    with timed("evaluate"):
         if distilled:
             measure_agreement(stack, phase.model)
         if stack.first.evaluate != "end":

@@ -184,7 +184,7 @@ def run_side_by_side(
                 raise InterruptedRun("interrupted between two rounds")
 
         with_plan = [
-            side_by_side.Planned(strategy, named, folder, on_round)
+            side_by_side.PreparedRun(strategy, named, folder, on_round)
             for strategy, (folder, named) in zip(strategies, prepared, strict=True)
         ]
         ended = side_by_side.run_side_by_side(with_plan)

@@ -31,7 +31,7 @@ from fedkd.strategy import DistillationStrategy
 
 
 @dataclass(frozen=True, eq=False)
-class Planned:
+class PreparedRun:
     """A federation that is about to run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Planned:
     on_round: Callable[[Row], None]
 
 
-def run_side_by_side(federations: Sequence[Planned]) -> list[Exception | None]:
+def run_side_by_side(federations: Sequence[PreparedRun]) -> list[Exception | None]:
     """Run federations side by side.
 
     Returns:
@@ -88,15 +88,15 @@ def alike(experiment: Experiment) -> Experiment:
     return shared.replace(partition_seed=experiment.split_seed)
 
 
-def _run(planned: Planned, meeting: _Meeting, number: int) -> Exception | None:
+def _run(prepared: PreparedRun, meeting: _Meeting, number: int) -> Exception | None:
     """Run one of the federations; its turn comes when all others wait."""
-    experiment = planned.experiment
+    experiment = prepared.experiment
     with meeting.turn:
         try:
             handle = partial(meeting.handle, number, experiment, store_of(experiment))
             clients = Clients(experiment, handle)
             grid = LocalGrid(clients.handle, num_clients=experiment.num_clients)
-            planned.strategy.open(grid, experiment, planned.folder, planned.on_round).run()
+            prepared.strategy.open(grid, experiment, prepared.folder, prepared.on_round).run()
         except Exception as error:
             return error
         finally:

@@ -13,7 +13,7 @@ from fedkd.errors import FedkdError, Setting
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights, check_answer
 from fedkd.phases import ANSWERING, MeanByClass, Predict
 from fedkd.training.architectures import architectures_of
-from fedkd.training.profiling import PART
+from fedkd.training.profiling import TIMED
 
 LARGEST_METRIC = 3.4e38
 """The largest loss or norm that is believed: one that fits into float32."""
@@ -75,7 +75,7 @@ def with_known_numbers(report: ClientReport, instruction: Instruction) -> Client
     if instruction.evaluate != "none":
         shares |= {"own_accuracy", "agreement", *(f"accuracy_after_{name}" for name in names)}
     losses, norms = ({f"{what}_{name}" for name in names} for what in ("loss", "gradient_norm"))
-    spent = {"encode", *names, *(f"{PART} {name}" for name in _PARTS)}
+    spent = {"encode", *names, *(f"{TIMED} {name}" for name in _PARTS)}
     metrics = {
         **_within(report.metrics, shares, 0, 1),
         **_within(report.metrics, losses, -LARGEST_METRIC, LARGEST_METRIC),

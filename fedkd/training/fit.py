@@ -17,7 +17,7 @@ from fedkd.machine import Precision, forward_pass
 from fedkd.training.batches import Batches, BatchStream, Block, spread
 from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.training.parameters import State, Stateless
-from fedkd.training.profiling import part
+from fedkd.training.profiling import timed
 from fedkd.training.vmap_modes import KeyedMode
 
 NORM_EVERY = 8
@@ -47,7 +47,7 @@ def joined_fits(parts: Sequence[Fitted], order: Sequence[int]) -> Fitted:
     place = torch.tensor(order).argsort().to(parts[0].losses.device)
 
     def joined(name: str) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
+        tensors = [getattr(timed, name) for timed in parts]
         if tensors[0].ndim > 1:
             width = tensors[0].shape[1]
             tensors = [pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tensors]
@@ -117,14 +117,14 @@ class BlockFit:
             inputs = self._inputs(tick, active)
             losses, grads = self._computed(inputs, watch=tick == 0)
             trace.add(tick, losses, grads)
-            with part("optimizer"):
+            with timed("optimizer"):
                 stepper.step(grads, active)
             ticked(active)
         return trace.fitted()
 
     def _inputs(self, tick: int, active: int) -> _Inputs:
         """Return all that the losses of a step depend on."""
-        with part("data"):
+        with timed("data"):
             batches = [batch_stream.batch(tick, active) for batch_stream in self._batch_streams]
         return (
             {n: p[:active] for n, p in self._params.items()},
@@ -136,11 +136,11 @@ class BlockFit:
 
     def _computed(self, inputs: _Inputs, watch: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Return the losses ``[active]`` and the gradients of what is trained."""
-        with part("forward"):
+        with timed("forward"):
             params = {n: p.detach() for n, p in inputs[0].items()}
             leaves = [params[n].requires_grad_() for n in self._trained]
             losses = self._losses((params, *inputs[1:]), watch)
-        with part("backward"):
+        with timed("backward"):
             return losses.detach(), torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
 
     def _losses(self, inputs: _Inputs, watch: bool) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 
 Seconds = dict[str, float]
 
-PART = "part"
+TIMED = "part"
 """Begins the name of a part among the seconds of a report."""
 
 _running: ContextVar[Seconds | None] = ContextVar("seconds by part", default=None)
@@ -37,7 +37,7 @@ def profiled(wanted: bool = True) -> Iterator[Seconds]:
         _running.reset(token)
 
 
-class part:
+class timed:
     """Count the block as a part, if somebody measures."""
 
     __slots__ = ("_name", "_seconds", "_started", "_token")

@@ -33,7 +33,7 @@ from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.folder import RunFolder
 from fedkd.reports.report import report
-from fedkd.studies.comparison.record import Record
+from fedkd.studies.comparison.record import ComparisonRecord
 
 PACKAGES = ("fedkd", "strategies", "simulations", "benchmarks")
 
@@ -620,7 +620,7 @@ def test_a_comparison_that_names_other_places_reads_runs_there_and_writes_nothin
     said["runs"] = {method: ["../secret" for _ in paths] for method, paths in said["runs"].items()}
     file.write_text(json.dumps(said), encoding="utf-8")
     before = sorted(tmp_path.rglob("*"))
-    assert Record.read(theirs).runs["DSFL"] == [secret, secret]
+    assert ComparisonRecord.read(theirs).runs["DSFL"] == [secret, secret]
     with pytest.raises(FedkdError) as caught:
         report([theirs], tmp_path / "page.html")
     assert "my-password" not in str(caught.value)

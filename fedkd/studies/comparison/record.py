@@ -24,7 +24,7 @@ _BESIDES = {"seed", *Experiment.keys("bookkeeping")}
 
 
 @dataclass(frozen=True)
-class Record:
+class ComparisonRecord:
     """What ``comparison.json`` holds.
 
     Attributes:
@@ -69,7 +69,7 @@ class Record:
             return
         folder = Path(experiment.run_dir) / experiment.name
         try:
-            known = Record.read(folder).experiment if folder.exists() else experiment
+            known = ComparisonRecord.read(folder).experiment if folder.exists() else experiment
         except FedkdError:
             return RunFolder.check(experiment)
         if known.model_dump(exclude=_BESIDES) != experiment.model_dump(exclude=_BESIDES):
@@ -79,7 +79,7 @@ class Record:
                 "name, or remove the folder",
             )
 
-    def written(self) -> Record:
+    def written(self) -> ComparisonRecord:
         """Fill in what the methods say of themselves, write it to its folder, and return it."""
         experiment = self.experiment
         has_teacher = experiment.teacher != "none"
@@ -97,13 +97,13 @@ class Record:
     def _earlier(self) -> Path | None:
         """Return the folder of the same comparison, if it was made before."""
 
-        def asked(record: Record) -> tuple[Any, ...]:
+        def asked(record: ComparisonRecord) -> tuple[Any, ...]:
             shared = record.experiment.model_dump(exclude=_BESIDES)
             return shared, record.methods, record.seeds, record.reference, record.target
 
         for path in sorted(Path(self.experiment.run_dir).glob(f"*/{FILE}")):
             with suppress(FedkdError):  # of another version
-                if asked(Record.read(path.parent)) == asked(self):
+                if asked(ComparisonRecord.read(path.parent)) == asked(self):
                     return path.parent
         return None
 
@@ -124,7 +124,7 @@ class Record:
         }
 
     @classmethod
-    def read(cls, folder: Path) -> Record:
+    def read(cls, folder: Path) -> ComparisonRecord:
         """Read a comparison's folder.
 
         Raises:
@@ -137,7 +137,7 @@ class Record:
             raise FedkdError(f"{folder / FILE} is no record of this version ({error!r})") from None
 
     @classmethod
-    def _of(cls, found: dict[str, Any], folder: Path) -> Record:
+    def _of(cls, found: dict[str, Any], folder: Path) -> ComparisonRecord:
         def seen(path: str) -> Path:
             return Path(normpath(folder / path))
 

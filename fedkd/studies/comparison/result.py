@@ -27,7 +27,7 @@ from fedkd.studies.comparison.entries import (
     with_target,
 )
 from fedkd.studies.comparison.methods import CENTRAL, Method, canonical
-from fedkd.studies.comparison.record import Record
+from fedkd.studies.comparison.record import ComparisonRecord
 from fedkd.studies.comparison.reuse import joined
 from fedkd.studies.comparison.verdicts import rivals, sentence
 
@@ -74,10 +74,10 @@ class Comparison:
         Raises:
             FedkdError: there is no comparison, or one of its runs is gone.
         """
-        return cls.from_record(Record.read(Path(path)))
+        return cls.from_record(ComparisonRecord.read(Path(path)))
 
     @classmethod
-    def from_record(cls, record: Record) -> Self:
+    def from_record(cls, record: ComparisonRecord) -> Self:
         """Compute everything from a comparison's record and the run folders that it names.
 
         Raises:
@@ -167,7 +167,7 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
-def _assembled(record: Record) -> dict[str, Any]:
+def _assembled(record: ComparisonRecord) -> dict[str, Any]:
     """Compute a comparison's attributes from its record and run folders."""
     if not record.is_finished:
         raise FedkdError(

@@ -27,7 +27,7 @@ from fedkd.studies.comparison.methods import (
     pooled,
     variant,
 )
-from fedkd.studies.comparison.record import Record
+from fedkd.studies.comparison.record import ComparisonRecord
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.reuse import ExistingRuns, common_plan
 from fedkd.training.tuning import with_plan
@@ -72,8 +72,8 @@ def compare(
     check_all(experiment, names, seeds)
     chosen = _reference(names, reference)
     share = _share(target)
-    Record.check(experiment)
-    record = Record(experiment, names, seeds, chosen, share).written()  # for `resume`
+    ComparisonRecord.check(experiment)
+    record = ComparisonRecord(experiment, names, seeds, chosen, share).written()  # for `resume`
     with naming_how_to_go_on(f"compare --resume {record.path}", lambda _: "interrupted"):
         done = _made(record, jobs, progress)
     return Comparison.from_record(done.written())
@@ -93,7 +93,7 @@ def resume(path: str | Path, *, jobs: int = 1, progress: Progress = silent) -> C
         FedkdError: there is no comparison, or see `compare`.
     """
     folder = Path(path)
-    record = Record.read(folder)
+    record = ComparisonRecord.read(folder)
     experiment = record.experiment.replace(run_dir=str(folder.parent))
     if experiment.name is not None:
         experiment = experiment.replace(name=folder.name)
@@ -127,7 +127,7 @@ def _share(target: float | None) -> float | None:
     return share
 
 
-def _made(record: Record, at_once: int, progress: Progress) -> Record:
+def _made(record: ComparisonRecord, at_once: int, progress: Progress) -> ComparisonRecord:
     """Make the runs that are not there; return the record with all folders and the jobs' remark."""
     experiment, seeds = record.experiment, record.seeds
     methods = list(federated(record.methods))
