@@ -164,7 +164,7 @@ def check(
         for finding in testing.examine(found, engines=engines):
             findings.append(finding)
             steps.show(f"{finding.check}: {finding.result}", len(findings) / len(testing.CHECKS))
-    report = testing.Report(found.name(), tuple(findings))
+    report = testing.CheckResults(found.name(), tuple(findings))
     brief = [f"{found.name()}: {results.check_line(report)}", *map(str, report.failures)]
     output.result(
         report.as_json(), brief, [results.findings_table(report), results.check_line(report)]

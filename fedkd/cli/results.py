@@ -18,7 +18,7 @@ from fedkd.knowledge.kinds import KINDS, in_words
 from fedkd.records.files import Row
 from fedkd.records.results import CentralRun, Run
 from fedkd.strategy import DistillationStrategy
-from fedkd.testing.findings import Report
+from fedkd.testing.outcomes import CheckResults
 from fedkd.training.profiling import TIMED
 from fedkd.wording import percent, plus_minus
 
@@ -205,7 +205,7 @@ def strategies_settings(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def findings_table(report: Report) -> Table:
+def findings_table(report: CheckResults) -> Table:
     """Return what was found as a table: what each check shows, or what to change."""
     table = table_of("check", "result", "what it shows, or what to change", right=False)
     for finding in report.findings:
@@ -213,7 +213,7 @@ def findings_table(report: Report) -> Table:
     return table
 
 
-def check_line(report: Report) -> str:
+def check_line(report: CheckResults) -> str:
     """Count the results."""
     counts = Counter(finding.result for finding in report.findings)
     return ", ".join(f"{count} {result}" for result, count in counts.items())

@@ -173,7 +173,7 @@ def _fit(stack: Stack, phase: Fit, position: int) -> None:
         batch_streams,
         epochs=default if phase.epochs is None else phase.epochs,
         batch_size=stack.experiment.batch_size,
-        optimizer=OptimizerSettings.of_all(stack.experiments),
+        optimizer=OptimizerSettings.from_experiments(stack.experiments),
         numbers={"tau": stacked_values(stack.experiments, "tau"), **phase.numbers},
         streams=[
             (experiment.seed, client, stack.first.round, stream)

@@ -210,7 +210,7 @@ class Server:
             [batch_stream],
             epochs=experiment.distill_epochs if phase.epochs is None else phase.epochs,
             batch_size=experiment.batch_size,
-            optimizer=OptimizerSettings.of(experiment),
+            optimizer=OptimizerSettings.from_experiment(experiment),
             numbers={"tau": experiment.tau, **phase.numbers},
             streams=[(experiment.seed, "server", self.round, phase.name)],
         )

@@ -81,7 +81,7 @@ def distilled_proxies(
         [BatchStream("public", public, rows, {kl: 1.0}, teacher.to(public.device, public.dtype))],
         epochs=epochs,
         batch_size=experiment.batch_size,
-        optimizer=OptimizerSettings.of(experiment),
+        optimizer=OptimizerSettings.from_experiment(experiment),
         numbers={"tau": 1.0},
         streams=[(experiment.seed, client, "proxy") for client in clients],
     )

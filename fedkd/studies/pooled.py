@@ -137,7 +137,7 @@ class Pooled:
             [batch_stream],
             epochs=epochs,
             batch_size=self.experiment.batch_size,
-            optimizer=OptimizerSettings.of_all(experiments),
+            optimizer=OptimizerSettings.from_experiments(experiments),
             numbers={"tau": stacked_values(experiments, "tau")},
             streams=[(experiment.seed, "central", what) for experiment in experiments],
             progress=lambda done: self._progress(what, done),

@@ -5,14 +5,14 @@ and partial participation, and says in one line for each thing that is wrong wha
 offline, on the digits that come with scikit-learn, and writes to a temporary folder only.
 """
 
-from fedkd.testing.findings import Finding, Report, StrategyCheckFailed
+from fedkd.testing.outcomes import CheckResult, CheckResults, StrategyCheckFailed
 from fedkd.testing.suite import CHECKS, Check, check_strategy, examine
 
 __all__ = [
     "CHECKS",
     "Check",
-    "Finding",
-    "Report",
+    "CheckResult",
+    "CheckResults",
     "StrategyCheckFailed",
     "check_strategy",
     "examine",

@@ -27,7 +27,7 @@ from fedkd.knowledge import KINDS, Knowledge, ModelWeights, SoftLabels, tensors_
 from fedkd.phases import Apply, Fit, import_path
 from fedkd.records.files import Row
 from fedkd.strategy import DistillationStrategy
-from fedkd.testing.findings import Wrong
+from fedkd.testing.outcomes import Wrong
 
 K, ROUNDS, FEW = 5, 3, 11
 """Clients, rounds, and public samples drawn where not all are."""

@@ -21,8 +21,8 @@ from fedkd.phases import MeanByClass, Predict
 from fedkd.records.folder import RunFolder
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same
-from fedkd.testing.declared import evaluate
-from fedkd.testing.findings import NotApplicable, Wrong
+from fedkd.testing.declarations import evaluate
+from fedkd.testing.outcomes import NotApplicable, Wrong
 from fedkd.training.architectures import architectures_of
 
 APART = 5e-3

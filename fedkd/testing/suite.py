@@ -11,9 +11,15 @@ from time import monotonic
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.strategy import DistillationStrategy
-from fedkd.testing import declared, mail, rounds, rule
+from fedkd.testing import rounds
 from fedkd.testing.bench import Bench
-from fedkd.testing.findings import Finding, NotApplicable, Report, StrategyCheckFailed, Wrong
+from fedkd.testing.outcomes import (
+    CheckResult,
+    CheckResults,
+    NotApplicable,
+    StrategyCheckFailed,
+    Wrong,
+)
 from fedkd.user_code import user_location
 
 _ADVICE = {
@@ -47,25 +53,25 @@ _RULE = ("phases", "types")
 _ROUNDS = ("rounds",)
 
 CHECKS = (
-    Check("settings", declared.settings),
-    Check("facts", declared.facts),
-    Check("phases", declared.phases),
-    Check("client-code", declared.client_code, ("phases",)),
-    Check("types", rule.types, ("phases",)),
-    Check("order", rule.order, _RULE),
-    Check("alone", rule.alone, _RULE),
-    Check("simplex", rule.simplex, _RULE),
-    Check("equal", rule.equal, (*_RULE, "simplex")),
-    Check("mask", rule.mask, (*_RULE, "simplex", "equal")),
-    Check("pure", rule.pure, _RULE),
+    Check("settings", declarations.settings),
+    Check("facts", declarations.facts),
+    Check("phases", declarations.phases),
+    Check("client-code", declarations.client_code, ("phases",)),
+    Check("types", aggregation.types, ("phases",)),
+    Check("order", aggregation.order, _RULE),
+    Check("alone", aggregation.alone, _RULE),
+    Check("simplex", aggregation.simplex, _RULE),
+    Check("equal", aggregation.equal, (*_RULE, "simplex")),
+    Check("mask", aggregation.mask, (*_RULE, "simplex", "equal")),
+    Check("pure", aggregation.pure, _RULE),
     Check("request", rounds.request, ("phases",)),
     Check(
         "rounds",
         rounds.rounds,
         ("settings", "facts", "client-code", "types", "simplex", "request"),
     ),
-    Check("bad-replies", mail.bad_replies, _ROUNDS),
-    Check("few-replies", mail.few_replies, (*_ROUNDS, "bad-replies")),
+    Check("bad-replies", replies.bad_replies, _ROUNDS),
+    Check("few-replies", replies.few_replies, (*_ROUNDS, "bad-replies")),
     Check("quorum", rounds.quorum, (*_ROUNDS, "bad-replies")),
     Check("partial", rounds.partial, (*_ROUNDS, "bad-replies")),
     Check("repeat", rounds.repeat, (*_ROUNDS, "pure")),
@@ -83,7 +89,7 @@ CHECKS = (
 
 def check_strategy(
     strategy: DistillationStrategy, experiment: Experiment | None = None, *, engines: bool = False
-) -> Report:
+) -> CheckResults:
     """Run all checks on a strategy.
 
     Args:
@@ -98,7 +104,7 @@ def check_strategy(
     Raises:
         StrategyCheckFailed: a check failed; the text has all that did, and what to change.
     """
-    report = Report(strategy.name(), tuple(examine(strategy, experiment, engines=engines)))
+    report = CheckResults(strategy.name(), tuple(examine(strategy, experiment, engines=engines)))
     if report.failures:
         raise StrategyCheckFailed(report)
     return report
@@ -106,7 +112,7 @@ def check_strategy(
 
 def examine(
     strategy: DistillationStrategy, experiment: Experiment | None = None, *, engines: bool = False
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Run all checks, one after the other; see `check_strategy`. Failures are findings."""
     with tempfile.TemporaryDirectory(prefix="fedkd-check-") as folder:
         bench = Bench(strategy, experiment, Path(folder), engines)
@@ -114,7 +120,7 @@ def examine(
         for check in CHECKS:
             first = next((name for name in check.after if name in failed), None)
             if first is not None:
-                finding = Finding(check.name, check.shows, "not tried", f"first mend {first}")
+                finding = CheckResult(check.name, check.shows, "not tried", f"first mend {first}")
             else:
                 finding = _find(check, bench)
             if finding.result in ("failed", "not tried"):
@@ -122,16 +128,18 @@ def examine(
             yield finding
 
 
-def _find(check: Check, bench: Bench) -> Finding:
+def _find(check: Check, bench: Bench) -> CheckResult:
     started = monotonic()
     try:
         check.function(bench)
     except NotApplicable as why:
-        return Finding(check.name, check.shows, "not applicable", str(why), monotonic() - started)
+        return CheckResult(
+            check.name, check.shows, "not applicable", str(why), monotonic() - started
+        )
     except Exception as error:
         detail = _what_to_change(error)
-        return Finding(check.name, check.shows, "failed", detail, monotonic() - started)
-    return Finding(check.name, check.shows, "passed", "", monotonic() - started)
+        return CheckResult(check.name, check.shows, "failed", detail, monotonic() - started)
+    return CheckResult(check.name, check.shows, "passed", "", monotonic() - started)
 
 
 def _what_to_change(error: Exception) -> str:

@@ -35,7 +35,7 @@ class OptimizerSettings:
     weight_decay: float | Tensor = 0.0
 
     @classmethod
-    def of(cls, experiment: Experiment) -> OptimizerSettings:
+    def from_experiment(cls, experiment: Experiment) -> OptimizerSettings:
         """Return the settings that an experiment names, the same for all its clients."""
         return cls(
             experiment.optimizer,
@@ -45,7 +45,7 @@ class OptimizerSettings:
         )
 
     @classmethod
-    def of_all(cls, experiments: Sequence[Experiment]) -> OptimizerSettings:
+    def from_experiments(cls, experiments: Sequence[Experiment]) -> OptimizerSettings:
         """Return the settings of models that belong to one experiment each.
 
         Args:

@@ -268,7 +268,7 @@ def _time(
         [BatchStream("private", data.train, [rows] * clients, {ce: 1.0})],
         epochs=1,
         batch_size=experiment.batch_size,
-        optimizer=OptimizerSettings.of(experiment),
+        optimizer=OptimizerSettings.from_experiment(experiment),
         streams=[(experiment.seed, k, "plan") for k in range(clients)],
         progress=ticked,
     )

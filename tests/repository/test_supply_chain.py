@@ -63,7 +63,10 @@ ALLOWED = {
         "fedkd/reports/export/forms.py",
         "torch.export.load",
     ): "the file that was written a moment before",
-    ("fedkd/testing/declared.py", "eval"): "a formula of a class whose module is imported already",
+    (
+        "fedkd/testing/declarations.py",
+        "eval",
+    ): "a formula of a class whose module is imported already",
 }
 """Where something of this may stand, and why."""
 

@@ -14,7 +14,7 @@ from fedkd.losses import Term
 from fedkd.phases import Procedure
 from fedkd.registry import strategies
 from fedkd.strategy import DistillationStrategy
-from fedkd.testing import CHECKS, Finding, examine
+from fedkd.testing import CHECKS, CheckResult, examine
 from fedkd.testing.bench import Bench
 
 NAMES = list(strategies())
@@ -27,7 +27,7 @@ def on_one_worker(name: str) -> Any:
 
 
 @cache
-def findings(name: str) -> dict[str, Finding]:
+def findings(name: str) -> dict[str, CheckResult]:
     return {finding.check: finding for finding in examine(strategies()[name]())}
 
 

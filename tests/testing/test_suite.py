@@ -25,7 +25,7 @@ from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
 from fedkd.phases import Digest, Load, Phase, Predict, Revisit, SendWeights
 from fedkd.strategy import DistillationStrategy, Facts
-from fedkd.testing import CHECKS, Finding, StrategyCheckFailed, check_strategy, examine
+from fedkd.testing import CHECKS, CheckResult, StrategyCheckFailed, check_strategy, examine
 
 LABELS = Facts("none", "P*C*4", "P*C*4 + 2*I")
 
@@ -445,7 +445,7 @@ def name_of(strategy: DistillationStrategy) -> str:
 
 
 @cache
-def findings(strategy: DistillationStrategy) -> dict[str, Finding]:
+def findings(strategy: DistillationStrategy) -> dict[str, CheckResult]:
     return {finding.check: finding for finding in examine(strategy)}
 
 

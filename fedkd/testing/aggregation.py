@@ -28,7 +28,7 @@ from fedkd.knowledge import (
 from fedkd.phases import MeanByClass, Predict
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import Bench, distance, same
-from fedkd.testing.findings import NotApplicable, Wrong
+from fedkd.testing.outcomes import NotApplicable, Wrong
 
 K, N, D = 3, 5, 11
 CLOSE = 1e-9

@@ -28,7 +28,7 @@ from fedkd.phases import (
     to_text,
 )
 from fedkd.testing.bench import Bench
-from fedkd.testing.findings import NotApplicable, Wrong
+from fedkd.testing.outcomes import NotApplicable, Wrong
 from fedkd.training.architectures import architectures_of
 from fedkd.user_code import user_location
 

@@ -14,7 +14,7 @@ from fedkd.errors import FedkdError
 from fedkd.federation.flower_internals.local_grid import LocalGrid
 from fedkd.federation.flower_internals.replies import error_reply
 from fedkd.testing.bench import Bench, Change, honest, require_all
-from fedkd.testing.findings import Wrong
+from fedkd.testing.outcomes import Wrong
 
 BAD = 1
 """The client whose reply is bad."""

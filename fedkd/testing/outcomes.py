@@ -19,7 +19,7 @@ class NotApplicable(Exception):
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one check found.
 
     Attributes:
@@ -41,7 +41,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckResults:
     """What all checks found.
 
     Attributes:
@@ -50,10 +50,10 @@ class Report:
     """
 
     strategy: str
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
 
     @property
-    def failures(self) -> tuple[Finding, ...]:
+    def failures(self) -> tuple[CheckResult, ...]:
         """The findings of the checks that failed."""
         return tuple(finding for finding in self.findings if finding.result == "failed")
 
@@ -72,7 +72,7 @@ class StrategyCheckFailed(FedkdError):
         report: what all checks found.
     """
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: CheckResults) -> None:
         said = "; ".join(f"{finding.check}: {finding.detail}" for finding in report.failures)
         count = len(report.failures)
         super().__init__(f"{report.strategy} fails {count} check{'s' * (count > 1)}: {said}")
