@@ -52,7 +52,7 @@ def measure(base: fedkd.Experiment, seeds: Sequence[int], told: Any) -> Table:
             server_model="mlp-64" if facts.server_model == "required" else "none",
         )
         (entry,) = fedkd.compare(experiment, [name], seeds, progress=told).entries
-        reported = entry.server_accuracies if facts.reports == "server" else None
+        reported = entry.server_accuracies if facts.headline == "server" else None
         table[name] = {
             "clients": entry.accuracies,
             "server": reported,

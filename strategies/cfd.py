@@ -51,7 +51,7 @@ class CFD(DistillationStrategy):
         up="<= 1.001*P*C*up_bits/8 + P/8 + 64",
         down="<= 1.001*P*C*down_bits/8 + P/8 + 64",
         server_model="required",
-        reports="server",
+        headline="server",
         bibtex=r"""
         @article{sattler2022cfd,
           title = {{CFD}: Communication-Efficient Federated Distillation via Soft-Label Quantization and

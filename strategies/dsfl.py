@@ -34,7 +34,7 @@ class DSFL(DistillationStrategy):
         up="P*C*4",
         down="P*C*4 + 2*I",
         server_model="optional",
-        reports="server",
+        headline="server",
         bibtex=r"""
         @article{itahara2023dsfl,
           title = {Distillation-Based Semi-Supervised Federated Learning for Communication-Efficient

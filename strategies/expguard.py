@@ -42,7 +42,7 @@ class ExpGuard(DistillationStrategy):
         up="P*C*4",
         down="P*C*4 + 2*I",
         server_model="optional",
-        reports="server",
+        headline="server",
         bibtex=r"""
         @inproceedings{roux2025expguard,
           title = {On the {Byzantine}-Resilience of Distillation-Based Federated Learning},

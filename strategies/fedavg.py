@@ -22,7 +22,7 @@ class FedAvg(DistillationStrategy):
         paper="1602.05629",
         up="S",
         down="S",
-        reports="server",
+        headline="server",
         mixed_models=False,
         distils=False,
         bibtex=r"""

@@ -34,7 +34,7 @@ class FedDF(DistillationStrategy):
         paper="2006.07242",
         up="S",
         down="S",
-        reports="server",
+        headline="server",
         bibtex=r"""
         @inproceedings{lin2020feddf,
           title = {Ensemble Distillation for Robust Model Fusion in Federated Learning},

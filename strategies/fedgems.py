@@ -49,7 +49,7 @@ class FedGEMS(DistillationStrategy):
         down="<= P*C*4 + P*4 + I",
         public_labels=True,
         server_model="required",
-        reports="server",
+        headline="server",
         bibtex=r"""
         @misc{cheng2021fedgems,
           title = {{FedGEMS}: Federated Learning of Larger Server Models via Selective Knowledge Fusion},

@@ -42,7 +42,7 @@ class FedProx(DistillationStrategy):
         paper="1812.06127",
         up="S",
         down="S",
-        reports="server",
+        headline="server",
         mixed_models=False,
         distils=False,
         bibtex=r"""

@@ -51,7 +51,7 @@ class SCARLET(DistillationStrategy):
         up="<= P*C*4",
         down="<= P*C*4 + 2*I + P/4 + 2",
         server_model="optional",
-        reports="server",
+        headline="server",
         bibtex=r"""
         @article{azuma2026scarlet,
           title = {Soft-Label Caching and Sharpening for Communication-Efficient Federated Distillation},

@@ -42,7 +42,7 @@ class Facts:
         down: payload bytes a client receives a round, likewise.
         public_labels: whether the algorithm needs the labels of the public set.
         server_model: whether it keeps a model at the server.
-        reports: whose accuracy the paper reports.
+        headline: whose accuracy the paper's tables show.
         mixed_models: whether clients of different architectures learn from each other.
         distils: whether a model learns from outputs of others, so that knowledge distillation is cited.
         bibtex: the paper's entry as ``fedkd cite`` prints it, indented as you like.
@@ -53,7 +53,7 @@ class Facts:
     down: str
     public_labels: bool = False
     server_model: Literal["none", "optional", "required"] = "none"
-    reports: Literal["clients", "server"] = "clients"
+    headline: Literal["clients", "server"] = "clients"
     mixed_models: bool = True
     distils: bool = True
     bibtex: str = ""

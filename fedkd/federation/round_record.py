@@ -122,7 +122,7 @@ class RunRecord:
         exchange: Exchange,
         kept: Checkpoint,
         *,
-        reports: Literal["clients", "server"],
+        headline: Literal["clients", "server"],
         started: float,
     ) -> dict[str, Any]:
         """Take the final accuracies and write ``result.json``.
@@ -130,7 +130,7 @@ class RunRecord:
         Args:
             exchange: the closing one, its replies sorted.
             kept: what the server has in the end.
-            reports: whose accuracy the algorithm's paper reports.
+            headline: whose accuracy the tables of the algorithm's paper show.
             started: when the run began, seconds.
         """
         final = {report.client: report.metrics for report in exchange.reports}
@@ -143,7 +143,7 @@ class RunRecord:
             "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
             **_trained(final, clients),
             "server_accuracy": self._server_accuracy(exchange, kept),
-            "reports": reports,
+            "reports": headline,
             "epsilon": _epsilon(self._server.experiment, kept.asked),
             "dropped": _dropped(exchange),
             "events": _added([*(row["events"] for row in self.rows), _events_of(exchange)]),

@@ -261,8 +261,8 @@ class Federation:
         if not exchange.reports:
             what = "no client answered the closing exchange"
             raise _failure(what, exchange.dropped.values(), rate)
-        reports = self._algorithm.facts.reports
-        return self._record.close(exchange, self._checkpoint, reports=reports, started=started)
+        headline = self._algorithm.facts.headline
+        return self._record.close(exchange, self._checkpoint, headline=headline, started=started)
 
     def _received(self, replies: Iterable[Message]) -> Exchange:
         """Sort the replies into good reports, in order of partition, and drops with a reason."""

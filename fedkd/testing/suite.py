@@ -11,7 +11,7 @@ from time import monotonic
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.strategy import DistillationStrategy
-from fedkd.testing import rounds
+from fedkd.testing import aggregation, declarations, replies, rounds
 from fedkd.testing.bench import Bench
 from fedkd.testing.outcomes import (
     CheckResult,

@@ -222,7 +222,7 @@ def test_clients_start_from_the_common_weights_each_round_and_answer_everything(
         assert phases == [Reset(), Digest(), Revisit(), Predict("probabilities")]
     assert torch.equal(CFD().request(desk), torch.arange(2 * N))
     assert CFD.closes == "digest"
-    assert CFD.facts.reports == "server"
+    assert CFD.facts.headline == "server"
 
 
 # --- Settings ------------------------------------------------------------------------------------
