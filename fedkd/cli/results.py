@@ -191,7 +191,7 @@ def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             "needed" if row["public_labels"] else "not needed",
             row["server_model"],
             "yes" if row["mixed_models"] else "no",
-            row["reports"],
+            row["headline"],
         )
     return table
 
