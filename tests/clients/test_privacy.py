@@ -238,7 +238,7 @@ def test_what_no_noise_is_added_to_is_refused(kind: Any, said: str) -> None:
 
 def test_a_missing_accountant_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(FedkdError, match=r"^dp-noise = 3: .* pip install 'fedkd\[privacy\]'$"):
+    with pytest.raises(FedkdError, match=r"^dp-noise = 3\.0: .* pip install 'fedkd\[privacy\]'$"):
         check_privacy(tiny(dp_noise=3.0), SoftLabels)
     check_privacy(tiny(), SoftLabels)
 
@@ -381,7 +381,7 @@ def test_strategies_without_soft_labels_are_refused_before_any_work(
         codec="auto"
     )
     with pytest.raises(
-        FedkdError, match=f"^dp-noise = 1: {name} sends .*, to which no noise is added"
+        FedkdError, match=f"^dp-noise = 1\\.0: {name} sends .*, to which no noise is added"
     ):
         fedkd.run(experiment)
     assert not (tmp_path / "runs").exists()

@@ -569,9 +569,9 @@ def test_a_grid_without_ray_needs_no_guard() -> None:
 @pytest.mark.parametrize(
     ("cpus", "gpus", "message"),
     [
-        (2.0, 0.0, "client-cpus = 2: a client needs more than 0 and at most the 1 CPU that"),
-        (0.0, 0.0, "client-cpus = 0: a client needs more than 0 and at most the 1 CPU that"),
-        (1.0, 99.0, "client-gpus = 99: a client takes at least 0 and at most the"),
+        (2.0, 0.0, "client-cpus = 2.0: a client needs more than 0 and at most the 1 CPU that"),
+        (0.0, 0.0, "client-cpus = 0.0: a client needs more than 0 and at most the 1 CPU that"),
+        (1.0, 99.0, "client-gpus = 99.0: a client takes at least 0 and at most the"),
     ],
 )
 def test_too_small_a_machine_is_an_error_and_not_a_hang(
