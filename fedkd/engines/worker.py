@@ -132,7 +132,7 @@ def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experimen
     import ray
 
     DELIVERED.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
-    return experiment.replace(**{key: f"{__name__}:SENT.{key}" for key in sent})
+    return experiment.replace(**{key: f"{__name__}:DELIVERED.{key}" for key in sent})
 
 
 def packed(dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -48,7 +48,7 @@ def tiny_tensors(seed: int = 0) -> dict[str, Tensor]:
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Register the small data set ``mnist`` with a known digest, and return its cache file."""
+    """Register the small data set ``mnist`` with a known fingerprint, and return its cache file."""
     info = replace(TINY, sha256=data.fingerprint(tiny_tensors()))
     monkeypatch.setattr(cache, "DATASETS", MappingProxyType({"mnist": info}))
     path = tmp_path / "mnist.safetensors"
@@ -77,7 +77,7 @@ def message(name: str, data_dir: Path | None = None) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "digest"),
+    ("name", "fingerprint"),
     [
         ("digits", "2d532681d5be425b0a22c0579bd63874e3f1ab81cb6d9059a6a30c6c5c33dd9d"),
         ("mnist-5k", "d85894635dde363a2c88d3209dcd1e26759f7756db70d89a21423ffc63b935da"),
@@ -165,7 +165,7 @@ def published_files(name: str, dataset: Dataset) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED_MD5)
-def test_the_known_digests_are_those_of_the_published_files(name: str, real_data: Path) -> None:
+def test_the_known_fingerprints_are_those_of_the_published_files(name: str, real_data: Path) -> None:
     files = published_files(name, data.load(name, real_data))
     found = [hashlib.md5(file, usedforsecurity=False).hexdigest() for file in files]
     assert found == PUBLISHED_MD5[name].split()
@@ -296,14 +296,14 @@ def test_cifar_files_in_torchvision_s_layout(
     assert torch.equal(dataset.train_labels, labels[:14])
     assert torch.equal(dataset.test_labels, labels[14:])
 
-    path = tmp_path / f"{name}.safetensors"  # its digest stands in no code, but in the file
+    path = tmp_path / f"{name}.safetensors"  # its fingerprint is in the file, not in the code
     content_bytes = bytearray(path.read_bytes())
     content_bytes[-1] ^= 1
     path.write_bytes(content_bytes)
     assert f"{path} is damaged (sha256" in message(name, tmp_path)
 
 
-def test_the_digest_covers_names_types_shapes_and_bytes() -> None:
+def test_the_fingerprint_covers_names_types_shapes_and_bytes() -> None:
     tensors = tiny_tensors()
     expected = hashlib.sha256()
     for name in ("test_images", "test_labels", "train_images", "train_labels"):
@@ -339,7 +339,7 @@ def test_a_file_is_hashed_once_for_each_of_its_states(
         calls.append(1)
         return fingerprint(tensors)
 
-    monkeypatch.setattr(cache, "digest", counted)
+    monkeypatch.setattr(cache, "fingerprint", counted)
     data.load("mnist", tiny.parent)
     data.load("mnist", tiny.parent)
     assert len(calls) == 1

@@ -132,7 +132,7 @@ def test_so_they_are_with_memories_codecs_some_clients_and_mixed_models(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
     if "test_side_by_side:normed" in keys.values():  # Adam makes full steps of rounding there
-        keys = {**keys, "client_code": "test_together", "optimizer": "sgd"}
+        keys = {**keys, "client_code": "test_side_by_side", "optimizer": "sgd"}
     base = shared(tmp_path, **keys)
     for one, other in zip(side_by_side(base, DIFFERENT), alone(base, DIFFERENT), strict=True):
         assert_same(one, other)
@@ -145,7 +145,7 @@ def test_so_they_are_with_memories_codecs_some_clients_and_mixed_models(
 def test_those_that_differ_in_the_seed_alone_are_the_same_to_the_last_bit(
     strategy: str, student: str, tmp_path: Path
 ) -> None:
-    base = shared(tmp_path, strategy=strategy, student=student, client_code="test_together")
+    base = shared(tmp_path, strategy=strategy, student=student, client_code="test_side_by_side")
     for one, other in zip(side_by_side(base, ALIKE), alone(base, ALIKE), strict=True):
         assert_same(one, other, exactly=True)
 
@@ -263,7 +263,7 @@ def test_whatever_is_raised_while_clients_train_nobody_waits_for_ever(
     def handle_together(sent: object) -> Any:
         raise raised
 
-    monkeypatch.setattr(engine, "answers_together", handle_together)
+    monkeypatch.setattr(engine, "handle_together", handle_together)
     experiment = shared(tmp_path, name="mine")
     meeting = engine._Meeting(3)
     ended: list[BaseException] = []
@@ -339,7 +339,7 @@ def test_experiments_that_differ_otherwise_are_refused_before_anything_is_writte
     keys: dict[str, Any], tmp_path: Path
 ) -> None:
     base = shared(tmp_path, strategy="DSFL")
-    with pytest.raises(FedkdError, match="differ in alpha, tau, learning-rate"):
+    with pytest.raises(FedkdError, match="differ in local-epochs, distill-epochs, learning-rate"):
         side_by_side(base, [{}, {"seed": 2, **keys}])
     assert list(tmp_path.iterdir()) == []
 
@@ -374,6 +374,6 @@ def test_a_plan_that_is_left_open_is_one_for_all(
         measured = "loop" if experiment.seed == 2 else "stacked-3"
         return experiment.replace(plan=measured) if experiment.plan == "auto" else experiment
 
-    monkeypatch.setattr(runner, "planned", planned)
+    monkeypatch.setattr(runner, "with_plan", planned)
     base = shared(tmp_path, strategy="LocalOnly", num_server_rounds=1, plan="auto")
     assert all(isinstance(each, Run) for each in side_by_side(base, ALIKE))
