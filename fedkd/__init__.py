@@ -1,6 +1,6 @@
 """fedkd: a simulator of federated distillation on Flower.
 
-The names below are imported when they are first used, so that ``fedkd --help`` does not wait for
+The names below are imported on first use, so that ``fedkd --help`` does not wait for
 PyTorch.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# No usage statistics are sent unless the user asks for it: Flower and Ray read these when imported.
+# No usage statistics are sent unless the user turns them on: Flower and Ray read these on import.
 for _variable, _value in {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -117,14 +117,14 @@ _MOVED = {
     "trackers": "fedkd.records.trackers",
     "world": "fedkd.data.federated",
 }
-"""Modules that the documentation once named, and where their content is now."""
+"""Modules of earlier documentation, and where their content is now."""
 
 
 class _Moved(MetaPathFinder):
-    """Asked last, after all finders that could find a module."""
+    """The last finder, which is called if no other finds the module."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Name the new place of a module that moved.
+        """Raise an error that names the new place of a module that has moved.
 
         Raises:
             ImportError: it is one of `_MOVED`.

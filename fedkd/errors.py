@@ -1,4 +1,4 @@
-"""The one exception that is meant for users, and how any exception becomes one line."""
+"""The exception for errors that a user can fix, and functions that put messages into one line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple, Self
 
 
 class Setting(NamedTuple):
-    """A key of the experiment with its value, as an error names it.
+    """A key of the experiment with its value, as part of an error message.
 
     Attributes:
         key: as in TOML (``num-clients``).
         value: of the key, or the part of it that is wrong.
-        source: where it came from (``from --num-clients``), where that is known.
+        source: where it came from (``from --num-clients``), or ``None`` if unknown.
     """
 
     key: str
@@ -34,7 +34,7 @@ class FedkdError(ValueError):
     The command line prints it without a traceback and exits with code 2.
 
     Args:
-        parts: texts and settings, which together are the text.
+        parts: texts and settings, joined to the message.
     """
 
     def __init__(self, *parts: str | Setting) -> None:
@@ -42,37 +42,37 @@ class FedkdError(ValueError):
         self.parts = parts
 
     def with_sources(self, origins: Mapping[str, tuple[object, str]]) -> Self:
-        """Return the same error, its settings with their sources.
+        """Return the same error, with the sources of its settings.
 
         Args:
-            origins: by key, the value that was given and where it came from. A setting of another value
-                gets no source: it was derived.
+            origins: by key, its value and where it came from. A setting with another value gets no
+                source, as that value was derived.
         """
         seen: set[str] = set()
         parts: list[str | Setting] = []
         for part in self.parts:
             if isinstance(part, Setting) and part.source is None and part.key not in seen:
                 seen.add(part.key)
-                given, source = origins.get(part.key, (None, ""))
-                part = part._replace(source=source) if _is_part(part.value, given) else part
+                origin_value, source = origins.get(part.key, (None, ""))
+                part = part._replace(source=source) if _is_part(part.value, origin_value) else part
             parts.append(part)
         return type(self)(*parts)
 
 
-def _is_part(value: object, given: object) -> bool:
-    """Whether `value` is `given` or a part of it: one model of a list, the file of file:class."""
+def _is_part(value: object, whole: object) -> bool:
+    """Whether `value` is `whole` or a part of it: one model of a list, the file of file:class."""
     try:
-        return float(str(value)) == float(str(given))
+        return float(str(value)) == float(str(whole))
     except ValueError:
-        return str(value).lower() in str(given).lower()
+        return str(value).lower() in str(whole).lower()
 
 
 def one_line(what: str | BaseException, limit: int = 200) -> str:
-    """Return a text, or an exception's type and text, in one line that a console can show.
+    """Return a text, or an exception's type and text, as one line that a console can show.
 
     Args:
-        what: may hold a stranger's words, of any length.
-        limit: most characters; what is longer ends in ``…``.
+        what: may be untrusted and of any length.
+        limit: most characters; a longer text is cut and ends in ``…``.
     """
     text = what if isinstance(what, str) else f"{type(what).__name__}: {what}"
     shown = "".join(c if c.isprintable() else " " for c in text[: 10 * limit])
@@ -92,13 +92,13 @@ _UNPRINTABLE = {
     for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\n\t"
 }
-"""Control characters, which a terminal obeys, and those that turn the direction of writing."""
+"""Control characters, which a terminal executes, and those that change the direction of writing."""
 
 
 def printable(text: str) -> str:
-    """Replace what a terminal would obey instead of showing it: names may be from somebody's files."""
+    """Return a text without characters that a terminal would execute: names may come from any file."""
     return text.translate(_UNPRINTABLE)
 
 
 class DivergedError(FedkdError):
-    """Training gave numbers that are not finite."""
+    """Training produced numbers that are not finite."""

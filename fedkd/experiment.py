@@ -1,7 +1,7 @@
 """The experiment: one flat, frozen, validated description of a run.
 
-The same keys serve Python (``num_clients``), the command line (``--num-clients``), TOML files and
-Flower's run config (``num-clients``). Values are scalars only, because Flower's run config knows
+The same keys are used in Python (``num_clients``), on the command line (``--num-clients``), in TOML files
+and in Flower's run config (``num-clients``). Values are scalars only, because Flower's run config allows
 nothing else; lists are comma-separated strings.
 """
 
@@ -71,7 +71,7 @@ class Experiment(BaseModel):
     fold: str = declared(
         "data",
         "none",
-        "test on this part of the training images, held out from everybody, instead of the test set",
+        "test on this part of the training images, held out from all clients, instead of the test set",
         pattern=r"^(none|[1-9]\d*/[1-9]\d*)$",
         accepted="none, or I/N such as 2/5, with 1 ≤ I ≤ N and N ≥ 2",
     )
@@ -88,7 +88,7 @@ class Experiment(BaseModel):
         "federated data", True, "whether the public set comes with its labels"
     )
     partition: Literal["iid", "dirichlet", "shard", "pathological"] = declared(
-        "federated data", "dirichlet", "how private images are dealt to clients"
+        "federated data", "dirichlet", "how private images are divided among clients"
     )
     partition_alpha: float = declared(
         "federated data", 0.3, "Dirichlet concentration: small is more skewed", gt=0, le=1_000_000
@@ -97,7 +97,7 @@ class Experiment(BaseModel):
         "federated data", 2, "classes (pathological) or shards (shard) a client holds", ge=1
     )
     min_partition_size: int = declared(
-        "federated data", 2, "fewest private images of a client", ge=1
+        "federated data", 2, "least number of private images of a client", ge=1
     )
     partition_seed: OptionalInt = declared(
         "seed", None, "seed of public set and shards (auto: the seed)", ge=0
@@ -117,14 +117,12 @@ class Experiment(BaseModel):
         "local teacher (or comma list); none: the student is its own teacher",
         names_code=True,
     )
-    server_model: str = declared(
-        "federation", "none", "model kept by the server; none: it keeps none"
-    )
+    server_model: str = declared("federation", "none", "model of the server; none: it has no model")
 
     # method
     strategy: str = declared("federation", "FedMD", "federated algorithm: see `fedkd strategies`")
     strategy_config: str = declared(
-        "federation", "none", "its own settings as key=value pairs separated by spaces"
+        "federation", "none", "settings of the strategy as key=value pairs separated by spaces"
     )
     num_server_rounds: int = declared("federation", 10, "rounds of the federation", ge=1)
     fraction_train: float = declared(
@@ -136,7 +134,7 @@ class Experiment(BaseModel):
     codec: str = declared(
         "federation",
         "auto",
-        "how soft labels cross the wire, up and down (auto: as the strategy says)",
+        "how soft labels are encoded, up and down (auto: as the strategy sets it)",
         accepted="auto, or number+rows+pack such as simplex:1+changed+range; UP/DOWN for two",
     )
     evaluate_phases: Literal["all", "last"] = declared(
@@ -147,7 +145,9 @@ class Experiment(BaseModel):
     evaluate_every: int = declared(
         "evaluation", 1, "rounds between evaluations on the test set", ge=1
     )
-    quorum: int = declared("federation", 1, "fewest good replies for a round to count", ge=1)
+    quorum: int = declared(
+        "federation", 1, "least number of good replies for a round to count", ge=1
+    )
     round_timeout: float = declared(
         "clients", 600.0, "seconds until a round stops waiting for Flower clients", gt=0
     )
@@ -160,11 +160,11 @@ class Experiment(BaseModel):
     )
 
     # training
-    local_epochs: int = declared("optimisation", 1, "passes over the private shard a round", ge=1)
+    local_epochs: int = declared("optimisation", 1, "passes over the private shard per round", ge=1)
     distill_epochs: int = declared(
-        "distillation", 1, "passes over the received soft labels a round", ge=1
+        "distillation", 1, "passes over the received soft labels per round", ge=1
     )
-    batch_size: int = declared("training", 64, "images a step", ge=1)
+    batch_size: int = declared("training", 64, "images per step", ge=1)
     optimizer: Literal["adam", "adamw", "sgd"] = declared("training", "adam", "optimiser")
     learning_rate: float = declared("optimisation", 1e-3, "step size of the optimiser", gt=0, le=10)
     momentum: float = declared("optimisation", 0.0, "momentum (sgd only)", ge=0, lt=1)
@@ -173,7 +173,7 @@ class Experiment(BaseModel):
         "training", "none", "augmentation of private images while training on hard labels"
     )
     alpha: float = declared(
-        "distillation", 0.7, "weight of the soft term, 1 - alpha of CE", ge=0, le=1
+        "distillation", 0.7, "weight of the soft term; that of CE is 1 - alpha", ge=0, le=1
     )
     tau: float = declared("distillation", 5.0, "temperature of the soft term", gt=0, le=1000)
     kl_reduction: Literal["batchmean", "mean"] = declared(
@@ -244,10 +244,14 @@ class Experiment(BaseModel):
         "architecture=plan pairs with commas",
     )
     profile: bool = declared(
-        "bookkeeping", False, "whether to measure where the time goes, part by part"
+        "bookkeeping", False, "whether to measure the time of each part of the training"
     )
-    client_cpus: float = declared("clients", 1.0, "CPUs a Flower client gets from Ray", gt=0)
-    client_gpus: float = declared("clients", 0.0, "GPUs (or a fraction) a Flower client gets", ge=0)
+    client_cpus: float = declared(
+        "clients", 1.0, "CPUs that Ray reserves for a Flower client", gt=0
+    )
+    client_gpus: float = declared(
+        "clients", 0.0, "GPUs (or a fraction) that Ray reserves for a Flower client", ge=0
+    )
     run_dir: str = declared("bookkeeping", "runs", "folder of the run folders", node_decides=True)
     name: OptionalStr = declared(
         "bookkeeping", None, "name of the run folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -262,9 +266,9 @@ class Experiment(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_empty_and_truth(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse what pydantic would take: true for the number 1, and an empty text."""
-        wanted = cls.model_fields[info.field_name or ""].annotation
-        if value == "" or (isinstance(value, bool) and wanted is not bool):
+        """Refuse what pydantic would accept: true for the number 1, and an empty text."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value == "" or (isinstance(value, bool) and annotation is not bool):
             raise ValueError("refused")
         return value
 
@@ -298,12 +302,12 @@ class Experiment(BaseModel):
 
     @property
     def clients_per_round(self) -> int:
-        """Clients sampled in a round: ``fraction_train`` of all, rounded, at least 1."""
+        """Number of clients sampled per round: ``fraction_train`` of all, rounded, at least 1."""
         return max(1, round(self.fraction_train * self.num_clients))
 
     @property
     def architecture_period(self) -> int:
-        """Clients whose numbers differ by a multiple of it have the same architectures."""
+        """Clients whose numbers differ by a multiple of this have the same architectures."""
         return lcm(len(self.student.split(",")), len(self.teacher.split(",")))
 
     @property
@@ -332,7 +336,7 @@ class Experiment(BaseModel):
 
     @classmethod
     def keys_that(cls, quality: Literal["names_code", "node_decides"]) -> tuple[str, ...]:
-        """Return the keys of a quality; see `fedkd.keys.declared`."""
+        """Return the keys that have a quality; see `fedkd.keys.declared`."""
         return tuple(name for name, key in cls.model_fields.items() if extra(key, quality))
 
     def replace(self, **keys: Any) -> Experiment:
@@ -340,11 +344,11 @@ class Experiment(BaseModel):
         return Experiment(**{**self.model_dump(), **keys})
 
     def at_default(self, *keys: str) -> Experiment:
-        """Return a copy in which these keys have their defaults: equal if all others are."""
+        """Return a copy in which these keys have their defaults, for comparing all other keys."""
         return self.replace(**{key: Experiment.model_fields[key].default for key in keys})
 
     def smoke(self) -> Experiment:
-        """Return a copy shrunk to seconds: the same data set and method, fewer of everything."""
+        """Return a copy that runs in seconds: same data set and method, fewer images, clients, rounds."""
         train_size = min(self.train_size or 600, 600)
         public_size = min(self.public_size or 120, train_size // 5)
         few_clients = self.partition == "pathological"
@@ -353,7 +357,7 @@ class Experiment(BaseModel):
             test_size=min(self.test_size or 200, 200),
             public_size=public_size,
             public_per_round=self.public_per_round and min(self.public_per_round, public_size),
-            # Three clients have to hold ten classes between them.
+            # Three clients together have to hold ten classes.
             classes_per_client=max(self.classes_per_client, 4 if few_clients else 1),
             num_clients=min(self.num_clients, 3),
             num_workers=min(self.num_workers, 3),
@@ -364,19 +368,19 @@ class Experiment(BaseModel):
         )
 
     def flat(self) -> dict[str, Scalar]:
-        """Return every key in kebab-case with a scalar value, as TOML and messages carry them."""
+        """Return every key in kebab-case with a scalar value, as in TOML and messages."""
         return {kebab(k): AUTO if v is None else v for k, v in self.model_dump().items()}
 
     @classmethod
     def load(cls, *sources: tuple[str, Mapping[str, object]]) -> Experiment:
-        """Merge `sources`, later ones winning, and validate the result once.
+        """Return the experiment merged from `sources`, validated once; later sources win.
 
         Args:
-            sources: pairs of where the keys came from (``"experiment.toml"``, ``"command line"``)
-                and the keys themselves, in kebab-case or snake_case.
+            sources: pairs of the name of the source (``"experiment.toml"``, ``"command line"``) and its
+                keys, in kebab-case or snake_case.
 
         Raises:
-            FedkdError: see the class; the text names the source of the offending key.
+            FedkdError: see the class; the text names the source of the wrong key.
         """
         values: dict[str, object] = {}
         origin: dict[str, str] = {}
@@ -389,7 +393,7 @@ class Experiment(BaseModel):
                 origin[field] = source
         experiment = cls.__new__(cls)
         try:
-            # Not through __init__, which would take the keys to come from Python.
+            # Not through __init__, which assumes that the keys come from Python.
             cls.__pydantic_validator__.validate_python(values, self_instance=experiment)
         except ValidationError as error:
             raise refusal(error, origin, cls.model_fields) from None
@@ -397,7 +401,7 @@ class Experiment(BaseModel):
 
 
 def read_toml(path: str | Path) -> tuple[str, dict[str, object]]:
-    """Read an experiment file and return it as a source for `Experiment.load`.
+    """Return an experiment file as a source for `Experiment.load`: its path and its keys.
 
     Raises:
         FedkdError: the file cannot be read or is not TOML; the text names the file and the line.
@@ -446,7 +450,7 @@ def _refuse_workers_without_use(experiment: Experiment) -> None:
     if experiment.num_workers and experiment.engine == "flower":
         raise FedkdError(
             *_contradicting(experiment, "num_workers", "engine"),
-            ", whose Flower clients share out the machine by client-cpus; set engine = 'cohort'",
+            ", whose Flower clients share the machine by client-cpus; set engine = 'cohort'",
         )
     if experiment.num_workers > experiment.num_clients:
         raise FedkdError(
@@ -473,7 +477,7 @@ def _refuse_quorum_out_of_reach(experiment: Experiment) -> None:
             *_contradicting(experiment, "quorum", "fraction_train"),
             " of ",
             _setting(experiment, "num_clients"),
-            f": only {experiment.clients_per_round} are asked a round",
+            f": only {experiment.clients_per_round} are drawn per round",
         )
 
 
@@ -482,7 +486,7 @@ def _refuse_drawing_more_than_there_are(experiment: Experiment) -> None:
     if drawn and size and drawn > size:
         raise FedkdError(
             *_contradicting(experiment, "public_per_round", "public_size"),
-            ": a round cannot draw more than there are",
+            ": a round cannot draw more images than there are",
         )
 
 
@@ -494,7 +498,7 @@ _CONTRADICTIONS = (
     _refuse_quorum_out_of_reach,
     _refuse_drawing_more_than_there_are,
 )
-"""In the order in which they are told."""
+"""In the order in which they are checked."""
 
 
 def _contradicting(experiment: Experiment, key: str, other: str) -> tuple[Setting, str, Setting]:

@@ -1,7 +1,7 @@
-"""What a key of the experiment is: its role, its spelling and the values it accepts.
+"""The keys of an experiment: role, spelling, accepted values, and error messages.
 
-`Experiment` declares every key with `declared`. Whoever needs the keys of a kind asks `Experiment.keys`
-for their roles, so that a new key is placed once, where it is declared.
+`Experiment` declares every key with `declared`. Code that needs the keys with certain roles calls
+`Experiment.keys`, so that a new key gets its role once, where it is declared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedkd.errors import FedkdError, Setting, nearest
 Scalar = bool | int | float | str
 
 AUTO = "auto"
-"""How an optional key (``None`` in Python) is written in TOML, on the command line and on the wire."""
+"""An optional key that is ``None`` in Python, as written in TOML, commands and messages."""
 
 Role = Literal[
     "data",
@@ -35,18 +35,18 @@ Role = Literal[
 ]
 """What a key decides.
 
-- ``data``: which images are pooled, tested on, and public.
-- ``federated data``: who holds which of them, and what is known of the public ones.
+- ``data``: which images are used for training, for testing and as the public set.
+- ``federated data``: which client holds which of them, and whether the public ones have labels.
 - ``models``: architectures of the clients and of the central baseline.
 - ``federation``: the method and its rounds; the central baseline does not read it.
 - ``evaluation``: when clients test; no training depends on it.
-- ``training``: how all models are trained, alike for all that train side by side.
-- ``optimisation``: the same, but clients that train side by side may differ in it.
-- ``distillation``: the same of students only; a teacher does not depend on it.
-- ``seed``: of anything random.
+- ``training``: how all models are trained; the same for all that train side by side.
+- ``optimisation``: likewise, but clients that train side by side may differ in it.
+- ``distillation``: likewise, for students only; a teacher does not depend on it.
+- ``seed``: the seed of anything random.
 - ``clients``: where and how clients run; changes no number beyond rounding.
 - ``machine``: how models are run, in a federation or not; changes no number beyond rounding.
-- ``bookkeeping``: where files lie and what is measured beside; changes no number.
+- ``bookkeeping``: where files are, and what is measured besides; changes no number.
 """
 
 
@@ -64,36 +64,40 @@ def declared(
 
     Args:
         role: see `Role`.
-        default: its value where nobody gives one.
+        default: its value if none is set.
         description: one line, as in the help of the command line.
-        accepted: the values it accepts in words, where type and bounds do not say it.
+        accepted: the accepted values in words, where type and bounds do not determine them.
         names_code: whether its value may name a module whose code a client runs.
-        node_decides: whether the node of a deployment sets it for itself, whatever the server says.
+        node_decides: whether each node of a deployment sets it itself, regardless of the server.
         bounds: pydantic's own (``ge``, ``lt``, ``pattern``, ...).
     """
-    said: dict[str, Any] = {"role": role, "names_code": names_code, "node_decides": node_decides}
-    said["accepted"] = accepted
-    return Field(default, description=description, json_schema_extra=said, **bounds)
+    properties: dict[str, Any] = {
+        "role": role,
+        "names_code": names_code,
+        "node_decides": node_decides,
+    }
+    properties["accepted"] = accepted
+    return Field(default, description=description, json_schema_extra=properties, **bounds)
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """Return what `declared` was given of a key; `None` of the settings of a strategy."""
-    given = field.json_schema_extra
-    return given.get(name) if isinstance(given, dict) else None
+    """Return a property of a key as passed to `declared`; `None` for the settings of a strategy."""
+    properties = field.json_schema_extra
+    return properties.get(name) if isinstance(properties, dict) else None
 
 
 def kebab(name: str) -> str:
-    """Spell a key as in TOML and on the command line."""
+    """Return a key as spelled in TOML and on the command line."""
     return name.replace("_", "-")
 
 
 def snake(name: str) -> str:
-    """Spell a key as in Python."""
+    """Return a key as spelled in Python."""
     return name.replace("-", "_")
 
 
 def accepted(field: FieldInfo) -> str:
-    """Return in words which values a key accepts (``0 to 1``, ``iid, dirichlet, ...``)."""
+    """Return the values that a key accepts, in words (``0 to 1``, ``iid, dirichlet, ...``)."""
     if (words := extra(field, "accepted")) is not None:
         return str(words)
     annotation = field.annotation
@@ -137,17 +141,17 @@ _ALIASES = {
     "model": "student",
     "method": "strategy",
 }
-"""Words that other frameworks use, answered with ours."""
+"""Names that other frameworks use for our keys."""
 
 FROM_PYTHON = "Python"
-"""Source of keys that are given as keyword arguments."""
+"""Source of keys that are passed as keyword arguments."""
 
 Fields = Mapping[str, FieldInfo]
 """The keys of the experiment by name in Python."""
 
 
 def unknown(name: str, source: str, fields: Fields) -> str:
-    """Return what is wrong with a key that there is not, with the key that was probably meant."""
+    """Return the message for a key that does not exist, with the key that was probably meant."""
     spell = snake if source == FROM_PYTHON else kebab
     ours = _ALIASES.get(kebab(name))
     hint = f": the key is '{spell(ours)}'" if ours else nearest(spell(name), map(spell, fields))

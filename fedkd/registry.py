@@ -1,7 +1,7 @@
-"""Find strategies by name: ours, installed ones, and a user's own file.
+"""Strategies by name: ours, installed ones, and those in a user's own file.
 
-The only module that imports `strategies`, and it does so by name, so that nothing below depends on the
-algorithms that it runs.
+This is the only module that imports `strategies`, and it does so by name, so that nothing below it
+depends on the algorithms.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fedkd.user_code import (
     import_user_module,
 )
 
-_read: dict[str, int] = {}
-"""When the files were last changed that were read here, in ns, by path."""
+_changed: dict[str, int] = {}
+"""By path of an imported file, when it had last been changed, in ns."""
 
 
 def strategies() -> dict[str, type[DistillationStrategy]]:
     """Return all strategies by class name: those of fedkd, then installed ones.
 
     Raises:
-        FedkdError: a strategy does not import or is none, or `strategies` is somebody else's package.
+        FedkdError: a strategy cannot be imported or is not valid, or `strategies` is another package.
     """
     return {**ours(), **{name: _load(point) for name, point in _installed().items()}}
 
@@ -46,7 +46,7 @@ def ours() -> dict[str, type[DistillationStrategy]]:
     """Return fedkd's own strategies by class name.
 
     Raises:
-        FedkdError: one does not import, or `strategies` is somebody else's package.
+        FedkdError: one cannot be imported, or `strategies` is another package.
     """
     package = _import("strategies", "fedkd's own strategies")
     _refuse_foreign(package)
@@ -58,23 +58,23 @@ def _installed() -> dict[str, EntryPoint]:
 
 
 def _load(point: EntryPoint) -> type[DistillationStrategy]:
-    """Import an installed strategy: its name must be its class's, as in records, and nobody else's."""
+    """Return an installed strategy, whose name must be that of its class and not one of ours."""
     what = f"the installed strategy {point.name} ({point.value})"
     try:
         cls = point.load()
     except Exception as error:
         raise FedkdError(f"{what} does not import: {error_with_location(error)}") from error
     if not _is_strategy(cls):
-        raise FedkdError(f"{what} is none: it must be a subclass of fedkd.DistillationStrategy")
+        raise FedkdError(f"{what} is not a strategy: it must subclass fedkd.DistillationStrategy")
     if point.name != cls.name():
-        raise FedkdError(f"{what} must be called as its class: {cls.name()} = '{point.value}'")
+        raise FedkdError(f"{what} must have the name of its class: {cls.name()} = '{point.value}'")
     if _plain(point.name) in map(_plain, ours()):
-        raise FedkdError(f"{what} is called like one of fedkd's own; give it another name")
+        raise FedkdError(f"{what} has the same name as one of fedkd's own; rename it")
     return cls
 
 
 def find(name: str, config: str = "none") -> DistillationStrategy:
-    """Return the strategy called `name` with its settings.
+    """Return the strategy `name` with its settings.
 
     Args:
         name: a class name in any case, with or without hyphens (``dsfl``, ``DS-FL``);
@@ -82,18 +82,20 @@ def find(name: str, config: str = "none") -> DistillationStrategy:
         config: settings as ``key=value`` pairs separated by spaces, or ``"none"``.
 
     Raises:
-        FedkdError: there is no such strategy, it does not import, or a setting is not right.
+        FedkdError: there is no such strategy, it cannot be imported, or a setting is not valid.
     """
-    cls = _user_strategy(name) if ":" in name else _named(name)
+    cls = _user_strategy(name) if ":" in name else _by_name(name)
     settings = _settings(cls, config)
-    bare = [f.name for f in fields(cls) if f.default is MISSING]  # type: ignore[arg-type]
-    if bare:
-        raise FedkdError(Setting("strategy", name), f": its setting {bare[0]} needs a default")
+    without_default = [f.name for f in fields(cls) if f.default is MISSING]  # type: ignore[arg-type]
+    if without_default:
+        raise FedkdError(
+            Setting("strategy", name), f": its setting {without_default[0]} needs a default"
+        )
     try:
         return cls(**settings)
     except FedkdError as error:
         raise FedkdError(Setting("strategy-config", config), f": {error}") from None
-    except Exception as error:  # it declares no facts, or what it does with its settings went wrong
+    except Exception as error:  # it declares no facts, or its own code failed
         raise FedkdError(Setting("strategy", name), f": {error_with_location(error)}") from error
 
 
@@ -101,30 +103,30 @@ def strategy_of(experiment: Experiment) -> DistillationStrategy:
     """Return the experiment's strategy, checked against the experiment.
 
     Raises:
-        FedkdError: see `find`, the two do not go together, or what it says of clients' work is nothing
-            that can be sent; the text names the user's file and line.
+        FedkdError: see `find`; or the two contradict each other, or its phases or wire cannot be sent;
+            the text names the user's file and line.
     """
     strategy = find(experiment.strategy, experiment.strategy_config)
-    _check_saying(strategy)
+    _check_phases_and_wire(strategy)
     strategy.check(experiment)
     return strategy
 
 
 def client_modules(experiment: Experiment, strategy: DistillationStrategy) -> list[str]:
-    """Return ``client-code`` with the module of a strategy that is not ours.
+    """Return the modules of ``client-code``, and that of a strategy that is not ours.
 
-    So a user's own loss terms and procedures run wherever this experiment is the client's own: in a
-    simulation. The clients of a deployment go by what their node allows.
+    With it a user's own loss terms and procedures run in a simulation, where clients use this experiment.
+    The clients of a deployment run what their node allows.
     """
     module = type(strategy).__module__
-    own = module.partition(".")[0] in ("fedkd", "strategies")
-    return list(dict.fromkeys([*experiment.client_modules, *([] if own else [module])]))
+    is_ours = module.partition(".")[0] in ("fedkd", "strategies")
+    return list(dict.fromkeys([*experiment.client_modules, *([] if is_ours else [module])]))
 
 
 def reproducible_keys(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
     """Return the keys that name a strategy and its client code, as a run is recorded and repeated.
 
-    One of a script that is run is found in the script's file afterwards.
+    A strategy of the script that is running is named by the script's file.
     """
     name = experiment.strategy if ":" in experiment.strategy else strategy.name()
     file, _, class_name = name.rpartition(":")
@@ -137,8 +139,8 @@ def reproducible_keys(experiment: Experiment, strategy: DistillationStrategy) ->
     return {"strategy": name, "client_code": ",".join(modules) or "none"}
 
 
-def _check_saying(strategy: DistillationStrategy) -> None:
-    """Have a strategy say its phases and its wire once, before anything depends on them."""
+def _check_phases_and_wire(strategy: DistillationStrategy) -> None:
+    """Refuse a strategy whose phases or wire are not valid, before anything depends on them."""
     for number in (1, 2):
         with attributed(f"phases of {strategy.name()}, round {number}"):
             phases: object = strategy.phases(number)
@@ -149,22 +151,22 @@ def _check_saying(strategy: DistillationStrategy) -> None:
             raise FedkdError(f"{wires!r} is not two of fedkd.knowledge.Wire, up and down")
 
 
-def _named(name: str) -> type[DistillationStrategy]:
-    own, installed = ours(), _installed()
-    names = {_plain(known): known for known in (*installed, *own)}
+def _by_name(name: str) -> type[DistillationStrategy]:
+    own_strategies, installed = ours(), _installed()
+    names = {_plain(known): known for known in (*installed, *own_strategies)}
     if name.endswith(".py"):
         raise FedkdError(
-            Setting("strategy", name), f": say which class of the file, as {name}:MyStrategy"
+            Setting("strategy", name), f": name a class of the file, as in {name}:MyStrategy"
         )
     if _plain(name) not in names:
-        known = [*own, *installed]
+        known = [*own_strategies, *installed]
         raise FedkdError(
             Setting("strategy", name),
             f": no such strategy{nearest(name, known)}; there are {', '.join(known)}, "
-            "or your own as module:Class or file.py:Class",
+            "or your own_strategies as module:Class or file.py:Class",
         )
-    found = names[_plain(name)]
-    return own[found] if found in own else _load(installed[found])
+    match = names[_plain(name)]
+    return own_strategies[match] if match in own_strategies else _load(installed[match])
 
 
 def _plain(name: str) -> str:
@@ -197,14 +199,14 @@ def _import(module: str, what: str) -> ModuleType:
     try:
         return import_user_module(module)
     except Exception as error:
-        # Whatever the user's module does while it is imported is worth one line, not a traceback.
+        # The user's module may raise anything; one line is enough, without a traceback.
         raise FedkdError(
             Setting("strategy", what), f": {module} does not import: {error_with_location(error)}"
         ) from error
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Import a file as the module of its name; read it anew if it has changed since.
+    """Return a file imported as the module of its name; import it again if it has changed since.
 
     Its folder is searched for modules from then on, by worker processes too: clients import from the
     file what it defines, such as loss terms.
@@ -213,7 +215,7 @@ def _load_file(path: Path) -> ModuleType:
         raise FedkdError(Setting("strategy", path), ": there is no such file")
     name, changed = _module_name(path), path.stat().st_mtime_ns
     where = str(path.resolve())
-    if name in sys.modules and _read.setdefault(where, changed) == changed:
+    if name in sys.modules and _changed.setdefault(where, changed) == changed:
         return sys.modules[name]
     add_import_path(path.resolve().parent)
     spec = spec_from_file_location(name, path.resolve())
@@ -228,30 +230,30 @@ def _load_file(path: Path) -> ModuleType:
         raise FedkdError(
             Setting("strategy", path), f": the file does not import: {error_with_location(error)}"
         ) from error
-    _read[where] = changed
+    _changed[where] = changed
     return module
 
 
 def _module_name(path: Path) -> str:
-    """Return the file's own name, or a made-up one where that is another module's."""
-    made_up = f"{GENERATED_PREFIX}{key(str(path.resolve())):x}"
+    """Return the file's own name, or a generated one if that is the name of another module."""
+    generated = f"{GENERATED_PREFIX}{key(str(path.resolve())):x}"
     if "." in path.stem:
-        return made_up
+        return generated
     try:
         spec = find_spec(path.stem)
     except ValueError:  # a module without a spec, such as __main__
-        return made_up
+        return generated
     its_own = spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve())
-    return path.stem if its_own else made_up
+    return path.stem if its_own else generated
 
 
 def _refuse_foreign(package: ModuleType) -> None:
-    """Refuse a `strategies` package that stands elsewhere than beside fedkd."""
-    here = Path(__file__).resolve().parent.parent
-    there = Path(package.__file__ or "").resolve().parent.parent
-    if here != there:
+    """Refuse a `strategies` package that is not beside fedkd."""
+    expected = Path(__file__).resolve().parent.parent
+    actual = Path(package.__file__ or "").resolve().parent.parent
+    if expected != actual:
         raise FedkdError(
-            f"the package 'strategies' in {there} hides fedkd's own in {here}; rename your folder, "
+            f"the package 'strategies' in {actual} hides fedkd's own in {expected}; rename your folder, "
             "or remove its __init__.py"
         )
 

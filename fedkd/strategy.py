@@ -1,8 +1,8 @@
-"""The strategy interface: what an algorithm of federated distillation says, and nothing else.
+"""The strategy interface: what an algorithm of federated distillation decides.
 
 A strategy is a frozen dataclass of hyper-parameters that overrides one or more of `phases`, `request`,
-`aggregate`, `update` and `personalise`; everything else (the round loop, sampling, checking replies,
-counting bytes, records) is the federation's and the same for all. What a strategy remembers lives in
+`aggregate`, `update` and `personalise`. Everything else (the round loop, sampling, checks of replies,
+byte counts, records) is done by the federation and is the same for all. The memory of a strategy is
 ``server.state``.
 """
 
@@ -77,12 +77,12 @@ class DistillationStrategy(Strategy):
     closes: ClassVar[Literal["digest", "revisit"]] = "digest"
     """Last phase of the closing exchange, after which final accuracies are taken."""
 
-    # --- what an algorithm says ---------------------------------------------------------------
+    # --- what an algorithm decides ------------------------------------------------------------
 
     def phases(self, round: int) -> list[Phase]:
         """Return what clients do in `round`.
 
-        1 is a client's first: one that comes in later begins with the phases of round 1.
+        Round 1 is a client's first: one that joins later begins with the phases of round 1.
         """
         return [Digest(), Revisit(), Predict()]
 
@@ -91,25 +91,27 @@ class DistillationStrategy(Strategy):
         return server.draw()
 
     def wire(self) -> tuple[Wire, Wire]:
-        """Return how soft labels cross the wire, up and down, unless the key ``codec`` says."""
+        """Return how soft labels cross the wire, up and down, unless the key ``codec`` is set."""
         return PLAIN, PLAIN
 
     def aggregate(self, knowledge: Any) -> Any:
-        """Combine what K clients know: the paper's equation, a pure function without a server.
+        """Return the combination of what K clients sent: the paper's equation, without a server.
+
+        This is a pure function.
 
         Args:
-            knowledge: what clients upload: `SoftLabels`, `ClassMeans` or `Weights`.
+            knowledge: what the clients sent: `SoftLabels`, `ClassMeans` or `Weights`.
 
         Returns:
             ``[N, C]`` in the space of the uploads, or knowledge of K = 1.
 
         Raises:
-            TypeError: the wrong kind of knowledge.
+            TypeError: the knowledge is of the wrong kind.
         """
         raise FedkdError(f"{type(self).__name__} defines neither aggregate nor update")
 
     def update(self, replies: Replies, server: Server) -> Knowledge | None:
-        """Turn a round's replies into new knowledge, or ``None`` to keep the previous."""
+        """Return new knowledge from a round's replies, or ``None`` to keep the previous."""
         if replies.knowledge is None:
             return None
         return _as_knowledge(self.aggregate(replies.knowledge), replies)
@@ -117,14 +119,14 @@ class DistillationStrategy(Strategy):
     def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
         """Return what `client` receives; the same object for all who receive the same.
 
-        K = 1, or several sets of soft labels where a procedure of the client chooses among them.
+        K = 1, or several sets of soft labels if a procedure of the client chooses among them.
         """
         return knowledge
 
     # --- as a dataclass of settings --------------------------------------------------------------
 
     def __new__(cls, **settings: Any) -> Self:
-        """Refuse the base itself, and a strategy that declares nothing."""
+        """Return a new strategy; raise a TypeError for the base itself, or without `facts`."""
         if not isinstance(getattr(cls, "facts", None), Facts):
             raise TypeError(
                 f"{cls.__name__} is abstract: a strategy is a subclass of DistillationStrategy that "
@@ -133,7 +135,7 @@ class DistillationStrategy(Strategy):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check the settings (texts are converted).
+        """Check the settings and convert those that are texts.
 
         Raises:
             FedkdError: a setting is of the wrong type or out of range.
@@ -143,7 +145,7 @@ class DistillationStrategy(Strategy):
             object.__setattr__(self, name, _checked(name, value, hints[name], self.name()))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the settings, not an open session."""
+        """Return the settings for pickling, without the open session."""
         return self.settings()
 
     def __init_subclass__(cls) -> None:
@@ -155,7 +157,7 @@ class DistillationStrategy(Strategy):
 
     @classmethod
     def name(cls) -> str:
-        """Return the name under which it is found."""
+        """Return the name of the strategy: that of its class."""
         return cls.__name__
 
     def settings(self) -> dict[str, Any]:
@@ -173,7 +175,7 @@ class DistillationStrategy(Strategy):
         """Return how soft labels cross the wire in this experiment, up and down.
 
         Raises:
-            FedkdError: ``codec`` makes no sense, or there are no soft labels to encode.
+            FedkdError: ``codec`` is not valid, or there are no soft labels to encode.
         """
         if experiment.codec == "auto":
             return self.wire()
@@ -185,10 +187,10 @@ class DistillationStrategy(Strategy):
         return parse_codec(experiment.codec)
 
     def check(self, experiment: Experiment) -> None:
-        """Refuse an experiment that this strategy would get silently wrong.
+        """Refuse an experiment that would silently give wrong results with this strategy.
 
         Raises:
-            FedkdError: the keys do not go together; the text says which to change.
+            FedkdError: the keys contradict each other; the text says which to change.
         """
         if self.facts.public_labels and not experiment.public_labels:
             raise FedkdError(
@@ -213,18 +215,18 @@ class DistillationStrategy(Strategy):
         on_round: Callable[[Row], None] = lambda _: None,
         events: Events | None = None,
     ) -> Federation:
-        """Open a session: run it whole, or its rounds one by one under Flower's own loop.
+        """Return an open session, to be run as a whole, or round by round by Flower's own loop.
 
         Args:
             grid: Flower's, or an engine's.
             experiment: what to run.
             folder: where records go, if anywhere.
             on_round: called with each round's record, once that is on disk.
-            events: what the machinery between server and clients has to tell.
+            events: the incidents of the engine.
         """
         data = federated_data(experiment)
         federation = Federation(self, grid, experiment, data, folder, on_round, events)
-        object.__setattr__(self, "_open_session", federation)  # a frozen strategy's one handle
+        object.__setattr__(self, "_open_session", federation)  # the strategy is frozen
         return federation
 
     @property
@@ -246,15 +248,15 @@ class DistillationStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the federation: hello, `num_rounds` rounds, a closing exchange.
+        """Run the federation (hello, `num_rounds` rounds, a closing exchange) and return its metrics.
 
         Args:
             grid: Flower's, or an engine's.
             initial_arrays: not used; initial weights follow from the seed.
-            num_rounds: number of rounds, whatever the experiment says.
+            num_rounds: number of rounds; replaces the experiment's.
             timeout: seconds to wait for the replies of a round.
-            train_config: the experiment's keys, see `Experiment.flat`. With a ``name`` records go to
-                its run folder (Flower clients need one for their states), else nowhere.
+            train_config: the experiment's keys, see `Experiment.flat`. With a ``name``, records are
+                written to its run folder (Flower clients need one for their states), else not at all.
             evaluate_config: not used; clients evaluate in the same exchange.
             evaluate_fn: not used; the server evaluates its model itself.
 
@@ -262,7 +264,7 @@ class DistillationStrategy(Strategy):
             Flower's record of metrics by round.
 
         Raises:
-            FedkdError: too few clients, or no quorum in three rounds running.
+            FedkdError: too few clients, or no quorum in three consecutive rounds.
         """
         keys: dict[str, Any] = dict(train_config or {})
         keys |= {"num-server-rounds": num_rounds, "round-timeout": timeout}
@@ -279,7 +281,7 @@ class DistillationStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies, update the knowledge, write the round's record."""
+        """Check the replies, update the knowledge, write the round's record and return its numbers."""
         row = self._session.finish_round(replies)
         return None, plain_numbers(row)
 
@@ -300,17 +302,17 @@ class DistillationStrategy(Strategy):
 
 
 def _as_knowledge(combined: Any, replies: Replies) -> Knowledge:
-    """Return what ``aggregate`` made of the replies as knowledge."""
+    """Return the result of ``aggregate`` as knowledge."""
     if combined is None:
         raise FedkdError("aggregate returns None: it must return [N, C], or knowledge")
     if isinstance(combined, Tensor):
         if replies.labels is None:
             kind = type(replies.knowledge).__name__
-            raise FedkdError(f"aggregate returns a tensor: from {kind} it must make {kind}")
-        wanted = tuple(replies.labels.values.shape[1:])
-        if tuple(combined.shape) != wanted:
+            raise FedkdError(f"aggregate returns a tensor: for {kind} it must return {kind}")
+        expected = tuple(replies.labels.values.shape[1:])
+        if tuple(combined.shape) != expected:
             raise FedkdError(
-                f"aggregate returns shape {tuple(combined.shape)}: must be [N, C] = {wanted}"
+                f"aggregate returns shape {tuple(combined.shape)}: must be [N, C] = {expected}"
             )
         return SoftLabels.shared(combined, replies.labels.samples, replies.labels.space)
     knowledge: Knowledge = combined
@@ -331,23 +333,23 @@ def _checked(name: str, value: object, hint: Any, strategy: str) -> object:
 
 
 def _number(value: object, hint: Any) -> object:
-    """Turn a text into a number where one of a few numbers is wanted."""
+    """Return the number that a text stands for if only certain numbers are accepted."""
     choices = {str(choice): choice for choice in get_args(hint) if isinstance(choice, int)}
     return choices.get(value, value) if isinstance(value, str) else value
 
 
 def _typed(aggregate: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Have `aggregate` refuse the wrong kind of knowledge by name."""
+    """Return `aggregate` with a check that the knowledge is of the right kind."""
 
     @wraps(aggregate)
     def checked(self: DistillationStrategy, knowledge: Any) -> Any:
-        wanted = self.uploads()
-        if wanted is not None and not isinstance(knowledge, wanted):
+        kind = self.uploads()
+        if kind is not None and not isinstance(knowledge, kind):
             raise TypeError(
-                f"{self.name()}.aggregate takes {wanted.__name__}, not {type(knowledge).__name__}"
+                f"{self.name()}.aggregate takes {kind.__name__}, not {type(knowledge).__name__}"
             )
-        asked = {phase.space for phase in self.phases(2) if isinstance(phase, Predict)}
-        if asked == {"probabilities"} and knowledge.space != "probabilities":
+        spaces = {phase.space for phase in self.phases(2) if isinstance(phase, Predict)}
+        if spaces == {"probabilities"} and knowledge.space != "probabilities":
             raise FedkdError(f"{self.name()} aggregates probabilities, not {knowledge.space}")
         return aggregate(self, knowledge)
 

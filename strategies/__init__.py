@@ -1,4 +1,4 @@
-"""The algorithms, one a file: what a file here defines is found, no list names it.
+"""The algorithms, one per file. Every strategy that a file here defines is found by being there.
 
 Type checkers know a strategy by its file: ``from strategies.dsfl import DSFL``.
 """
@@ -27,11 +27,11 @@ def _defined_in(module: str) -> list[type[DistillationStrategy]]:
     ]
 
 
-_found = {
+_by_name = {
     cls.name(): cls
     for file in iter_modules(__path__, f"{__name__}.")
     for cls in _defined_in(file.name)
 }
-globals().update(_found)
+globals().update(_by_name)
 
-__all__ = sorted(_found, key=lambda name: (not name.isupper(), name))  # acronyms first
+__all__ = sorted(_by_name, key=lambda name: (not name.isupper(), name))  # acronyms first

@@ -18,10 +18,10 @@ Bits = Literal[1, 2, 4, 8, 32]
 
 
 class CFD(DistillationStrategy):
-    """Soft labels of one bit, of which only changed ones cross, and a server that distils them first.
+    """Soft labels of one bit, of which only changed ones are sent, and a server that distils them first.
 
-    Clients send quantised probabilities (equation 10) of the whole public set, less the rows that stayed
-    as they were (equation 13). Dual distillation (equations 14 to 17): the server's model, which keeps
+    Clients send quantised probabilities (equation 10) of the whole public set, without the rows that
+    did not change (equation 13). Dual distillation (equations 14 to 17): the server's model, which keeps
     what it learns, distils their mean, and its own predictions go to the clients, quantised likewise;
     these start from the common initial weights each round, so that it does not matter which rounds they
     missed. Not to be confused with FedDF, which moves weights. The public set needs no labels; mixed
@@ -31,21 +31,21 @@ class CFD(DistillationStrategy):
 
     1. Rows are entropy-coded by deflate, not by an arithmetic coder, which the key ``codec`` gives
        (``simplex:1+changed+range``). A bitmap says which rows follow, where the paper codes zeros.
-    2. Ties of the quantiser go to the lower class, not to chance.
-    3. A client that missed rounds is told what changed against what it has, not against the last round.
-    4. Clients distil with batch orders of their own, so that their models are then alike; the paper's
+    2. The quantiser breaks ties in favour of the lower class, not at random.
+    3. A client that missed rounds gets the changes relative to what it has, not to the last round.
+    4. Clients distil with batch orders of their own, so that their models are then similar; the paper's
        share the random seed, and are equal.
     5. Digests are weighted by the experiment's α and τ, at clients and server; the paper's are pure, at
-       τ = 1. Optimisers start afresh in every round.
+       τ = 1. Optimisers start from scratch every round.
 
     Args:
         up_bits: b_up, bits of a probability that a client sends: 1 (the most probable class), 2, 4, 8, or
-            32 for floats as they are.
+            32 for floats, not quantised.
         down_bits: b_down, the same for the server's; the paper's CFD-1-32 and CFD-1-1.
         combine: ``"mean"`` (equation 14), or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
-    # P/8: the bitmap. The rest of deflate's own is below a thousandth and 64 bytes.
+    # P/8: the bitmap. Deflate adds less than a thousandth and 64 bytes.
     facts = Facts(
         paper="2012.00632",
         up="<= 1.001*P*C*up_bits/8 + P/8 + 64",

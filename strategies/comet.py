@@ -18,14 +18,14 @@ from fedkd.strategy import Count, DistillationStrategy, Facts, Positive
 By = Literal["client", "sample"]
 
 _STEPS = 100
-"""Of k-means, at most; it stops where nothing moves."""
+"""The most iterations of k-means, which stops earlier if no centroid moves."""
 
 
 @procedure
 def nearest_centroid(client: LocalClient, by: By) -> None:
-    """Keep of the received centroids ``[M, N, C]`` the one nearest to the client's own prediction.
+    """Replace the received centroids ``[M, N, C]`` by the one nearest to the client's own prediction.
 
-    Each sample chooses for itself, or all by the sum of their squared distances.
+    The choice is made for each sample, or for all by the sum of their squared distances.
     """
     if client.received is None:
         return
@@ -49,12 +49,13 @@ class COMET(DistillationStrategy):
 
     Departures from the paper:
 
-    1. k-means starts from the clients farthest from the mean and from each other: no chance, and no
-       order of clients. Of fewer distinct clients than clusters some centroids are the same.
-    2. A sample that a client did not answer takes the others' mean.
+    1. k-means starts from the clients farthest from the mean and from each other: no randomness, and
+       no dependence on the order of clients. With fewer distinct clients than clusters, some centroids
+       are the same.
+    2. A sample that a client did not answer gets the others' mean.
     3. The regulariser is the divergence at the experiment's τ, not the squared distance of outputs.
     4. ``by="sample"`` is not the paper's but that of the code published with SCARLET (Azuma et al. 2025,
-       arXiv:2504.19602): clients are clustered, and choose, for each sample anew.
+       arXiv:2504.19602): clients are clustered, and choose, separately for each sample.
 
     Args:
         clusters: M, number of centroids.
@@ -86,7 +87,7 @@ class COMET(DistillationStrategy):
 
     def phases(self, round: int) -> list[Phase]:
         answer = Predict("probabilities", model="student")
-        # Who comes in later is sent centroids in its first round already.
+        # A client that joins later receives centroids in its first round already.
         choose = Apply(nearest_centroid, {"by": self.by}, name="choose")
         if round == 1:
             return [choose, Revisit(model="student"), answer]
@@ -100,16 +101,17 @@ class COMET(DistillationStrategy):
             mean_NC = labels.mean_probabilities().double()
             filled_KNC = torch.where(labels.mask.unsqueeze(-1), rows_KNC, mean_NC)
             clients_K1D = filled_KNC[labels.clients.argsort()].flatten(1).unsqueeze(1)
-            everyone_K1 = clients_K1D.new_ones(clients_K1D.shape[:2]).bool()
-            centroids_M1D = _k_means(clients_K1D, everyone_K1, self.clusters)
+            all_K1 = clients_K1D.new_ones(clients_K1D.shape[:2]).bool()
+            centroids_M1D = _k_means(clients_K1D, all_K1, self.clusters)
             centroids_MNC = centroids_M1D.view(self.clusters, *rows_KNC.shape[1:])
         return SoftLabels(centroids_MNC.to(labels.values.dtype), "probabilities", labels.samples)
 
 
 def _k_means(rows_KND: Tensor, answered_KN: Tensor, clusters: int) -> Tensor:
-    """Lloyd's k-means of K vectors, for each of N samples: centroids ``[M, N, D]``, the largest first.
+    """Return the centroids of K vectors for each of N samples, ``[M, N, D]``, the largest cluster first.
 
-    Vectors that are not answered do not count. A cluster that becomes empty keeps its last centroid.
+    By Lloyd's k-means. Vectors of clients that did not answer do not count. A cluster that
+    becomes empty keeps its last centroid.
     """
     centroids_MND = _seeds(rows_KND, answered_KN, clusters)
     for _ in range(_STEPS):
@@ -126,7 +128,7 @@ def _k_means(rows_KND: Tensor, answered_KN: Tensor, clusters: int) -> Tensor:
 
 
 def _seeds(rows_KND: Tensor, answered_KN: Tensor, clusters: int) -> Tensor:
-    """Take the vector farthest from the mean, then always that farthest from those taken."""
+    """Return the vector farthest from the mean, then always the one farthest from those before it."""
     counts_N1 = answered_KN.sum(0).clamp_min(1).unsqueeze(-1)
     mean_ND = (rows_KND * answered_KN.unsqueeze(-1)).sum(0) / counts_N1
     far_KN = _squared(rows_KND, mean_ND)
@@ -142,7 +144,7 @@ def _seeds(rows_KND: Tensor, answered_KN: Tensor, clusters: int) -> Tensor:
 
 
 def _members(rows_KND: Tensor, answered_KN: Tensor, centroids_MND: Tensor) -> Tensor:
-    """Give each vector to its nearest centroid, 0 or 1 ``[M, K, N]``."""
+    """Return which vectors belong to each centroid, their nearest, 0 or 1 ``[M, K, N]``."""
     squared_MKN = torch.stack([_squared(rows_KND, centroid_ND) for centroid_ND in centroids_MND])
     nearest_KN = squared_MKN.argmin(0)
     member_KNM = one_hot(nearest_KN, len(centroids_MND)) * answered_KN.unsqueeze(-1)
@@ -150,5 +152,5 @@ def _members(rows_KND: Tensor, answered_KN: Tensor, centroids_MND: Tensor) -> Te
 
 
 def _squared(rows_KND: Tensor, point_ND: Tensor) -> Tensor:
-    """Squared distances ``[K, N]``."""
+    """Return squared distances ``[K, N]``."""
     return (rows_KND - point_ND).square().sum(-1)

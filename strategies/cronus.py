@@ -24,25 +24,26 @@ class Cronus(DistillationStrategy):
     """Robust mean of client probabilities; clients train on it and on their own data at once.
 
     For each public sample the clients' covariance shows the direction in which they differ most; those
-    that lie farthest out along it are dropped, the rest is looked at again, and averaged. First comes a
-    round of training alone. Not to be confused with DS-FL and FedMD, which trust every client, and
+    that are farthest out along it are dropped; the rest is filtered once more, and averaged. The first
+    round is local training alone. Not to be confused with DS-FL and FedMD, which trust every client, and
     digest and revisit in turn. The public set needs no labels; mixed architectures are welcome. There is
     one model a client, the student: a local teacher is not used.
 
     Departures from the paper:
 
     1. The filter drops ε·K clients in two passes, half of them each (the first half rounded up), as the
-       code of Roux et al. (2024, arXiv:2402.12265) does. The original goes on until the greatest
-       variance is below a threshold, for which that of honest answers has to be known, and draws by
-       chance how many to drop.
-    2. Clients that lie equally far out share what is dropped of them, and where several directions vary
-       alike, the distance in all of them counts: no order of clients or classes decides.
+       code of Roux et al. (2024, arXiv:2402.12265) does. The original continues until the
+       greatest variance is below a threshold, for which that of honest answers has to be known, and draws
+       at random how many to drop.
+    2. Clients that are equally far out lose equal shares of their weight, and where several directions
+       have the same variance, the distance in all of them counts: the order of clients and of classes
+       does not matter.
     3. A step takes a batch of each set with equal weight, whatever their sizes, and the soft labels
        teach by the divergence at the experiment's τ; at τ = 1 it is the paper's cross entropy.
 
     Args:
-        epsilon: ε, the share of the clients that may be malicious, of those that answered a sample; 0.5
-            and whatever else is no minority stands for the largest minority.
+        epsilon: ε, the share of the clients that may be malicious, of those that answered a sample; 0.5,
+            and any other share that is not a minority, means the largest minority.
     """
 
     facts = Facts(
@@ -79,13 +80,13 @@ class Cronus(DistillationStrategy):
         return _mean(rows_KNC, weights_KN).to(labels.values.dtype)
 
     def _malicious(self, answered_N: Tensor) -> Tensor:
-        """Count how many of the clients that answered a sample are to be dropped."""
+        """Return how many of the clients that answered a sample are to be dropped."""
         share_N = (self.epsilon * answered_N.double() + _TIE).floor().long()
         return share_N.minimum((answered_N - 1).clamp_min(0) // 2)
 
 
 def _outlier_scores(rows_KNC: Tensor, weights_KN: Tensor) -> Tensor:
-    """Distance from the mean in the direction of the greatest variance, ``[K, N]``."""
+    """Return the distance from the mean in the direction of the greatest variance, ``[K, N]``."""
     centred_NKC = (rows_KNC - _mean(rows_KNC, weights_KN)).transpose(0, 1)
     # Right singular vectors are the covariance's eigenvectors, squared singular values the variances.
     weighted_NKC = centred_NKC * weights_KN.T.sqrt().unsqueeze(-1)
@@ -97,10 +98,10 @@ def _outlier_scores(rows_KNC: Tensor, weights_KN: Tensor) -> Tensor:
 
 
 def _without_farthest(weights_KN: Tensor, scores_KN: Tensor, dropped_N: Tensor) -> Tensor:
-    """Take weight of `dropped` clients from those with the greatest scores, ``[K, N]``."""
+    """Return the weights less those of `dropped_N` clients, the greatest scores first, ``[K, N]``."""
     scores_KN = torch.where(weights_KN > 0, scores_KN, -1.0)
     ranked_KN, order_KN = scores_KN.sort(stable=True, dim=0, descending=True)
-    group_KN = torch.zeros_like(order_KN)  # of clients that tie, 0 the farthest
+    group_KN = torch.zeros_like(order_KN)  # ties are one group; 0 is the farthest
     group_KN[1:] = (ranked_KN.diff(dim=0) < -_TIE).cumsum(0)
     group_KN = group_KN.scatter(0, order_KN, group_KN)  # by client
     sizes_GN = torch.zeros_like(weights_KN).scatter_add(0, group_KN, weights_KN)
@@ -110,6 +111,6 @@ def _without_farthest(weights_KN: Tensor, scores_KN: Tensor, dropped_N: Tensor) 
 
 
 def _mean(rows_KNC: Tensor, weights_KN: Tensor) -> Tensor:
-    """Weighted average over clients, ``[N, C]``."""
+    """Return the weighted average over clients, ``[N, C]``."""
     total_NC = (rows_KNC * weights_KN.unsqueeze(-1)).sum(0)
     return total_NC / weights_KN.sum(0).clamp_min(1).unsqueeze(-1)

@@ -17,9 +17,9 @@ from fedkd.strategy import DistillationStrategy, Facts, Positive, Replies, Serve
 
 @term(needs="class-means")
 def towards_class_mean(step: Step) -> Tensor:
-    """Cross entropy φ(F(w, b), F̂_y) with the others' mean output for the label's class, ``[B]``.
+    """Return the cross entropy φ(F(w, b), F̂_y) with the others' mean output for the class, ``[B]``.
 
-    0 where nobody else has the class.
+    The class is the label. 0 where no other client has the class.
     """
     assert step.class_means is not None
     assert step.class_counts is not None
@@ -33,14 +33,14 @@ class FD(DistillationStrategy):
 
     Needs no public set; mixed architectures are welcome. Not to be confused with FedProto, which shares
     mean features, nor with "FedDistill" of other libraries: what is averaged here are probabilities,
-    never logits; a client's own output is no part of what it receives; and a client without a class
-    has no say in that class's mean.
+    never logits; what a client receives does not include its own output; and a client without a
+    class does not count in that class's mean.
 
     Departures from the paper:
 
     1. A client's means are taken in evaluation mode after its training, not over the steps of it.
-    2. The number of images behind each mean is sent beside it (4 bytes a class), as it says which
-       classes a client has; the paper's devices have some of each. Means are not weighted by it.
+    2. The number of images in each mean is sent with it (4 bytes a class), as it shows which classes a
+       client has; the paper's devices have some of each. Means are not weighted by it.
     3. M − 1 of the leave-one-out mean is the number of others that answered and have the class.
 
     Args:

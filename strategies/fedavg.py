@@ -12,7 +12,7 @@ from fedkd.strategy import DistillationStrategy, Facts
 
 
 class FedAvg(DistillationStrategy):
-    """Mean of the students' weights, weighted by private images: the baseline everyone asks for.
+    """Mean of the students' weights, weighted by private images: the usual baseline.
 
     No soft labels and no public set. Weights are averaged within each architecture only. As usual,
     buffers (BatchNorm's statistics) are averaged like parameters.

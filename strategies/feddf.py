@@ -12,19 +12,19 @@ from fedkd.strategy import Count, DistillationStrategy, Facts, Replies, Server
 
 
 class FedDF(DistillationStrategy):
-    """FedAvg, whose mean of weights the server then teaches what the clients' ensemble predicts.
+    """FedAvg, whose averaged model the server then trains on what the clients' ensemble predicts.
 
-    One prototype an architecture: weights are averaged within it, and each prototype learns the mean
+    One prototype per architecture: weights are averaged within it, and each prototype learns the mean
     logits of the clients of all architectures on the round's public samples. These need no labels and
     never leave the server. Not to be confused with FedMD, whose clients exchange logits themselves.
 
     Departures from the paper:
 
     1. The server takes `server_epochs` passes, with the experiment's optimiser and batch size. The
-       paper's takes up to 10,000 steps of 128 samples (Adam, 0.001, cosine schedule) and stops when
-       a validation set says so, which the server has not got here.
+       paper's takes up to 10,000 steps of 128 samples (Adam, 0.001, cosine schedule) and stops early
+       by a validation set, which the server does not have here.
     2. No client is left out of the ensemble; the paper drops those that guess at random on that set.
-    3. An architecture from which no client answered keeps its prototype as it is.
+    3. An architecture without an answer from any client keeps its prototype.
 
     Args:
         server_epochs: passes over the round's public samples for each prototype.
@@ -62,12 +62,11 @@ class FedDF(DistillationStrategy):
         drawn = server.draw()
         weights, answers = replies.weights, server.predict(drawn, replies.weights)
         is_finite = answers.values.isfinite().flatten(1).all(1)
-        if not bool(is_finite.all()):  # finite weights that no model can have
+        if not bool(is_finite.all()):  # finite weights can give outputs that are not finite
             weights = weights.of(answers.clients[is_finite])
             if not weights.by_model:
                 return None
             answers = server.predict(drawn, weights)
-        ensemble = answers.mean_logits()
         distil = Fit("distil", public={"kl": 1.0}, epochs=self.server_epochs, numbers={"tau": 1.0})
-        taught = SoftLabels.shared(ensemble, drawn, "logits")
-        return server.fit(distil, taught, weights=self.aggregate(weights))
+        ensemble_labels = SoftLabels.shared(answers.mean_logits(), drawn, "logits")
+        return server.fit(distil, ensemble_labels, weights=self.aggregate(weights))

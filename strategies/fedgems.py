@@ -24,19 +24,20 @@ LEAST_ENTROPY = 1e-6
 class FedGEMS(DistillationStrategy):
     """A larger model at the server learns from itself where it can, and asks clients where it cannot.
 
-    The server trains on the labelled public set. Samples that its model gets right it learns by their
-    labels. Where it is wrong, it learns ε CE + (1 − ε) KL from the logits that its own model gave when
-    it last was right; only where it never was it asks the clients, and hears those that are right
-    (see `aggregate`). What clients digest are the server's logits. Mixed architectures are welcome.
-    Not to be confused with FedMD, whose server has no model and hears everybody.
+    The server trains on the labelled public set. It learns samples that its model gets right from their
+    labels. Where the model is wrong, it learns ε CE + (1 − ε) KL from the logits that it gave when it
+    last was right; only for samples that it never got right does it ask the clients, and it uses the
+    answers of those that are right (see `aggregate`). Clients digest the server's logits. Mixed
+    architectures are welcome. Not to be confused with FedMD, whose server has no model and uses the
+    answers of all clients.
 
     Departures from the paper:
 
     1. The server judges, asks and stores logits once a round, not batch by batch as it learns, and
-       takes two passes: first by labels alone, then by labels and logits.
-    2. Where no client is right about a sample, the server learns it by its label alone.
+       takes two passes: first on labels alone, then on labels and logits.
+    2. Where no client is right about a sample, the server learns it from its label alone.
     3. The entropy of a sure answer, 0, counts as 10⁻⁶.
-    4. KL is the experiment's, at temperature τ and times τ². Its direction is KL(taught ‖ learner), for
+    4. KL is the experiment's, at temperature τ and times τ². Its direction is KL(teacher ‖ learner), for
        server and clients.
 
     Args:
@@ -64,9 +65,9 @@ class FedGEMS(DistillationStrategy):
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.75
 
     def phases(self, round: int) -> list[Phase]:
-        return [self._taught("digest"), Revisit(), Predict()]
+        return [self._mixed("digest"), Revisit(), Predict()]
 
-    def _taught(self, name: str) -> Fit:
+    def _mixed(self, name: str) -> Fit:
         return Fit(name, public={"kl": 1 - self.epsilon, "ce": self.epsilon})
 
     def request(self, server: Server) -> Tensor:
@@ -79,14 +80,14 @@ class FedGEMS(DistillationStrategy):
     def aggregate(self, labels: SoftLabels) -> Tensor:
         """Return the mean of the logits of clients that are right, weighted by softmax(1 / entropy).
 
-        ``[N, C]``; where nobody is right, of all that answered.
+        ``[N, C]``; where no client is right, of all that answered.
         """
         right_KN = _right(labels)
-        heard_KN = torch.where(right_KN.any(0), right_KN, labels.mask)
+        used_KN = torch.where(right_KN.any(0), right_KN, labels.mask)
         logits = labels.logits.double()
         entropy_KN = torch.special.entr(logits.softmax(-1)).sum(-1)
         sure_KN = entropy_KN.clamp_min(LEAST_ENTROPY).reciprocal()
-        weights_KN = torch.where(heard_KN, sure_KN, -torch.inf).softmax(0)
+        weights_KN = torch.where(used_KN, sure_KN, -torch.inf).softmax(0)
         return torch.einsum("kn,knc->nc", weights_KN, logits).to(labels.values.dtype)
 
     def update(self, replies: Replies, server: Server) -> SoftLabels:
@@ -96,13 +97,13 @@ class FedGEMS(DistillationStrategy):
         pool_PC, is_known = _pool(server)
         taught_PC, is_taught = pool_PC.clone(), is_known.clone()
         helps = _right(replies.labels).any(0)
-        asked = replies.labels.samples[helps]
-        taught_PC[asked], is_taught[asked] = self.aggregate(replies.labels)[helps], True
+        answered = replies.labels.samples[helps]
+        taught_PC[answered], is_taught[answered] = self.aggregate(replies.labels)[helps], True
 
         is_right = server.predict(drawn).values[0].argmax(-1) == server.targets[drawn]
         taught = drawn[is_taught[drawn] & ~is_right]
         server.fit(Fit("labels", public={"ce": 1.0}), samples=drawn[is_right | ~is_taught[drawn]])
-        server.fit(self._taught("fuse"), SoftLabels.shared(taught_PC[taught], taught, "logits"))
+        server.fit(self._mixed("fuse"), SoftLabels.shared(taught_PC[taught], taught, "logits"))
 
         known = server.predict(drawn)
         is_right = known.values[0].argmax(-1) == server.targets[drawn]
@@ -113,14 +114,14 @@ class FedGEMS(DistillationStrategy):
 
 
 def _right(labels: SoftLabels) -> Tensor:
-    """Say which clients' answers are right, bool ``[K, N]``."""
+    """Return which clients' answers are right, bool ``[K, N]``."""
     if labels.targets is None:
         raise FedkdError("FedGEMS needs the labels of the public set: set public-labels = true")
     return (labels.values.argmax(-1) == labels.targets) & labels.mask
 
 
 def _pool(server: Server) -> tuple[Tensor, Tensor]:
-    """Return the server's logits of when it last was right ``[P, C]``, and where it ever was ``[P]``."""
+    """Return the logits of when the server last was right ``[P, C]``, and where it ever was ``[P]``."""
     p, c = server.num_public, server.num_classes
     pool = server.state.get("pool", torch.zeros(p, c))
     known = server.state.get("known", torch.zeros(p, dtype=torch.bool))

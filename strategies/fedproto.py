@@ -17,9 +17,9 @@ from fedkd.strategy import DistillationStrategy, Facts, Positive
 
 @term(needs="class-means", needs_features=True)
 def towards_prototype(step: Step) -> Tensor:
-    """Mean over D of the squared difference between features and their class's prototype, ``[B]``.
+    """Return the mean squared difference between features and their class's prototype, ``[B]``.
 
-    0 where no client has the class.
+    The mean is over D; 0 where no client has the class.
     """
     assert step.features is not None
     assert step.class_means is not None
@@ -31,10 +31,10 @@ def towards_prototype(step: Step) -> Tensor:
 class FedProto(DistillationStrategy):
     """Clients share their mean features by class; each pulls its features towards the mean of all.
 
-    A client classifies by the nearest prototype (equation 4), so that it knows classes that it has no
-    image of. Needs no public set. Architectures may be mixed as long as their features are equally wide
-    (what the model's head takes). Not to be confused with FD, which shares mean outputs and leaves one's
-    own out.
+    A client classifies by the nearest prototype (equation 4), so that it can predict classes of
+    which it has no image. Needs no public set. Architectures may be mixed as long as their features (the
+    input of the model's head) have the same width. Not to be confused with FD, which shares mean outputs
+    and leaves out the client's own.
 
     Departures from the paper:
 
@@ -45,7 +45,7 @@ class FedProto(DistillationStrategy):
        mean over clients.)
     3. Prototypes are taken in evaluation mode after training (equation 3), not over the steps of it as
        in the authors' code.
-    4. A class of which nobody has an image is never predicted. Absent classes are sent as zeros with a
+    4. A class of which no client has an image is never predicted. Absent classes are sent as zeros with a
        count of 0; in the paper they are not sent.
 
     Args:

@@ -17,7 +17,7 @@ from fedkd.strategy import DistillationStrategy, Facts, NonNegative
 
 @term(needs=None, needs_start=True)
 def proximal(step: Step) -> Tensor:
-    """½ ‖w − w_t‖², w_t being the weights at the start of the phase, a 0-d tensor."""
+    """Return ½ ‖w − w_t‖², w_t being the weights at the start of the phase, a 0-d tensor."""
     squared = [(w - step.start[name]).square().sum() for name, w in step.params.items()]
     return torch.stack(squared).sum() / 2
 
@@ -30,7 +30,7 @@ class FedProx(DistillationStrategy):
     Departures from the paper:
 
     1. All clients do the same number of epochs; in the paper stragglers may do fewer, and their
-       unfinished work is averaged all the same.
+       unfinished work is averaged anyway.
     2. Clients are drawn evenly and weighted by their images; algorithm 2 draws them in proportion to
        their images and weights them evenly.
 

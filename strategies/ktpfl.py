@@ -22,8 +22,8 @@ class KTpFL(DistillationStrategy):
 
     Client k digests Σ_l c_kl p_l, where p_l are the soft predictions of client l. The matrix c starts
     at 1/K and takes one gradient step a round on MSE(p_k, Σ_l c_kl p_l) + ρ MSE(c_k, 1/K): clients that
-    predict alike come to teach each other, and ρ keeps the others in. Needs no public labels; mixed
-    architectures are welcome. Not to be confused with COMET, which has one teacher a cluster.
+    predict alike come to teach each other, and ρ pulls coefficients towards 1/K. Needs no public labels;
+    mixed architectures are welcome. Not to be confused with COMET, which has one teacher a cluster.
 
     Departures from the paper and its authors' code:
 
@@ -34,9 +34,9 @@ class KTpFL(DistillationStrategy):
     3. A step is `learning_rate` times the gradient. The code scales each row's gradient by a power of
        5, until its entries are 0.01 to 0.05 on average.
     4. Predictions are mixed at temperature 1 and softened by the digest's τ, not the other way round.
-    5. Of clients that did not answer a round, coefficients stay as they are; those of the others step
-       within what those clients leave, by the samples that all of them answered. A teacher is made
-       of who answered, with coefficients that sum to 1; nobody is taken to answer zeros.
+    5. Coefficients of clients that did not answer a round do not change; those of the others step within
+       the remaining share, on the samples that all of them answered. A teacher is mixed from the clients
+       that answered, with coefficients that sum to 1; no client counts as having answered zeros.
 
     Args:
         rho: ρ, the pull towards equal coefficients; 0.7 in most of the authors' settings.
@@ -71,24 +71,24 @@ class KTpFL(DistillationStrategy):
         return [Digest(), Revisit(), Predict("probabilities")]
 
     def aggregate(self, labels: SoftLabels) -> Tensor:
-        """Return the teacher that all share while no coefficient is learnt, ``[N, C]``."""
+        """Return the teacher that all clients share before any coefficient is learnt, ``[N, C]``."""
         return labels.mean_probabilities()
 
     def update(self, replies: Replies, server: Server) -> SoftLabels:
         assert replies.labels is not None
-        here = replies.labels.clients
+        answered = replies.labels.clients
         common = replies.labels.values[:, replies.labels.mask.all(0)].double().flatten(1)
         c_KK = _coefficients(server)
-        block = c_KK[here.unsqueeze(1), here]
-        share, mine = block.sum(1, keepdim=True), _normalised(block)
+        block_SS = c_KK[answered.unsqueeze(1), answered]
+        share_S1, c_SS = block_SS.sum(1, keepdim=True), _normalised(block_SS)
         for _ in range(self.steps):
-            mine = _normalised(mine - self.learning_rate * self._gradient(mine, common))
-        c_KK[here.unsqueeze(1), here] = share * mine
+            c_SS = _normalised(c_SS - self.learning_rate * self._gradient(c_SS, common))
+        c_KK[answered.unsqueeze(1), answered] = share_S1 * c_SS
         server.state["coefficients"] = c_KK
         return replies.labels
 
     def _gradient(self, c_SS: Tensor, p_SM: Tensor) -> Tensor:
-        """Differentiate MSE(p_k, Σ_l c_kl p_l) + ρ MSE(c_k, 1/S) by c_kl, for all k of S clients."""
+        """Return the gradient of MSE(p_k, Σ_l c_kl p_l) + ρ MSE(c_k, 1/S) by c, for all S clients k."""
         fit = 2 * (c_SS @ p_SM - p_SM) @ p_SM.T / max(p_SM.shape[1], 1)
         return fit + 2 * self.rho * (c_SS - 1 / len(c_SS)) / len(c_SS)
 
@@ -102,7 +102,7 @@ class KTpFL(DistillationStrategy):
         answered_SN = knowledge.mask.to(knowledge.values.dtype)
         c_S = _coefficients(server)[client, knowledge.clients].to(knowledge.values.dtype)
         share_SN = c_S.unsqueeze(1) * answered_SN
-        # Where it learnt to trust nobody of those who answered, it hears them all alike.
+        # Where its coefficients of all clients that answered are 0, these count equally.
         share_SN = torch.where(share_SN.sum(0) > 0, share_SN, answered_SN)
         mixed_NC = torch.einsum("sn,snc->nc", share_SN / share_SN.sum(0), knowledge.values)
         return SoftLabels.shared(mixed_NC, knowledge.samples, knowledge.space)
@@ -117,7 +117,7 @@ def _coefficients(server: Server) -> Tensor:
 
 
 def _normalised(rows: Tensor) -> Tensor:
-    """Cut off what is below 0 and divide rows by their sums; equal shares where nothing is left."""
+    """Return rows clamped at 0 and divided by their sums; equal shares where a sum is 0."""
     rows = rows.clamp_min(0)
     total = rows.sum(1, keepdim=True)
     return torch.where(total > 0, rows / total, 1 / rows.shape[1])

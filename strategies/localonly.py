@@ -1,4 +1,4 @@
-"""Local only: every student alone on its own shard, the floor that collaboration is measured from."""
+"""Local only: every student trains alone on its own shard, the baseline for what collaboration gains."""
 
 from __future__ import annotations
 

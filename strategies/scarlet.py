@@ -19,16 +19,16 @@ from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies
 class SCARLET(DistillationStrategy):
     """DS-FL with a cache: clients are asked only for labels that are missing or too old.
 
-    The mean of probabilities is sharpened by a power, p^β / Σ p^β, and cached at the server; whatever is
-    drawn is then digested, fresh or cached, and rows that a client has are not sent to it again. Not to
+    The mean of probabilities is sharpened by a power, p^β / Σ p^β, and cached at the server; all samples
+    drawn are then digested, fresh or cached, and rows that a client has are not sent to it again. Not to
     be confused with DS-FL, whose softmax(p / T) sharpens by the size of differences, not by their ratio,
     or with FedCache, whose cache is of private samples. The public set needs no labels; mixed
     architectures are welcome; the server may keep a model to evaluate (``server-model``).
 
     Departures from the paper and its code:
 
-    1. No signals say what clients shall cache, renew or drop: the codec compares with what each client
-       has (``Wire(rows="changed")``), and so also brings along who missed rounds.
+    1. No signals tell clients what to cache, renew or drop: the codec compares with what each client has
+       (``Wire(rows="changed")``), and so also serves clients that missed rounds.
     2. An expired label is replaced by the fresh one at once. The published code drops the entry instead,
        and caches again when the sample is next drawn; at an age of exactly D its server digests the
        fresh label and tells clients to use the old one.
@@ -38,14 +38,14 @@ class SCARLET(DistillationStrategy):
     Args:
         beta: β, the sharpness; at 1 the plain mean, above 1 sharper. 2 is the default of the published
             code's main branch (Dirichlet 0.05), 1 that of the branch with its experiments.
-        lifetime: D, rounds that a label serves, that of its making included; at 1 nothing is cached. The
+        lifetime: D, rounds that a label is used, that of its making included; at 1 nothing is cached. The
             published 50 goes with draws of a tenth of the public set a round and 2,000 rounds; 3 suits
             short runs that draw all of it (``public-per-round`` = auto), in which at 50 the labels of
             round 1 would be the last.
         combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
-    # P: the samples drawn. They are asked for only in part; a bit for each says whether its row follows.
+    # P: the samples drawn, of which only a part is asked for; a bit each says whether its row follows.
     facts = Facts(
         paper="2504.19602",
         up="<= P*C*4",
@@ -95,12 +95,12 @@ class SCARLET(DistillationStrategy):
         state["table"][fresh.samples] = self.aggregate(fresh)
         state["asked"][fresh.samples] = server.round
         drawn = server.draw()
-        known = drawn[self._is_cached(drawn, server)]  # less what nobody answered
+        known = drawn[self._is_cached(drawn, server)]  # without those that no client answered
         return SoftLabels.shared(state["table"][known], known, "probabilities")
 
     def _is_cached(self, samples: Tensor, server: Server) -> Tensor:
-        """Whether each sample has a label that may serve in this round, bool ``[N]``."""
-        asked: Any = server.state.get("asked")  # int64 [P], the round of each label; 0 for none
-        made_N = torch.zeros(len(samples)) if asked is None else asked[samples]
+        """Whether each sample has a label that may be used in this round, bool ``[N]``."""
+        rounds_P: Any = server.state.get("asked")  # int64 [P], the round of each label; 0 for none
+        made_N = torch.zeros(len(samples)) if rounds_P is None else rounds_P[samples]
         age_N: Tensor = server.round - made_N
         return (made_N > 0) & (age_N < self.lifetime)

@@ -19,20 +19,20 @@ from fedkd.phases import Apply, Digest, LocalClient, Phase, Predict, Revisit, pr
 from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
 
 ROWS = 1024
-"""Images that a density ratio is worked out for at a time."""
+"""Images for which density ratios are computed at a time."""
 
 LEAST_DISTANCE = 1e-6
-"""Between images, so that a kernel has a width where all are the same."""
+"""The least median distance between images, so that a kernel has a width even if all are the same."""
 
 
 @procedure
 def density_ratio(
     client: LocalClient, images: int, width: float, ridge: float, quantile: float, least: int
 ) -> None:
-    """Find out, once, which public samples look like a client's own: ``state["familiar"]``, bool ``[P]``.
+    """Store, once, which public samples look like a client's own: ``state["familiar"]``, bool ``[P]``.
 
     A density ratio is fitted to half of the chosen private images against noise that is uniform over
-    their pixels' range; familiar is a public sample with a ratio above a quantile of the other half's.
+    their pixels' range; a public sample is familiar if its ratio is above a quantile of the other half's.
     """
     if "familiar" in client.state:
         return
@@ -46,15 +46,15 @@ def density_ratio(
     some = public[torch.randperm(len(public), generator=draw)[:images]]
     distance = torch.cdist(fitted.double(), some.double()).median()
     sigma = width * max(float(distance), LEAST_DISTANCE)
-    own = held_out if len(held_out) else fitted
-    ratios = kulsif(torch.cat([own, public]), fitted, noise.flatten(1), sigma, ridge)
-    familiar = ratios[len(own) :] > ratios[: len(own)].quantile(quantile)
-    familiar[ratios[len(own) :].topk(min(least, len(public))).indices] = True
+    compared = held_out if len(held_out) else fitted
+    ratios = kulsif(torch.cat([compared, public]), fitted, noise.flatten(1), sigma, ridge)
+    familiar = ratios[len(compared) :] > ratios[: len(compared)].quantile(quantile)
+    familiar[ratios[len(compared) :].topk(min(least, len(public))).indices] = True
     client.state["familiar"] = familiar
 
 
-def kulsif(at: Tensor, own: Tensor, noise: Tensor, sigma: float, ridge: float) -> Tensor:
-    """Estimate p(x) / q(x) by kernel-based unconstrained least-squares importance fitting.
+def kulsif(at: Tensor, private: Tensor, noise: Tensor, sigma: float, ridge: float) -> Tensor:
+    """Return an estimate of p(x) / q(x) by kernel-based unconstrained least-squares importance fitting.
 
     The minimiser w of ½ Σ_j w(q_j)² / n − Σ_i w(p_i) / m + ½ λ‖w‖² over the functions of a Gaussian
     kernel k (Kanamori et al. 2012, section 3) is
@@ -63,7 +63,7 @@ def kulsif(at: Tensor, own: Tensor, noise: Tensor, sigma: float, ridge: float) -
 
     Args:
         at: points x, ``[N, d]``.
-        own: draws p_i from p, ``[m, d]``.
+        private: draws p_i from p, ``[m, d]``.
         noise: draws q_j from q, ``[n, d]``.
         sigma: σ of k(x, y) = exp(−‖x − y‖² / 2σ²).
         ridge: λ.
@@ -71,12 +71,12 @@ def kulsif(at: Tensor, own: Tensor, noise: Tensor, sigma: float, ridge: float) -
     Returns:
         float64 ``[N]``; where p is small the estimate may fall below 0.
     """
-    own, noise = own.double(), noise.double()
-    n, m = len(noise), len(own)
+    private, noise = private.double(), noise.double()
+    n, m = len(noise), len(private)
     system = _kernel(noise, noise, sigma) / n + ridge * torch.eye(n, dtype=torch.float64)
-    alpha = torch.linalg.solve(system, -_kernel(noise, own, sigma).sum(1) / (n * m * ridge))
+    alpha = torch.linalg.solve(system, -_kernel(noise, private, sigma).sum(1) / (n * m * ridge))
     ratios = [
-        _kernel(x, noise, sigma) @ alpha + _kernel(x, own, sigma).mean(1) / ridge
+        _kernel(x, noise, sigma) @ alpha + _kernel(x, private, sigma).mean(1) / ridge
         for x in at.double().split(ROWS)
     ]
     return torch.cat(ratios)
@@ -87,13 +87,13 @@ def _kernel(x: Tensor, y: Tensor, sigma: float) -> Tensor:
 
 
 class SelectiveFD(DistillationStrategy):
-    """Clients answer what looks like their own data; the server passes on what they agree about.
+    """Clients answer what looks like their own data; the server passes on what they agree on.
 
     Mean of probabilities over the clients that answered a sample. Needs no public labels; mixed
     architectures are welcome. Not to be confused with FedGEMS, whose server selects by labels.
 
-    The client's selector compares density ratios (see `density_ratio`), so it is as good as distances
-    between pixels are: use it where classes differ in the images themselves. The server's drops
+    The client's selector compares density ratios (see `density_ratio`), so it is only as good as
+    distances between pixels: use it where classes differ in the images themselves. The server's drops
     samples whose mean p̄ is ambiguous, ‖p̄ − one-hot(argmax p̄)‖₁ = 2 (1 − max p̄) being above a
     threshold.
 
@@ -104,8 +104,8 @@ class SelectiveFD(DistillationStrategy):
     2. The ratio is fitted to at most `images` private images, and its threshold taken from as many
        others (the demonstration: 5 % of the shard and the rest of it).
     3. The system of equations for α is solved; the demonstration multiplies by its matrix instead.
-    4. A client answers at least its `least` most familiar samples, so that none is ever silent.
-    5. Where no sample passes the server, the last knowledge stays.
+    4. A client answers at least its `least` most familiar samples, so that every client always answers.
+    5. If no sample passes the server's selector, the previous knowledge stays.
 
     Args:
         images: private images that a density ratio is fitted to, and images of noise.

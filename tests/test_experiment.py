@@ -231,7 +231,7 @@ def test_a_key_like_no_other_says_where_the_keys_are_listed() -> None:
         ({"quorum": 11}, ["quorum = 11", "num-clients = 10"]),
         (
             {"quorum": 3, "fraction_train": 0.2},
-            ["quorum = 3", "fraction-train = 0.2", "only 2 are asked"],
+            ["quorum = 3", "fraction-train = 0.2", "only 2 are drawn"],
         ),
         (
             {"public_per_round": 12, "public_size": 11},

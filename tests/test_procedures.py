@@ -497,7 +497,7 @@ class Asking(DistillationStrategy):
     [
         ("two", "Predict and MeanByClass: a client gives one answer"),
         ("numbers", r"numbers of apply: .*missing.*start"),
-        ("public", "needs class means, which public samples have not"),
+        ("public", "needs class means, which public samples do not have"),
     ],
 )
 def test_a_strategy_that_no_client_could_follow_is_refused_before_any_work(

@@ -278,9 +278,9 @@ def test_installed_strategies_are_found(monkeypatch: pytest.MonkeyPatch) -> None
             "no_such_module:X",
             r"\(no_such_module:X\) does not import: ModuleNotFoundError",
         ),
-        ("Theirs", "their_rule:NotOne", r"\(their_rule:NotOne\) is none"),
-        ("Theirs", "their_rule:Median", "called as its class: Median = 'their_rule:Median'"),
-        ("DSFL", "strategies:DSFL", "DSFL .*is called like one of fedkd's own"),
+        ("Theirs", "their_rule:NotOne", r"\(their_rule:NotOne\) is not a strategy"),
+        ("Theirs", "their_rule:Median", "have the name of its class: Median = 'their_rule:Median'"),
+        ("DSFL", "strategies:DSFL", "DSFL .*has the same name as one of fedkd's own"),
     ],
     ids=["missing", "other", "renamed", "ours"],
 )
@@ -308,7 +308,7 @@ def test_another_package_of_the_same_name_is_refused(
 
 
 def test_a_file_without_a_class_is_answered_with_how_to_name_one() -> None:
-    with pytest.raises(FedkdError, match=r"say which class of the file, as my_rule\.py:MyStrategy"):
+    with pytest.raises(FedkdError, match=r"name a class of the file, as in my_rule\.py:MyStrategy"):
         find("my_rule.py")
 
 

@@ -91,7 +91,7 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
                 needs = resolve_term(name, modules).needs
                 if needs == "class-means" and name in phase.public:
                     raise FedkdError(
-                        f"{strategy.name()}: {name} needs class means, which public samples have not; "
+                        f"{strategy.name()}: {name} needs class means, which public samples do not have; "
                         "put it in private"
                     )
         if isinstance(phase, Apply):

@@ -1,4 +1,4 @@
-"""What the round loop asks of an algorithm: nine things, and how their answers are checked."""
+"""What the round loop needs from an algorithm, and the checks of what the algorithm returns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fedkd.user_code import attributed
 
 @dataclass(frozen=True)
 class Facts:
-    """What a strategy declares of itself; printed by ``fedkd strategies``.
+    """What a strategy declares about itself; printed by ``fedkd strategies``.
 
     Attributes:
         paper: arXiv number, DOI or venue; ``"none"`` where nothing was published.
@@ -38,7 +38,7 @@ class Facts:
             (clients), D (width of the student's features), S (bytes of the student's parameters and
             buffers), I (bytes of a list of the P samples: 0 for the whole public set, else 4 bytes a
             sample or a bit a public image, whichever is less) and the strategy's settings by name;
-            ``<=`` in front where coding or caching makes it less.
+            preceded by ``<=`` where coding or caching makes it less.
         down: payload bytes a client receives a round, likewise.
         public_labels: whether the algorithm needs the labels of the public set.
         server_model: whether it keeps a model at the server.
@@ -70,14 +70,14 @@ class Algorithm(Protocol):
     """Last phase of the closing exchange, after which final accuracies are taken."""
 
     def name(self) -> str:
-        """Return the name under which it is found."""
+        """Return the name of the algorithm."""
         ...
 
     def check(self, experiment: Experiment) -> None:
-        """Refuse an experiment that the algorithm would get silently wrong.
+        """Refuse an experiment that would silently give wrong results with this algorithm.
 
         Raises:
-            FedkdError: the keys do not go together; the text says which to change.
+            FedkdError: the keys contradict each other; the text says which to change.
         """
         ...
 
@@ -103,11 +103,11 @@ class Algorithm(Protocol):
 
 
 class CheckedAlgorithm:
-    """An algorithm whose answers are checked, and whose mistakes name their place.
+    """An algorithm whose results are checked, and whose errors say where they come from.
 
     Args:
-        algorithm: who is asked.
-        server: what it may look at and work on.
+        algorithm: the algorithm to check.
+        server: what the algorithm may read and change.
     """
 
     def __init__(self, algorithm: Algorithm, server: Server) -> None:
@@ -117,12 +117,12 @@ class CheckedAlgorithm:
 
     @property
     def facts(self) -> Facts:
-        """What the algorithm declares of itself."""
+        """What the algorithm declares about itself."""
         return self._algorithm.facts
 
     @contextmanager
-    def named(self, method: str, clients: Sequence[int] = ()) -> Iterator[None]:
-        """Name the algorithm, its method and line, the round and the clients in whatever is raised."""
+    def attributed_to(self, method: str, clients: Sequence[int] = ()) -> Iterator[None]:
+        """Add the algorithm, its method and line, the round and the clients to any error raised."""
         where = f"{method} of {self._algorithm.name()}, round {self._server.round}"
         if clients:
             where += f", client{'s' * (len(clients) > 1)} {_listed(clients)}"
@@ -131,21 +131,21 @@ class CheckedAlgorithm:
 
     def phases(self, number: int) -> list[Phase]:
         """Return a round's phases."""
-        with self.named("phases"):
+        with self.attributed_to("phases"):
             return check_phases(self._algorithm.phases(number))
 
     def closing(self, number: int) -> list[Phase]:
-        """Return the phases of the closing exchange, whose number is that of a round."""
+        """Return the phases of the closing exchange, which is numbered like a round."""
         return closing(self.phases(number), self._algorithm.closes)
 
     def request(self) -> Tensor:
-        """Return the public samples that are wanted, int64 ``[M]``."""
-        with self.named("request"):
+        """Return the public samples to be answered, int64 ``[M]``."""
+        with self.attributed_to("request"):
             return check_samples(self._algorithm.request(self._server), self._server.num_public)
 
     def personalise(self, knowledge: Knowledge, client: int, phases: Sequence[Phase]) -> Knowledge:
-        """Return what a client receives: K = 1, unless a procedure among its phases chooses."""
-        with self.named("personalise", [client]):
+        """Return what a client receives: K = 1, unless one of its phases is a procedure that chooses."""
+        with self.attributed_to("personalise", [client]):
             received: object = self._algorithm.personalise(knowledge, client, self._server)
             if not isinstance(received, KINDS):
                 raise FedkdError(f"returns a {type(received).__name__} instead of knowledge")
@@ -154,11 +154,11 @@ class CheckedAlgorithm:
         return received
 
     def update(self, replies: Replies) -> Knowledge | None:
-        """Return new knowledge, or ``None``; the memory of a failed update is not kept."""
+        """Return new knowledge, or ``None``; an update that fails leaves `server.state` unchanged."""
         server = self._server
         draft = copy(server)
         draft.state = deepcopy(server.state)
-        with self.named("update", replies.clients):
+        with self.attributed_to("update", replies.clients):
             new = self._algorithm.update(replies, draft)
             if new is not None:
                 self.check_knowledge(new)
@@ -166,10 +166,10 @@ class CheckedAlgorithm:
         return new
 
     def check_knowledge(self, new: object) -> None:
-        """Refuse what an algorithm may not make of the replies.
+        """Refuse what is not knowledge, or does not fit the experiment.
 
         Raises:
-            FedkdError: it is not knowledge, or not of this experiment's sizes.
+            FedkdError: it is another type, or its classes, samples or values are wrong.
         """
         if not isinstance(new, KINDS):
             raise FedkdError(f"returns a {type(new).__name__} instead of knowledge or None")
@@ -188,6 +188,6 @@ class CheckedAlgorithm:
 
 
 def _listed(clients: Sequence[int]) -> str:
-    """Name clients, the first ten of them."""
+    """Return the first ten clients as text, and how many more there are."""
     more = f" and {len(clients) - 10} more" if len(clients) > 10 else ""
     return ", ".join(map(str, clients[:10])) + more

@@ -1,8 +1,8 @@
-"""What a server has to remember of a federation to go on after its process is gone.
+"""What the server needs to resume a federation after its process has ended.
 
 One file, ``server.safetensors`` in the run folder, replaced as a whole after every round: tensors by
 name, and the rest as JSON in the file's header. It is written last, after the states of the clients and
-the records of the round; whoever resumes goes by it, and drops what is newer.
+the records of the round: resuming starts from it and drops whatever is newer.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from fedkd.training.parameters import State
 
 FILE = "server.safetensors"
 
-_SAID = "fedkd"
-"""The entry of the header in which the rest stands."""
+_FIELDS = "fedkd"
+"""The entry of the file's header that holds the fields as JSON."""
 
 KnownRowsByClient = dict[int, KnownRows | None]
-"""What a client has of our soft labels, or we of its, by client."""
+"""By client, the rows that it has of our soft labels, or we of its."""
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """What a server remembers after a round.
+    """What the server remembers after a round.
 
     Attributes:
         round: the round, from 1; 0 before the first.
-        knowledge: the newest, if there is any.
-        knowledge_round: the round that it came out of.
+        knowledge: the newest, or ``None``.
+        knowledge_round: the round that produced it.
         state: the strategy's memory.
         model: parameters and buffers of the server's model, where it keeps one.
         trained: whether that model has been trained.
-        base: by client, the round of the state that it goes on from.
+        base: by client, the round of the state that it continues from.
         downlink: rows of our soft labels that clients know, where only changes are sent.
         uplink: rows of theirs that we know.
-        asked: by client, the rows of soft labels that it was asked for in all.
-        rounds_without_quorum: how many in a row, up to this one.
-        totals: bytes so far.
+        asked: by client, how many rows of soft labels it has been asked for in total.
+        rounds_without_quorum: how many in a row, up to and including this one.
+        totals: bytes so far, by name.
     """
 
     round: int = 0
@@ -69,19 +69,19 @@ class Checkpoint:
         """Write the file.
 
         Raises:
-            FedkdError: it cannot be written; the one before it is still there.
+            FedkdError: it cannot be written; the previous one is intact.
         """
-        tensors, kind = _knowledge_out(self.knowledge)
+        tensors, described = _knowledge_out(self.knowledge)
         tensors |= {f"model/{name}": tensor for name, tensor in (self.model or {}).items()}
         scalars = {n: value for n, value in self.state.items() if not isinstance(value, Tensor)}
-        kept = {n: value for n, value in self.state.items() if isinstance(value, Tensor)}
-        tensors |= {f"state/{name}": tensor for name, tensor in kept.items()}
-        places: dict[int, int] = {}
-        listed = {"sent": _listed(self.downlink, places, tensors)}
-        listed |= {"heard": _listed(self.uplink, places, tensors)}
-        said = {
+        memory = {n: value for n, value in self.state.items() if isinstance(value, Tensor)}
+        tensors |= {f"state/{name}": tensor for name, tensor in memory.items()}
+        numbers: dict[int, int] = {}
+        listed = {"sent": _listed(self.downlink, numbers, tensors)}
+        listed |= {"heard": _listed(self.uplink, numbers, tensors)}
+        fields = {
             "round": self.round,
-            "knowledge": kind,
+            "knowledge": described,
             "knowledge_round": self.knowledge_round,
             "state": scalars,
             "trained": self.trained,
@@ -92,13 +92,13 @@ class Checkpoint:
             "totals": self.totals,
         }
         # Copies, as safetensors refuses tensors that share memory.
-        alone = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        content = {n: t.contiguous() for n, t in alone.items()}
-        replace_file(folder / FILE, save(content, metadata={_SAID: json.dumps(said)}))
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        content = {n: t.contiguous() for n, t in copies.items()}
+        replace_file(folder / FILE, save(content, metadata={_FIELDS: json.dumps(fields)}))
 
     @classmethod
     def load(cls, folder: Path) -> Checkpoint:
-        """Read the file; a run that has not finished a round has none, and begins at the beginning.
+        """Return the checkpoint of a run folder; an empty one if no round has been finished.
 
         Raises:
             FedkdError: the file cannot be read.
@@ -108,35 +108,36 @@ class Checkpoint:
             return cls()
         try:
             with safe_open(path, "pt") as file:
-                said = json.loads(file.metadata()[_SAID])
+                fields = json.loads(file.metadata()[_FIELDS])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._of(said, tensors)
+            return cls._of(fields, tensors)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise FedkdError(f"{path} is no checkpoint of this version ({error!r})") from None
+            raise FedkdError(f"{path} is not a checkpoint of this version ({error!r})") from None
 
     @classmethod
-    def _of(cls, said: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    def _of(cls, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
         known_by_number: dict[int, KnownRows] = {}
-        for number in {place for each in ("sent", "heard") for _, place in said[each]} - {None}:
+        directions = ("sent", "heard")
+        for number in {each for name in directions for _, each in fields[name]} - {None}:
             parts = _under(f"references/{number}", tensors)
             known_by_number[number] = KnownRows(parts["codes"], parts["known"])
         opened = {
-            each: {client: known_by_number.get(place) for client, place in said[each]}
-            for each in ("sent", "heard")
+            direction: {client: known_by_number.get(number) for client, number in fields[direction]}
+            for direction in directions
         }
         return cls(
-            round=said["round"],
-            knowledge=_knowledge_in(said["knowledge"], _under("knowledge", tensors)),
-            knowledge_round=said["knowledge_round"],
-            state={**said["state"], **_under("state", tensors)},
+            round=fields["round"],
+            knowledge=_knowledge_in(fields["knowledge"], _under("knowledge", tensors)),
+            knowledge_round=fields["knowledge_round"],
+            state={**fields["state"], **_under("state", tensors)},
             model=_under("model", tensors) or None,
-            trained=said["trained"],
-            base=dict(said["base"]),
+            trained=fields["trained"],
+            base=dict(fields["base"]),
             downlink=opened["sent"],
             uplink=opened["heard"],
-            asked=dict(said["asked"]),
-            rounds_without_quorum=said["lost"],
-            totals=said["totals"],
+            asked=dict(fields["asked"]),
+            rounds_without_quorum=fields["lost"],
+            totals=fields["totals"],
         )
 
 
@@ -147,29 +148,29 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _listed(
-    known_by_number: KnownRowsByClient, places: dict[int, int], tensors: dict[str, Tensor]
+    known_by_client: KnownRowsByClient, numbers: dict[int, int], tensors: dict[str, Tensor]
 ) -> list[tuple[int, int | None]]:
-    """Number references, each object once, and put their tensors beside the others."""
-    found: list[tuple[int, int | None]] = []
-    for client, known in sorted(known_by_number.items(), key=lambda item: item[0]):
+    """Return the number of each client's rows, and add the tensors of each object once to `tensors`."""
+    numbered: list[tuple[int, int | None]] = []
+    for client, known in sorted(known_by_client.items(), key=lambda item: item[0]):
         if known is None:
-            found.append((client, None))
+            numbered.append((client, None))
             continue
-        if id(known) not in places:
-            number = places[id(known)] = len(places)
+        if id(known) not in numbers:
+            number = numbers[id(known)] = len(numbers)
             tensors[f"references/{number}/codes"] = known.codes
             tensors[f"references/{number}/known"] = known.known
-        found.append((client, places[id(known)]))
-    return found
+        numbered.append((client, numbers[id(known)]))
+    return numbered
 
 
 def _knowledge_out(knowledge: Knowledge | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of knowledge by name, and what is to be said of it."""
+    """Return the tensors of knowledge by name, and the fields that describe it."""
     if knowledge is None:
         return {}, None
     tensors = {f"knowledge/{name}": tensor for name, tensor in knowledge.tensors().items()}
     return tensors, {"kind": knowledge.kind, **knowledge.stored_fields()}
 
 
-def _knowledge_in(said: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> Knowledge | None:
-    return None if said is None else BY_NAME[said["kind"]].from_tensors(tensors, said)
+def _knowledge_in(fields: dict[str, Any] | None, tensors: Mapping[str, Tensor]) -> Knowledge | None:
+    return None if fields is None else BY_NAME[fields["kind"]].from_tensors(tensors, fields)

@@ -1,4 +1,4 @@
-"""Named events of a run that nothing else tells: what broke and was mended, counted by round."""
+"""Counted incidents of a run: failures it recovered from, by round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Events:
-    """What has happened since the last round's record; any thread may add to it."""
+    """Incidents since the last round's record, counted; any thread may add to them."""
 
     def __init__(self) -> None:
         self._counts = Counter[str]()
@@ -20,15 +20,15 @@ class Events:
         """Count an event, and log it.
 
         Args:
-            name: of its kind, in kebab-case, such as ``"worker-died"``; listed in `docs/records.md`.
-            text: one line of what happened to whom.
+            name: its kind, in kebab-case, such as ``"worker-died"``; listed in `docs/records.md`.
+            text: one line that says what happened, and to which client or worker.
         """
         with self._lock:
             self._counts[name] += 1
         _logger.warning("%s", text)
 
     def take(self) -> dict[str, int]:
-        """Return how many of each kind there were, and begin again."""
+        """Return how many of each kind there were, and reset the counts."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""One exchange between server and clients: what was sent to whom, what came back, and its bytes.
+"""One exchange between server and clients: instructions sent, replies received, and their bytes.
 
 Payload bytes are the raw buffers of knowledge and requested indices; wire bytes are everything in
 the message.
@@ -29,7 +29,7 @@ from fedkd.knowledge.codec import KnownRows
 _logger = logging.getLogger(__name__)
 
 REFUSED = "refused"
-"""Stands for the tensors of replies that do not count where bytes are told by tensor."""
+"""Name under which the tensors of refused replies are counted."""
 
 
 @dataclass
@@ -40,14 +40,14 @@ class Bytes:
     wire: dict[int, int] = field(default_factory=dict)
     by_tensor: dict[str, int] = field(default_factory=dict)
 
-    def count(self, client: int, records: RecordDict, together: str | None = None) -> None:
-        """Add a message to or from a client, its tensors under their names or all under one."""
+    def count(self, client: int, records: RecordDict, merged: str | None = None) -> None:
+        """Add a message to or from a client, its tensors under their own names or all as `merged`."""
         self.wire[client] = self.wire.get(client, 0) + wire_bytes(records)
         sizes = payload_bytes(records)
         self.payload[client] = self.payload.get(client, 0) + sum(sizes.values())
         for name, size in sizes.items():
-            called = name if together is None else together
-            self.by_tensor[called] = self.by_tensor.get(called, 0) + size
+            key = name if merged is None else merged
+            self.by_tensor[key] = self.by_tensor.get(key, 0) + size
 
     def record(self, direction: str, clients: Sequence[int]) -> dict[str, Any]:
         """Return the sums, and the numbers of `clients` in their order."""
@@ -66,15 +66,15 @@ class Exchange:
 
     Attributes:
         sampled: partition ids of the clients drawn, sorted.
-        instructions: of those that were sent one.
-        up: bytes that came.
-        down: bytes that were sent.
-        sent: what each client has of our soft labels once it has replied.
+        instructions: by client, what was sent.
+        up: bytes received.
+        down: bytes sent.
+        sent: by client, what it has of our soft labels once it has replied.
         reports: the good replies, in order of partition.
-        dropped: why each of the others does not count.
-        started: when it began, seconds.
+        dropped: by client, why the others do not count.
+        started: when it began, in seconds of the monotonic clock.
         encoding: seconds spent on encoding and decoding.
-        events: told of replies that are nobody's.
+        events: counts replies from unknown nodes.
     """
 
     sampled: list[int]
@@ -98,23 +98,23 @@ class Exchange:
     ) -> None:
         """Sort replies into good reports and drops with a reason.
 
-        Whatever a reply is or holds, it costs its client the round and nobody else anything. A reply of
-        a node that nobody knows is an event, ``stray-reply``; one to the message of another round is as
-        if it had not come.
+        A bad reply, whatever it holds, drops its own client from the round and affects no other. A reply
+        from an unknown node is counted as an event, ``stray-reply``; one to the message of another round
+        is treated as missing.
 
         Args:
-            replies: whatever came.
+            replies: everything received.
             client_of: partition ids by node id.
             experiment: the run.
             data: the data as the server sees it.
-            heard: by client, what we have of its soft labels already.
+            heard: by client, what we already have of its soft labels.
         """
         received = monotonic()
         silent = dict.fromkeys(set(self.sampled) - set(self.dropped), "no reply in time")
         for reply in replies:
             client = _sender(reply, client_of)
             if client is None:
-                self.events.add("stray-reply", "a reply came from a node that holds no partition")
+                self.events.add("stray-reply", "a reply came from a node without a partition")
             elif client not in self.instructions:
                 self.dropped.setdefault(client, "replies without having been asked")
             elif (group := reply.metadata.group_id) != str(self.instructions[client].round):
@@ -140,7 +140,7 @@ class Exchange:
         student: str,
         heard: KnownRows | None,
     ) -> None:
-        """Take a client's report, or drop the client."""
+        """Add a client's report to `reports`, or drop the client."""
         report = None
         try:
             if reply.has_error():
@@ -156,46 +156,46 @@ class Exchange:
         except FedkdError as error:
             self.dropped[client] = str(error)
         except Exception:
-            # There is no end to what a stranger may think of; a round does not end over it.
+            # A malicious reply can raise anything; it must not end the round.
             _logger.warning("the reply of client %d cannot be read", client, exc_info=True)
             self.dropped[client] = "sends a reply that cannot be read"
         self._count(client, reply, self.dropped.get(client))
 
     def _count(self, client: int, reply: Message, refused: str | None) -> None:
-        """Count the bytes of a reply; what a stranger calls its tensors is not for the record."""
+        """Count the bytes of a reply; tensor names of refused replies stay out of the record."""
         if reply.has_content():
             self.up.count(client, reply.content, None if refused is None else REFUSED)
 
 
 def _sender(reply: object, client_of: Mapping[int, int]) -> int | None:
-    """Return who sent a reply, if it is one and of somebody we know."""
+    """Return the client that sent a reply; ``None`` for an unknown node, or what is not a message."""
     node = reply.metadata.src_node_id if isinstance(reply, Message) else None
     return client_of.get(node) if isinstance(node, int) else None
 
 
 def payload_bytes(records: RecordDict) -> dict[str, int]:
-    """Count the raw buffers of knowledge and requested indices, by tensor.
+    """Return the bytes of the raw buffers of knowledge and requested indices, by tensor.
 
     With N public samples, C classes and float32, an upload's ``values`` are N·C·4 bytes. Flower's
     128-byte header of each array is not payload.
     """
-    counted: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for record, prefix in (("knowledge", ""), ("request", "requested ")):
         if arrays := typed_record(records, record, ArrayRecord):
             for name, array in arrays.items():
-                counted[prefix + name] = _buffer_size(array.data)
-    return counted
+                sizes[prefix + name] = _buffer_size(array.data)
+    return sizes
 
 
 def _buffer_size(data: bytes) -> int:
-    """Return the bytes of an array's buffer in a ``.npy``, whatever its sender says of its shape."""
+    """Return the bytes of an array's buffer in a ``.npy``, whatever shape its header claims."""
     width = 2 if data[6:7] == b"\x01" else 4
     header = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     return max(0, len(data) - header)
 
 
 def wire_bytes(records: RecordDict) -> int:
-    """Count everything in a message's records, as Flower does where it can."""
+    """Return the bytes of everything in a message's records, counted by Flower where it can."""
     return sum(_record_bytes(record) for record in records.values())
 
 

@@ -1,4 +1,4 @@
-"""Knowledge to records and back: arrays, and what is said of them.
+"""Knowledge as Flower records and back: its arrays, and the fields that describe them.
 
 Public samples that are the whole public set, or those that were asked for, need no indices; others are
 named by a bitmap or by int32 indices, whichever is less.
@@ -23,9 +23,12 @@ _R = TypeVar("_R", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 def typed_record(records: RecordDict, name: str, kind: type[_R]) -> _R | None:
-    """Return a record if it is there and of its kind; Flower's views by kind copy all of them."""
-    found = records.get(name)
-    return found if isinstance(found, kind) else None
+    """Return a record, or ``None`` if it is missing or of another kind.
+
+    Flower's own views by kind copy all records.
+    """
+    record = records.get(name)
+    return record if isinstance(record, kind) else None
 
 
 def encode_knowledge(knowledge: Knowledge | Packed, sizes: Sizes, *, asked: bool) -> dict[str, Any]:
@@ -35,8 +38,8 @@ def encode_knowledge(knowledge: Knowledge | Packed, sizes: Sizes, *, asked: bool
         knowledge: soft labels (encoded, or K = 1 to be sent as they are), class means of K = 1, or
             weights of one architecture and K = 1.
         sizes: of the public set.
-        asked: whether soft labels are for the very samples that the receiver asked for, so that it
-            knows which.
+        asked: whether the samples of soft labels are exactly those that the receiver asked for, so that
+            it knows them.
     """
     if not isinstance(knowledge, Packed):
         require_one(knowledge)
@@ -67,7 +70,7 @@ def decode_knowledge(
         Soft labels as they came: `SoftLabels.unpack` decodes them.
 
     Raises:
-        FedkdError: the records do not make up knowledge.
+        FedkdError: the records are not valid knowledge.
     """
     arrays = typed_record(records, "knowledge", ArrayRecord)
     if arrays is None:
@@ -81,27 +84,33 @@ def decode_knowledge(
 
 
 def _described(records: RecordDict) -> tuple[type[Knowledge], dict[str, Any]]:
-    """Return the kind of a message's knowledge and what is said of it, names and types checked."""
-    said = dict(typed_record(records, "knowledge-kind", ConfigRecord) or {})
-    name = said.get("kind")
+    """Return the kind of a message's knowledge and its fields, names and types checked."""
+    fields = dict(typed_record(records, "knowledge-kind", ConfigRecord) or {})
+    name = fields.get("kind")
     if not isinstance(name, str) or name not in BY_NAME:
-        raise FedkdError(f"kind = {shown(name)} is none of {', '.join(BY_NAME)}")
-    wanted = {"kind": str, **BY_NAME[name].message_fields}
-    if {name: type(value) for name, value in said.items()} != wanted:
-        raise FedkdError(f"{name} must be described by {', '.join(wanted)}, not by {shown(said)}")
-    return BY_NAME[name], said
+        raise FedkdError(f"kind = {shown(name)}: must be one of {', '.join(BY_NAME)}")
+    field_types = {"kind": str, **BY_NAME[name].message_fields}
+    if {name: type(value) for name, value in fields.items()} != field_types:
+        raise FedkdError(
+            f"{name} must be described by {', '.join(field_types)}, not by {shown(fields)}"
+        )
+    return BY_NAME[name], fields
 
 
 def decode_tensor(name: str, array: Array) -> Tensor:
-    """Read an array, and refuse one that is not what it says of itself."""
+    """Return the tensor of an array.
+
+    Raises:
+        FedkdError: it cannot be read, or its type or shape is not the declared one.
+    """
     try:
         if array.stype != "numpy.ndarray":
             raise FedkdError(f"is stored as {shown(array.stype)}")
         tensor = read_npy(array.data)
-        found = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        if found != (array.dtype, tuple(array.shape)):
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if (dtype, shape) != (array.dtype, tuple(array.shape)):
             raise FedkdError(
-                f"is {found[0]} {found[1]}, called {shown(array.dtype)} {shown(array.shape)}"
+                f"is {dtype} {shape}, declared as {shown(array.dtype)} {shown(array.shape)}"
             )
     except FedkdError as error:
         raise FedkdError(f"{shown(name)} {error}") from None

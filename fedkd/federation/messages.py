@@ -1,7 +1,7 @@
-"""Instructions and reports as Flower records.
+"""Instructions and client reports as Flower records, and back.
 
-An instruction travels as the experiment's keys (any Ray worker may get any client), the instruction, the
-samples asked for and the knowledge; a report as its numbers and the answer.
+An instruction is sent with the experiment's keys (any Ray worker may get any client), the samples asked
+for and the knowledge; a client report is its numbers and the answer.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import from_text, to_text
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
-"""Message types: execute an instruction; say who you are."""
+"""Message types: execute an instruction; introduce yourself."""
 
 _SECONDS = "seconds "
-"""Begins the names under which a client reports how long it took."""
+"""Prefix of the names of the seconds that a client reports."""
 
 _EVENT = "event "
-"""Begins the names under which a client reports how often something broke and was mended."""
+"""Prefix of the names of the failures that a client recovered from, with how many there were."""
 
 MOST_NUMBERS = 1000
 """The most numbers that a report may hold: an honest one has a few for each phase."""
@@ -45,7 +45,7 @@ MOST_NUMBERS = 1000
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a client says of itself before the first round.
+    """What a client sends about itself before the first round.
 
     Attributes:
         client: partition id.
@@ -69,11 +69,11 @@ def decode_introduction(records: RecordDict) -> Introduction:
     """Unpack an introduction.
 
     Raises:
-        FedkdError: it is not one.
+        FedkdError: the records are not an introduction.
     """
     fields = dict(typed_record(records, "introduction", ConfigRecord) or {})
-    wanted = {"client": int, "num_examples": int, "student": str, "sources": str}
-    if {name: type(value) for name, value in fields.items()} != wanted:
+    field_types = {"client": int, "num_examples": int, "student": str, "sources": str}
+    if {name: type(value) for name, value in fields.items()} != field_types:
         raise FedkdError(
             f"sends no introduction (it has {shown([*fields]) if fields else 'nothing'})"
         )
@@ -104,7 +104,7 @@ def decode_experiment(records: RecordDict) -> Experiment:
 def encode_request(asked: Tensor, sizes: Sizes) -> dict[str, Any]:
     """Pack the public samples asked for (int64 ``[M]``) as a record ``request``, if there are any.
 
-    Without any sample in it, it asks for the whole public set.
+    A request that names no sample asks for the whole public set.
     """
     if not len(asked):
         return {}
@@ -154,8 +154,8 @@ def decode_instruction(
 ) -> Instruction:
     """Unpack an instruction.
 
-    Soft labels of which only changed rows were sent stay packed: what they add to is in the client's
-    state.
+    Soft labels of which only changed rows were sent stay packed: the rows that they change are in the
+    client's state.
 
     Args:
         records: of a message.
@@ -165,7 +165,7 @@ def decode_instruction(
             is how a stack knows that all its clients received the same.
 
     Raises:
-        FedkdError: the records do not make up an instruction.
+        FedkdError: the records are not a valid instruction.
     """
     seen = {} if seen is None else seen
     try:
@@ -190,7 +190,7 @@ def decode_instruction(
     except FedkdError as error:
         raise FedkdError(one_line(str(error))) from None
     except Exception as error:
-        # As with knowledge: a foreign message can make the decoder raise anything.
+        # A malicious message can make the decoder raise anything.
         raise FedkdError(f"the instruction cannot be read: {one_line(error)}") from None
 
 
@@ -213,28 +213,30 @@ def _received(
 
 
 def _instruction(records: RecordDict) -> dict[str, Any]:
-    """Return an instruction's instruction, its numbers and texts checked."""
-    given: Any = typed_record(records, "instruction", ConfigRecord)
-    instruction: dict[str, Any] = dict(given)
+    """Return the fields of an instruction, numbers and texts checked."""
+    record: Any = typed_record(records, "instruction", ConfigRecord)
+    instruction: dict[str, Any] = dict(record)
     for name in ("client", "round", "base", "knowledge-round"):
         if type(instruction[name]) is not int:
-            raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a whole number")
+            raise FedkdError(
+                f"the instruction's {name} = {instruction[name]!r} is not a whole number"
+            )
     for name in ("phases", "evaluate", "wire"):
         if type(instruction[name]) is not str:
-            raise FedkdError(f"the order's {name} = {instruction[name]!r} is not a text")
+            raise FedkdError(f"the instruction's {name} = {instruction[name]!r} is not a text")
     return instruction
 
 
 def encode_report(
     report: ClientReport, asked: Tensor, sizes: Sizes, decoding: float = 0.0
 ) -> RecordDict:
-    """Pack a report; sample indices go along only for an answer other than what was asked.
+    """Pack a client report; sample indices are sent only if the answer is for other samples than asked.
 
     Args:
-        report: what the client answers.
+        report: of the client.
         asked: samples that it was asked for.
         sizes: of the public set.
-        decoding: seconds that reading its instruction took, reported together with those of this.
+        decoding: seconds that decoding its instruction took, added to those of this encoding.
     """
     started = perf_counter()
     knowledge: dict[str, Any] = {}
@@ -262,17 +264,17 @@ def decode_report(
     wire: Wire = PLAIN,
     known: KnownRows | None = None,
 ) -> ClientReport:
-    """Unpack a report.
+    """Unpack a client report.
 
     Args:
         records: of a message.
         asked: samples that the client was asked for.
         sizes: of the public set.
         wire: how its soft labels have to be encoded.
-        known: what the server has of them already.
+        known: what the server already has of them.
 
     Raises:
-        FedkdError: the records do not make up a report.
+        FedkdError: the records are not a valid report.
     """
     reported = typed_record(records, "report", MetricRecord)
     if reported is None:
@@ -289,7 +291,7 @@ def decode_report(
     for name, value in numbers.items():
         if not _is_finite(value):
             raise FedkdError(
-                f"sends metrics that are not finite numbers: {shown(name)} = {_said(value)}"
+                f"sends metrics that are not finite numbers: {shown(name)} = {_shown_number(value)}"
             )
     seconds = {n.removeprefix(_SECONDS): v for n, v in numbers.items() if n.startswith(_SECONDS)}
     metrics = {n: v for n, v in numbers.items() if not n.startswith((_SECONDS, _EVENT))}
@@ -327,13 +329,15 @@ def _unpacked(
     try:
         return SoftLabels.unpack(packed, sizes.num_public, known, owner)
     except FedkdError as error:
-        raise FedkdError(f"sends soft labels that are none: {error}") from None
+        raise FedkdError(f"sends soft labels that cannot be read: {error}") from None
 
 
 def _integer(numbers: dict[str, Any], name: str) -> int:
     value = numbers.pop(name, None)
     if type(value) is not int or value.bit_length() > 63:
-        raise FedkdError(f"sends {name} = {_said(value)}, which must be a whole number of 64 bits")
+        raise FedkdError(
+            f"sends {name} = {_shown_number(value)}, which must be a whole number of 64 bits"
+        )
     return value
 
 
@@ -343,7 +347,7 @@ def _is_finite(value: object) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
-def _said(value: object) -> str:
-    """Return what stands for a number, shortened; Python refuses to write out the largest ones."""
+def _shown_number(value: object) -> str:
+    """Return a number as short text; Python refuses to write out the largest ones."""
     is_vast = isinstance(value, int) and value.bit_length() > 63
     return "a number of more than 64 bits" if is_vast else shown(value)

@@ -1,8 +1,8 @@
-"""Reading a foreign array in NumPy's ``.npy`` form without believing anything that it says of itself.
+"""Safe reading of untrusted arrays in NumPy's ``.npy`` format.
 
-``numpy.load`` evaluates the header as Python, and makes room for whatever shape stands there before it
-looks how many bytes follow. Here the header must be the text that NumPy itself writes (version 1.0 of
-``numpy.lib.format``), and type and shape must account for every byte that is there.
+``numpy.load`` evaluates the header as Python, and allocates memory for whatever shape it claims before it
+checks how many bytes follow. Here the header must be the text that NumPy itself writes (version 1.0 of
+``numpy.lib.format``), and type and shape must account for every byte.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ def read_npy(data: bytes) -> Tensor:
     Both orders of axes are read.
 
     Raises:
-        FedkdError: it is none, holds what no tensor may hold, or is longer or shorter than it says.
+        FedkdError: it is not an array, holds what no tensor can hold, or has more or fewer bytes than its
+            header says.
     """
     header = _HEADER.match(data, 0, _LONGEST_HEADER)
     if header is None or 10 + int.from_bytes(header["length"], "little") != header.end():
-        raise FedkdError("is no .npy array")
+        raise FedkdError("is not a .npy array")
     if header["type"] not in _TYPES:
         raise FedkdError(f"holds numbers of type {header['type'].decode('latin-1')!r}")
     kind, shape = np.dtype(_TYPES[header["type"]]), _shape(header["shape"])
-    wanted, found = kind.itemsize * math.prod(shape), len(data) - header.end()
-    if wanted != found:
-        raise FedkdError(f"has {found} bytes: {kind.name} {list(shape)} must have {wanted}")
+    expected, present = kind.itemsize * math.prod(shape), len(data) - header.end()
+    if expected != present:
+        raise FedkdError(f"has {present} bytes: {kind.name} {list(shape)} must have {expected}")
     values = np.frombuffer(data[header.end() :], kind).copy()
     return torch.from_numpy(values.reshape(shape, order="F" if header["order"] == b"True" else "C"))
 
@@ -59,8 +60,8 @@ def _shape(text: bytes) -> tuple[int, ...]:
         raise FedkdError("has a shape that no tensor has")
     shape = tuple(map(int, axes))
     if repr(shape).encode() != b"(%s)" % text:
-        raise FedkdError("is no .npy array")
-    # Zeros aside, which hide axes whose product is beyond counting.
+        raise FedkdError("is not a .npy array")
+    # Without the zeros, which would hide the other axes in the product.
     if math.prod(axis or 1 for axis in shape) > _MOST_NUMBERS:
         raise FedkdError(f"has a shape that no tensor has: {list(shape)}")
     return shape

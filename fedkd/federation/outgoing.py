@@ -1,4 +1,4 @@
-"""What each client gets of the newest knowledge, encoded once for all who get the same."""
+"""What each client receives of the newest knowledge, encoded once for all who receive the same."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _Records = dict[str, Any]
 
 
 class SharedKnownRows:
-    """One object for all clients that have the same soft labels, whichever way they came by them.
+    """One object for all clients that have the same soft labels, however they got them.
 
-    What no client has any more is forgotten.
+    An object that no client has any more is dropped.
     """
 
     def __init__(self) -> None:
         self._by_fingerprint: WeakValueDictionary[bytes, KnownRows] = WeakValueDictionary()
 
     def shared(self, known: KnownRows | None) -> KnownRows | None:
-        """Return the object that stands for all references equal to this one."""
+        """Return the one object that is used for all rows equal to these."""
         if known is None:
             return None
         return self._by_fingerprint.setdefault(known.fingerprint(), known)
@@ -37,9 +37,9 @@ class Outgoing:
     """The knowledge that goes out in one exchange.
 
     Args:
-        algorithm: says what each client receives.
-        server: knows the experiment and the sizes of the public set.
-        kept: the newest knowledge, and what each client has already.
+        algorithm: decides what each client receives.
+        server: has the experiment and the sizes of the public set.
+        checkpoint: the newest knowledge, and what each client already has.
         known_rows: of this federation.
     """
 
@@ -47,16 +47,16 @@ class Outgoing:
         self,
         algorithm: CheckedAlgorithm,
         server: Server,
-        kept: Checkpoint,
+        checkpoint: Checkpoint,
         known_rows: SharedKnownRows,
     ) -> None:
         self._algorithm = algorithm
         self._experiment = server.experiment
         self._sizes = server.data.sizes
-        self._checkpoint = kept
+        self._checkpoint = checkpoint
         self._known_rows = known_rows
-        # By the ids of what was encoded and of what its receivers had, which are kept beside it:
-        # another object could take over the id of a freed one.
+        # By the ids of what was encoded and of what its receivers had. Both objects are stored too:
+        # another object could get the id of a freed one.
         self._encodings: dict[
             tuple[int, int], tuple[object, object, _Records, KnownRows | None]
         ] = {}
@@ -71,11 +71,11 @@ class Outgoing:
             phases: what it is to do with the knowledge.
 
         Returns:
-            The records, and what the client has of our soft labels once it has them; ``None`` where
+            The records, and what the client has of our soft labels once it has received them; ``None`` if
             there is no knowledge for it.
 
         Raises:
-            FedkdError: the algorithm's mistake, with its place.
+            FedkdError: the algorithm's error, with its location.
         """
         if self._checkpoint.knowledge is None:
             return None
@@ -89,7 +89,7 @@ class Outgoing:
         known = self._checkpoint.downlink.get(client)
         key = id(identity), id(known)
         if key not in self._encodings:
-            with self._algorithm.named("personalise", [client]):
+            with self._algorithm.attributed_to("personalise", [client]):
                 self._algorithm.check_knowledge(part)
                 self._encodings[key] = (identity, known, *self._encoded(part, known))
         *_, records, newer = self._encodings[key]
@@ -98,7 +98,7 @@ class Outgoing:
     def _encoded(
         self, part: Knowledge, known: KnownRows | None
     ) -> tuple[_Records, KnownRows | None]:
-        """Encode knowledge for clients that have `known` of it already."""
+        """Encode knowledge for clients that already have `known` of it."""
         if not isinstance(part, SoftLabels):
             return encode_knowledge(part, self._sizes, asked=False), None
         packed, newer = part.pack(self._algorithm.wire_down, self._sizes.num_public, known)

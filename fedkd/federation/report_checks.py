@@ -1,4 +1,4 @@
-"""What a server believes of a client's report: everything else is refused with its reason."""
+"""Checks of a client report by the server: what does not fit the instruction is refused with a reason."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedkd.training.architectures import architectures_of
 from fedkd.training.profiling import TIMED
 
 LARGEST_METRIC = 3.4e38
-"""The largest loss or norm that is believed: one that fits into float32."""
+"""The largest loss or norm that is accepted: it fits into float32."""
 
 LONGEST_S = 1e9
-"""The most seconds that a client is believed to have spent on a phase."""
+"""The most seconds on a phase that are accepted."""
 
 MOST_EVENTS = 1_000_000
-"""The most often that something is believed to have broken at a client in a round."""
+"""The most failures of one kind, at one client in one round, that are accepted."""
 
 _PARTS = ("data", "forward", "backward", "optimizer", "predict", "evaluate")
 
@@ -33,13 +33,13 @@ def check_report(
     """Refuse a report that would poison the round.
 
     Args:
-        report: as it came.
+        report: as it was received.
         instruction: what the client was asked for.
-        data: its private images are counted there.
+        data: has the sizes of the private shards.
         student: architecture of its student.
 
     Raises:
-        FedkdError: says what the client did, as in "answers samples that were not asked for".
+        FedkdError: the text says what the client did, as in "answers samples that were not asked for".
     """
     if report.client != instruction.client:
         raise FedkdError(f"replies for partition {report.client}")
@@ -52,7 +52,7 @@ def check_report(
         raise FedkdError("sends no final accuracy")
     answers = [phase for phase in instruction.phases if isinstance(phase, ANSWERING)]
     if report.answer is not None and not answers:
-        raise FedkdError("sends knowledge that nobody asked for")
+        raise FedkdError("sends knowledge that was not asked for")
     for phase in answers:
         if isinstance(phase, Predict):
             _check_labels(report.answer, phase, instruction)
@@ -65,10 +65,10 @@ def check_report(
 
 
 def with_known_numbers(report: ClientReport, instruction: Instruction) -> ClientReport:
-    """Return a report without metrics, seconds and events that do not follow from its instruction.
+    """Return a report with only the metrics and seconds that its instruction accounts for.
 
     Raises:
-        FedkdError: one of the others is not in its range.
+        FedkdError: one of these, or a count of events, is out of range.
     """
     names = [phase.name for phase in instruction.phases]
     shares = {"accuracy", "training_accuracy"} if instruction.evaluate == "end" else set()
@@ -90,20 +90,20 @@ def with_known_numbers(report: ClientReport, instruction: Instruction) -> Client
 
 
 def _within(
-    numbers: Mapping[str, float], known: Container[str], low: float, high: float
+    numbers: Mapping[str, float], names: Container[str], low: float, high: float
 ) -> dict[str, float]:
-    """Return the numbers that are known, refusing one that is out of range."""
-    found = {name: value for name, value in numbers.items() if name in known}
-    for name, value in found.items():
+    """Return the numbers called `names`, refusing one that is out of range."""
+    selected = {name: value for name, value in numbers.items() if name in names}
+    for name, value in selected.items():
         if not low <= value <= high:
             raise FedkdError(f"sends {name} = {value:g}, which must be {low:g} to {high:g}")
-    return found
+    return selected
 
 
 def _check_labels(answer: Knowledge | None, phase: Predict, instruction: Instruction) -> None:
     if not isinstance(answer, SoftLabels) or answer.space != phase.space:
         raise FedkdError(f"does not send the {phase.space} that were asked for")
-    if answer.samples is instruction.asked:  # the answer names none of its own
+    if answer.samples is instruction.asked:  # the answer names no samples
         return
     if not bool(torch.isin(answer.samples, instruction.asked).all()):
         raise FedkdError("answers samples that were not asked for")

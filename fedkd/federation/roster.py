@@ -1,4 +1,4 @@
-"""Who is there: which node holds which partition, and which nodes cannot be used and why."""
+"""The clients of a federation: which node holds which partition, and why other nodes are unusable."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Roster:
         grid: reaches the clients.
         experiment: the run.
         data: the data as the server sees it.
-        record: the experiment as it travels.
+        record: the experiment as it is sent.
     """
 
     def __init__(
@@ -48,17 +48,17 @@ class Roster:
         return {node: client for client, node in self._nodes.items()}
 
     def why_missing(self) -> str:
-        """Return the reason for which a client that is not in the roster is dropped."""
+        """Return why a client that is not in the roster is dropped."""
         reasons = "; ".join(sorted(set(self._failures)))
         return f"never introduced itself ({reasons})" if reasons else "never introduced itself"
 
     def complete(self) -> None:
-        """Ask nodes that have not introduced themselves yet, if a client is missing.
+        """Ask new nodes for an introduction if a client is missing.
 
         Raises:
             FedkdError: at the first call: fewer clients than ``num-clients`` after a minute, two for one
-                partition, or clients that run other code than the server. Later on missing clients are
-                not waited for, and late ones cannot end the run.
+                partition, or clients that run other code than the server. After the first call, missing
+                clients are not waited for and late ones cannot end the run.
         """
         if len(self._nodes) < self._experiment.num_clients:
             self._introduce()
@@ -79,12 +79,12 @@ class Roster:
             try:
                 self._enrol(introduction, reply.metadata.src_node_id)
             except FedkdError as error:
-                if is_first:  # to be fixed before anything is run
+                if is_first:  # to be fixed before the run starts
                     raise
                 self._failures.append(str(error))
 
     def _hellos(self, nodes: set[int]) -> Iterator[Message]:
-        """Ask nodes who they are, and yield the replies of those asked."""
+        """Yield the replies of nodes that are asked for an introduction."""
         if not nodes:
             return
         content = RecordDict({"experiment": self._record})
@@ -95,17 +95,17 @@ class Roster:
                 yield reply
 
     def _present(self, is_first: bool) -> list[int]:
-        """Return the nodes that are there; at first, once there are enough."""
-        wanted, deadline = self._experiment.num_clients, monotonic() + HELLO_TIMEOUT
+        """Return the connected nodes; the first time, wait until there are enough."""
+        num_clients, deadline = self._experiment.num_clients, monotonic() + HELLO_TIMEOUT
         nodes = list(self._grid.get_node_ids())
-        while is_first and len(nodes) < wanted and monotonic() < deadline:
+        while is_first and len(nodes) < num_clients and monotonic() < deadline:
             sleep(0.1)
             nodes = list(self._grid.get_node_ids())
-        if is_first and len(nodes) < wanted:
+        if is_first and len(nodes) < num_clients:
             raise FedkdError(
-                Setting("num-clients", wanted),
+                Setting("num-clients", num_clients),
                 f": only {len(nodes)} Flower nodes are there; start as many, with "
-                f'--federation-config "num-supernodes={wanted}" under `flwr run`',
+                f'--federation-config "num-supernodes={num_clients}" under `flwr run`',
             )
         return nodes
 

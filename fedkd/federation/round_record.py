@@ -1,4 +1,4 @@
-"""What a federation writes down: a row for each round, the result, and both as Flower's metrics."""
+"""The record of a federation: a row for each round, the result, and both as Flower's metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunRecord:
     """The record of a run, in memory and in its folder.
 
     Args:
-        server: what is tested and described.
+        server: whose model is tested and whose knowledge is described.
         folder: where the record is written, if anywhere.
 
     Attributes:
@@ -43,14 +43,14 @@ class RunRecord:
         self.rows: list[Row] = []
 
     def keep(self, rounds: int) -> None:
-        """Take up the rows of the first rounds from the folder, and drop all others."""
+        """Read the rows of the first rounds from the folder, and drop all others."""
         assert self._folder is not None
         self.rows = self._folder.keep(rounds)
 
     def row(
         self,
         exchange: Exchange,
-        kept: Checkpoint,
+        checkpoint: Checkpoint,
         *,
         digested_round: int,
         accepted: bool,
@@ -60,10 +60,10 @@ class RunRecord:
 
         Args:
             exchange: of this round, its replies sorted.
-            kept: what the server goes on with.
+            checkpoint: the state of the server after the round.
             digested_round: round of the knowledge that clients received.
             accepted: whether there was a quorum.
-            spent: seconds of the server's own work.
+            spent: seconds of the server's work, by name.
         """
         encoding = {"encode": exchange.encoding}
         seconds = _summed([*(report.seconds for report in exchange.reports), encoding])
@@ -76,62 +76,66 @@ class RunRecord:
             "events": _events_of(exchange),
             "knowledge_round": digested_round or None,
             **_metrics(exchange.reports),
-            **self._knowledge_fields(kept),
-            "epsilon": _epsilon(self._server.experiment, kept.asked),
-            "server_accuracy": self._server_accuracy(exchange, kept),
+            **self._knowledge_fields(checkpoint),
+            "epsilon": _epsilon(self._server.experiment, checkpoint.asked),
+            "server_accuracy": self._server_accuracy(exchange, checkpoint),
             **exchange.up.record("up", exchange.sampled),
             **exchange.down.record("down", exchange.sampled),
             "seconds": {**seconds, **spent},
         }
 
-    def add(self, row: Row, kept: Checkpoint) -> None:
-        """Keep a row, and write it to the folder together with details of the round's knowledge."""
+    def add(self, row: Row, checkpoint: Checkpoint) -> None:
+        """Add a row, and write it to the folder together with details of the round's knowledge."""
         self.rows.append(row)
         if self._folder is None:
             return
-        labels = self._new_labels(kept)
+        labels = self._new_labels(checkpoint)
         if labels is not None:
             details = label_details(labels, self._server.data.public_truth)
             self._folder.append("knowledge.jsonl", {"round": row["round"], **details})
         self._folder.append_round(row)
 
-    def _new_labels(self, kept: Checkpoint) -> SoftLabels | None:
+    def _new_labels(self, checkpoint: Checkpoint) -> SoftLabels | None:
         """Return the soft labels of this round, if it made any."""
-        is_new = kept.knowledge_round == self._server.round
-        return kept.knowledge if is_new and isinstance(kept.knowledge, SoftLabels) else None
+        is_new = checkpoint.knowledge_round == self._server.round
+        return (
+            checkpoint.knowledge
+            if is_new and isinstance(checkpoint.knowledge, SoftLabels)
+            else None
+        )
 
-    def _knowledge_fields(self, kept: Checkpoint) -> dict[str, Any]:
+    def _knowledge_fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Describe this round's soft labels, if there are any."""
-        labels = self._new_labels(kept)
+        labels = self._new_labels(checkpoint)
         if labels is None:
             return {}
         truth = self._server.data.public_truth
         return label_statistics(labels, truth, self._server.experiment.tau)
 
-    def _server_accuracy(self, exchange: Exchange, kept: Checkpoint) -> float | None:
-        """Test the server's model when the clients test theirs."""
+    def _server_accuracy(self, exchange: Exchange, checkpoint: Checkpoint) -> float | None:
+        """Return the accuracy of the server's model in rounds in which the clients test theirs."""
         if not any(
             instruction.evaluate != "none" for instruction in exchange.instructions.values()
         ):
             return None
-        weights = kept.knowledge if isinstance(kept.knowledge, Weights) else None
+        weights = checkpoint.knowledge if isinstance(checkpoint.knowledge, Weights) else None
         return self._server.accuracy(weights)
 
     def close(
         self,
         exchange: Exchange,
-        kept: Checkpoint,
+        checkpoint: Checkpoint,
         *,
         headline: Literal["clients", "server"],
         started: float,
     ) -> dict[str, Any]:
-        """Take the final accuracies and write ``result.json``.
+        """Return the result, with the final accuracies, and write it to ``result.json``.
 
         Args:
             exchange: the closing one, its replies sorted.
-            kept: what the server has in the end.
+            checkpoint: the state of the server after the last round.
             headline: whose accuracy the tables of the algorithm's paper show.
-            started: when the run began, seconds.
+            started: when the run began, in seconds of the monotonic clock.
         """
         final = {report.client: report.metrics for report in exchange.reports}
         clients = range(self._server.num_clients)
@@ -142,31 +146,31 @@ class RunRecord:
             "own_accuracy": mean_of(m["own_accuracy"] for m in final.values()),
             "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
             **_trained(final, clients),
-            "server_accuracy": self._server_accuracy(exchange, kept),
+            "server_accuracy": self._server_accuracy(exchange, checkpoint),
             "reports": headline,
-            "epsilon": _epsilon(self._server.experiment, kept.asked),
+            "epsilon": _epsilon(self._server.experiment, checkpoint.asked),
             "dropped": _dropped(exchange),
             "events": _added([*(row["events"] for row in self.rows), _events_of(exchange)]),
             "rounds": len(self.rows),
-            **kept.totals,
+            **checkpoint.totals,
             "test_size": len(self._server.data.test),
             "seconds": monotonic() - started,
             "environment": environment(device, torch.get_num_threads()),
         }
         if self._folder is not None:
-            self._collect(final, self._folder)
+            self._save_predictions(final, self._folder)
             self._folder.write_result(result)
         return result
 
-    def _collect(self, answered: Iterable[int], folder: RunFolder) -> None:
-        """Bring together what the models answered on the test images, where clients share our disk."""
+    def _save_predictions(self, clients: Iterable[int], folder: RunFolder) -> None:
+        """Save the models' predictions for the test images, where clients share our disk."""
         memories = Memories(folder.path / "clients" / "memory")
         labels = self._server.data.test.labels
         assert labels is not None
-        closing = dict.fromkeys(answered, self._server.round + 1)
-        tested = collected(memories, closing, labels.cpu())
-        if tested is not None:
-            tested.save(folder.path)
+        closing = dict.fromkeys(clients, self._server.round + 1)
+        predictions = collected(memories, closing, labels.cpu())
+        if predictions is not None:
+            predictions.save(folder.path)
 
     def flower_result(self, result: Mapping[str, Any]) -> Result:
         """Summarise the record as Flower's metrics by round."""
@@ -178,7 +182,7 @@ class RunRecord:
 
 
 def plain_numbers(row: Mapping[str, Any]) -> MetricRecord:
-    """Return a record's numbers: all that Flower's metrics can hold."""
+    """Return the numbers of a row or result: all that Flower's metrics can hold."""
     return MetricRecord({name: value for name, value in row.items() if type(value) in (int, float)})
 
 
@@ -187,12 +191,12 @@ def _dropped(exchange: Exchange) -> dict[str, str]:
 
 
 def _events_of(exchange: Exchange) -> dict[str, int]:
-    """Count the events that clients report and those of the machinery between us and them."""
+    """Return how many events there were, those of the engine and those that clients report."""
     return _added([exchange.events.take(), *(report.events for report in exchange.reports)])
 
 
 def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Add up how often events of each kind happened."""
+    """Return the sums of counts by name."""
     total = Counter[str]()
     for each in counts:
         total.update(each)
@@ -200,24 +204,24 @@ def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _epsilon(experiment: Experiment, asked: Mapping[int, int]) -> float | None:
-    """Return ε of the client that has been asked for most; `None` without noise, or if infinite."""
+    """Return ε of the client that was asked for the most rows; `None` without noise, or if infinite."""
     if not experiment.dp_noise:
         return None
     rows = max(asked.values(), default=0)
-    found = epsilon(noise=experiment.dp_noise, rows=rows, delta=experiment.dp_delta)
-    return found if isfinite(found) else None
+    value = epsilon(noise=experiment.dp_noise, rows=rows, delta=experiment.dp_delta)
+    return value if isfinite(value) else None
 
 
 def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -> dict[str, Any]:
-    """Return accuracies on private training images, of those clients that told theirs."""
-    told = [final.get(client, {}).get("training_accuracy") for client in clients]
-    known = [accuracy for accuracy in told if accuracy is not None]
+    """Return accuracies on private training images, `None` for clients that did not report theirs."""
+    reported = [final.get(client, {}).get("training_accuracy") for client in clients]
+    known = [accuracy for accuracy in reported if accuracy is not None]
     mean = mean_of(known) if known else None
-    return {"training_accuracy": mean, "client_training_accuracy": told}
+    return {"training_accuracy": mean, "client_training_accuracy": reported}
 
 
 def _metrics(reports: Sequence[ClientReport]) -> dict[str, Any]:
-    """Turn the clients' metrics into means, and accuracies into lists as well."""
+    """Return the means of the clients' metrics, and the lists of their accuracies."""
     names = dict.fromkeys(name for report in reports for name in report.metrics)
     metrics: dict[str, Any] = {}
     for name in names:

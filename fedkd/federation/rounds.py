@@ -1,9 +1,9 @@
 """The round loop, once for all strategies: hello, T rounds, a closing exchange.
 
-A run costs 1 + T + 1 exchanges. Each round one message goes to every sampled client, with the newest
-knowledge and the phases to execute; its reply brings the answer and the metrics. A bad reply is
-dropped with its reason and the round goes on; below the quorum the previous knowledge stays. The
-record of a round, and what it takes to go on from it, is on disk before the next one begins.
+A run takes 1 + T + 1 exchanges. Each round sends one message to every sampled client, with the newest
+knowledge and the phases to execute; the reply holds the answer and the metrics. A bad reply is
+dropped with its reason and the round continues; below the quorum the previous knowledge stays. The
+record of a round and its checkpoint are on disk before the next round begins.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NOTHING = torch.empty(0, dtype=torch.int64)
 _TOTALS = ("bytes_up", "bytes_down", "wire_bytes_up", "wire_bytes_down")
 
 LOST_ROUNDS = 3
-"""Rounds running without a quorum that end a run: clients that all died look like this."""
+"""So many consecutive rounds without a quorum end a run: then probably all clients have died."""
 
 
 class Federation:
@@ -57,7 +57,7 @@ class Federation:
         data: the data as the server sees it.
         folder: where records are written, if anywhere.
         on_round: called with each round's record, once that is on disk.
-        events: what the machinery between us and the clients has to tell.
+        events: the incidents of the engine.
 
     Attributes:
         roster: the clients that have introduced themselves.
@@ -100,7 +100,7 @@ class Federation:
         started = monotonic()
         if self._folder is not None:
             self._folder.write_shards(class_counts(self._server.data))
-            self._go_on(self._folder)
+            self._resume(self._folder)
         rounds = self._experiment.num_server_rounds
         for number in range(self._checkpoint.round + 1, rounds + 1):
             messages = self.open_round(number)
@@ -108,15 +108,15 @@ class Federation:
         result = self.close(self._send(self.open_closing()), started)
         return self._record.flower_result(result)
 
-    def _go_on(self, folder: RunFolder) -> None:
-        """Take up a run that was cut off after some of its rounds, if the folder holds one."""
-        kept = Checkpoint.load(folder.path)
-        self._record.keep(kept.round)
-        if kept.round:
-            known = {k: self._known_rows.shared(each) for k, each in kept.downlink.items()}
-            kept.downlink |= known
-            _restore(self._server, kept)
-            self._checkpoint = kept
+    def _resume(self, folder: RunFolder) -> None:
+        """Restore the state after the last finished round, if the folder holds one."""
+        checkpoint = Checkpoint.load(folder.path)
+        self._record.keep(checkpoint.round)
+        if checkpoint.round:
+            downlink = checkpoint.downlink
+            downlink |= {k: self._known_rows.shared(known) for k, known in downlink.items()}
+            _restore(self._server, checkpoint)
+            self._checkpoint = checkpoint
 
     def _send(self, messages: Iterable[Message]) -> list[Message]:
         timeout = self._experiment.round_timeout
@@ -128,12 +128,12 @@ class Federation:
         """Draw the round's clients and return their messages.
 
         Raises:
-            FedkdError: clients are missing before the first round, or the strategy's mistake.
+            FedkdError: clients are missing before the first round, or the strategy fails.
         """
         self._server.round = number
         experiment = self._experiment
         phases = self._algorithm.phases(number)
-        # Who comes in late begins with the phases of round 1.
+        # A client that joins late begins with the phases of round 1.
         predicts = any(
             isinstance(phase, Predict) for phase in [*phases, *self._algorithm.phases(1)]
         )
@@ -172,7 +172,7 @@ class Federation:
         return self._open(instruction, list(range(self._experiment.num_clients)))
 
     def _open(self, instruction: Instruction, sampled: list[int]) -> list[Message]:
-        """Begin an exchange: address the order to every sampled client."""
+        """Begin an exchange: return the instruction as a message to every sampled client."""
         self.roster.complete()
         exchange = self._exchange = Exchange(sampled, events=self._events)
         outgoing = Outgoing(self._algorithm, self._server, self._checkpoint, self._known_rows)
@@ -184,19 +184,19 @@ class Federation:
             if node is None:
                 exchange.dropped[client] = self.roster.why_missing()
                 continue
-            mine = replace(
+            personal = replace(
                 instruction, client=client, base=self._checkpoint.base.get(client, INITIAL)
             )
-            if mine.base == INITIAL and instruction.evaluate != "end":
-                mine = replace(mine, phases=first)
-            # A closing exchange that only tests needs none.
-            encoded = outgoing.records_for(client, mine.phases) if mine.phases else None
+            if personal.base == INITIAL and instruction.evaluate != "end":
+                personal = replace(personal, phases=first)
+            # A closing exchange that only tests needs no knowledge.
+            encoded = outgoing.records_for(client, personal.phases) if personal.phases else None
             records: dict[str, Any] = {}
             if encoded is not None:
                 records, exchange.sent[client] = encoded
-            content = encode_instruction(mine, self._experiment_record, records, request)
-            exchange.instructions[client] = mine
-            self._count_asked(mine)
+            content = encode_instruction(personal, self._experiment_record, records, request)
+            exchange.instructions[client] = personal
+            self._count_asked(personal)
             exchange.down.count(client, content)
             timeout, group = self._experiment.round_timeout, str(instruction.round)
             messages.append(Message(content, node, TRAIN, ttl=timeout, group_id=group))
@@ -204,7 +204,7 @@ class Federation:
         return messages
 
     def _count_asked(self, instruction: Instruction) -> None:
-        """Count the rows of soft labels that a client is about to give away."""
+        """Count the rows of soft labels that a client is about to send."""
         if any(isinstance(phase, Predict) for phase in instruction.phases):
             asked = self._checkpoint.asked
             asked[instruction.client] = asked.get(instruction.client, 0) + len(instruction.asked)
@@ -212,10 +212,10 @@ class Federation:
     # --- replies in -----------------------------------------------------------------------------
 
     def finish_round(self, replies: Iterable[Message]) -> Row:
-        """Check the replies, update the knowledge, and write the round's record.
+        """Check the replies, update the knowledge, write the round's record and return it.
 
         Raises:
-            FedkdError: the third round running without a quorum.
+            FedkdError: this is the third consecutive round without a quorum, or the strategy fails.
         """
         exchange = self._received(replies)
         digested_round = self._checkpoint.knowledge_round
@@ -236,19 +236,19 @@ class Federation:
         )
         self._record.add(row, self._checkpoint)
         if self._folder is not None:
-            _note(self._server, self._checkpoint)
+            _store(self._server, self._checkpoint)
             self._checkpoint.save(self._folder.path)  # from now on the round is done
         self._on_round(row)
         if self._checkpoint.rounds_without_quorum >= LOST_ROUNDS:
             what = (
                 f"round {self._server.round}: no quorum of {self._experiment.quorum} in "
-                f"{LOST_ROUNDS} rounds running"
+                f"{LOST_ROUNDS} consecutive rounds"
             )
             raise _failure(what, exchange.dropped.values(), self._experiment.learning_rate)
         return row
 
     def close(self, replies: Iterable[Message], started: float) -> dict[str, Any]:
-        """Take the final accuracies and write ``result.json``.
+        """Return the result, with the final accuracies, and write it to ``result.json``.
 
         Raises:
             FedkdError: no round had a quorum, or no client answered the closing exchange.
@@ -265,7 +265,7 @@ class Federation:
         return self._record.close(exchange, self._checkpoint, headline=headline, started=started)
 
     def _received(self, replies: Iterable[Message]) -> Exchange:
-        """Sort the replies into good reports, in order of partition, and drops with a reason."""
+        """Return the exchange with its replies sorted: good reports by partition, drops with a reason."""
         exchange = self._exchange
         assert exchange is not None
         client_of, data = self.roster.client_of(), self._server.data
@@ -276,14 +276,14 @@ class Federation:
         return exchange
 
     def _accept(self, exchange: Exchange) -> None:
-        """Have the knowledge updated, and remember what came of it."""
+        """Update the knowledge, and note in the checkpoint what the clients now have."""
         new = self._algorithm.update(_replies(exchange.reports, self._server.targets))
         self._commit(exchange)
         if new is not None:
             self._renew(new)
 
     def _commit(self, exchange: Exchange) -> None:
-        """Remember from which state these clients go on, and what they have."""
+        """Note from which state these clients continue, and what they have."""
         for report in exchange.reports:
             client = report.client
             self._checkpoint.base[client] = self._server.round
@@ -293,35 +293,43 @@ class Federation:
                 self._checkpoint.uplink[client] = report.known
 
     def _renew(self, new: Knowledge) -> None:
-        """Put new knowledge in place of the previous, and let an observing server's model digest it."""
+        """Replace the knowledge; an optional server model digests it."""
         if isinstance(new, Weights) and isinstance(self._checkpoint.knowledge, Weights):
-            # An architecture of which no client was drawn keeps its last average.
+            # An architecture without a drawn client keeps its last average.
             new = self._checkpoint.knowledge.updated(new)
         self._checkpoint.knowledge, self._checkpoint.knowledge_round = new, self._server.round
-        observes = self._algorithm.facts.server_model != "required"
-        if not observes or self._server.model is None or not isinstance(new, SoftLabels):
+        is_optional = self._algorithm.facts.server_model != "required"
+        if not is_optional or self._server.model is None or not isinstance(new, SoftLabels):
             return
         if len(new.values) == 1:
             self._server.fit(Digest(), new)
 
 
-def _restore(server: Server, kept: Checkpoint) -> None:
-    """Give a server the state that is kept of it."""
-    server.round, server.state, server.trained = kept.round, dict(kept.state), kept.trained
-    if server.model is not None and kept.model is not None:
-        server.model.load(0, kept.model)
+def _restore(server: Server, checkpoint: Checkpoint) -> None:
+    """Load the server's state from a checkpoint."""
+    server.round, server.state, server.trained = (
+        checkpoint.round,
+        dict(checkpoint.state),
+        checkpoint.trained,
+    )
+    if server.model is not None and checkpoint.model is not None:
+        server.model.load(0, checkpoint.model)
 
 
-def _note(server: Server, kept: Checkpoint) -> None:
-    """Keep the state of a server."""
-    kept.round, kept.state, kept.trained = server.round, server.state, server.trained
-    kept.model = None if server.model is None else server.model.state(0)
+def _store(server: Server, checkpoint: Checkpoint) -> None:
+    """Copy the server's state to a checkpoint."""
+    checkpoint.round, checkpoint.state, checkpoint.trained = (
+        server.round,
+        server.state,
+        server.trained,
+    )
+    checkpoint.model = None if server.model is None else server.model.state(0)
 
 
-def _failure(what: str, given: Iterable[str], rate: float) -> FedkdError:
-    """Say why clients were dropped, and what to try where their numbers grew out of bounds."""
-    reasons = sorted(set(given))
-    text = f"{what}; the clients' reasons: {'; '.join(reasons)}"
+def _failure(what: str, dropped: Iterable[str], rate: float) -> FedkdError:
+    """Return the error with the clients' reasons, and with advice if training diverged."""
+    reasons = sorted(set(dropped))
+    text = f"{what}; reasons of the clients: {'; '.join(reasons)}"
     if any("not finite" in reason or "NaN or infinity" in reason for reason in reasons):
         advice = f"training diverged at learning-rate = {rate:g}: try {rate / 10:g}"
         return DivergedError(f"{text}; {advice}")

@@ -1,4 +1,4 @@
-"""The server's side of a federation that a strategy may look at and work on."""
+"""The server as a strategy sees it: the replies of a round, its memory and its model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Replies:
 
     Attributes:
         clients: partition ids.
-        labels: their soft labels, stacked, or ``None`` if they were not asked for any.
+        labels: their soft labels, stacked, or ``None`` if none were asked for.
         class_means: their class means, or ``None``.
         weights: their weights, or ``None``.
     """
@@ -41,18 +41,18 @@ class Replies:
 
     @property
     def knowledge(self) -> Knowledge | None:
-        """The one kind that was uploaded."""
+        """The kind that was uploaded, or ``None``."""
         return self.labels or self.class_means or self.weights
 
 
 @dataclass
 class Server:
-    """What the server knows and remembers.
+    """What the server has: the data, its memory and its model.
 
     Attributes:
         experiment: the run.
         data: the data; a strategy may use the public set and its labels, nothing private.
-        round: the running round, from 1.
+        round: the current round, from 1.
         state: a strategy's memory, tensors and scalars by name; kept only if the round is accepted.
         model: the server's own model (``server-model``), a cohort of one, or ``None``.
         trained: whether that model has been trained.
@@ -86,7 +86,7 @@ class Server:
 
     @property
     def targets(self) -> Tensor | None:
-        """Labels of the public set, int64 ``[P]``, where it has any."""
+        """Labels of the public set, int64 ``[P]``, or ``None`` if it has none."""
         labels = self.data.public.labels
         return None if labels is None else labels.cpu()
 
@@ -113,16 +113,16 @@ class Server:
         samples: Tensor | None = None,
         weights: Weights | None = None,
     ) -> Weights | None:
-        """Train the server's model on the public set, or models of given weights.
+        """Train the server's model on the public set, or models with the weights that are passed.
 
         Args:
-            phase: its public terms; on an unlabelled public set those that need labels are left out.
+            phase: has the public terms; on an unlabelled public set those that need labels are left out.
             labels: soft labels to digest, K = 1.
             samples: int64 ``[N]``, public samples for a fit on hard labels alone.
-            weights: K = 1 of each architecture: trained instead of the server's model.
+            weights: K = 1 of each architecture: these are trained instead of the server's model.
 
         Returns:
-            The new weights, where weights were given. Nothing is trained on no samples.
+            The new weights if weights were passed, else ``None``. Without samples nothing is trained.
 
         Raises:
             FedkdError: soft labels of several clients, terms without what they need, or no model.
@@ -153,8 +153,8 @@ class Server:
 
         Args:
             samples: int64 ``[N]``.
-            weights: of any number of clients: one answer each, in order of partition, instead of that
-                of the server's model (K = 1).
+            weights: of any number of clients: the logits of each, in order of partition, instead of
+                those of the server's model (K = 1).
 
         Raises:
             FedkdError: there is no model.
@@ -163,7 +163,7 @@ class Server:
         if weights is None:
             if self.model is None:
                 raise FedkdError(
-                    Setting("server-model", "none"), ": there is no model to ask; name one"
+                    Setting("server-model", "none"), ": there is no model to predict with; name one"
                 )
             return SoftLabels(self.model.predict(public, samples).cpu(), "logits", samples)
         parts = weights.by_model.items()
@@ -188,7 +188,7 @@ class Server:
         return BatchStream("public", self.data.public, [samples], terms)
 
     def _terms(self, phase: Fit, labels: SoftLabels | None) -> Terms:
-        """Resolve a fit's public terms, without hard labels where there are none."""
+        """Return a fit's public terms resolved, without those on hard labels if there are none."""
         experiment = self.experiment
         has_labels = self.data.public.labels is not None
         for name in phase.public:
@@ -216,7 +216,7 @@ class Server:
         )
 
     def accuracy(self, weights: Weights | None = None) -> float | None:
-        """Return test accuracy of the given weights (mean over architectures), or of the model."""
+        """Return test accuracy of `weights` (mean over architectures), or of the trained model."""
         if weights is not None:
             parts = [
                 self._tested(self._cohort(name, part.tensors))
@@ -231,17 +231,17 @@ class Server:
         return float(accuracy(cohort.classify(test).cpu(), test.labels.cpu()))
 
     def _cohort(self, name: str, stack: Mapping[str, Tensor] | None = None) -> Cohort:
-        """Make a cohort of copies of a stack ``[K, ...]``, or of one model with initial weights."""
+        """Return a cohort of copies of a stack ``[K, ...]``, or of one model with initial weights."""
         if stack is None:
             stack = architectures_of(self.data).initial_states(name, self.experiment.seed, 1)
         device = self.data.train.device
-        own = {n: t.to(device, copy=True) for n, t in stack.items()}
-        return architectures_of(self.data).cohort(self.experiment, name, own)
+        copies = {n: t.to(device, copy=True) for n, t in stack.items()}
+        return architectures_of(self.data).cohort(self.experiment, name, copies)
 
 
 def _check_needs(name: str, term: Term, labels: SoftLabels | None) -> None:
-    """Refuse a term for whose needs the server has nothing."""
+    """Refuse a term that needs what the server has not got."""
     if term.needs == "class-means":
-        raise FedkdError(f"{name} needs class means, which public samples have not")
+        raise FedkdError(f"{name} needs class means, which public samples do not have")
     if term.needs is not None and labels is None:
-        raise FedkdError(f"{name} needs soft labels, and server.fit was given none")
+        raise FedkdError(f"{name} needs soft labels, and server.fit got none")

@@ -1,10 +1,10 @@
-"""Knowledge: what crosses the wire between clients and server.
+"""Knowledge: what clients and server exchange.
 
-Three kinds. `SoftLabels` hold what K clients think of N public samples; `ClassMeans` what each makes
-of a class on average, without a public set; `Weights` hold model parameters (for FedAvg, the usual
-baseline). A leading axis K everywhere: K repliers on the way up, K recipients on the way down, or 1 for
-knowledge that all share. A `Wire` says how soft labels are encoded, a `Rule` how the answers of clients
-become one.
+There are three kinds. `SoftLabels` are the predictions of K clients for N public samples; `ClassMeans`
+are each client's mean outputs by class, without a public set; `Weights` are model parameters (for FedAvg,
+the usual baseline). All have a leading axis K: K clients that reply on the way up, K that receive on the
+way down, or 1 for knowledge that all share. A `Wire` says how soft labels are encoded, a `Rule` how the
+answers of clients are combined.
 """
 
 from fedkd.knowledge.arrival import Sizes

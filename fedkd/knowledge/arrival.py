@@ -1,4 +1,4 @@
-"""What the receiver of knowledge knows besides the message that it came in."""
+"""What the receiver of knowledge knows besides the message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkd.errors import FedkdError
 
 @dataclass(frozen=True)
 class Sizes:
-    """What both sides know of soft labels: P public images and C classes."""
+    """Sizes of soft labels, known to both sides: P public images and C classes."""
 
     num_public: int
     num_classes: int
@@ -20,13 +20,13 @@ class Sizes:
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """What the receiver of knowledge knows of it.
+    """What the receiver knows about the knowledge in a message.
 
     Attributes:
         sizes: of the public set.
         client: partition id that it is attributed to.
-        num_examples: private images behind it.
-        samples: those that were asked for.
+        num_examples: private images that it is based on.
+        samples: int64 ``[N]``, those that were asked for, or ``None``.
     """
 
     sizes: Sizes
@@ -36,10 +36,10 @@ class Arrival:
 
 
 def taken(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """Take a tensor out of those of a message.
+    """Remove a tensor from those of a message and return it.
 
     Raises:
-        FedkdError: it is not there.
+        FedkdError: it is missing.
     """
     if name not in tensors:
         raise FedkdError(f"it has no {name} (but {shown([*tensors])})")

@@ -1,4 +1,4 @@
-"""What soft labels say: how sure, how right, and which classes they take for which."""
+"""Statistics of soft labels: entropy, accuracy, calibration and confusion of classes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def label_statistics(labels: SoftLabels, truth: Tensor | None, tau: float) -> dict[str, Any]:
-    """Say in a few numbers what soft labels say: the fields ``knowledge_...`` of a round's record.
+    """Return the statistics of soft labels: the fields ``knowledge_...`` of a round's record.
 
     Args:
-        labels: the aggregate, or all there are.
-        truth: true classes of the public images, int64 ``[P]``, or `None` where their classes are
-            others.
+        labels: the aggregate, or those of all clients.
+        truth: true classes of the public images, int64 ``[P]``, or `None` if the public set has other
+            classes.
         tau: temperature at which they are digested.
+
+    Returns:
+        The fields; none without samples.
     """
     logits, samples = _flat(labels)
     if not len(samples):
@@ -42,7 +45,7 @@ def label_statistics(labels: SoftLabels, truth: Tensor | None, tau: float) -> di
     }
     if truth is None:
         return {**fields, "knowledge_accuracy": None, "knowledge_ece": None}
-    confidences, correct = _right(logits, truth[samples])
+    confidences, correct = _confidences(logits, truth[samples])
     return {
         **fields,
         "knowledge_accuracy": float(correct.double().mean()),
@@ -51,7 +54,7 @@ def label_statistics(labels: SoftLabels, truth: Tensor | None, tau: float) -> di
 
 
 def label_details(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
-    """Say at length what soft labels say: the fields of ``knowledge.jsonl``.
+    """Return the details of soft labels: the fields of ``knowledge.jsonl``.
 
     Args:
         labels: see `label_statistics`.
@@ -72,20 +75,20 @@ def label_details(labels: SoftLabels, truth: Tensor | None) -> dict[str, Any]:
         ],
         "by": "predicted" if truth is None else "label",
         "entropy_histogram": [int(count) for count in entropies],
-        "reliability": None if truth is None else reliability(*_right(logits, rows)),
+        "reliability": None if truth is None else reliability(*_confidences(logits, rows)),
     }
 
 
 def reliability(confidences: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, list[Any]]:
-    """Sort answers into bins of confidence of equal width (Guo et al. 2017, section 2).
+    """Return answers sorted into bins of confidence of equal width (Guo et al. 2017, section 2).
 
     Args:
         confidences: 0..1, any shape.
         correct: bool, of the same shape.
-        bins: how many; bin m holds those in ((m − 1)/bins, m/bins].
+        bins: number of bins; bin m holds confidences in ((m − 1)/bins, m/bins].
 
     Returns:
-        By bin: ``count``, and the means ``confidence`` and ``accuracy``, `None` where it is empty.
+        By bin: ``count``, and the means ``confidence`` and ``accuracy``, `None` for an empty bin.
     """
     confidences, correct = confidences.flatten().double(), correct.flatten()
     place = (confidences * bins).ceil().long().sub(1).clamp(0, bins - 1)
@@ -115,12 +118,13 @@ def expected_calibration_error(bins: Mapping[str, Sequence[Any]]) -> float:
 
 
 def _flat(labels: SoftLabels) -> tuple[Tensor, Tensor]:
-    """Return all rows there are, float64 logits ``[M, C]``, and of which samples they are ``[M]``."""
+    """Return the rows that were answered, float64 logits ``[M, C]``, and their samples ``[M]``."""
     present = labels.mask.cpu()
     samples = labels.samples.cpu().expand(present.shape)
     return labels.logits.cpu().double()[present], samples[present]
 
 
-def _right(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def _confidences(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the confidence of each row ``[M]``, and whether it is correct, bool ``[M]``."""
     best = logits.softmax(-1).max(-1)
     return best.values, best.indices == truth

@@ -1,4 +1,4 @@
-"""Class means: what clients make of each class on average, without a public set."""
+"""Class means: the mean outputs of clients by class, without a public set."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from fedkd.knowledge.arrival import Arrival, Sizes, taken
 from fedkd.knowledge.soft_labels import check_simplex
 
 Output = Literal["logits", "probabilities", "features"]
-"""What class means are means of."""
+"""The outputs that class means can be means of."""
 
 LARGEST_MEAN = 1e15
-"""The largest class mean that is believed: distances to it are squared and added in float32."""
+"""The largest class mean that is accepted: distances to it are squared and added in float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassMeans:
-    """What K clients' models make of each class, averaged over their private images of it.
+    """The mean outputs of K clients' models by class, over their private images.
 
     Attributes:
         values: ``[K, C, D]``, the mean output by class (D = C, or the width of the features); zeros
             where a client has no image of a class.
-        counts: int64 ``[K, C]``, images behind each mean; 0 where a class is absent.
+        counts: int64 ``[K, C]``, number of images in each mean; 0 where a class is absent.
         clients: int64 ``[K]``, partition ids.
-        of: which output.
+        of: the output that was averaged.
 
     Raises:
         FedkdError: the shapes do not fit together.
@@ -53,7 +53,7 @@ class ClassMeans:
 
     @classmethod
     def stack(cls, answers: Sequence[ClassMeans]) -> ClassMeans:
-        """Join answers of one client each.
+        """Return the concatenation of answers of one client each.
 
         Raises:
             FedkdError: their means have different widths.
@@ -61,8 +61,8 @@ class ClassMeans:
         widths = sorted({a.values.shape[-1] for a in answers})
         if len(widths) > 1:
             raise FedkdError(
-                f"class means of widths {widths} cannot be joined: all students need features of one "
-                "width"
+                f"class means of widths {widths} cannot be combined: all students need features of "
+                "the same width"
             )
         return cls(
             torch.cat([a.values for a in answers]),
@@ -79,7 +79,7 @@ class ClassMeans:
     def nearest(self, outputs: Tensor) -> Tensor:
         """Return the class whose mean (K = 1) is nearest to each of ``[N, D]`` outputs, int64 ``[N]``.
 
-        By Euclidean distance; absent classes are nobody's, and of equal distances the first class wins.
+        By Euclidean distance. Absent classes are never returned; of equal distances, the first class is.
         """
         means = self.values[0].to(outputs)
         exactly = "donot_use_mm_for_euclid_dist"
@@ -88,7 +88,7 @@ class ClassMeans:
         return distances.masked_fill(absent, torch.inf).argmin(-1)
 
     def mean(self, weights: Tensor) -> ClassMeans:
-        """Average over clients, K = 1, with `weights` ``[K, C]`` that are 0 where nothing is to count.
+        """Return the average over clients, K = 1, with `weights` ``[K, C]``; weight 0 leaves a mean out.
 
         Accumulated in float64. A class without any weight is absent.
         """
@@ -107,7 +107,7 @@ class ClassMeans:
         return [self.values]
 
     def check(self) -> None:
-        """Refuse means that nobody can have.
+        """Refuse means that no client can have.
 
         Raises:
             FedkdError: negative counts, means too large, or probabilities off the simplex.
@@ -129,7 +129,7 @@ class ClassMeans:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> ClassMeans:
-        """Undo `tensors` and `stored_fields`."""
+        """Return the inverse of `tensors` and `stored_fields`."""
         return cls(of=fields["of"], **tensors)
 
     def to_message(self, sizes: Sizes, *, asked: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -140,15 +140,15 @@ class ClassMeans:
     def from_message(
         cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
     ) -> ClassMeans:
-        """Undo `to_message`.
+        """Return the inverse of `to_message`.
 
         Raises:
-            FedkdError: there are other tensors, or of other shapes or types.
+            FedkdError: a tensor is missing, unknown, or has a wrong shape or type.
         """
         values, counts = taken(tensors, "values"), taken(tensors, "counts")
         if tensors:
             raise FedkdError(f"class means come with {shown([*tensors])}")
-        if counts.dtype != torch.int32:  # longer ones could add up to anything
+        if counts.dtype != torch.int32:  # sums of wider ones could overflow
             raise FedkdError(f"counts are {counts.dtype}: must be torch.int32")
         means, images = values.unsqueeze(0), counts.to(torch.int64).unsqueeze(0)
         return cls(means, images, torch.tensor([arrival.client]), fields["of"])

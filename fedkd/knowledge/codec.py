@@ -1,8 +1,8 @@
-"""How soft labels cross the wire, and how many bytes that takes.
+"""Encoding of soft labels for the wire, and decoding.
 
-A `Wire` has three slots in a fixed order: the number that stands for a value, the rows that are sent,
-and how what is left is packed. `pack` and `unpack` apply it to one peer's soft labels; where only
-changed rows are sent, both ends keep a `KnownRows`, what the receiver has already.
+A `Wire` has three slots in a fixed order: the number format of a value, the rows that are sent, and how
+the result is packed. `pack` and `unpack` apply it to one peer's soft labels. Where only changed rows are
+sent, both ends keep `KnownRows`: those that the receiver already has.
 
 Everything here works on the CPU and without a loop over samples.
 """
@@ -32,16 +32,16 @@ from fedkd.knowledge.wire import Wire
 SPACES = ("logits", "probabilities")
 
 MOST_SETS = 1000
-"""The most sets of soft labels that are decoded: packed, millions of them fit into a few bytes."""
+"""The most sets of soft labels that are decoded. Packed, millions of sets fit into a few bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class KnownRows:
-    """What one peer already has of the other's soft labels, by public sample.
+    """The soft labels of one peer that the other already has, by public sample.
 
     Attributes:
         codes: ``[P, W]``, W = sets · classes, in the type of the codes.
-        known: bool ``[P]``, which rows it has.
+        known: bool ``[P]``, which rows these are.
     """
 
     codes: Tensor
@@ -49,19 +49,19 @@ class KnownRows:
 
     @classmethod
     def empty(cls, wire: Wire, num_public: int, width: int) -> KnownRows:
-        """Return one that knows nothing, for rows of `width` codes."""
+        """Return an instance without any known row, for rows of `width` codes."""
         codes = torch.zeros(num_public, width, dtype=wire.dtype)
         return cls(codes, torch.zeros(num_public, dtype=torch.bool))
 
     def fingerprint(self) -> bytes:
         """Return a fingerprint of the content: equal contents, equal fingerprints."""
-        found = blake2b(digest_size=16)
+        content_hash = blake2b(digest_size=16)
         for tensor in (self.codes, self.known):
-            found.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return found.digest()
+            content_hash.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return content_hash.digest()
 
     def updated(self, samples: Tensor, codes: Tensor) -> KnownRows:
-        """Return a copy in which the rows `samples` are `codes`; this one stays as it is."""
+        """Return a copy in which the rows `samples` are `codes`; this instance does not change."""
         new, known = self.codes.clone(), self.known.clone()
         new[samples], known[samples] = codes, True
         return KnownRows(new, known)
@@ -73,13 +73,13 @@ class Packed:
 
     Attributes:
         wire: the codec.
-        space: ``"logits"`` or ``"probabilities"``, the space that `unpack` gives back.
+        space: ``"logits"`` or ``"probabilities"``, the space of what `unpack` returns.
         sets: M, alternatives for each sample; usually 1.
         num_classes: C.
         samples: int64 ``[N]``, indices into the public set, distinct.
         arrays: ``"values"``, and ``"changed"`` (uint8 ``[ceil(N/8)]``, a bit a sample, the first in the
             highest bit) where only changed rows are sent. Their bytes are the payload. Floats that are
-            sent as they are may share memory with the values they were made of.
+            not converted may share memory with the values that were packed.
     """
 
     kind: ClassVar[str] = "soft-labels"
@@ -105,28 +105,28 @@ class Packed:
             asked: whether the samples are those that the receiver asked for, so that it knows them.
         """
         listed = None if asked else pack_samples(self.samples, sizes.num_public)
-        named = "asked" if asked else "all" if listed is None else "listed"
-        fields = {"space": self.space, "wire": str(self.wire), "sets": self.sets, "samples": named}
+        which = "asked" if asked else "all" if listed is None else "listed"
+        fields = {"space": self.space, "wire": str(self.wire), "sets": self.sets, "samples": which}
         return self.arrays if listed is None else {**self.arrays, "samples": listed}, fields
 
     @classmethod
     def from_message(
         cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
     ) -> Packed:
-        """Undo `to_message`.
+        """Return the soft labels of a message, the inverse of `to_message`.
 
         Raises:
-            FedkdError: the samples cannot be known, or there are too many sets.
+            FedkdError: the samples are not known, or there are too many sets.
         """
-        sizes, named = arrival.sizes, fields["samples"]
-        if named not in ("asked", "all", "listed"):
-            raise FedkdError(f"samples = {shown(named)}: must be asked, all or listed")
-        if named == "listed":
+        sizes, which = arrival.sizes, fields["samples"]
+        if which not in ("asked", "all", "listed"):
+            raise FedkdError(f"samples = {shown(which)}: must be asked, all or listed")
+        if which == "listed":
             samples = unpack_samples(taken(tensors, "samples"), sizes.num_public)
-        elif named == "all":
+        elif which == "all":
             samples = torch.arange(sizes.num_public)
         elif arrival.samples is None:
-            raise FedkdError("it is for samples that it does not name")
+            raise FedkdError("its samples are neither named nor asked for")
         else:
             samples = arrival.samples
         if not 0 < fields["sets"] <= MOST_SETS:
@@ -143,23 +143,23 @@ def pack(
     num_public: int,
     known: KnownRows | None = None,
 ) -> tuple[Packed, KnownRows | None]:
-    """Write soft labels for the wire.
+    """Return soft labels packed for the wire.
 
     Args:
         values: ``[M, N, C]``.
-        space: ``"logits"`` or ``"probabilities"``. On the simplex, logits cross as their softmax and
-            come back as logits.
+        space: ``"logits"`` or ``"probabilities"``. On the simplex, logits are sent as their softmax
+            and decoded as logits.
         samples: int64 ``[N]``, distinct.
         wire: the codec.
         num_public: P, samples of the public set.
-        known: what the receiver has, where only changed rows are sent; ``None`` is nothing.
+        known: the rows that the receiver has, where only changed rows are sent; ``None`` for none.
 
     Returns:
-        What to send, and the reference once the receiver has it (``None`` where all rows are sent).
-        `known` itself is not changed, so that a message that got lost can be forgotten.
+        What to send, and the rows that the receiver has afterwards (``None`` where all rows are sent).
+        `known` itself does not change, so that a message that is lost can be ignored.
 
     Raises:
-        FedkdError: shapes do not fit, or values that are to go on the simplex are not finite or are
+        FedkdError: shapes do not match, or values to be put on the simplex are not finite or are
             negative probabilities.
     """
     if values.ndim != 3:
@@ -188,39 +188,39 @@ def pack(
 def unpack(
     packed: Packed, num_public: int, known: KnownRows | None = None
 ) -> tuple[Tensor, KnownRows | None]:
-    """Read soft labels from the wire.
+    """Return the soft labels that were packed for the wire.
 
-    Whatever the arrays hold ends in soft labels of the promised shape or in an error. Whether floats are
-    finite is left to the caller, as is whether space, sets, classes and samples are what was asked for.
+    Whatever the arrays hold, the result is soft labels of the declared shape or an error. The caller
+    checks whether floats are finite, and whether space, sets, classes and samples are those asked for.
 
     Args:
-        packed: what arrived.
+        packed: what was received.
         num_public: P, samples of the public set.
-        known: what this end has, where only changed rows are sent; ``None`` is nothing.
+        known: the rows that this end has, where only changed rows are sent; ``None`` for none.
 
     Returns:
-        Values float32 ``[M, N, C]``, and the updated reference (``None`` where all rows are sent).
+        Values float32 ``[M, N, C]``, and the updated `known` (``None`` where all rows are sent).
 
     Raises:
         FedkdError: an array is missing or has a wrong type or length, a code is off the simplex, or an
-            unchanged row is one that `known` does not know.
+            unchanged row is missing in `known`.
     """
     wire, sets, classes, samples = packed.wire, packed.sets, packed.num_classes, packed.samples
     _check_header(packed.space, sets, classes, samples, num_public)
-    wanted = {"values", "changed"} if wire.rows == "changed" else {"values"}
-    if set(packed.arrays) != wanted:
+    expected = {"values", "changed"} if wire.rows == "changed" else {"values"}
+    if set(packed.arrays) != expected:
         raise FedkdError(
-            f"arrays = {sorted(map(str, packed.arrays))}: must be {sorted(wanted)} for {wire}"
+            f"arrays = {sorted(map(str, packed.arrays))}: must be {sorted(expected)} for {wire}"
         )
     if wire.rows == "all":
         codes = unpacked_codes(packed.arrays["values"], wire, len(samples), sets, classes)
         return _dequantised(codes, packed), None
     changed = read_bitmap("changed", packed.arrays["changed"], len(samples))
     base = _known_rows(known, wire, num_public, sets * classes)
-    lost = int((~changed & ~base.known[samples]).sum())
-    if lost:
+    missing = int((~changed & ~base.known[samples]).sum())
+    if missing:
         raise FedkdError(
-            f"{lost} of {len(samples)} rows are marked as unchanged, but none was received before"
+            f"{missing} of {len(samples)} rows are marked as unchanged, but none was received before"
         )
     codes = unpacked_codes(packed.arrays["values"], wire, int(changed.sum()), sets, classes)
     updated = base.updated(samples[changed], codes)
@@ -228,7 +228,7 @@ def unpack(
 
 
 def pack_samples(samples: Tensor, num_public: int) -> Tensor | None:
-    """Write an index list for the wire.
+    """Return an index list packed for the wire.
 
     Args:
         samples: integer ``[N]``, distinct, in ``0 .. num_public - 1``.
@@ -249,7 +249,7 @@ def pack_samples(samples: Tensor, num_public: int) -> Tensor | None:
 
 
 def unpack_samples(packed: Tensor | None, num_public: int) -> Tensor:
-    """Read an index list from the wire, int64 ``[N]``.
+    """Return the index list that was packed for the wire, int64 ``[N]``.
 
     Raises:
         FedkdError: neither an int32 list nor a uint8 bitmap, a wrong length, an index out of range, or
@@ -283,10 +283,10 @@ def _check_header(space: str, sets: int, classes: int, samples: Tensor, num_publ
 def _known_rows(known: KnownRows | None, wire: Wire, num_public: int, width: int) -> KnownRows:
     if known is None:
         return KnownRows.empty(wire, num_public, width)
-    found = (known.codes.dtype, tuple(known.codes.shape), tuple(known.known.shape))
-    if found != (wire.dtype, (num_public, width), (num_public,)):
+    dtype, shape = known.codes.dtype, tuple(known.codes.shape)
+    if (dtype, shape, tuple(known.known.shape)) != (wire.dtype, (num_public, width), (num_public,)):
         raise FedkdError(
-            f"the reference holds {found[0]} {list(found[1])}: must be {wire.dtype} "
+            f"the known rows are {dtype} {list(shape)}: must be {wire.dtype} "
             f"{[num_public, width]} for {wire}"
         )
     return known
@@ -300,13 +300,13 @@ def _quantised(rows: Tensor, space: str, wire: Wire) -> Tensor:
     if wire.number == "float32":
         return rows
     if wire.number == "float16":
-        # Large logits are held at the largest float16; an infinity stays one, for the receiver to refuse.
+        # Large logits become the largest float16; an infinity stays one, so that the receiver refuses it.
         limit = torch.finfo(torch.float16).max
         return torch.where(rows.isinf(), rows, rows.clamp(-limit, limit)).to(torch.float16)
     if not bool(rows.isfinite().all()):
         raise FedkdError(f"soft labels hold NaN or infinity: must be finite for {wire.number}")
     if wire.bits == 1:
-        # The first of equal ones, by numpy's word. Of the logits themselves: no rounding by a softmax.
+        # The first of equal values, as numpy guarantees. Of the logits: a softmax would round.
         winners = torch.from_numpy(rows.numpy().argmax(-1))
         return torch.zeros(rows.shape, dtype=torch.uint8).scatter_(-1, winners.unsqueeze(-1), 1)
     # In float64, so that rounding of the sum cannot move a code.
@@ -323,11 +323,11 @@ def _on_simplex(rows: Tensor, space: str) -> Tensor:
 
 
 def _nearest_codes(probabilities: Tensor, steps: int) -> Tensor:
-    """Round rows to whole numbers that sum to `steps`, as near as such a row can be.
+    """Return the rows of whole numbers that sum to `steps` nearest to `steps` times the probabilities.
 
-    Largest remainders: round down, then up where most was cut off (of equal ones, the lowest index
-    first). Going up at i instead of j changes the squared distance by 2(r_j − r_i), the remainders'
-    difference, so that this is the nearest point (in L1 as well): Q_b of Sattler et al. 2021.
+    Largest remainders: round down, then up where the remainder is largest (of equal ones, the lowest
+    index first). Rounding up at i instead of j changes the squared distance by 2(r_j − r_i), the
+    remainders' difference, so this is the nearest point (in L1 as well): Q_b of Sattler et al. 2021.
     """
     scaled = probabilities * steps
     down = scaled.floor()
@@ -343,8 +343,8 @@ def _dequantised(codes: Tensor, packed: Packed) -> Tensor:
     """Return float32 values ``[M, N, C]`` of codes ``[N, W]``.
 
     As logits, a zero code would be −inf. Here the zeros of a row share at most half a step: each counts
-    1/(2C) of one. That keeps logits moderate and the row nearest to its own code, so that a second
-    passage changes nothing.
+    as 1/(2C) of one. That keeps logits moderate and the row nearest to its own code, so that packing it
+    again changes nothing.
     """
     classes, bits = packed.num_classes, packed.wire.bits
     rows = codes.reshape(len(codes), packed.sets, classes).transpose(0, 1).to(torch.float32)
@@ -357,7 +357,7 @@ def _dequantised(codes: Tensor, packed: Packed) -> Tensor:
 
 
 def _differ(codes: Tensor, known: Tensor) -> Tensor:
-    """Return which rows differ, bool ``[N]``, bit by bit: −0.0 is not 0.0, a NaN is itself."""
+    """Return which rows differ in any bit, bool ``[N]``: −0.0 differs from 0.0, a NaN equals itself."""
     if codes.dtype != torch.uint8:
         bits = torch.int32 if codes.dtype == torch.float32 else torch.int16
         codes, known = codes.view(bits), known.view(bits)

@@ -1,4 +1,4 @@
-"""The kinds of knowledge, and what is the same for all of them."""
+"""The kinds of knowledge, and the functions that work for all of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fedkd.knowledge.soft_labels import SoftLabels
 from fedkd.knowledge.weights import Weights
 
 Knowledge: TypeAlias = SoftLabels | ClassMeans | Weights
-"""A new kind is a class with the same methods, named here."""
+"""Any kind of knowledge. A new kind is a class with the same methods that is added here."""
 
 KINDS: tuple[type[Knowledge], ...] = get_args(Knowledge)
 
 BY_NAME = {kind.kind: kind for kind in KINDS}
-"""The kinds by the names that they have in messages and in stored files."""
+"""The kinds by their names in messages and stored files."""
 
 
 def in_words(kind: type[Knowledge] | None) -> str:
-    """Return what a kind is called, such as ``"soft labels"``; ``"nothing"`` without one."""
+    """Return the name of a kind in words, such as ``"soft labels"``; ``"nothing"`` for ``None``."""
     return "nothing" if kind is None else kind.kind.replace("-", " ")
 
 
@@ -31,7 +31,7 @@ def tensors_of(knowledge: Knowledge) -> list[Tensor]:
 
 
 def require_one(knowledge: Knowledge) -> None:
-    """Refuse knowledge of several clients where one peer's copy is wanted.
+    """Refuse knowledge of several clients where one client's is needed.
 
     Raises:
         FedkdError: K is not 1.

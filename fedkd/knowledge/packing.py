@@ -1,4 +1,4 @@
-"""Numbers to bytes and back: how the codes of soft labels are packed into an array for the wire."""
+"""Packing of the codes of soft labels into an array of bytes, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 
 def packed_codes(codes: Tensor, wire: Wire, classes: int) -> Tensor:
-    """Write codes ``[n, W]`` of rows with `classes` each as the array for the wire."""
+    """Return codes ``[n, W]`` packed into the array that is sent; a row has `classes` codes a set."""
     if wire.pack == "raw":
         return codes.contiguous()
     if wire.pack == "range":
@@ -28,7 +28,7 @@ def packed_codes(codes: Tensor, wire: Wire, classes: int) -> Tensor:
     if wire.pack == "deflate" and wire.bits != 1:
         plain = codes.numpy().astype(_on_wire(wire)).tobytes()
     else:
-        # Deflated class indices are packed to bits before: a byte each costs more at ten classes.
+        # Class indices are packed to bits first: as bytes, they deflate worse at ten classes.
         plain = _to_bits(_symbols(codes, wire, classes), _width(wire, classes))
     if wire.pack == "deflate":
         plain = zlib.compress(plain, 9)
@@ -36,7 +36,11 @@ def packed_codes(codes: Tensor, wire: Wire, classes: int) -> Tensor:
 
 
 def unpacked_codes(packed: Tensor, wire: Wire, rows: int, sets: int, classes: int) -> Tensor:
-    """Return the codes ``[rows, W]`` of an array from the wire."""
+    """Return the codes ``[rows, W]`` of an array that was received.
+
+    Raises:
+        FedkdError: the array has a wrong type or length, or a code is not valid.
+    """
     shape = (rows, sets * classes)
     if wire.pack == "raw":
         _check_array("values", packed, wire.dtype, shape)
@@ -49,19 +53,19 @@ def unpacked_codes(packed: Tensor, wire: Wire, rows: int, sets: int, classes: in
 
 
 def write_bitmap(marked: Tensor) -> Tensor:
-    """Write bool ``[N]`` as bits, uint8 ``[ceil(N/8)]``, the first in the highest bit."""
+    """Return bool ``[N]`` as bits, uint8 ``[ceil(N/8)]``, the first in the highest bit."""
     return _tensor(np.packbits(marked.numpy()))
 
 
 def read_bitmap(name: str, packed: Tensor, count: int) -> Tensor:
-    """Read `count` bits, bool ``[count]``."""
+    """Return `count` bits as bool ``[count]``."""
     _check_array(name, packed, torch.uint8, (-(-count // 8),))
     bits = _from_bits(name, packed.contiguous().numpy(), count, 1)
     return torch.from_numpy(bits.astype(np.bool_))
 
 
 def check_plain(name: str, tensor: Any, ndim: int) -> None:
-    """Refuse what is no dense tensor of `ndim` dimensions on the CPU."""
+    """Refuse anything but a dense tensor of `ndim` dimensions on the CPU."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         raise FedkdError(f"{name} is a {type(tensor).__name__}: must be a dense tensor")
     if tensor.device.type != "cpu" or tensor.ndim != ndim:
@@ -72,7 +76,7 @@ def check_plain(name: str, tensor: Any, ndim: int) -> None:
 
 
 def _read_codes(packed: Tensor, wire: Wire, codes: int, classes: int) -> Tensor:
-    """Return `codes` codes, flat, of an array that is not raw."""
+    """Return the codes of an array that is not raw, flat; there are `codes` of them."""
     check_plain("values", packed, 1)
     if packed.dtype != torch.uint8:
         raise FedkdError(f"values are {packed.dtype}: must be uint8 for {wire}")
@@ -90,7 +94,7 @@ def _read_codes(packed: Tensor, wire: Wire, codes: int, classes: int) -> Tensor:
 
 
 def _symbols(codes: Tensor, wire: Wire, classes: int) -> Array:
-    """Return codes on the simplex as int64, flat; at one bit the class of each row instead."""
+    """Return codes on the simplex as int64, flat; at one bit, the class of each row instead."""
     table: Array = codes.numpy().astype(np.int64)
     return table.reshape(-1, classes).argmax(-1) if wire.bits == 1 else table.reshape(-1)
 
@@ -120,23 +124,23 @@ def _on_wire(wire: Wire) -> np.dtype[Any]:
 
 
 def _width(wire: Wire, classes: int) -> int:
-    """Return bits of a symbol: b, or at one bit ceil(log2 C) (0 for a single class)."""
+    """Return the bits of a symbol: b, or at one bit ceil(log2 C) (0 for a single class)."""
     return wire.bits if wire.bits > 1 else (classes - 1).bit_length()
 
 
 def _to_bits(symbols: Array, width: int) -> bytes:
-    """Pack whole numbers with `width` bits each, the highest first, ceil(count·width/8) bytes."""
+    """Return whole numbers packed with `width` bits each, highest first: ceil(count·width/8) bytes."""
     shifts = np.arange(width - 1, -1, -1)
     return np.packbits(((symbols[:, None] >> shifts) & 1).astype(np.uint8)).tobytes()
 
 
 def _from_bits(name: str, data: Array, count: int, width: int) -> Array:
-    """Read `count` numbers of `width` bits, int64 ``[count]``, from bytes."""
+    """Return `count` numbers of `width` bits, int64 ``[count]``, read from bytes."""
     if len(data) != -(-count * width // 8):
         raise FedkdError(f"{name}: {len(data)} bytes: must be {-(-count * width // 8)}")
     bits: Array = np.unpackbits(data)
     if bits[count * width :].any():
-        raise FedkdError(f"{name} has bits behind its end: must be 0")
+        raise FedkdError(f"{name} has bits set after its end: must be 0")
     table: Array = bits[: count * width].reshape(count, width).astype(np.int64)
     shifts = np.arange(width - 1, -1, -1)
     numbers: Array = np.bitwise_or.reduce(table << shifts, axis=1, initial=0)
@@ -144,12 +148,12 @@ def _from_bits(name: str, data: Array, count: int, width: int) -> Array:
 
 
 def _inflated(data: Array, expected: int) -> Array:
-    """Undo zlib, never far beyond the bytes that are expected."""
+    """Return what zlib compressed, reading at most one byte more than `expected`."""
     reader = zlib.decompressobj()
     try:
         plain = reader.decompress(data.tobytes(), expected + 1)
     except zlib.error as error:
-        raise FedkdError(f"values are no zlib stream: {error}") from None
+        raise FedkdError(f"values are not a zlib stream: {error}") from None
     if len(plain) != expected or not reader.eof or reader.unused_data:
         raise FedkdError(f"values do not inflate to exactly {expected} bytes")
     return np.frombuffer(plain, np.uint8)

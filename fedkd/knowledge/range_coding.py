@@ -1,7 +1,7 @@
-"""Range coding of codes on the simplex, by constriction (the extra ``codec``).
+"""Range coding of codes on the simplex, with constriction (the extra ``codec``).
 
-Adaptive, so that no model travels: rows are coded in blocks, each with the counts of all that went
-before. Counts are whole numbers, hence the same on every machine.
+It is adaptive, so that no model has to be sent: rows are coded in blocks, each with the counts of all
+blocks before it. Counts are whole numbers, hence the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from fedkd.errors import FedkdError
 Array = npt.NDArray[Any]
 
 FIRST_BLOCK = 16
-"""Rows that range coding codes with an untrained model; every later block doubles what is known."""
+"""Rows that are coded with an untrained model; every later block doubles the number of rows."""
 
 
 class _Coder(Protocol):
-    """Writes symbols and returns them; a reader takes no notice of them and returns those it read."""
+    """A writer codes symbols and returns them; a reader ignores them and returns those it read."""
 
     def one(self, weights: Array, symbols: Array) -> Array:
         """Code symbols ``[n]`` under one distribution, `weights` ``[A]``."""
 
     def each(self, weights: Array, symbols: Array) -> Array:
-        """Code symbols ``[n]`` under a distribution each, `weights` ``[n, A]``."""
+        """Code symbols ``[n]`` under one distribution each, `weights` ``[n, A]``."""
 
     def even(self, sizes: Array, symbols: Array) -> Array:
-        """Code symbols ``[n]``, all alike below `sizes` ``[n]`` (>= 2)."""
+        """Code symbols ``[n]``, uniform below `sizes` ``[n]`` (>= 2)."""
 
 
 class _Writer:
@@ -74,8 +74,8 @@ class _Reader:
     def _read(self, *arguments: Any) -> Array:
         try:
             symbols: Array = self._coder.decode(*arguments)
-        except (AssertionError, ValueError) as error:  # what it raises for data that nobody wrote
-            raise FedkdError(f"values are no range code: {error}") from None
+        except (AssertionError, ValueError) as error:  # raised for bytes that no encoder wrote
+            raise FedkdError(f"values are not a range code: {error}") from None
         return symbols.astype(np.int64)
 
 
@@ -92,7 +92,7 @@ def _int32(array: Array) -> Array:
 
 
 def range_coded(symbols: Array, bits: int, classes: int) -> bytes:
-    """Write symbols, int64 ``[n]``: codes of `bits` bits, row after row, or at one bit classes.
+    """Return the bytes of symbols, int64 ``[n]``: codes of `bits` bits, row by row; at one bit, classes.
 
     Raises:
         FedkdError: constriction is not installed.
@@ -103,17 +103,17 @@ def range_coded(symbols: Array, bits: int, classes: int) -> bytes:
 
 
 def range_decoded(data: bytes, count: int, bits: int, classes: int) -> Array:
-    """Read `count` symbols, int64.
+    """Return `count` symbols, int64 ``[count]``.
 
     Raises:
-        FedkdError: nobody wrote these bytes for so many symbols, or constriction is not installed.
+        FedkdError: the bytes are not the code of so many symbols, or constriction is not installed.
     """
     if len(data) % 4:
         raise FedkdError(f"values have {len(data)} bytes: must be a multiple of 4 for range coding")
     symbols = _walk(_Reader(data), np.zeros(count, np.int64), bits, classes)
-    # A reader makes something of anything, also of too few bytes: only one text writes these symbols.
+    # A reader decodes any bytes, even too few, but the code of these symbols is unique.
     if range_coded(symbols, bits, classes) != data:
-        raise FedkdError("values are no range code: their symbols are written otherwise")
+        raise FedkdError("values are not a range code: their symbols have another code")
     return symbols
 
 
@@ -125,7 +125,7 @@ def _walk(coder: _Coder, symbols: Array, bits: int, classes: int) -> Array:
 
 
 def _blocks(count: int) -> Iterator[slice]:
-    """Split 0 .. count - 1 into blocks that double what is known."""
+    """Yield blocks of 0 .. count - 1, each as long as all before it together."""
     start = 0
     while start < count:
         stop = max(FIRST_BLOCK, 2 * start)
@@ -136,7 +136,7 @@ def _blocks(count: int) -> Iterator[slice]:
 def _walk_classes(coder: _Coder, winners: Array, classes: int) -> Array:
     if classes == 1:
         return np.zeros_like(winners)
-    counts = np.ones(classes)  # every class counts half an occurrence beforehand
+    counts = np.ones(classes)  # every class starts with half an occurrence
     for block in _blocks(len(winners)):
         winners[block] = coder.one(counts, winners[block])
         counts += 2 * np.bincount(winners[block], minlength=classes)
@@ -146,10 +146,10 @@ def _walk_classes(coder: _Coder, winners: Array, classes: int) -> Array:
 def _walk_rows(coder: _Coder, rows: Array, bits: int) -> Array:
     """Code rows of codes ``[n, C]``, class by class.
 
-    Of what is left of a row's steps, a class takes q. Nearly always that is next to nothing or nearly
-    all, so the symbol says which end is nearer and the bit length of the distance to it, under a
-    distribution that depends on what is left; the rest of the distance follows with even odds. The last
-    class takes what is left, and a row with nothing left is finished.
+    Each class takes q of a row's remaining steps. Nearly always q is almost nothing or almost all, so the
+    symbol says which end is nearer and the bit length of the distance to it, under a distribution that
+    depends on the remaining steps; the lower bits of the distance follow with a uniform distribution.
+    The last class takes the remaining steps, and a row without any is finished.
     """
     steps = (1 << bits) - 1
     counts = np.ones((bits + 1, 2 * bits))
@@ -169,7 +169,7 @@ _BIT_LENGTH = np.array([n.bit_length() for n in range(256)])
 
 
 def _walk_column(coder: _Coder, taken: Array, left: Array, counts: Array, steps: int) -> Array:
-    """Code how much of `left` ``[n]`` (>= 1) each row takes for one class; train `counts`."""
+    """Code and return how much of `left` ``[n]`` (>= 1) each row takes for one class; update `counts`."""
     # The state of a row: the bit length of what is left, and one more for "nothing taken yet".
     state = np.where(left == steps, len(counts) - 1, _BIT_LENGTH[left] - 1)
     near_all = 2 * taken > left
@@ -183,5 +183,5 @@ def _walk_column(coder: _Coder, taken: Array, left: Array, counts: Array, steps:
     rest[long] = coder.even(top[long], (distance - top)[long])
     distance = top + rest
     if bool((distance > left).any()):
-        raise FedkdError("values are no range code: a row takes more than there is")
+        raise FedkdError("values are not a range code: a row takes more steps than remain")
     return np.where(symbol & 1, left - distance, distance)

@@ -1,11 +1,11 @@
-"""Robust combination of soft labels: what to put in the place of a mean, by composition.
+"""Robust combination of soft labels: rules that replace the mean over clients.
 
-A rule takes what K clients say of N samples and gives one answer a sample, over the clients that
-answered that sample. A strategy offers them by a setting ``combine: Rule = "mean"`` and calls
-`combine_probabilities` or `combine_logits` where its paper has a mean over clients.
+A rule combines the answers of K clients for N samples into one answer a sample, over the clients that
+answered that sample. A strategy offers the rules as a setting ``combine: Rule = "mean"`` and calls
+`combine_probabilities` or `combine_logits` where its paper takes a mean over clients.
 
-All rules are pure and vectorised over samples; except for ``"mean"`` they give bit for bit the same
-whatever the order of clients. They compute in float64 and return the type of their input.
+All rules are pure and vectorised over samples. Except for ``"mean"``, the result is bit for bit the same
+in any order of clients. They compute in float64 and return the type of their input.
 """
 
 from __future__ import annotations
@@ -19,26 +19,29 @@ from fedkd.errors import FedkdError
 from fedkd.knowledge.soft_labels import SoftLabels, Space
 
 Rule = Literal["mean", "median", "trimmed-mean", "geometric-median"]
-"""How the answers of clients become one; see `combine`."""
+"""How the answers of clients are combined; see `combine`."""
 
 TRIM = 0.2
 """Share of clients that ``"trimmed-mean"`` drops at each end."""
 
 _STEPS = 200
 _CLOSE = 1e-12
-"""Of the spread of a sample's answers: less is no distance."""
+"""Share of the spread of a sample's answers below which a distance counts as 0."""
 
 
 def combine_probabilities(labels: SoftLabels, rule: Rule) -> Tensor:
-    """Combine the clients' probabilities, ``[N, C]``; at ``"mean"`` `labels.mean_probabilities()`."""
+    """Return the clients' combined probabilities ``[N, C]``.
+
+    For ``"mean"`` they are `labels.mean_probabilities()`.
+    """
     return combine(labels.probabilities, labels.mask, rule)
 
 
 def combine_logits(labels: SoftLabels, rule: Rule) -> Tensor:
-    """Combine the clients' logits, ``[N, C]``; at ``"mean"`` `labels.mean_logits()`.
+    """Return the clients' combined logits ``[N, C]``; for ``"mean"`` they are `labels.mean_logits()`.
 
-    Logits have an arbitrary constant a row, which the coordinate-wise rules do not see through:
-    clients whose networks differ much are better combined by probabilities.
+    Each row of logits has an arbitrary constant, which distorts the coordinate-wise rules: clients with
+    very different networks are better combined by probabilities.
     """
     return combine(labels.logits, labels.mask, rule, space="logits")
 
@@ -50,35 +53,37 @@ def combine(
     space: Space = "probabilities",
     trim: float = TRIM,
 ) -> Tensor:
-    """Combine what clients say, sample by sample, over those that answered.
+    """Return the combined answers, sample by sample, over the clients that answered.
 
     The coordinate-wise rules (``"median"``, ``"trimmed-mean"``) leave the simplex: their rows are
-    divided by their sum. Where that is 0, as where all are sure and no class has half of the clients,
-    they say nothing, and the mean is taken.
+    divided by their sum. Where the sum is 0, as when all clients are sure and no class has half of
+    them, the mean is taken instead.
 
     Args:
         values: ``[K, N, C]`` in `space`.
-        mask: bool ``[K, N]``, who answered what; the values of who did not are ignored.
+        mask: bool ``[K, N]``, which client answered which sample; other values are ignored.
         rule: ``"mean"``, ``"median"`` (of each class), ``"trimmed-mean"`` (of each class, without the
             `trim` · K least and largest) or ``"geometric-median"`` (the point with the least sum of
             distances to the clients' rows).
-        space: whether rows are probabilities, which stay on the simplex, or logits.
+        space: whether rows are probabilities (the result is on the simplex) or logits.
         trim: share of the clients dropped at each end by ``"trimmed-mean"``.
 
     Returns:
-        ``[N, C]``; zeros where nobody answered, as in a mean of `SoftLabels`.
+        ``[N, C]``; zeros where no client answered, as in a mean of `SoftLabels`.
 
     Raises:
         FedkdError: an unknown rule, a `trim` out of range, or negative probabilities.
     """
     if rule not in get_args(Rule):
         raise FedkdError(f"combine = {rule!r}: must be one of {', '.join(get_args(Rule))}")
-    given = SoftLabels(values, space, mask=mask)
-    mean_NC = given.mean_probabilities() if space == "probabilities" else given.mean_logits()
+    labels = SoftLabels(values, space, mask=mask)
+    mean_NC = labels.mean_probabilities() if space == "probabilities" else labels.mean_logits()
     if rule == "mean":
         return mean_NC
     if space == "probabilities" and bool((values < 0).logical_and(mask.unsqueeze(-1)).any()):
-        raise FedkdError("negative probabilities cannot be combined; of logits say space='logits'")
+        raise FedkdError(
+            "negative probabilities cannot be combined; for logits, pass space='logits'"
+        )
     if rule == "geometric-median":
         return geometric_median(values, mask)
     chosen_NC = (
@@ -91,9 +96,10 @@ def combine(
 
 
 def coordinate_median(values: Tensor, mask: Tensor) -> Tensor:
-    """Median of each class over the clients that answered (Yin et al. 2018, arXiv:1803.01498, def. 1).
+    """Return the median of each class over the clients that answered.
 
-    Of an even number the mean of the two in the middle (``torch.median`` takes the lower one).
+    Definition 1 of Yin et al. 2018, arXiv:1803.01498. For an even number, it is the mean of
+    the two in the middle (``torch.median`` takes the lower one).
 
     Args:
         values: ``[K, N, C]``.
@@ -108,7 +114,7 @@ def coordinate_median(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def trimmed_mean(values: Tensor, mask: Tensor, share: float = TRIM) -> Tensor:
-    """Mean of each class without its least and largest values (Yin et al. 2018, definition 2).
+    """Return the mean of each class without its least and largest values (Yin et al. 2018, definition 2).
 
     Args:
         values: ``[K, N, C]``.
@@ -124,30 +130,30 @@ def trimmed_mean(values: Tensor, mask: Tensor, share: float = TRIM) -> Tensor:
     if not 0 <= share < 0.5:
         raise FedkdError(f"trim = {share}: must be at least 0 and below 0.5")
     sorted_KNC, answered_N = _sorted(values, mask)
-    # 0.29 · 100 is 28.999999999999996: a share that is meant to give a whole number shall give it.
+    # 0.29 · 100 is 28.999999999999996: a share meant to give a whole number must give it.
     dropped_N = (share * answered_N.double() + 1e-9).floor().long()
     dropped_N = dropped_N.minimum((answered_N - 1).clamp_min(0) // 2)
     rank_K1 = torch.arange(len(values), device=values.device).unsqueeze(-1)
-    kept_KN = (rank_K1 >= dropped_N) & (rank_K1 < answered_N - dropped_N)
-    total_NC = torch.where(kept_KN.unsqueeze(-1), sorted_KNC, 0.0).sum(0)
-    return (total_NC / kept_KN.sum(0).clamp_min(1).unsqueeze(-1)).to(values.dtype)
+    is_kept_KN = (rank_K1 >= dropped_N) & (rank_K1 < answered_N - dropped_N)
+    total_NC = torch.where(is_kept_KN.unsqueeze(-1), sorted_KNC, 0.0).sum(0)
+    return (total_NC / is_kept_KN.sum(0).clamp_min(1).unsqueeze(-1)).to(values.dtype)
 
 
 def geometric_median(values: Tensor, mask: Tensor) -> Tensor:
-    """Point with the least sum of Euclidean distances to the rows of the clients that answered.
+    """Return the point with the least sum of distances to the rows of the clients that answered.
 
-    Weiszfeld's iteration from the mean, in which a row that is hit does not pull; each sample stops by
-    itself. As the iteration creeps towards a median that is itself a row, the nearest row is taken in the
-    end where it is better. In its slowest cases (three rows seen at nearly 120°) the sum of distances is
-    least to about 1e-5 of their spread. As a convex combination of rows, the median of probabilities is
-    on the simplex.
+    Distances are Euclidean. This is Weiszfeld's iteration from the mean; a row that it hits does not
+    pull, and each sample stops on its own. As the iteration converges slowly to a median that is itself
+    a row, the nearest row is taken at the end where it is better. In the slowest cases (three rows seen
+    at nearly 120°) the sum of distances is minimal to about 1e-5 of their spread. As a convex
+    combination of rows, the median of probabilities is on the simplex.
 
     Args:
         values: ``[K, N, C]``.
         mask: bool ``[K, N]``.
 
     Returns:
-        ``[N, C]``. Of two rows the middle.
+        ``[N, C]``; for two rows, their mean.
     """
     rows_KNC, answered_KN = in_canonical_order(values.double(), mask)
     answered_N = answered_KN.sum(0).clamp_min(1)
@@ -164,7 +170,7 @@ def geometric_median(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def in_canonical_order(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the clients of each sample by their rows, so that what follows cannot depend on their order.
+    """Return the clients of each sample sorted by their rows, so that their order cannot matter.
 
     Rows are compared class by class; those of clients that did not answer become zeros and come last.
 
@@ -173,18 +179,18 @@ def in_canonical_order(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mask: bool ``[K, N]``.
 
     Returns:
-        The sorted rows ``[K, N, C]`` and who answered ``[K, N]`` in the same order.
+        The sorted rows ``[K, N, C]``, and the mask ``[K, N]`` in the same order.
     """
     rows_KNC = values.masked_fill(~mask.unsqueeze(-1), 0.0)
     order_KN = torch.arange(len(values), device=values.device).unsqueeze(-1).expand(mask.shape)
-    for column_KN in (*rows_KNC.unbind(-1)[::-1], ~mask):  # the last one sorted by decides
+    for column_KN in (*rows_KNC.unbind(-1)[::-1], ~mask):  # the last sort decides
         ranks_KN = column_KN.gather(0, order_KN).argsort(stable=True, dim=0)
         order_KN = order_KN.gather(0, ranks_KN)
     return rows_KNC.gather(0, order_KN.unsqueeze(-1).expand(values.shape)), mask.gather(0, order_KN)
 
 
 def _sorted(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort each class over clients, absent ones last (as 0); and count who answered, ``[N]``."""
+    """Return each class sorted over clients, absent ones last (as 0), and how many answered, ``[N]``."""
     answered_N = mask.sum(0)
     filled_KNC = values.double().masked_fill(~mask.unsqueeze(-1), torch.inf)
     sorted_KNC = filled_KNC.sort(0).values
@@ -192,19 +198,19 @@ def _sorted(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _at(sorted_KNC: Tensor, rank_N: Tensor) -> Tensor:
-    """Take the value of one rank a sample, ``[N, C]``."""
+    """Return the values of one rank a sample, ``[N, C]``."""
     index_1NC = rank_N.view(1, -1, 1).expand(1, *sorted_KNC.shape[1:])
     return sorted_KNC.gather(0, index_1NC).squeeze(0)
 
 
 def _distances(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor) -> Tensor:
-    """Euclidean distances ``[K, N]``, 0 for who did not answer."""
+    """Return Euclidean distances ``[K, N]``, 0 for clients that did not answer."""
     distances_KN = (rows_KNC - centre_NC).norm(dim=-1)
     return torch.where(answered_KN, distances_KN, 0.0)
 
 
 def _weiszfeld(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor, close_N: Tensor) -> Tensor:
-    """One step ``[N, C]``: to the mean of the rows weighted by 1 / distance."""
+    """Return one step ``[N, C]``: to the mean of the rows weighted by 1 / distance."""
     distances_KN = _distances(rows_KNC, centre_NC, answered_KN)
     weights_KN = torch.where(distances_KN > close_N, 1 / distances_KN, 0.0)
     pull_NC = torch.einsum("kn,knc->nc", weights_KN, rows_KNC - centre_NC)
@@ -212,7 +218,7 @@ def _weiszfeld(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor, close_N
 
 
 def _or_nearest(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor) -> Tensor:
-    """Take the row nearest to the centre where its sum of distances is smaller, ``[N, C]``."""
+    """Return the centre, or the row nearest to it if its sum of distances is smaller, ``[N, C]``."""
     distances_KN = _distances(rows_KNC, centre_NC, answered_KN)
     nearest_N = torch.where(answered_KN, distances_KN, torch.inf).argmin(0)
     row_NC = _at(rows_KNC, nearest_N)

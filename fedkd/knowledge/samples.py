@@ -1,4 +1,4 @@
-"""The rule for public samples, wherever they come from: each at most once, and of the public set."""
+"""The check of public samples: distinct indices into the public set."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fedkd.errors import FedkdError
 
 
 def check_samples(samples: object, num_public: int) -> Tensor:
-    """Return `samples` if they are public samples: int64 ``[N]``, distinct, ``0 .. num_public - 1``.
+    """Return `samples` if they are valid: int64 ``[N]``, distinct, ``0 .. num_public - 1``.
 
     Raises:
         FedkdError: they are not; the text says what is wrong.
     """
     if not isinstance(samples, Tensor) or samples.dtype != torch.int64 or samples.ndim != 1:
-        found = shown(samples)
+        description = shown(samples)
         if isinstance(samples, Tensor):
-            found = f"{samples.dtype} {list(samples.shape)}"
-        raise FedkdError(f"samples are {found}: must be an int64 tensor [N]")
+            description = f"{samples.dtype} {list(samples.shape)}"
+        raise FedkdError(f"samples are {description}: must be an int64 tensor [N]")
     if len(samples) == 0:
         return samples
     if len(samples) > num_public:

@@ -1,4 +1,4 @@
-"""Soft labels: what clients think of public samples."""
+"""Soft labels: the predictions of clients for public samples."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SIMPLEX_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False, init=False)
 class SoftLabels:
-    """What K clients think of N public samples.
+    """The predictions of K clients for N public samples.
 
     Attributes:
         values: ``[K, N, C]`` in the space named by `space`.
         space: ``"logits"`` or ``"probabilities"``.
         samples: int64 ``[N]``, indices into the public set, distinct.
         clients: int64 ``[K]``, partition ids.
-        num_examples: int64 ``[K]``, private images behind each client's answer.
+        num_examples: int64 ``[K]``, private images of each client.
         mask: bool ``[K, N]``, which samples each client answered.
-        targets: int64 ``[N]``, the public labels, or ``None`` where there are none.
+        targets: int64 ``[N]``, the public labels, or ``None`` if there are none.
 
     Raises:
-        FedkdError: shapes or space do not fit together; the text names both.
+        FedkdError: the space is unknown, or shapes do not match; the text names them.
     """
 
     kind: ClassVar[str] = Packed.kind
@@ -79,8 +79,8 @@ class SoftLabels:
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
-        wanted = {"samples": (n,), "clients": (k,), "num_examples": (k,), "mask": (k, n)}
-        for name, shape in {**wanted, **({"targets": (n,)} if targets is not None else {})}.items():
+        shapes = {"samples": (n,), "clients": (k,), "num_examples": (k,), "mask": (k, n)}
+        for name, shape in {**shapes, **({"targets": (n,)} if targets is not None else {})}.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise FedkdError(
                     f"{name} of soft labels has shape {tuple(getattr(self, name).shape)}: must be "
@@ -89,17 +89,17 @@ class SoftLabels:
 
     @classmethod
     def shared(cls, values: Tensor, samples: Tensor, space: Space) -> SoftLabels:
-        """Wrap ``[N, C]`` as knowledge that is the same for all (K = 1)."""
+        """Return ``[N, C]`` as knowledge that is the same for all clients (K = 1)."""
         return cls(values.unsqueeze(0), space, samples)
 
     @classmethod
     def stack(cls, answers: Sequence[SoftLabels], targets: Tensor | None = None) -> SoftLabels:
-        """Join answers of one client each: the union of their samples, masked.
+        """Return answers of one client each as one, for the union of their samples, masked.
 
-        `targets` are the labels of the whole public set, where it has any. Samples nobody answered do
-        not appear. At least one answer is needed; all share space and C.
+        `targets` are the labels of the whole public set, if it has any. Samples that no client answered
+        are left out. At least one answer is needed; all must have the same space and C.
         """
-        samples, values, mask = _same_samples(answers) or _united(answers)
+        samples, values, mask = _same_samples(answers) or _different_samples(answers)
         return cls(
             values,
             answers[0].space,
@@ -112,7 +112,7 @@ class SoftLabels:
 
     @property
     def logits(self) -> Tensor:
-        """``[K, N, C]``; log p of probabilities (their logits up to a constant a row), kept finite."""
+        """``[K, N, C]``; of probabilities log p (their logits up to a constant a row), kept finite."""
         if self.space == "logits":
             return self.values
         return self.values.clamp_min(torch.finfo(self.values.dtype).tiny).log()
@@ -123,11 +123,11 @@ class SoftLabels:
         return self.values.softmax(-1) if self.space == "logits" else self.values
 
     def mean_logits(self) -> Tensor:
-        """Plain mean over the clients that answered, ``[N, C]``."""
+        """Return the plain mean over the clients that answered, ``[N, C]``; 0 where none did."""
         return self._mean(self.logits)
 
     def mean_probabilities(self) -> Tensor:
-        """Plain mean over the clients that answered, ``[N, C]``."""
+        """Return the plain mean over the clients that answered, ``[N, C]``; 0 where none did."""
         return self._mean(self.probabilities)
 
     def _mean(self, values: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class SoftLabels:
         return (total / answered.sum(0).clamp_min(1)).to(values.dtype)
 
     def keep(self, rows: Tensor) -> SoftLabels:
-        """Keep the samples `rows`, bool ``[N]`` or positions."""
+        """Return the soft labels of the samples `rows`, bool ``[N]`` or positions."""
         return SoftLabels(
             self.values[:, rows],
             self.space,
@@ -156,7 +156,7 @@ class SoftLabels:
         """Refuse probabilities off the simplex.
 
         Raises:
-            FedkdError: the text says which.
+            FedkdError: see `check_simplex`.
         """
         if self.space == "probabilities":
             check_simplex(self.values[self.mask])
@@ -171,11 +171,11 @@ class SoftLabels:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> SoftLabels:
-        """Undo `tensors` and `stored_fields`."""
+        """Return the inverse of `tensors` and `stored_fields`."""
         return cls(space=fields["space"], **tensors)
 
     def to_message(self, sizes: Sizes, *, asked: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return these as they are (K = 1): see `Packed.to_message`."""
+        """Return these without encoding (K = 1): see `Packed.to_message`."""
         packed, _ = self.pack(PLAIN, sizes.num_public)
         return packed.to_message(sizes, asked=asked)
 
@@ -183,13 +183,13 @@ class SoftLabels:
     def from_message(
         cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
     ) -> Packed:
-        """Read soft labels as they came, which `unpack` decodes: see `Packed.from_message`."""
+        """Return soft labels still encoded, for `unpack`: see `Packed.from_message`."""
         return Packed.from_message(tensors, fields, arrival)
 
     def pack(
         self, wire: Wire, num_public: int, known: KnownRows | None = None
     ) -> tuple[Packed, KnownRows | None]:
-        """Encode all K of these for one peer; see `fedkd.knowledge.codec.pack`."""
+        """Return all K of these encoded for one peer; see `fedkd.knowledge.codec.pack`."""
         values = self.values.detach().cpu().float()
         return pack(values, self.space, self.samples.cpu(), wire, num_public, known)
 
@@ -201,12 +201,12 @@ class SoftLabels:
         known: KnownRows | None = None,
         owner: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[SoftLabels, KnownRows | None]:
-        """Decode what `pack` encoded.
+        """Return what `pack` encoded, decoded.
 
         Args:
-            packed: as it came.
+            packed: as it was received.
             num_public: P.
-            known: what this side has already of the peer's soft labels.
+            known: what this side already has of the peer's soft labels.
             owner: clients and num_examples, ``[K]`` each.
 
         Raises:
@@ -218,7 +218,7 @@ class SoftLabels:
 
 
 def check_simplex(rows: Tensor) -> None:
-    """Refuse rows ``[..., C]`` that are no probabilities.
+    """Refuse rows ``[..., C]`` that are not probabilities.
 
     Raises:
         FedkdError: negative ones, or a sum that is not 1.
@@ -227,11 +227,15 @@ def check_simplex(rows: Tensor) -> None:
         raise FedkdError("holds negative probabilities")
     off = float((rows.sum(-1) - 1).abs().amax()) if rows.numel() else 0.0
     if off > SIMPLEX_TOLERANCE:
-        raise FedkdError(f"holds rows of probabilities that miss a sum of 1 by {off:.3g}")
+        raise FedkdError(f"holds rows of probabilities whose sums differ from 1 by {off:.3g}")
 
 
 def _same_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Join answers that are all complete and for the same sorted samples, as most are: one copy."""
+    """Concatenate answers that are complete and for the same sorted samples, as most are.
+
+    Returns:
+        Samples, values and mask, made by one copy; ``None`` for other answers.
+    """
     samples = answers[0].samples
     alike = all(a.samples is samples or torch.equal(a.samples, samples) for a in answers)
     if not alike or not bool((samples.diff() > 0).all()):
@@ -240,15 +244,15 @@ def _same_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor
     return (samples, torch.cat([a.values for a in answers]), mask) if bool(mask.all()) else None
 
 
-def _united(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor]:
-    """Join answers for the union of their samples."""
+def _different_samples(answers: Sequence[SoftLabels]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return samples, values and mask of answers for the union of their samples."""
     samples = torch.cat([a.samples[a.mask[0]] for a in answers]).unique()
     first = answers[0].values
     values = first.new_zeros(len(answers), len(samples), first.shape[-1])
     mask = torch.zeros(values.shape[:2], dtype=torch.bool, device=first.device)
     for k, answer in enumerate(answers):
-        given = answer.mask[0]
-        rows = torch.searchsorted(samples, answer.samples[given])
-        values[k].index_copy_(0, rows, answer.values[0, given])
+        answered = answer.mask[0]
+        rows = torch.searchsorted(samples, answer.samples[answered])
+        values[k].index_copy_(0, rows, answer.values[0, answered])
         mask[k].index_fill_(0, rows, True)
     return samples, values, mask

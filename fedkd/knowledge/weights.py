@@ -27,7 +27,7 @@ class ModelWeights:
     num_examples: Tensor
 
     def average(self) -> ModelWeights:
-        """Mean weighted by `num_examples` (McMahan et al. 2017, algorithm 1), K = 1.
+        """Return the mean weighted by `num_examples` (McMahan et al. 2017, algorithm 1), K = 1.
 
         Accumulated in float64; integer buffers are rounded.
         """
@@ -47,7 +47,7 @@ class ModelWeights:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Model parameters, by architecture: only like is averaged with like."""
+    """Model parameters, by architecture; averages are taken within each architecture only."""
 
     kind: ClassVar[str] = "weights"
     message_fields: ClassVar[dict[str, type]] = {"model": str}
@@ -56,30 +56,30 @@ class Weights:
 
     @classmethod
     def stack(cls, answers: Sequence[Weights]) -> Weights:
-        """Join answers of one client each."""
-        found: dict[str, list[ModelWeights]] = {}
+        """Return the concatenation of answers of one client each."""
+        by_model: dict[str, list[ModelWeights]] = {}
         for answer in answers:
             for name, weights in answer.by_model.items():
-                found.setdefault(name, []).append(weights)
-        return cls({name: _joined(weights) for name, weights in found.items()})
+                by_model.setdefault(name, []).append(weights)
+        return cls({name: _concatenated(weights) for name, weights in by_model.items()})
 
     def average(self) -> Weights:
-        """Average within each architecture, K = 1."""
+        """Return the averages within each architecture, K = 1."""
         return Weights({name: weights.average() for name, weights in self.by_model.items()})
 
     def updated(self, newer: Weights) -> Weights:
-        """Return these with `newer` in their place for the architectures that it has."""
+        """Return these weights, replaced by `newer` for the architectures that it has."""
         return Weights({**self.by_model, **newer.by_model})
 
     def of(self, clients: Tensor) -> Weights:
-        """Return those of some clients (int64 partition ids), dropping architectures without clients."""
-        found = {}
+        """Return the weights of some clients (int64 partition ids), without empty architectures."""
+        selected = {}
         for name, part in self.by_model.items():
             rows = torch.isin(part.clients, clients).nonzero().flatten()
             if len(rows):
                 tensors = {n: tensor[rows] for n, tensor in part.tensors.items()}
-                found[name] = ModelWeights(tensors, part.clients[rows], part.num_examples[rows])
-        return Weights(found)
+                selected[name] = ModelWeights(tensors, part.clients[rows], part.num_examples[rows])
+        return Weights(selected)
 
     def only(self, model: str) -> Weights:
         """Return the part that a client with architecture `model` can load."""
@@ -90,15 +90,15 @@ class Weights:
         return [tensor for part in self.by_model.values() for tensor in part.tensors.values()]
 
     def check(self) -> None:
-        """Refuse nothing: finite weights of any size may be right."""
+        """Do nothing: finite weights of any size can be valid."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, as they are stored."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for number, part in enumerate(self.by_model.values()):
-            found |= {f"{number}/tensors/{name}": tensor for name, tensor in part.tensors.items()}
-            found |= {f"{number}/clients": part.clients, f"{number}/examples": part.num_examples}
-        return found
+            tensors |= {f"{number}/tensors/{name}": tensor for name, tensor in part.tensors.items()}
+            tensors |= {f"{number}/clients": part.clients, f"{number}/examples": part.num_examples}
+        return tensors
 
     def stored_fields(self) -> dict[str, Any]:
         """Return what is stored beside the tensors."""
@@ -106,7 +106,7 @@ class Weights:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Weights:
-        """Undo `tensors` and `stored_fields`."""
+        """Return the inverse of `tensors` and `stored_fields`."""
         parts = {}
         for number, model in enumerate(fields["models"]):
             start = f"{number}/tensors/"
@@ -124,13 +124,13 @@ class Weights:
     def from_message(
         cls, tensors: dict[str, Tensor], fields: dict[str, Any], arrival: Arrival
     ) -> Weights:
-        """Undo `to_message`."""
+        """Return the inverse of `to_message`."""
         stacked = {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
         owner = torch.tensor([arrival.client]), torch.tensor([arrival.num_examples])
         return cls({fields["model"]: ModelWeights(stacked, *owner)})
 
 
-def _joined(weights: Sequence[ModelWeights]) -> ModelWeights:
+def _concatenated(weights: Sequence[ModelWeights]) -> ModelWeights:
     return ModelWeights(
         {name: torch.cat([w.tensors[name] for w in weights]) for name in weights[0].tensors},
         torch.cat([w.clients for w in weights]),

@@ -1,4 +1,4 @@
-"""The codec of one direction by its name, such as ``simplex:1+changed+range``."""
+"""The codec of one direction, parsed from a name such as ``simplex:1+changed+range``."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Wire:
 
     @classmethod
     def parse(cls, text: str) -> Wire:
-        """Read ``"simplex:1+changed+range"``: the slots in their order, each may be left out.
+        """Return the codec of a text such as ``"simplex:1+changed+range"``; any slot may be left out.
 
         Raises:
-            FedkdError: the text is none; it begins with ``codec = '...'``.
+            FedkdError: the text is not a codec; the message begins with ``codec = '...'``.
         """
         try:
             return cls(**_slots(text))
@@ -71,7 +71,7 @@ class Wire:
 
     @property
     def steps(self) -> int:
-        """What the codes of a row on the simplex sum to, 2^b − 1."""
+        """The sum of the codes of a row on the simplex, 2^b − 1."""
         return (1 << self.bits) - 1
 
     @property
@@ -85,28 +85,29 @@ PLAIN = Wire()
 
 def _slots(text: str) -> dict[str, str]:
     order = {"number": NUMBERS, "rows": ROWS, "pack": PACKS}
-    found: dict[str, str] = {}
+    words: dict[str, str] = {}
     left = list(order)
     for word in str(text).split("+"):
         slot = next((s for s in order if word in order[s]), None)
         if slot is None:
-            known = [w for words in order.values() for w in words]
+            known = [name for names in order.values() for name in names]
             raise FedkdError(
-                f"{word!r} is none of {', '.join(known)}{nearest(word, known)}; an example is "
+                f"{word!r}: must be one of {', '.join(known)}{nearest(word, known)}; an example is "
                 "simplex:1+changed+deflate"
             )
         if slot not in left:
             raise FedkdError(f"{word!r} is out of place: the order is number+rows+pack, each once")
         del left[: left.index(slot) + 1]
-        found[slot] = word
-    return found
+        words[slot] = word
+    return words
 
 
 def parse_codec(text: str) -> tuple[Wire, Wire]:
-    """Read ``"UP/DOWN"``, or one codec for both directions: (clients to server, server to clients).
+    """Return the codecs of ``"UP/DOWN"``, or one for both: (clients to server, server to clients).
 
     Raises:
-        FedkdError: one of the two is no codec, or there are more; it begins with ``codec = '...'``.
+        FedkdError: one of the two is not a codec, or there are more; the message begins with
+            ``codec = '...'``.
     """
     parts = str(text).split("/")
     if len(parts) > 2:

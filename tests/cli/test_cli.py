@@ -126,7 +126,7 @@ WRONG = {
     ),
     "run --quorum 5 --num-clients 3": (
         "quorum = 5 (from --quorum) contradicts fraction-train = 1.0 (the default) of "
-        "num-clients = 3 (from --num-clients): only 3 are asked a round"
+        "num-clients = 3 (from --num-clients): only 3 are drawn per round"
     ),
     "run --public fashion-mnist": (
         "public-labels = true (the default) contradicts public = 'fashion-mnist' (from --public): "

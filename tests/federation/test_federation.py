@@ -216,8 +216,8 @@ BAD_PROBABILITIES: dict[str, tuple[Callable[[RecordDict], RecordDict], str]] = {
         reshape(lambda v: v + torch.tensor([[-1.0, 1.0] + [0.0] * 8])),
         "negative probabilities",
     ),
-    "off-simplex": (reshape(lambda v: 1.01 * v), "miss a sum of 1"),
-    "zeros": (reshape(lambda v: 0 * v), "miss a sum of 1"),
+    "off-simplex": (reshape(lambda v: 1.01 * v), "sums differ from 1"),
+    "zeros": (reshape(lambda v: 0 * v), "sums differ from 1"),
     "logits": (lambda c: with_config(c, "knowledge-kind", space="logits"), "probabilities that"),
 }
 BAD_WEIGHTS: dict[str, tuple[Callable[[RecordDict], RecordDict], str]] = {

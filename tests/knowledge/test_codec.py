@@ -541,7 +541,7 @@ def test_a_reference_of_another_shape_is_refused() -> None:
         KnownRows.empty(wire, P - 1, 7),
         KnownRows.empty(PLAIN, P, 7),
     ):
-        with pytest.raises(FedkdError, match=r"the reference holds .* must be torch\.uint8"):
+        with pytest.raises(FedkdError, match=r"the known rows are .* must be torch\.uint8"):
             pack(logits(1, 5, 7), "logits", torch.arange(5), wire, P, known)
 
 
@@ -589,7 +589,7 @@ def test_index_lists_take_the_shorter_form(
         (torch.tensor([3.0]), "float32"),
         (torch.tensor([[3]], dtype=torch.int32), "1 dimension"),
         (torch.zeros(2, dtype=torch.uint8), r"\[2\]: must be torch.uint8 \[3\]"),
-        (torch.tensor([0, 0, 1], dtype=torch.uint8), "bits behind its end"),
+        (torch.tensor([0, 0, 1], dtype=torch.uint8), "bits set after its end"),
         (torch.zeros(3, dtype=torch.int32, device="meta"), "on the CPU"),
         (torch.zeros(3, dtype=torch.int32).to_sparse(), "dense"),
     ],
@@ -651,20 +651,20 @@ def test_a_wrong_type_length_or_shape_is_refused(wire: Wire) -> None:
         ("simplex:1", [[0, 0, 0]], "sum 0: must be 1"),
         ("simplex:1", [[1, 1, 0]], "sum 2: must be 1"),
         ("simplex:2+bits", [0b11010000], "sum 4: must be 3"),
-        ("simplex:2+bits", [0b11000001], "bits behind its end"),
+        ("simplex:2+bits", [0b11000001], "bits set after its end"),
         ("simplex:1+bits", [0b11000000], "class 3: must be below 3"),
-        ("simplex:1+bits", [0b10000001], "bits behind its end"),
+        ("simplex:1+bits", [0b10000001], "bits set after its end"),
         ("simplex:1+deflate", list(zlib.compress(bytes([0b11000000]))), "class 3"),
         ("simplex:2+deflate", list(zlib.compress(bytes([1, 1, 3]))), "sum 5: must be 3"),
         ("simplex:2+deflate", list(zlib.compress(bytes([1, 1]))), "exactly 3 bytes"),
         ("simplex:2+deflate", list(zlib.compress(bytes([1, 1, 1])) + b"x"), "exactly 3 bytes"),
         ("simplex:2+deflate", list(zlib.compress(bytes([1, 1, 1]))[:-1]), "exactly 3 bytes"),
-        ("simplex:2+deflate", [1, 2, 3], "no zlib stream"),
+        ("simplex:2+deflate", [1, 2, 3], "not a zlib stream"),
         ("simplex:2+deflate", [], "exactly 3 bytes"),
         ("simplex:2+range", [1, 2, 3], "multiple of 4"),
-        ("simplex:2+range", 8 * [255], "no range code"),
-        ("simplex:1+range", 8 * [255], "no range code"),
-        ("simplex:1+range", 8 * [0], "no range code"),
+        ("simplex:2+range", 8 * [255], "not a range code"),
+        ("simplex:1+range", 8 * [255], "not a range code"),
+        ("simplex:1+range", 8 * [0], "not a range code"),
     ],
 )
 def test_a_defect_is_named(text: str, values: list[Any], words: str) -> None:

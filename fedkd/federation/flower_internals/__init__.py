@@ -1,1 +1,1 @@
-"""What of Flower is not public: a grid in this process, replies, the simulation backend."""
+"""All uses of Flower's private modules: an in-process grid, error replies, the simulation backend."""

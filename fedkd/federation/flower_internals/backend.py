@@ -1,7 +1,7 @@
-"""Flower's simulation, deeper than Flower calls public: one that outlives its clients.
+"""Flower's simulation, hardened against clients that die, hang or return no message.
 
-A new version of Flower is a change in this folder. It does not import Ray: what has to be asked of Ray
-comes in from outside (`ClientProcesses`).
+A new version of Flower means a change in this folder only. It does not import Ray: whatever needs Ray
+is passed in (`ClientProcesses`).
 """
 
 from __future__ import annotations
@@ -32,50 +32,50 @@ class ClientProcessLost(Exception):
 
 
 class ClientProcesses(Protocol):
-    """What Flower's backend leaves undone and Ray is needed for."""
+    """What Flower's backend lacks and what takes Ray to do."""
 
     def start(self, init: Callable[[], None]) -> None:
-        """Have Ray started by `init`, within a deadline."""
+        """Start Ray by calling `init`, within a deadline."""
 
     def wait_until_ready(self, actors: Sequence[Any]) -> None:
-        """Return when the worker processes are up, or there is no more use for them."""
+        """Return when the worker processes are up, or are no longer needed."""
 
     def result(
         self, client: str, actor: Any, call: Any, deadline: float
     ) -> tuple[str, Any, Context]:
         """Return (partition id, reply, context) of a client's call on an actor.
 
-        Raises `ClientProcessLost` if the actor died or was ended, which it is when the call is not
-        done at `deadline` (Unix time) or the run is over.
+        Raises `ClientProcessLost` if the actor died or was ended. It is ended when the call is not done
+        by `deadline` (Unix time) or the run is over.
         """
 
     def check(self) -> None:
-        """Return if there is a Ray to run in; raises a `FedkdError` if there is none any more."""
+        """Return if Ray is still running; raises a `FedkdError` if it is not."""
 
     def settle(self) -> None:
-        """Return when the calls whose deadline is past have ended, or will not."""
+        """Return when the calls whose deadline is past have ended, or cannot be ended."""
 
     def end(self) -> None:
-        """Have all calls of `result` that are under way end."""
+        """End all calls of `result` that are in progress."""
 
     def leave(self, terminate: Callable[[], None]) -> None:
-        """Have Ray shut down by `terminate`, within a deadline."""
+        """Shut down Ray by calling `terminate`, within a deadline."""
 
 
 class SimulationStopped(Exception):
-    """The server waited for replies of a simulation that is no more."""
+    """The server waited for replies of a simulation that has ended."""
 
 
 class GuardedGrid(Grid):
-    """A grid whose calls end when the run does, and a round's timeout ends its clients' work.
+    """A grid whose calls end with the run, and whose round timeout also ends the clients' work.
 
-    Flower's own grid goes on waiting for replies when its backend has failed, and lets late clients
-    run on into the next rounds, though nobody will collect their replies.
+    Flower's own grid keeps waiting for replies after its backend has failed, and late clients keep
+    running in the next rounds, although their replies are never collected.
 
     Args:
         grid: Flower's.
         stopped: set when the run is over.
-        processes: in which the clients run, if this process knows of them.
+        processes: those that the clients run in, if they belong to this process.
     """
 
     def __init__(
@@ -190,12 +190,12 @@ def is_simulated(grid: Grid) -> bool:
 
 @contextmanager
 def tended_backend(processes: ClientProcesses) -> Iterator[None]:
-    """Let Flower's Ray backend, also one that runs, treat differently what goes wrong.
+    """Change how Flower's Ray backend, even one that is already running, handles failures.
 
-    Flower puts a dead actor back into its pool, where it fails at once whatever it is given, and
-    waits without end for one that does not return. Here a new process takes the place of either,
-    and the client's failure is its reply, as is the failure of one that returns no message. Ray is
-    started and ended within a deadline.
+    Flower puts a dead actor back into its pool, where it fails every task at once, and waits forever
+    for an actor that does not return. Here either is replaced by a new process, and the client gets
+    an error reply, as does one that returns no message. Ray is started and shut down within a
+    deadline.
     """
     from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend  # noqa: TID251
 
@@ -229,7 +229,7 @@ def _process_message(
     backend: Any, processes: ClientProcesses, message: Message, context: Context
 ) -> tuple[Message, Context]:
     deadline = message.metadata.created_at + message.metadata.ttl
-    if time.time() >= deadline:  # it waited for a worker all the time that it had
+    if time.time() >= deadline:  # it waited for a worker until its deadline
         return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, ""), reply_to=message), context
     actors = backend.pool
     actor = actors.pool.pop()
@@ -248,7 +248,7 @@ def _process_message(
 
 
 def _terminate(backend: Any, processes: ClientProcesses, terminate: Callable[..., None]) -> None:
-    processes.end()  # a call that outlives Ray would start another one
+    processes.end()  # a call that outlives Ray would start Ray again
     end = time.monotonic() + _LAST_CALLS_S
     while backend.pool and len(backend.pool.pool) < backend.num_workers and time.monotonic() < end:
         time.sleep(_POLL_S)
@@ -257,7 +257,7 @@ def _terminate(backend: Any, processes: ClientProcesses, terminate: Callable[...
 
 @contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Replace an attribute of a module for the length of a block."""
+    """Replace an attribute of `owner` within the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,7 +1,7 @@
-"""A grid in this process, and the identity that Flower 1.41 asks of who builds messages.
+"""A grid in this process, and the identity that Flower 1.41 needs for building messages.
 
-Flower's own simulation sets a process-wide identity, message ids and more behind the curtain; an
-in-process grid has to do the same, in ways that Flower does not call public.
+Flower's own simulation sets a process-wide identity, message ids and more internally; an
+in-process grid has to do the same, with parts of Flower that are not public.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from flwr.supercore.run import Run  # noqa: TID251
 from flwr.supercore.task_identity import TaskIdentity  # noqa: TID251
 
 FIRST_NODE_ID = 1000
-"""Node id of partition 0 on a `LocalGrid`; so far from 0 that the two are not mixed up."""
+"""Node id of partition 0 on a `LocalGrid`; far from 0, to keep the two apart."""
 
 _RUN_ID = 1
 _TASK_ID = 1
 
 Handle = Callable[[Sequence[tuple[int, Message]]], Sequence[Message | None]]
-"""Answers messages for clients, given as (partition id, message); None = this client is silent."""
+"""Answers messages for clients, passed as (partition id, message); None = no reply from this client."""
 
 
 @contextmanager
 def task_identity() -> Iterator[None]:
-    """Let this process build instructions, as a ServerApp may.
+    """Give this process the identity of a ServerApp, with which it can build messages.
 
     `Message(content, dst_node_id, message_type)` reads a process-wide identity, which Flower sets
-    for the apps it starts. Whatever was set before is back afterwards, also if the block starts a
+    for the apps it starts. The previous identity is restored afterwards, also if the block starts a
     simulation, which sets its own.
     """
     names = ("_task_id", "_run_id", "_node_id")
@@ -51,17 +51,17 @@ class LocalGrid(Grid):
     """A grid whose clients live in this process and are answered together.
 
     Every `send_and_receive` (or `push_messages`) makes one call of `handle` with all its messages,
-    so that whoever is behind it can train clients side by side. Partition k is node
-    `FIRST_NODE_ID + k`. Records are rebuilt on their way in and out, as if they had crossed a wire:
-    what a client does to its message, or keeps of its reply, is its own affair.
+    so that an engine can train clients side by side. Partition k is node `FIRST_NODE_ID + k`. Records
+    are rebuilt on their way in and out, as if they had crossed a wire: a client that changes its
+    message, or keeps its reply and changes it, affects nothing else.
 
-    The work is done when the messages are sent. So a `timeout` cannot strike, a client that gives
-    no reply is not waited for, and an exception of `handle` ends the call: turning the failure of
-    one client into an `error_reply` is up to `handle`. Two messages to one client both reach
+    The work is done when the messages are sent. So a `timeout` has no effect, a client without a
+    reply is not waited for, and an exception of `handle` ends the call: `handle` itself has to turn
+    the failure of one client into an `error_reply`. Two messages to one client both reach
     `handle`, in their order. Build messages within `task_identity`.
 
     Raises:
-        ValueError: A message goes to a node that does not exist, or the replies do not fit.
+        ValueError: a message is for a node that does not exist, or the replies do not match.
     """
 
     def __init__(self, handle: Handle, *, num_clients: int) -> None:
@@ -87,7 +87,7 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Build an instruction; `Message(...)` does the same."""
+        """Return a message; `Message(...)` does the same."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -95,13 +95,13 @@ class LocalGrid(Grid):
         return range(FIRST_NODE_ID, FIRST_NODE_ID + self._num_clients)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Have the messages answered and return their ids, for `pull_messages`."""
+        """Answer the messages and return their ids, for `pull_messages`."""
         instructions = [self._receive(message) for message in messages]
         if not instructions:
             return []
         replies = self._handle(instructions)
         if len(replies) != len(instructions):
-            raise ValueError(f"{len(instructions)} messages were given {len(replies)} replies")
+            raise ValueError(f"{len(instructions)} messages got {len(replies)} replies")
         ids = [instruction.metadata.message_id for _, instruction in instructions]
         for message_id, reply in zip(ids, replies, strict=True):
             if reply is not None:
@@ -110,8 +110,8 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages, each once, in the order of the ids."""
-        found = (self._replies.pop(message_id, None) for message_id in message_ids)
-        return [reply for reply in found if reply is not None]
+        replies = (self._replies.pop(message_id, None) for message_id in message_ids)
+        return [reply for reply in replies if reply is not None]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -120,7 +120,7 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _receive(self, message: Message) -> tuple[int, Message]:
-        """Give the message an id and return (partition id, the client's own copy)."""
+        """Return (partition id, the client's own copy) of a message, which gets an id."""
         partition = message.metadata.dst_node_id - FIRST_NODE_ID
         if not 0 <= partition < self._num_clients:
             last = FIRST_NODE_ID + self._num_clients - 1
@@ -134,7 +134,7 @@ class LocalGrid(Grid):
 def _sent(message_id: str, reply: Message) -> Message:
     """Return the server's own copy of a client's reply."""
     if reply.metadata.reply_to_message_id != message_id:
-        raise ValueError("a reply stands in the place of another message's")
+        raise ValueError("a reply is for another message")
     _set_message_id(reply, str(uuid4()))
     return _isolated(reply)
 
@@ -144,7 +144,7 @@ def _set_message_id(message: Message, message_id: str) -> None:
 
 
 def _isolated(message: Message) -> Message:
-    """Return a message that shares nothing mutable with the given one."""
+    """Return a message that shares nothing mutable with this one."""
     metadata = copy.copy(message.metadata)
     if message.has_error():
         return Message(error=message.error, metadata=metadata)  # type: ignore[call-overload,no-any-return]
@@ -153,19 +153,19 @@ def _isolated(message: Message) -> Message:
 
 
 def isolated_records(records: RecordDict) -> RecordDict:
-    """Return records that share nothing mutable with the given ones."""
+    """Return records that share nothing mutable with these."""
     return RecordDict({name: _isolated_record(record) for name, record in records.items()})
 
 
 def _isolated_record(
     record: ArrayRecord | MetricRecord | ConfigRecord,
 ) -> ArrayRecord | MetricRecord | ConfigRecord:
-    """Rebuild a record. The bytes of an `Array` cannot change, so they are shared."""
+    """Return a copy of a record. The bytes of an `Array` cannot change, so they are shared."""
     if isinstance(record, ArrayRecord):
         return ArrayRecord(
             {name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()}
         )
-    # Without Flower's check of every key and value, which they have passed: an experiment has fifty.
+    # Skips Flower's check of every key and value, which was done before: an experiment has fifty.
     rebuilt = copy.copy(record)
     values = {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
     rebuilt.__dict__["_data"] = values

@@ -1,4 +1,4 @@
-"""Why a client failed: as the reply that it gives, and as the line that is read from one."""
+"""Client failures: the error reply that a client sends, and the reason read from one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkd.federation.flower_internals.local_grid import isolated_records
 
 
 def error_reply(message: Message, failure: Exception | str) -> Message:
-    """Return the reply of a client that failed: code 2, with "ValueError: text" or the given text."""
+    """Return the reply of a client that failed: code 2, with "ValueError: text" or the text passed."""
     if isinstance(failure, Exception):
         failure = f"{type(failure).__name__}: {failure}".removesuffix(": ")
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, failure), reply_to=message)
@@ -23,12 +23,12 @@ def error_reply(message: Message, failure: Exception | str) -> Message:
 def always_reply(
     message: Message, context: Context, call_next: Callable[[Message, Context], Message]
 ) -> Message:
-    """Answer every message: a Flower mod, `ClientApp(mods=[always_reply])`.
+    """Return a reply in every case: a Flower mod, `ClientApp(mods=[always_reply])`.
 
-    A client that raises, or returns no `Message`, gives an `error_reply`. Flower would wait for the
-    second until the round's timeout, and answer for the first with a traceback of the worker; here
-    the traceback goes to the log. The state is then as before the call, in every engine (Flower's
-    simulation drops the changes of a call that raised, a deployment keeps them).
+    For a client that raises, or returns no `Message`, the reply is an `error_reply`. Flower would put a
+    traceback of the worker into the reply of the first, and wait for the second until the round's
+    timeout; here the traceback is logged. The state is then as before the call, in every engine
+    (Flower's simulation drops the changes of a call that raised, a deployment keeps them).
     """
     before = isolated_records(context.state)
     try:
@@ -43,7 +43,7 @@ def always_reply(
 
 
 def no_message(reply: object) -> TypeError:
-    """Return what is wrong with a client that returned something else than a message."""
+    """Return the error of a client that returned something other than a message."""
     return TypeError(f"the client returned {type(reply).__name__} instead of a Message")
 
 
@@ -69,7 +69,7 @@ def failure_reason(reply: Message) -> str:
     message that expired, "node is gone" for a SuperNode that left.
 
     Raises:
-        ValueError: The reply is not an error.
+        ValueError: the reply is not an error.
     """
     code, text = reply.error.code, _ANSI.sub("", reply.error.reason or "")
     if code in _REASONS:
@@ -81,7 +81,7 @@ def failure_reason(reply: Message) -> str:
 
 
 def _of_exception(kind: str, text: str) -> str:
-    """Return "Type: text" for an exception that Flower wrote down as its class and its text."""
+    """Return "Type: text" for an exception that Flower reports as its class and its text."""
     if kind.startswith(("Actor", "RayActor", "WorkerCrashed", "OutOfMemory", "NodeDied")):
         return _DIED
     blocks = _CHAINED.split(text)
