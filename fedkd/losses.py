@@ -1,8 +1,8 @@
 """Distillation losses, one value per sample; the caller averages.
 
 A *term* is a function of one client's batch. The stacked trainer maps terms over clients, masks
-padding and averages, so a term never sees a client axis and never averages. Every name says the
-space a tensor is in: logits, log_probs or probs.
+padding and averages, so a term never sees a client axis and never averages. A tensor's name says
+which space it is in: logits, log_probs or probs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Needs = Literal["soft-labels", "logits", "class-means"] | None
 
 
 def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, tau: float | Tensor) -> Tensor:
-    """Kullback-Leibler divergence KL(softmax(z_T/τ) ‖ softmax(z_S/τ)) per sample.
+    """Return the Kullback-Leibler divergence KL(softmax(z_T/τ) ‖ softmax(z_S/τ)) per sample.
 
     Args:
-        teacher_logits: ``[..., C]``; no gradient flows into it. Log-probabilities serve as well.
+        teacher_logits: ``[..., C]``; no gradient flows into it. Log-probabilities work as well.
         student_logits: ``[..., C]``.
         tau: temperature, a number or a tensor that broadcasts against ``[...]``.
 
@@ -42,9 +42,9 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, tau: float | T
 def log_probabilities(logits: Tensor) -> Tensor:
     """Return log softmax over the classes, ``[..., C]``.
 
-    Over the last but one axis of the transposed tensor: with few classes that is ten times as fast on
-    a CPU, where many samples are then worked on at once, and stacked dense layers give their logits in
-    this layout anyway.
+    Computed over the last but one axis of the transposed tensor. With few classes this is ten times as
+    fast on a CPU, which then processes many samples at once, and stacked dense layers return their
+    logits in this layout anyway.
     """
     if logits.ndim < 2:
         return log_softmax(logits, dim=-1)
@@ -52,7 +52,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy with hard labels per sample.
+    """Return the cross entropy with hard labels per sample.
 
     Args:
         logits: ``[..., C]``.
@@ -73,7 +73,7 @@ def distillation_loss(
     reduction: Literal["mean", "none"] = "mean",
     kl_reduction: Literal["batchmean", "mean"] = "batchmean",
 ) -> Tensor:
-    """α·τ²·KL(softmax(z_T/τ) ‖ softmax(z_S/τ)) + (1−α)·CE(z_S, y), Hinton et al. 2015, section 2.
+    """Return α·τ²·KL(softmax(z_T/τ) ‖ softmax(z_S/τ)) + (1−α)·CE(z_S, y), Hinton et al. 2015, section 2.
 
     Args:
         student_logits: ``[..., C]``.
@@ -89,7 +89,7 @@ def distillation_loss(
         A scalar, or ``[...]``. At α = 0 exactly the cross entropy, at α = 1 exactly the soft term.
 
     Raises:
-        FedkdError: another reduction.
+        FedkdError: a reduction is none of these.
     """
     if reduction not in ("mean", "none") or kl_reduction not in ("batchmean", "mean"):
         raise FedkdError(
@@ -113,13 +113,13 @@ def soft_term(
     tau: float | Tensor,
     kl_reduction: Literal["batchmean", "mean"] = "batchmean",
 ) -> Tensor:
-    """τ²·KL per sample ``[...]``; τ² keeps the size of its gradient independent of τ (section 2)."""
+    """Return τ²·KL per sample ``[...]``; τ² makes its gradient's size independent of τ (section 2)."""
     soft = kl_divergence(teacher_logits, student_logits, tau) * tau**2
     return soft / student_logits.shape[-1] if kl_reduction == "mean" else soft
 
 
 def effective_weights(alpha: float, tau: float, kl_reduction: str, num_classes: int) -> str:
-    """Spell out what α and τ amount to, as in ``0.7·5² = 17.5 × KL + 0.3 × CE``."""
+    """Return the weights that α and τ amount to, as in ``0.7·5² = 17.5 × KL + 0.3 × CE``."""
     divided = f"/{num_classes}" if kl_reduction == "mean" else ""
     weight = alpha * tau**2 / (num_classes if divided else 1)
     return f"{alpha:g}·{tau:g}²{divided} = {weight:g} × KL + {1 - alpha:g} × CE"
@@ -145,7 +145,7 @@ class Step(NamedTuple):
     numbers: Mapping[str, Tensor]
     """0-d tensors by name; ``tau`` is always there."""
     features: Tensor | None = None
-    """``[B, D]``, what the model's head takes; ``None`` unless a term asks for it."""
+    """``[B, D]``, the input of the model's head; ``None`` unless a term asks for it."""
     class_means: Tensor | None = None
     """``[C, D]`` received for the classes (D = C for outputs); zeros where a class is absent."""
     class_counts: Tensor | None = None
@@ -157,7 +157,7 @@ TermFunction = Callable[[Step], Tensor]
 
 @dataclass(frozen=True)
 class Term:
-    """A loss term: its function, and what it cannot do without."""
+    """A loss term: its function, and the inputs that it needs."""
 
     function: TermFunction
     needs: Needs
@@ -177,17 +177,20 @@ class Term:
 def term(
     *, needs: Needs, needs_start: bool = False, needs_features: bool = False
 ) -> Callable[[TermFunction], Term]:
-    """Declare a module-level function of one client's batch to be a loss term.
+    """Return a decorator that makes a module-level function of one client's batch a loss term.
 
-    It must be pure torch: no averaging, no client axis, no ``.item()``, no boolean-mask indexing, no
-    ``if`` on a value, no random draws, nothing in place.
+    The function must be pure torch: no averaging, no client axis, no ``.item()``, no boolean-mask
+    indexing, no ``if`` on a value, no random draws, nothing in place.
 
     Args:
         needs: the knowledge without which the term is skipped (round 1, or a failed quorum);
             ``"logits"`` refuses probabilities.
         needs_start: whether ``step.start`` is filled.
-        needs_features: whether ``step.features`` is filled, which takes a model with ``body`` and
+        needs_features: whether ``step.features`` is filled, which requires a model with ``body`` and
             ``head``.
+
+    Raises:
+        FedkdError: `needs` is none of these.
     """
     if needs not in (None, *get_args(get_args(Needs)[0])):
         accepted = ", ".join(get_args(get_args(Needs)[0]))
@@ -197,20 +200,20 @@ def term(
 
 @term(needs=None)
 def ce(step: Step) -> Tensor:
-    """Cross entropy with the hard labels, ``[B]``."""
+    """Return the cross entropy with the hard labels, ``[B]``."""
     return cross_entropy(step.logits, step.labels)
 
 
 @term(needs="soft-labels")
 def kl(step: Step) -> Tensor:
-    """τ²·KL to the received soft labels, ``[B]``."""
+    """Return τ²·KL to the received soft labels, ``[B]``."""
     assert step.teacher_logits is not None
     return soft_term(step.teacher_logits, step.logits, step.numbers["tau"])
 
 
 @term(needs="soft-labels")
 def kl_mean(step: Step) -> Tensor:
-    """The same divided by the number of classes, ``[B]``: ``nn.KLDivLoss()`` by default."""
+    """Return τ²·KL divided by the number of classes, ``[B]``: ``nn.KLDivLoss()`` by default."""
     assert step.teacher_logits is not None
     return soft_term(step.teacher_logits, step.logits, step.numbers["tau"], "mean")
 
@@ -222,6 +225,6 @@ def kl_term(kl_reduction: Literal["batchmean", "mean"]) -> Term:
 
 @term(needs="logits")
 def mae_logits(step: Step) -> Tensor:
-    """Mean absolute error between logits, ``[B]`` (FedMD's digest in its authors' code)."""
+    """Return the mean absolute error between logits, ``[B]`` (FedMD's digest in its authors' code)."""
     assert step.teacher_logits is not None
     return (step.logits - step.teacher_logits.detach()).abs().mean(-1)

@@ -1,11 +1,12 @@
-"""What is asked and set of the machine: devices, number formats, what becomes of freed memory.
+"""Machine settings: the device, number formats of matrix products, and how malloc keeps freed memory.
 
-Products are exact float32, or the tensor cores' faster formats where asked for. Parameters, optimiser
-state, losses and everything on the wire stay float32.
+Products are exact float32 unless the experiment asks for the tensor cores' faster formats. Parameters,
+optimiser state, losses and everything on the wire stay float32.
 
-glibc returns the activations of each batch to the system and faults them in again for the next one,
-which made a small CNN half as fast here. The three thresholds are those of ``MALLOC_TRIM_THRESHOLD_``,
-``MALLOC_TOP_PAD_`` and ``MALLOC_MMAP_THRESHOLD_``, set at run time so that nobody needs to.
+By default glibc returns the activations of each batch to the system and faults them in again for the
+next one, which was measured to halve the speed of a small CNN. The three thresholds are those of
+``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_TOP_PAD_`` and ``MALLOC_MMAP_THRESHOLD_``, set at run time so that
+users need not set them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that ``device`` names; ``auto`` takes cuda, then mps, then cpu.
+    """Return the device that the key ``device`` names; ``auto`` prefers cuda, then mps, then cpu.
 
     Raises:
-        FedkdError: there is no such device here.
+        FedkdError: this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -46,9 +47,9 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def matrix_products(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Compute products and convolutions on a GPU with TF32's 10 bits only where that is asked for.
+    """Within the block, a GPU rounds products and convolutions to TF32's 10 bits only for ``"tf32"``.
 
-    PyTorch by itself rounds convolutions to TF32, and products not.
+    By default PyTorch rounds convolutions to TF32, but not matrix products.
     """
     if device.type != "cuda":
         yield
@@ -66,8 +67,8 @@ def matrix_products(precision: Precision, device: torch.device) -> Iterator[None
 
 
 def forward_pass(precision: Precision, device: torch.device) -> torch.autocast:
-    """Return the context of a forward pass: under bfloat16, layers that gain by it compute in it."""
-    # Without the cache of cast weights, which would outlive the step that they are of.
+    """Return the context of a forward pass: under bfloat16, layers that gain from it compute in it."""
+    # Without the cache of cast weights, which would outlive its step.
     return torch.autocast(
         device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
     )
@@ -79,7 +80,7 @@ _THRESHOLDS = {-1: 1 << 30, -2: 128 << 20, -3: 32 << 20}
 
 @cache
 def keep_freed_memory() -> None:
-    """Raise the thresholds of this process, once; nothing happens where there is no glibc."""
+    """Raise the thresholds of this process, once; without glibc nothing happens."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

@@ -1,11 +1,11 @@
-"""Phases: the sentences in which a strategy tells a client what to do.
+"""Phases: the steps of an instruction, from which a strategy composes what clients do.
 
 A message carries a list of phases. The usual round is digest (distil received knowledge into the
 student), revisit (train on the private shard), predict (answer with soft labels). Digest and revisit
 are one phase, `Fit`, with other data and loss terms.
 
 A *procedure* is a function of one client's data and models, called client by client, once a round: it
-chooses among what was received, or works out something of its own and keeps it in the client's state.
+chooses among what was received, or computes tensors of its own and keeps them in the client's state.
 
 Loss terms and procedures travel by reference, ``module:function``; a client resolves one only inside
 `fedkd.losses`, `strategies`, installed strategies, and the modules that its own ``client-code`` names.
@@ -35,7 +35,7 @@ GROUP = "fedkd.strategies"
 """Entry-point group of strategies that other packages install."""
 
 Role = Literal["student", "teacher"]
-"""Which local model: a client without a local teacher takes its student for both."""
+"""Which local model: a client without a local teacher uses its student for both."""
 
 Coefficient: TypeAlias = float | Literal["alpha", "1-alpha"]
 """A number, or the experiment's α or 1 − α."""
@@ -54,18 +54,18 @@ class Predictor(Protocol):
 
 @dataclass(eq=False)
 class LocalClient:
-    """What a procedure sees of the client that it works for.
+    """What a procedure sees of its client.
 
     Attributes:
         images: normalised private images ``[n, c, h, w]``.
         labels: int64 ``[n]``.
-        received: soft labels received, or ``None``; may be replaced by others, of a sample at least.
+        received: soft labels received, or ``None``; may be replaced by others, of one sample or more.
         state: tensors by name that the client keeps between rounds; the same names, types and shapes
             for all clients, round after round.
-        predict: logits ``[N, C]`` of a local model for public samples (int64 ``[N]``), as in
-            ``predict(samples, "student")``; the teacher's (without one, the student's) if not said.
-        generator: a random generator for a purpose, the client's own in this round.
-        load_public: what `public` is made by when it is looked at.
+        predict: returns logits ``[N, C]`` of a local model for public samples (int64 ``[N]``), as in
+            ``predict(samples, "student")``; by default the teacher's (without one, the student's).
+        generator: returns a random generator for a purpose; its stream is this client's in this round.
+        load_public: builds `public` when it is first read.
     """
 
     images: Tensor
@@ -87,7 +87,7 @@ ProcedureFunction = Callable[..., None]
 
 @dataclass(frozen=True)
 class Procedure:
-    """A function that clients run when a strategy's phases say so."""
+    """A function that clients run in an `Apply` phase."""
 
     function: ProcedureFunction
 
@@ -97,26 +97,26 @@ class Procedure:
         return f"{self.function.__module__}:{self.function.__qualname__}"
 
     def __call__(self, client: LocalClient, **numbers: Any) -> None:
-        """Work for one client; `numbers` are those of the phase."""
+        """Run the function for one client; `numbers` are those of the phase."""
         self.function(client, **numbers)
 
 
 def procedure(function: ProcedureFunction) -> Procedure:
-    """Declare a module-level function ``(client, **numbers) -> None`` to be a procedure."""
+    """Return a module-level function ``(client, **numbers) -> None`` as a procedure."""
     return Procedure(function)
 
 
 def check_received(procedure: Procedure, labels: object) -> None:
-    """Refuse what a procedure puts in the place of received soft labels.
+    """Raise an error unless a procedure replaced the received soft labels by valid ones.
 
     Raises:
-        FedkdError: no soft labels, or of no sample.
+        FedkdError: `labels` are not soft labels, or of no sample.
     """
-    who = procedure.import_path
+    name = procedure.import_path
     if not isinstance(labels, SoftLabels):
-        raise FedkdError(f"{who} leaves a {type(labels).__name__} as received soft labels")
+        raise FedkdError(f"{name} sets received to a {type(labels).__name__}: must be SoftLabels")
     if not labels.values.numel():
-        raise FedkdError(f"{who} leaves no soft labels: keep those of a sample at least")
+        raise FedkdError(f"{name} sets received to soft labels of no sample: keep at least one")
 
 
 # --- Phases ---------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Load:
 class Reset:
     """Put the student back to the initial weights that all clients share.
 
-    What was digested is forgotten with it: received knowledge is news again.
+    What was digested is forgotten with them: received knowledge counts as new again.
     """
 
     name: str = "reset"
@@ -145,7 +145,7 @@ class Apply:
 
     Attributes:
         procedure: a `Procedure`, or its reference ``module:function``.
-        numbers: what the procedure takes besides the client.
+        numbers: the procedure's keyword arguments.
         name: names the phase in records (``seconds``).
     """
 
@@ -158,7 +158,7 @@ class Apply:
         for name, value in self.numbers.items():
             if not (isinstance(value, bool | str) or _is_number(value)):
                 raise FedkdError(
-                    f"numbers of {self.name}: {name} = {value!r} must be a finite number or a text"
+                    f"numbers of {self.name}: {name} = {value!r} must be a finite number or a string"
                 )
 
 
@@ -166,11 +166,11 @@ class Apply:
 class Fit:
     """Train a local model with a fresh optimiser.
 
-    An epoch runs over the public samples that knowledge came for if `public` is given (all public
-    samples where no term needs knowledge), else over the private shard. On an unlabelled public set
-    ``ce`` takes a private batch drawn in the same step. Terms that need knowledge which has not come
-    are skipped, those on soft labels also if the client has digested these already, and so is the
-    phase if none is left.
+    With `public`, an epoch runs over the public samples for which knowledge was received (all public
+    samples where no term needs knowledge); without it, over the private shard. On an unlabelled public
+    set ``ce`` takes a private batch drawn in the same step. Terms are skipped if they need knowledge
+    that was not received, or soft labels that the client has digested already; the phase is skipped if
+    no term is left.
 
     Attributes:
         name: names the phase in records (``accuracy_after_<name>``).
@@ -198,7 +198,9 @@ class Fit:
             )
         for name, number in self.numbers.items():
             if not _is_number(number):
-                raise FedkdError(f"numbers of {self.name}: {name} = {number!r} is no finite number")
+                raise FedkdError(
+                    f"numbers of {self.name}: {name} = {number!r} must be a finite number"
+                )
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class Predict:
     model: Role = "teacher"
     name: str = "predict"
     only: str | None = None
-    """Answer those samples alone of which this tensor of the client's state (bool ``[P]``) is true."""
+    """Answer only the samples for which this tensor of the client's state (bool ``[P]``) is true."""
 
     def __post_init__(self) -> None:
         _check_choice(self, "space", get_args(Space))
@@ -235,7 +237,7 @@ class MeanByClass:
 
 @dataclass(frozen=True)
 class ClassifyByMeans:
-    """Test from here on by the nearest of the received class means, not by the model's head.
+    """From here on, classify by the nearest received class mean, not by the model's head.
 
     Skipped where none were received.
     """
@@ -260,7 +262,7 @@ ANSWERING = (Predict, MeanByClass, SendWeights)
 
 
 def Digest(loss: Term | str = losses.kl, epochs: int | None = None) -> Fit:
-    """Distil received soft labels into the student: α · `loss` + (1 − α) · CE."""
+    """Return the fit that distils received soft labels into the student: α · `loss` + (1 − α) · CE."""
     return Fit("digest", public={loss: "alpha", "ce": "1-alpha"}, epochs=epochs)
 
 
@@ -270,7 +272,7 @@ def Revisit(
     epochs: int | None = None,
     numbers: Mapping[str, float] | None = None,
 ) -> Fit:
-    """Train on the private shard, by cross entropy if no other terms are given."""
+    """Return the fit on the private shard, by cross entropy if no other terms are given."""
     terms = private or {"ce": 1.0}
     return Fit("revisit", model, private=terms, epochs=epochs, numbers=numbers or {})
 
@@ -305,38 +307,38 @@ def import_path(code: object) -> str:
     """Return the name under which a term or procedure travels: short for those of `fedkd.losses`.
 
     Raises:
-        FedkdError: it is neither, or was not made at the top of a module.
+        FedkdError: it is neither, or is not defined at the top of a module.
     """
     if not isinstance(code, Term | Procedure | str):
         name = getattr(code, "__name__", repr(code))
         raise FedkdError(
-            f"{name} is neither a loss term nor a procedure: put @term or @procedure above it, at the "
-            "top of a module (a lambda cannot be sent)"
+            f"{name} is neither a loss term nor a procedure: decorate a function at the top of a module "
+            "with @term or @procedure (a lambda cannot be sent)"
         )
     name = code if isinstance(code, str) else code.import_path
     if "<" in name:
         raise FedkdError(
-            f"{name}: clients find code by name, which a lambda or a function within a function has "
-            "not; write it at the top of a module, and pass what varies as numbers"
+            f"{name}: clients import code by name, and a lambda or a nested function has none; define "
+            "it at the top of a module, and pass what varies as numbers"
         )
     return name.removeprefix("fedkd.losses:")
 
 
 def resolve_term(name: str, client_code: Sequence[str] = ()) -> Term:
-    """Find a term by reference.
+    """Return a term by reference.
 
     Args:
         name: ``function`` of `fedkd.losses`, or ``module:function``.
-        client_code: modules that this client allows besides those of fedkd and installed strategies.
+        client_code: modules that this client allows besides fedkd's and those of installed strategies.
 
     Raises:
-        FedkdError: the module is not allowed, or holds no such term.
+        FedkdError: the module is not allowed, or has no such term.
     """
     return _resolve(name, Term, "loss term: declare it with @term", client_code)
 
 
 def experiment_term(name: str, experiment: Experiment) -> Term:
-    """Find a term by reference; ``kl`` is that of the experiment's ``kl-reduction``.
+    """Return a term by reference; ``kl`` follows the experiment's ``kl-reduction``.
 
     Raises:
         FedkdError: see `resolve_term`.
@@ -347,7 +349,7 @@ def experiment_term(name: str, experiment: Experiment) -> Term:
 
 
 def resolve_procedure(name: str, client_code: Sequence[str] = ()) -> Procedure:
-    """Find a procedure by reference; see `resolve_term`."""
+    """Return a procedure by reference; see `resolve_term`."""
     return _resolve(name, Procedure, "procedure: declare it with @procedure", client_code)
 
 
@@ -365,20 +367,20 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
         )
     thing, _, advice = what.partition(": ")
     try:
-        found = getattr(import_module(module), function, None)
+        code = getattr(import_module(module), function, None)
     except Exception as error:  # importing runs the module
         raise FedkdError(f"{name} is not a {thing}: {one_line(error)}") from None
-    if not isinstance(found, kind):
+    if not isinstance(code, kind):
         known = [n for n, v in vars(import_module(module)).items() if isinstance(v, kind)]
         raise FedkdError(
             f"{name} is not a {thing}{nearest(function, known)}: {advice} at the top of {module}"
         )
-    return found
+    return code
 
 
 @lru_cache(maxsize=1)
 def installed_modules() -> tuple[str, ...]:
-    """Return the modules of the strategies that other packages install here."""
+    """Return the modules of the strategies that installed packages provide."""
     return tuple(sorted({point.module for point in entry_points(group=GROUP)}))
 
 
@@ -386,27 +388,27 @@ def installed_modules() -> tuple[str, ...]:
 
 
 def check_phases(phases: object) -> list[Phase]:
-    """Return what a strategy says clients do, as a list.
+    """Return a strategy's phases as a list.
 
     Raises:
-        FedkdError: it is no list of phases, or asks a client for two answers.
+        FedkdError: `phases` is not a list of phases, or asks a client for two answers.
     """
     if not isinstance(phases, list | tuple) or not all(isinstance(p, Phase) for p in phases):
         raise FedkdError(f"{phases!r} is not a list of phases")
     answers = [type(phase).__name__ for phase in phases if isinstance(phase, ANSWERING)]
     if len(answers) > 1:
-        raise FedkdError(f"asks for {' and '.join(answers)}: a client gives one answer a round")
+        raise FedkdError(f"asks for {' and '.join(answers)}: a client answers once a round")
     return list(phases)
 
 
 def to_text(phases: Sequence[Phase]) -> str:
-    """Encode phases as JSON."""
+    """Return phases as JSON."""
     return json.dumps([{"phase": type(phase).__name__, **vars(phase)} for phase in phases])
 
 
 @lru_cache(maxsize=64)
 def from_text(text: str) -> tuple[Phase, ...]:
-    """Decode `to_text`; the same text gives the same phases, as every client of a round has them.
+    """Return the phases in a text of `to_text`: the same objects for the same text.
 
     Raises:
         FedkdError: the text is not a list of phases.
@@ -421,15 +423,15 @@ def from_text(text: str) -> tuple[Phase, ...]:
 
 
 def closing(phases: Sequence[Phase], last: Literal["digest", "revisit"]) -> list[Phase]:
-    """Cut a round's phases down to the closing exchange.
+    """Return those of a round's phases that run in the closing exchange.
 
-    Cut before the first answer, and if the algorithm closes with its digest also before the first fit
-    on private data only: the last knowledge is taken in, and nothing more.
+    They end before the first answer and, if the algorithm closes with its digest, before the first fit
+    on private data alone: clients learn from the last knowledge and do nothing more.
     """
-    kept: list[Phase] = []
+    first_phases: list[Phase] = []
     for phase in phases:
         private_only = isinstance(phase, Fit) and not phase.public
         if isinstance(phase, ANSWERING) or (last == "digest" and private_only):
             break
-        kept.append(phase)
-    return kept
+        first_phases.append(phase)
+    return first_phases

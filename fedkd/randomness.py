@@ -1,10 +1,10 @@
-"""Random streams keyed by what they are for, so that no draw depends on who else draws.
+"""Random streams keyed by their purpose, so that no draw depends on any other client's.
 
-A client's numbers depend on (seed, client, round, phase) alone. Every stream is named by such a tuple
-and hashed: counted keys would make neighbouring streams overlap, and Python's own ``hash`` is salted
-per process.
+A client's numbers depend on (seed, client, round, phase) alone. Every stream is named by such a tuple,
+which is hashed: consecutive keys would make neighbouring streams overlap, and Python's own ``hash`` is
+salted per process.
 
-Draws inside a forward pass cannot come from a generator, as ``vmap`` runs many clients at once: there
+Draws inside a forward pass cannot come from a generator, as ``vmap`` runs many clients at once. There
 `draws` hashes a counter instead, by integer arithmetic that is the same on CPU and CUDA.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def key(*parts: int | str) -> int:
-    """Hash `parts` to a non-negative 63-bit integer, the same in every process and on every machine."""
+    """Return a non-negative 63-bit hash of `parts`, the same in every process and on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -33,7 +33,7 @@ def permutation(n: int, *parts: int | str) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """Wrap an integer around to the range of int64."""
+    """Return an integer wrapped around to the range of int64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -45,12 +45,12 @@ _MIX2 = _signed(0x94D049BB133111EB)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right without the sign: ``>>`` on int64 is arithmetic."""
+    """Return `z` shifted right without the sign: ``>>`` on int64 is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(z: Tensor) -> Tensor:
-    """Hash int64 to int64 by splitmix64's finaliser; multiplication wraps around."""
+    """Return int64 hashed to int64 by splitmix64's finaliser; multiplication wraps around."""
     z = (z ^ _shift(z, 30)) * _MIX1
     z = (z ^ _shift(z, 27)) * _MIX2
     return z ^ _shift(z, 31)
@@ -67,7 +67,7 @@ def draws(key: Tensor, count: int, call: int = 0) -> Tensor:
     Args:
         key: int64 0-d (or mapped to that by ``vmap``).
         count: how many.
-        call: number of the call, so that two calls with one key draw different streams.
+        call: number of the call: two calls with one key draw from different streams.
     """
     counter = torch.arange(-(-count // 4), device=key.device) + (call + 1) * (1 << 40)
     words = mix(key + counter * _GOLDEN)

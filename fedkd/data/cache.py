@@ -1,4 +1,4 @@
-"""Data sets fetched and kept: one memory-mapped file each, so that many processes share one copy.
+"""Load data sets from one memory-mapped file each, so that many processes share one copy.
 
 What torchvision downloads is converted once to ``<data-dir>/<name>.safetensors`` and mapped from
 then on; class names, normalisation and the fingerprint of the tensors live in the code, not in the file.
@@ -36,21 +36,21 @@ from fedkd.user_code import find_function
 
 
 def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset") -> Dataset:
-    """Load a data set by its name in `DATASETS`, or the user's own by ``"module:function"``.
+    """Return a data set by its name in `DATASETS`, or a user's by ``"module:function"``.
 
     What torchvision downloads is converted once and memory-mapped from then on: processes that load
     the same file share its pages, and writing to the tensors changes the writer's copy only. Its
     fingerprint is verified at the first load of a file in each process (0.1 s for CIFAR-10).
 
-    ``cifar100`` is untested (it could not be downloaded where this was written): torchvision's own
-    checksums guard its download, the fingerprint noted in the cache file guards the cache.
+    ``cifar100`` is untested (its original could not be downloaded): torchvision's checksums guard its
+    download, and the fingerprint in the cache file guards the cache.
 
     Args:
         name: a key of `DATASETS`, or ``"module:function"``: a function that is called with the data
             folder (a `Path`, which need not exist) and returns a `Dataset`. The module may lie in
             the working directory.
         data_dir: see `data_folder`.
-        key: of the experiment, whose value the name is; errors name it.
+        key: the experiment's key whose value is the name; errors name it.
 
     Raises:
         FedkdError: the name is unknown; the file is missing and cannot be downloaded, is damaged or
@@ -58,11 +58,11 @@ def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset")
     """
     folder = data_folder(data_dir)
     if ":" in name:
-        return _load_own(name, folder, key)
+        return _load_user_dataset(name, folder, key)
     if name not in DATASETS:
         raise FedkdError(
             Setting(key, name),
-            f": no such data set{nearest(name, DATASETS)}; there are {', '.join(DATASETS)}, or your "
+            f": no such data set{nearest(name, DATASETS)}; accepted: {', '.join(DATASETS)}, or your "
             "own as module:function",
         )
     info = DATASETS[name]
@@ -71,7 +71,7 @@ def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset")
 
 
 def data_folder(value: str | Path | None = None) -> Path:
-    """Return where data sets are kept: `value`, else ``$FEDKD_DATA_DIR``, else the user's cache.
+    """Return the folder of data sets: `value`, else ``$FEDKD_DATA_DIR``, else the user's cache.
 
     The user's cache is ``$XDG_CACHE_HOME/fedkd``, or ``~/.cache/fedkd``. The folder need not exist.
     """
@@ -98,34 +98,36 @@ def _load_cached(name: str, folder: Path) -> dict[str, Tensor]:
 
 
 def _convert(name: str, path: Path) -> None:
-    """Let torchvision provide data set `name` in the folder of `path`, and write it to `path`."""
+    """Have torchvision provide data set `name` in the folder of `path`, and write it to `path`."""
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # fails where writing will: not after a long download
+    with tempfile.TemporaryFile(
+        dir=folder
+    ):  # fails now if writing would fail after a long download
         pass
     tensors = _from_torchvision(name, path)
-    found, known = fingerprint(tensors), DATASETS[name].sha256
-    if known and found != known:
+    actual, expected = fingerprint(tensors), DATASETS[name].sha256
+    if expected and actual != expected:
         raise FedkdError(
             f"torchvision's files of {name} in {folder} do not hold the original images and labels "
-            f"(sha256 {found[:12]}..., not {known[:12]}...): delete them and run again"
+            f"(sha256 {actual[:12]}..., not {expected[:12]}...): delete them and run again"
         )
     write_tensors(path, tensors)
 
 
 def _from_torchvision(name: str, path: Path) -> dict[str, Tensor]:
-    """Return the four tensors of data set `name`, downloaded beside `path` where not there yet."""
+    """Return the four tensors of data set `name`, downloaded beside `path` if they are missing."""
     import torchvision
 
     source = getattr(torchvision.datasets, str(DATASETS[name].torchvision))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torchvision prints; ours may be JSON
             train, test = (source(path.parent, train=t, download=True) for t in (True, False))
-    except Exception as error:  # whatever a network, a mirror or a half-written file may raise
+    except Exception as error:  # a network, a mirror or a half-written file can raise anything
         raise FedkdError(
             f"{path} is missing, and torchvision could not provide {name} in {path.parent} "
-            f"({one_line(error)}): copy the file there, or mend the network or delete what "
-            "torchvision left unfinished there and run again, or take dataset digits or mnist-5k, "
+            f"({one_line(error)}): copy the file there, or fix the network or delete unfinished "
+            "downloads of torchvision there and run again, or set dataset to digits or mnist-5k, "
             "which need no download"
         ) from error
     return {
@@ -137,16 +139,16 @@ def _from_torchvision(name: str, path: Path) -> dict[str, Tensor]:
 
 
 def _channels_first(images: Tensor) -> Tensor:
-    """Turn torchvision's ``[N, H, W]`` or ``[N, H, W, C]`` into ``[N, C, H, W]``."""
+    """Return torchvision's ``[N, H, W]`` or ``[N, H, W, C]`` as ``[N, C, H, W]``."""
     if images.ndim == 3:
         return images.unsqueeze(1)
     return images.permute(0, 3, 1, 2).contiguous()
 
 
 def _read_cache(path: Path, info: DatasetInfo) -> dict[str, Tensor]:
-    """Map the tensors of `path`, and check that they are what they should be."""
+    """Return the memory-mapped tensors of `path`, checked for types, shapes and fingerprint."""
     try:
-        tensors, noted = read_tensors(path)
+        tensors, stored_fingerprint = read_tensors(path)
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
     if missing := set(TENSORS) - set(tensors):
@@ -154,33 +156,33 @@ def _read_cache(path: Path, info: DatasetInfo) -> dict[str, Tensor]:
     for name, shape in info.shapes.items():
         tensor = tensors[name]
         if tensor.dtype != dtype_of(name) or list(tensor.shape) != shape:
-            want = f"{dtype_name(dtype_of(name))} {shape}"
-            raise _damaged(path, f"{name} is {describe(tensor)}, not {want}")
-    if known := info.sha256 or noted:
+            expected = f"{dtype_name(dtype_of(name))} {shape}"
+            raise _damaged(path, f"{name} is {describe(tensor)}, not {expected}")
+    if known := info.sha256 or stored_fingerprint:
         _verify(path, tensors, known)
     return tensors
 
 
 _verified: set[tuple[Path, int, int, int]] = set()
-"""The files whose fingerprint this process has found right, each in the state in which it was read."""
+"""Files whose fingerprint this process has verified, with the inode, size and time that they had."""
 
 
 def _verify(path: Path, tensors: Mapping[str, Tensor], known: str) -> None:
-    """Compare the fingerprint of the tensors of `path` with `known`, once for each state of the file."""
+    """Raise an error unless the tensors of `path` have the `known` fingerprint; compared once a file."""
     status = path.stat()
     state = (path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
     if state in _verified:
         return
-    found = fingerprint(tensors)
-    if found != known:
-        raise _damaged(path, f"sha256 {found[:12]}..., not {known[:12]}...")
+    actual = fingerprint(tensors)
+    if actual != known:
+        raise _damaged(path, f"sha256 {actual[:12]}..., not {known[:12]}...")
     _verified.add(state)
 
 
 def _damaged(path: Path, reason: str) -> FedkdError:
     return FedkdError(
-        f"{path} is damaged ({reason}): delete it and run again (it is made anew, with a download "
-        "where torchvision's files are gone), or copy a sound one there"
+        f"{path} is damaged ({reason}): delete it and run again (it is rebuilt, with a new download "
+        "if torchvision's files are gone), or replace it by an intact copy"
     )
 
 
@@ -197,7 +199,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, its fingerprint noted in it, that others see whole or not at all.
+    """Write a safetensors file with its fingerprint; other processes see all of it or nothing.
 
     Raises:
         OSError: the folder of `path` cannot be written.
@@ -216,22 +218,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Map the tensors of `path`; return them with the fingerprint noted there, if any (not compared).
+    """Return the memory-mapped tensors of `path` and the fingerprint stored in it, if any (not compared).
 
     Raises:
         OSError: `path` cannot be opened.
-        SafetensorError: it is no whole safetensors file.
+        SafetensorError: it is not a complete safetensors file.
     """
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, (file.metadata() or {}).get("sha256")
 
 
-# --- The user's own -------------------------------------------------------------------------------
+# --- Data sets of the user ------------------------------------------------------------------------
 
 
-def _load_own(spec: str, folder: Path, key: str) -> Dataset:
-    """Call the user's ``module:function`` with the data folder."""
+def _load_user_dataset(spec: str, folder: Path, key: str) -> Dataset:
+    """Return the data set of the user's ``module:function``, called with the data folder."""
     function = find_function(spec, key)
     try:
         inspect.signature(function).bind(folder)

@@ -1,4 +1,4 @@
-"""What data sets there are: a data set as four tensors, the ones with a name, the ones that are shipped.
+"""Data sets: four tensors each, those known by name, and those shipped with a dependency.
 
 ``digits`` and ``mnist-5k`` come with a dependency and need neither a network nor a file.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
-"""What a cache file holds."""
+"""Names of the tensors in a cache file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Dataset:
     """A data set in memory (or mapped into it), valid by construction.
 
     Attributes:
-        name: as it was asked for, or as its author calls it.
+        name: the name that was loaded, or the one its author gave.
         train_images: uint8 ``[N, C, H, W]``.
         train_labels: int64 ``[N]``, each in ``0..num_classes-1``.
         test_images: uint8 ``[M, C, H, W]``.
@@ -34,7 +34,7 @@ class Dataset:
         std: likewise, positive.
 
     Raises:
-        FedkdError: a tensor has the wrong type, shape or place, or a label is out of range.
+        FedkdError: a tensor has the wrong type, shape or device, or a label is out of range.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, seen in the labels or not."""
+        """How many classes there are, including those without images."""
         return len(self.class_names)
 
     @property
@@ -63,17 +63,17 @@ class Dataset:
 
 
 def _faults(dataset: Dataset) -> Iterator[str]:
-    """Say what is wrong with `dataset`; each check may rely on those before it."""
+    """Yield what is wrong with `dataset`; each check may rely on those before it."""
     tensors = {name: getattr(dataset, name) for name in TENSORS}
     for name, tensor in tensors.items():
         form = [*"NCHW"] if name.endswith("images") else ["N"]
         if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
             yield f"{name} must be a tensor on the CPU"
         elif tensor.dtype != dtype_of(name) or tensor.ndim != len(form) or 0 in tensor.shape:
-            want = f"{dtype_name(dtype_of(name))} [{', '.join(form)}]"
-            yield f"{name} must be {want}, none of them 0, not {describe(tensor)}"
+            expected = f"{dtype_name(dtype_of(name))} [{', '.join(form)}]"
+            yield f"{name} must be {expected}, no size 0, not {describe(tensor)}"
     if dataset.num_classes < 2:
-        yield f"class_names must name two classes or more, not {dataset.num_classes}"
+        yield f"class_names must name at least two classes, not {dataset.num_classes}"
     for split in ("train", "test"):
         images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
         if len(images) != len(labels):
@@ -82,39 +82,39 @@ def _faults(dataset: Dataset) -> Iterator[str]:
         if low < 0 or high >= dataset.num_classes:
             yield (
                 f"{split}_labels must lie in 0..{dataset.num_classes - 1} "
-                f"(one for each of class_names), not {low}..{high}"
+                f"(one per name in class_names), not {low}..{high}"
             )
     if dataset.test_images.shape[1:] != dataset.train_images.shape[1:]:
         train, test = (list(tensors[f"{s}_images"].shape[1:]) for s in ("train", "test"))
         yield f"test_images are {test} but train_images {train} (channels, height, width)"
     channels = dataset.train_images.shape[1]
     if len(dataset.mean) != channels or len(dataset.std) != channels:
-        yield f"mean and std must have {channels} values each, one for each channel"
+        yield f"mean and std must have {channels} values each, one per channel"
     if not all(map(math.isfinite, dataset.mean)) or not all(0 < s < math.inf for s in dataset.std):
         yield "mean must be finite and std positive"
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Return the type of the tensor `name` of `TENSORS`."""
+    """Return the dtype of the tensor `name` of `TENSORS`."""
     return torch.uint8 if name.endswith("images") else torch.int64
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a type as in messages: ``uint8``."""
+    """Return the name of a dtype for messages, such as ``uint8``."""
     return str(dtype).removeprefix("torch.")
 
 
 def describe(tensor: Tensor) -> str:
-    """Return type and shape of a tensor: ``uint8 [7, 1, 8, 8]``."""
+    """Return dtype and shape of a tensor, such as ``uint8 [7, 1, 8, 8]``."""
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
-# --- What there is -------------------------------------------------------------------------------
+# --- Known by name --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known about a data set without loading it.
+    """Facts about a data set that are known without loading it.
 
     Attributes:
         description: one line.
@@ -124,8 +124,8 @@ class DatasetInfo:
         class_names: one for each label.
         mean: per channel, of training pixels scaled to 0..1.
         std: likewise.
-        torchvision: the class of ``torchvision.datasets`` that downloads it; ``None``: none needed.
-        sha256: `fingerprint` of the original tensors, where it is known.
+        torchvision: the class of ``torchvision.datasets`` that downloads it; ``None`` without download.
+        sha256: `fingerprint` of the original tensors, if it is known.
     """
 
     description: str
@@ -268,9 +268,9 @@ def _mnist_5k() -> dict[str, Tensor]:
 
 
 def _fixed_split(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Put one image in five of each class into the test split; the classes take turns in both.
+    """Return the four tensors, one image in five of each class in the test split, classes in turn.
 
-    No draw decides, so the split depends on no seed and no version of a generator, and any prefix
+    Nothing is drawn, so the split depends on no seed and no version of a generator, and any prefix
     of either split holds the classes in equal parts (mnist-5k is shipped sorted by class).
     """
     rank = torch.empty_like(labels)  # how many images of the same class come before

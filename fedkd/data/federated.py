@@ -1,6 +1,6 @@
-"""The data of an experiment as every party sees it: public set, private shards, test set.
+"""Federated data: the public set, private shards and test set of an experiment.
 
-Built from the experiment alone, so that a client in another process, the server and the central
+They depend on the experiment alone, so a client in another process, the server and the central
 baseline all hold the same images in the same order.
 """
 
@@ -28,21 +28,20 @@ _SUBSET = "subset"
 
 @dataclass(frozen=True, eq=False)
 class FederatedData:
-    """Images on the device, and who holds which.
+    """Images on the device, and which of them each client holds.
 
     Attributes:
         num_classes: C.
         input_shape: ``(c, h, w)``.
-        train: the labelled training images that private shards index.
-        test: the test images; never trained on, nor split.
+        train: the labelled training images into which `shards` are indices.
+        test: the test images; never trained on or split.
         public: the P public images, with labels only where ``public-labels`` says so.
         shards: each client's private images, int64 indices into `train`.
-        pooled: the training images whose labels anybody holds: all shards, and a labelled public set.
+        pooled: the training images whose labels some party holds: all shards and a labelled public set.
         private_label_counts: int64 ``[K, C]``.
         class_names: one for each class.
-        public_truth: true classes of the public images, int64 ``[P]`` on the CPU, for measurements alone,
-            which know them even where nobody in the federation does; `None` where they are of other
-            classes.
+        public_truth: true classes of the public images, int64 ``[P]`` on the CPU, used by measurements
+            alone, even where no party of the federation knows them; `None` if they are of other classes.
     """
 
     num_classes: int
@@ -58,12 +57,12 @@ class FederatedData:
 
     @property
     def sizes(self) -> Sizes:
-        """Sizes of soft labels on the public set."""
+        """The sizes of soft labels on the public set."""
         return Sizes(len(self.public), self.num_classes)
 
 
 def class_counts(data: FederatedData) -> dict[str, Any]:
-    """Count the images of each class that each party holds: what ``shards.json`` says."""
+    """Return the contents of ``shards.json``: how many images of each class each party holds."""
     classes, truth = data.num_classes, data.public_truth
     assert data.test.labels is not None
     return {
@@ -78,7 +77,7 @@ def federated_data(experiment: Experiment) -> FederatedData:
     """Return the experiment's data, built once per process for experiments that share it.
 
     Raises:
-        FedkdError: the data set cannot be had, or cannot be split as asked.
+        FedkdError: the data set cannot be loaded, or not be split as the experiment says.
     """
     shared = {key: getattr(experiment, key) for key in _DATA_KEYS}
     seed, device = experiment.split_seed, str(resolve_device(experiment.device))
@@ -89,12 +88,12 @@ _DATA_KEYS = (
     "dataset", "data_dir", "train_size", "test_size", "fold", "public", "public_size", "public_labels",
     "partition", "partition_alpha", "classes_per_client", "min_partition_size", "num_clients",
 )  # fmt: skip
-"""What the data depend on, besides the split's seed and the device."""
+"""The keys that decide the data, besides the split's seed and the device."""
 
 
 @lru_cache(maxsize=8)
 def _data(experiment: Experiment) -> FederatedData:
-    """Build the data of an experiment of which all other keys are at their defaults."""
+    """Return the data of an experiment whose other keys have their defaults."""
     source = load(experiment.dataset, experiment.data_dir)
     train = _subset(source, "train", experiment.train_size, experiment.device)
     if experiment.fold == "none":
@@ -132,10 +131,14 @@ def _data(experiment: Experiment) -> FederatedData:
 def _public(
     experiment: Experiment, source: Dataset, train: Images, labels: Tensor
 ) -> tuple[Images, Tensor | None, Tensor]:
-    """Return the public images, their true classes, and which training images stay private."""
+    """Return the public images, their true classes, and the rows of the private training images."""
     size = len(train) // 5 if experiment.public_size is None else experiment.public_size
     if experiment.public != "train":
-        return _foreign(experiment, size, source), None, torch.arange(len(train))
+        return (
+            _public_from_another_data_set(experiment, size, source),
+            None,
+            torch.arange(len(train)),
+        )
     public_rows, private_rows = split_public(labels, size, experiment.split_seed)
     rows = public_rows.to(train.device)
     images = train.keep(rows, labelled=experiment.public_labels)
@@ -143,9 +146,9 @@ def _public(
 
 
 def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
-    """Split the training images into those that are left and the images of a fold.
+    """Return the training images outside a fold, and those of the fold.
 
-    Folds have equal shares of every class, within one image, and do not depend on any seed.
+    Folds have equal shares of every class, within one image, and depend on no seed.
     """
     assert train.labels is not None
     number, count = (int(part) for part in fold.split("/"))
@@ -154,19 +157,19 @@ def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().flatten()
         drawn = permutation(len(rows), "fold", label)
-        # A class goes on where the one before it ended: all folds are equally large, within one image.
+        # Each class continues where the one before it ended: folds differ by one image at most.
         fold_of[rows[drawn]] = (torch.arange(len(rows)) + dealt) % count
         dealt += len(rows)
     chosen = (fold_of == number - 1).to(train.device)
     if not chosen.any() or chosen.all():
         raise FedkdError(
-            Setting("fold", fold), f": {len(labels)} training images have no such part"
+            Setting("fold", fold), f": {len(labels)} training images have no such fold"
         )
     return train.keep((~chosen).nonzero().flatten()), train.keep(chosen.nonzero().flatten())
 
 
 def _subset(source: Dataset, split: str, size: int | None, device: str) -> Images:
-    """Take a split's images, or a fixed random part of them that does not depend on any seed."""
+    """Return a split's images, or a fixed random part of them that depends on no seed."""
     pixels, labels = (
         (source.train_images, source.train_labels)
         if split == "train"
@@ -184,20 +187,20 @@ def _subset(source: Dataset, split: str, size: int | None, device: str) -> Image
 
 
 def _refuse_overlap(name: str, public: Tensor, private: Dataset) -> None:
-    """Refuse a public set that shares images with the private or the test images."""
-    mine = {image.numpy().tobytes() for image in public}
+    """Raise an error if a public set shares images with the private or the test images."""
+    public_images = {image.numpy().tobytes() for image in public}
     for split, images in (("training", private.train_images), ("test", private.test_images)):
-        if any(image.numpy().tobytes() in mine for image in images):
+        if any(image.numpy().tobytes() in public_images for image in images):
             raise FedkdError(
                 Setting("public", name),
                 f": it shares images with the {split} images of ",
                 Setting("dataset", private.name),
-                "; set public = 'train' or name a data set without them",
+                "; set public = 'train' or choose a data set without them",
             )
 
 
-def _foreign(experiment: Experiment, size: int, private: Dataset) -> Images:
-    """Take an unlabelled public set from another data set's training split."""
+def _public_from_another_data_set(experiment: Experiment, size: int, private: Dataset) -> Images:
+    """Return an unlabelled public set drawn from another data set's training split."""
     name = experiment.public
     other = load(name, experiment.data_dir, key="public")
     if other.input_shape != private.input_shape:
@@ -205,7 +208,7 @@ def _foreign(experiment: Experiment, size: int, private: Dataset) -> Images:
             Setting("public", name),
             f": its images are {other.input_shape}, those of ",
             Setting("dataset", private.name),
-            f" are {private.input_shape}; both must have one shape",
+            f" are {private.input_shape}; both must have the same shape",
         )
     if size > len(other.train_images):
         raise FedkdError(
@@ -214,6 +217,6 @@ def _foreign(experiment: Experiment, size: int, private: Dataset) -> Images:
     drawn = permutation(len(other.train_images), experiment.split_seed, "public")
     rows = drawn[:size].sort().values
     _refuse_overlap(name, other.train_images[rows], private)
-    # Normalised as the private images are: one client has one input pipeline.
+    # Normalised like the private images: a client has one input pipeline.
     pixels = other.train_images[rows].to(experiment.device)
     return Images(pixels, None, private.mean, private.std)

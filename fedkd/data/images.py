@@ -1,6 +1,6 @@
-"""Images that live on the device as bytes; batches are gathered, augmented and normalised there.
+"""Images stored on the device as bytes; batches are gathered, augmented and normalised there.
 
-No ``DataLoader``: per-image Python work is what starves a device when a thousand small clients train.
+There is no ``DataLoader``: per-image work in Python starves a device when a thousand small clients train.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Augment = Literal["none", "crop-flip", "jitter-2"]
 _SHIFT = {"crop-flip": 4, "jitter-2": 2}
 """Largest shift in pixels: a random crop after padding by 4 (He et al. 2015), or Hinton's jitter by 2."""
 
-KEPT_BYTES = 256 << 20
-"""The largest set that stays in memory normalised: all test sets here, not the training images."""
+MAX_NORMALISED_BYTES = 256 << 20
+"""The largest set that stays in memory normalised: any test set here, but not the training images."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ class Images:
     mean: Sequence[float]
     std: Sequence[float]
     dtype: torch.dtype = torch.float32
-    _kept: dict[bool, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _normalised: dict[bool, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     @property
     def device(self) -> torch.device:
-        """Where the pixels are."""
+        """The device of the pixels."""
         return self.pixels.device
 
     def keep(self, rows: Tensor, labelled: bool = True) -> Images:
@@ -59,8 +61,8 @@ class Images:
     def batch(self, rows: Tensor, channels_last: bool = False) -> Tensor:
         """Return normalised images ``[n, c, h, w]`` for `rows` (int64 ``[n]``).
 
-        With `channels_last` the channels of a pixel lie side by side in memory, which alone makes
-        unstacked convolutions and pooling twice as fast on a CPU.
+        With `channels_last` the channels of a pixel are adjacent in memory, which alone makes unstacked
+        convolutions and pooling twice as fast on a CPU.
         """
         return self.batches(rows.unsqueeze(0), "none", rows, channels_last).squeeze(0)
 
@@ -73,45 +75,47 @@ class Images:
     ) -> Iterator[Tensor]:
         """Yield normalised images ``[n, c, h, w]``, `size` at a time: those of `rows`, or all.
 
-        A set that is read whole, as a test set is, again and again, is normalised once and kept. What is
-        yielded is a copy, as a model may work in place.
+        A set that is read as a whole, such as a test set in every round, is normalised once and kept.
+        Copies are yielded, as a model may work in place.
         """
         whole = rows is None or (
             len(rows) == len(self) and torch.equal(rows.cpu(), torch.arange(len(self)))
         )
         bytes_whole = self.pixels.numel() * self.dtype.itemsize
-        if whole and bytes_whole <= KEPT_BYTES:
-            if channels_last not in self._kept:
+        if whole and bytes_whole <= MAX_NORMALISED_BYTES:
+            if channels_last not in self._normalised:
                 everything = torch.arange(len(self), device=self.device)
-                self._kept[channels_last] = self.batch(everything, channels_last)
-            for chunk in self._kept[channels_last].split(size):
+                self._normalised[channels_last] = self.batch(everything, channels_last)
+            for chunk in self._normalised[channels_last].split(size):
                 yield chunk.clone()
             return
-        wanted = torch.arange(len(self)) if rows is None else rows
-        for chunk in wanted.to(self.device).split(size):
+        chosen = torch.arange(len(self)) if rows is None else rows
+        for chunk in chosen.to(self.device).split(size):
             yield self.batch(chunk, channels_last)
 
     def batches(
         self, rows: Tensor, augment: Augment, keys: Tensor, channels_last: bool = False
     ) -> Tensor:
-        """Return normalised images ``[A, B, c, h, w]``, augmented if asked.
+        """Return normalised images ``[A, B, c, h, w]``, augmented unless `augment` is ``"none"``.
 
         Args:
             rows: int64 ``[A, B]``.
-            augment: what to do.
+            augment: how images are changed.
             keys: int64 ``[A]``, each client's stream for this step.
             channels_last: see `batch`.
         """
         pixels = self._gathered(rows.flatten())
         if augment != "none":
-            own = mix(keys)  # dropout draws from the keys themselves
-            draw = torch.func.vmap(lambda key: draws(key, 3 * rows.shape[1]).reshape(-1, 3))(own)
+            streams = mix(keys)  # dropout draws from the keys themselves
+            draw = torch.func.vmap(lambda key: draws(key, 3 * rows.shape[1]).reshape(-1, 3))(
+                streams
+            )
             pixels = _shifted(pixels, draw.reshape(-1, 3), augment)
         if channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         normalised = self.normalise(pixels)
         batches = normalised.view(*rows.shape, *normalised.shape[1:])
-        return _said_to_be_channels_last(batches) if channels_last else batches
+        return _with_channels_last_strides(batches) if channels_last else batches
 
     def _gathered(self, rows: Tensor) -> Tensor:
         """Return the pixels of `rows`, copied image by image (indexing copies pixel by pixel)."""
@@ -119,7 +123,7 @@ class Images:
         return picked.view(-1, *self.pixels.shape[1:])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Scale uint8 ``[n, c, h, w]`` to zero mean and unit deviation."""
+        """Return uint8 ``[n, c, h, w]`` scaled to zero mean and unit deviation."""
         scale, shift = self._scale_and_shift
         return pixels.to(self.dtype).mul_(scale).sub_(shift)
 
@@ -130,10 +134,10 @@ class Images:
         return 1 / (255 * std), mean / std
 
 
-def _said_to_be_channels_last(batches: Tensor) -> Tensor:
-    """Give ``[A, B, 1, h, w]`` the strides by which convolutions know the layout.
+def _with_channels_last_strides(batches: Tensor) -> Tensor:
+    """Return ``[A, B, 1, h, w]`` with the strides by which convolutions recognise channels-last.
 
-    With one channel the memory is the same either way, and PyTorch assumes the slower.
+    With one channel both layouts have the same memory, and PyTorch assumes the slower one.
     """
     _, size, channels, height, width = batches.shape
     if channels > 1:
@@ -142,7 +146,7 @@ def _said_to_be_channels_last(batches: Tensor) -> Tensor:
 
 
 def _shifted(pixels: Tensor, draw: Tensor, augment: Literal["crop-flip", "jitter-2"]) -> Tensor:
-    """Shift ``[n, c, h, w]`` by up to some pixels (black outside), and flip half of them if asked."""
+    """Return ``[n, c, h, w]`` shifted by a few pixels (black outside); ``crop-flip`` flips half."""
     reach = _SHIFT[augment]
     n, _, height, width = pixels.shape
     offset = (draw[:, :2] * (2 * reach + 1)) >> 16

@@ -1,8 +1,8 @@
-"""Which image belongs to whom: the public set and the clients' shards, as index tensors.
+"""Split training images into a public set and the clients' shards, as index tensors.
 
 Every split is a function of the labels, the arguments and the seed. The partitioners are those of
-flwr-datasets, because users know their names and numbers; they cut each class in the order in which
-it is stored, so the samples are permuted first: another seed moves blocks, not only proportions.
+flwr-datasets, because users know their names and numbers. They cut each class in storage order, so
+the samples are permuted first: another seed then moves blocks, not only proportions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def split_public(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Cut a public set from the training split, uniformly at random (not stratified).
+    """Return a public set drawn uniformly from the training split (not stratified), and the rest.
 
     Args:
         labels: int64 ``[N]``, of the training split.
@@ -55,7 +55,7 @@ def split_public(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def label_counts(labels: Tensor, shards: list[Tensor], num_classes: int) -> Tensor:
-    """Count the labels of each client: int64 ``[K, C]``."""
+    """Return how often each client has each label: int64 ``[K, C]``."""
     return torch.stack([labels[shard].bincount(minlength=num_classes) for shard in shards])
 
 
@@ -82,19 +82,19 @@ def partition(
     min_size: int,
     cache_dir: str | Path | None = None,
 ) -> list[Tensor]:
-    """Deal all samples to `num_clients` clients, each sample to exactly one.
+    """Return the shards of `num_clients` clients; each sample is in exactly one.
 
     - ``iid``: equal parts at random.
     - ``dirichlet``: each class is divided by proportions drawn from Dirichlet(`alpha`)
-      (Yurochkin et al. 2019, arXiv:1905.12022); drawn anew, up to 10 times, until every client
+      (Yurochkin et al. 2019, arXiv:1905.12022); drawn again, up to 10 times, until every client
       has `min_size`.
     - ``shard``: sorted by label, cut into ``K * classes_per_client`` blocks, which are dealt at
       random (McMahan et al. 2017, arXiv:1602.05629). Where the samples do not divide evenly, the
       blocks are rounded up and the last clients may get one block fewer.
     - ``pathological``: exactly `classes_per_client` classes each, a class divided evenly between
       its clients (Li et al. 2022, arXiv:2102.02079: client k's first class is k modulo C, the rest
-      are random). With fewer clients than classes that would leave classes to nobody: there the
-      classes, in random order, are dealt in turn.
+      are random). With fewer clients than classes that would leave classes out: then the classes,
+      in random order, are dealt in turn.
 
     Args:
         labels: int64 ``[N]``.
@@ -104,14 +104,14 @@ def partition(
         alpha: concentration, positive; small is skewed, large is even. For ``dirichlet``.
         classes_per_client: classes, or blocks, of a client. For ``pathological`` and ``shard``.
         min_size: fewest samples of a client, 1 or more.
-        cache_dir: folder in which the result is kept for other processes, which then never import
-            flwr-datasets; ``None``: not kept. What is damaged there is made anew.
+        cache_dir: folder that caches the result for other processes, which then never import
+            flwr-datasets; ``None``: no cache. A damaged file is replaced.
 
     Returns:
         K index tensors into `labels`, int64, ascending.
 
     Raises:
-        FedkdError: the request is impossible; the text says what to change.
+        FedkdError: the request is impossible; the message says what to change.
     """
     request = _Request(kind, num_clients, seed, alpha, classes_per_client, min_size)
     _check(labels, request)
@@ -125,16 +125,16 @@ def partition(
     return shards
 
 
-# --- Refused before anything is drawn -------------------------------------------------------------
+# --- Checks before anything is drawn --------------------------------------------------------------
 
 
 def _check(labels: Tensor, request: _Request) -> None:
-    """Refuse what no draw can satisfy."""
+    """Raise an error for a request that no draw can satisfy."""
     n, clients, least = len(labels), request.num_clients, request.min_size
     if request.kind not in KINDS:
         raise FedkdError(
             Setting("partition", request.kind),
-            f" is not known{nearest(request.kind, KINDS)}: choose {', '.join(KINDS)}",
+            f" is unknown{nearest(request.kind, KINDS)}: choose one of {', '.join(KINDS)}",
         )
     if not 1 <= clients <= n:
         raise FedkdError(
@@ -142,12 +142,12 @@ def _check(labels: Tensor, request: _Request) -> None:
         )
     if least < 1:
         raise FedkdError(
-            Setting("min-partition-size", least), " must be 1 or more: no client trains on none"
+            Setting("min-partition-size", least), " must be 1 or more: every client needs an image"
         )
     if clients * least > n:
         raise FedkdError(
-            f"{clients} clients of {least} images or more need {clients * least}, and there are "
-            f"{n}: lower num-clients or min-partition-size to {n // clients} or less"
+            f"{clients} clients of {least} images or more need {clients * least}, and there are only "
+            f"{n}: lower num-clients, or min-partition-size to {n // clients} or less"
         )
     if request.kind == "dirichlet" and not 0 < request.alpha < math.inf:
         raise FedkdError(Setting("partition-alpha", request.alpha), " must be positive and finite")
@@ -163,7 +163,7 @@ def _check_classes(labels: Tensor, request: _Request) -> None:
     if request.kind == "shard" and clients * each > n:
         raise FedkdError(
             f"{clients} clients with {each} blocks each need {clients * each} images, and there "
-            f"are {n}: lower num-clients or classes-per-client"
+            f"are only {n}: lower num-clients or classes-per-client"
         )
     if request.kind == "pathological" and each > classes:
         raise FedkdError(
@@ -171,8 +171,8 @@ def _check_classes(labels: Tensor, request: _Request) -> None:
         )
     if request.kind == "pathological" and clients * each < classes:
         raise FedkdError(
-            f"{clients} clients with {each} classes each leave some of the {classes} classes to "
-            f"nobody: raise classes-per-client to {-(-classes // clients)} or more, or num-clients "
+            f"{clients} clients with {each} classes each leave some of the {classes} classes out: "
+            f"raise classes-per-client to {-(-classes // clients)} or more, or num-clients "
             f"to {-(-classes // each)} or more"
         )
 
@@ -196,7 +196,7 @@ def _draw(labels: Tensor, request: _Request) -> list[Tensor]:
 
 
 def _deal_in_turn(labels: Tensor, request: _Request) -> list[Tensor]:
-    """Deal classes from one shuffled deck, over and over: with K * each >= C none is left out."""
+    """Return shards whose classes are dealt in turn from one shuffled deck: K * each >= C uses all."""
     clients, each = request.num_clients, request.classes_per_client
     classes = _classes(labels)
     deck = classes[randomness.permutation(len(classes), "partition", request.seed)]
@@ -218,14 +218,14 @@ def _draw_with_flwr(labels: Tensor, request: _Request) -> list[Tensor]:
     columns = {"label": labels[order].numpy(), "index": order.numpy()}
     partitioner = _partitioner(len(labels), request)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one for each draw that was too small, and pyarrow's
+        warnings.simplefilter("ignore")  # one per draw that was too small, and pyarrow's
         # As Arrow columns: row by row, as Python objects, takes ten times as long.
         partitioner.dataset = Dataset.from_dict(columns).with_format("arrow")
         try:
-            chosen = [partitioner.load_partition(k)[:] for k in range(request.num_clients)]
+            tables = [partitioner.load_partition(k)[:] for k in range(request.num_clients)]
         except ValueError as error:
             raise _impossible(request) from error
-    return [torch.from_numpy(rows["index"].to_numpy().copy()).sort().values for rows in chosen]
+    return [torch.from_numpy(rows["index"].to_numpy().copy()).sort().values for rows in tables]
 
 
 def _partitioner(n: int, request: _Request) -> Any:
@@ -246,7 +246,7 @@ def _partitioner(n: int, request: _Request) -> Any:
             return partitioner.DirichletPartitioner(
                 alpha=float(request.alpha), min_partition_size=request.min_size, **common
             )
-        case "shard":  # by size: told their number, it drops the samples that remain
+        case "shard":  # by size: by their number, it drops the samples that remain
             return partitioner.ShardPartitioner(
                 shard_size=-(-n // (clients * each)), keep_incomplete_shard=True, **common
             )
@@ -259,7 +259,7 @@ def _partitioner(n: int, request: _Request) -> Any:
 
 
 def _impossible(request: _Request) -> FedkdError:
-    """Say what to change in a request that no draw satisfied."""
+    """Return the error for a request that no draw satisfied; it says what to change."""
     small = f"fewer than {request.min_size} images for some of {request.num_clients} clients"
     if request.kind == "dirichlet":
         what = f"each of 11 draws with partition-alpha = {request.alpha} left {small}"
@@ -270,11 +270,11 @@ def _impossible(request: _Request) -> FedkdError:
     return FedkdError(Setting("partition", request.kind), f" is impossible here ({what}): {change}")
 
 
-# --- Kept for other processes ---------------------------------------------------------------------
+# --- Cached for other processes -------------------------------------------------------------------
 
 
 def _fingerprint(labels: Tensor, request: _Request) -> str:
-    """Name the result: all that decides it, the version of flwr-datasets included."""
+    """Return a hash of all that decides the result, including the version of flwr-datasets."""
     sha256 = hashlib.sha256(labels.contiguous().numpy().data)
     sha256.update(repr((astuple(request), version("flwr-datasets"))).encode())
     return sha256.hexdigest()[:32]
@@ -286,15 +286,15 @@ def _write(path: Path, shards: list[Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"indices": torch.cat(shards), "sizes": sizes})
     except OSError as error:
-        _log.warning("the partition is not kept for the next process: %s", error)
+        _log.warning("the partition is not cached for other processes: %s", error)
 
 
 def _read(path: Path) -> list[Tensor] | None:
-    """Return the shards kept in `path`, or ``None`` if it is not there or not as it was written."""
+    """Return the shards in `path`, or ``None`` if it is missing or damaged."""
     try:
-        tensors, noted = read_tensors(path)
+        tensors, stored_fingerprint = read_tensors(path)
     except (OSError, SafetensorError):
         return None
-    if fingerprint(tensors) != noted:
+    if fingerprint(tensors) != stored_fingerprint:
         return None
     return list(torch.split(tensors["indices"], tensors["sizes"].tolist()))

@@ -499,7 +499,7 @@ def test_own_dataset_that_cannot_be_had(own: str) -> None:
         ("train_labels=torch.arange(7)", "train_labels must lie in 0..2"),
         ("test_labels=torch.tensor([-1, 0])", "test_labels must lie in 0..2"),
         ("test_images=images[:2, :1]", "test_images are [1, 3, 5] but train_images [2, 3, 5]"),
-        ("class_names=('apple',)", "class_names must name two classes or more"),
+        ("class_names=('apple',)", "class_names must name at least two classes"),
         ("mean=(0.5,)", "mean and std must have 2 values each"),
         ("std=(0.5, 0.0)", "mean must be finite and std positive"),
     ],

@@ -289,11 +289,11 @@ def test_public_size_out_of_range(size: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"kind": "dirichelt"}, "partition = 'dirichelt' is not known (did you mean 'dirichlet'?)"),
+        ({"kind": "dirichelt"}, "partition = 'dirichelt' is unknown (did you mean 'dirichlet'?)"),
         ({"num_clients": 0}, "num-clients = 0 must lie in 1..731"),
         ({"num_clients": 732, "kind": "iid"}, "num-clients = 732 must lie in 1..731"),
         ({"min_size": 0}, "min-partition-size = 0 must be 1 or more"),
-        ({"min_size": 147}, "lower num-clients or min-partition-size to 146 or less"),
+        ({"min_size": 147}, "lower num-clients, or min-partition-size to 146 or less"),
         ({"alpha": 0.0}, "partition-alpha = 0.0 must be positive"),
         ({"alpha": -0.5}, "partition-alpha = -0.5 must be positive"),
         ({"alpha": math.nan}, "partition-alpha = nan must be positive"),
@@ -306,7 +306,7 @@ def test_public_size_out_of_range(size: int) -> None:
         ({"kind": "pathological", "classes_per_client": 0}, "classes-per-client = 0 must be 1"),
         (
             {"kind": "shard", "num_clients": 244, "min_size": 1},
-            "244 clients with 3 blocks each need 732 images, and there are 731",
+            "244 clients with 3 blocks each need 732 images, and there are only 731",
         ),
         (
             {"kind": "shard", "num_clients": 5, "min_size": 140, "classes_per_client": 17},
@@ -398,7 +398,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "file").write_text("in the way")
     shards = cut(cache_dir=tmp_path / "file")
     assert equal(shards, cut())
-    assert "the partition is not kept for the next process" in caplog.text
+    assert "the partition is not cached for other processes" in caplog.text
 
 
 def test_importing_the_module_imports_no_partitioner() -> None:

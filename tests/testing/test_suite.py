@@ -394,7 +394,7 @@ BROKEN: dict[DistillationStrategy, tuple[str, str]] = {
     UnknownSymbol(): ("facts", "'N' is not defined.*write it with P, C, K, S, D, I"),
     Misspelt(): ("phases", "'probs'.* must be one of logits, probabilities"),
     AnswersTwice(): ("phases", "answers twice: a client sends one kind of knowledge a round"),
-    Lambda(): ("phases", "write it at the top of a module"),
+    Lambda(): ("phases", "define it at the top of a module"),
     OwnTerm(name_of_term="by_item"): ("client-code", r"by_item raises .*stacked.*no .item\(\)"),
     OwnTerm(name_of_term="by_mask"): ("client-code", "by_mask raises .*no boolean-mask indexing"),
     OwnTerm(name_of_term="averaged"): (
