@@ -1,4 +1,4 @@
-"""How many of a test's images models get right."""
+"""Accuracy of predicted classes, overall and by class."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class ByClass:
 
 
 def correct_by_class(predicted: Tensor, labels: Tensor, num_classes: int) -> ByClass:
-    """Count correct predictions (integers ``[K, N]``) by true class (int64 ``[N]``), on the CPU."""
+    """Return how many predictions (integers ``[K, N]``) are correct, by true class (int64 ``[N]``).
+
+    Both are on the CPU.
+    """
     member = torch.nn.functional.one_hot(labels, num_classes).float()  # counts are exact in it
     right = (predicted == labels).float()
     return ByClass((right @ member).double(), member.sum(0).double())

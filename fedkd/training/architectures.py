@@ -1,6 +1,6 @@
-"""The architectures that an experiment names, built for its images: plans, skeletons, first weights.
+"""Architectures of an experiment, built for its images: plans, skeletons and initial weights.
 
-The weights follow from a seed and a name alone, so that every process begins with the same ones.
+The weights depend on a seed and a name alone, so every process starts with the same ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedkd.keys import kebab
 from fedkd.training import models
 from fedkd.training.cohort import Cohort
 from fedkd.training.parameters import State, initial_state
-from fedkd.training.plans import Plan, wanted_plan
+from fedkd.training.plans import Plan, plan_from_key
 
 
 class Architectures:
@@ -34,13 +34,13 @@ class Architectures:
         device: torch.device,
         example: Tensor,
     ) -> None:
-        """Take what models are built for.
+        """Store what models are built for; each is built at its first use.
 
         Args:
             input_shape: ``(c, h, w)``.
             num_classes: C.
-            device: where the models are.
-            example: two normalised images, ``[2, c, h, w]``, on which a plan is tried.
+            device: of the models.
+            example: two normalised images, ``[2, c, h, w]``, on which plans are tried.
         """
         self._input_shape = input_shape
         self._num_classes = num_classes
@@ -50,31 +50,31 @@ class Architectures:
         self._skeletons: dict[str, nn.Module] = {}
         self._initial: dict[tuple[str, int], State] = {}
 
-    def plan(self, name: str, wanted: str) -> Plan:
-        """Return how models of an architecture are run under a ``plan`` key, found out once."""
-        if (name, wanted) not in self._plans:
-            self._plans[name, wanted] = wanted_plan(wanted, name, self.model(name), self._example)
-        return self._plans[name, wanted]
+    def plan(self, name: str, key: str) -> Plan:
+        """Return how models of an architecture are run under a ``plan`` key; worked out once."""
+        if (name, key) not in self._plans:
+            self._plans[name, key] = plan_from_key(key, name, self.model(name), self._example)
+        return self._plans[name, key]
 
     def model(self, name: str) -> nn.Module:
-        """Build an architecture for these images, on their device."""
+        """Return a new model of an architecture, on the device."""
         return self._built(name).to(self._device)
 
     def skeleton(self, name: str) -> nn.Module:
-        """Return a model of an architecture for its structure alone, built once."""
+        """Return the model of an architecture whose structure alone is used; built once."""
         if name not in self._skeletons:
             self._skeletons[name] = self.model(name)
         return self._skeletons[name]
 
     def cohort(self, experiment: Experiment, name: str, stack: State) -> Cohort:
-        """Make a cohort of an architecture that trains the tensors of `stack`, ``[K, ...]``, in place."""
+        """Return a cohort that trains the tensors of `stack`, ``[K, ...]`` by name, in place."""
         plan = self.plan(name, experiment.plan)
         return Cohort.over(self.skeleton(name), stack, plan, experiment.precision)
 
     def initial_state(self, name: str, seed: int) -> State:
         """Return an architecture's initial weights, the same for every client, method and engine.
 
-        Made once; not to be written to.
+        Made once; do not write to it.
         """
         if (name, seed) not in self._initial:
             state = initial_state(lambda: self._built(name), seed, "initial", name)
@@ -82,7 +82,7 @@ class Architectures:
         return self._initial[name, seed]
 
     def initial_states(self, name: str, seed: int, count: int) -> State:
-        """Return the initial weights of `count` clients, ``[count, ...]`` by name, to be trained."""
+        """Return copies of the initial weights for `count` clients, ``[count, ...]`` by name."""
         state = self.initial_state(name, seed)
         return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
 
@@ -95,20 +95,20 @@ _architectures: WeakKeyDictionary[FederatedData, Architectures] = WeakKeyDiction
 
 def architectures_of(data: FederatedData) -> Architectures:
     """Return the architectures for these images, the same object as long as `data` lives."""
-    found = _architectures.get(data)
-    if found is None:
+    architectures = _architectures.get(data)
+    if architectures is None:
         train = data.train
         example = train.batch(torch.arange(2, device=train.device))
         built = Architectures(data.input_shape, data.num_classes, train.device, example)
-        found = _architectures.setdefault(data, built)
-    return found
+        architectures = _architectures.setdefault(data, built)
+    return architectures
 
 
 def check_models(experiment: Experiment, data: FederatedData, keys: Sequence[str]) -> None:
     """Build every model that `keys` (such as ``"student"``) name, before any work.
 
     Raises:
-        FedkdError: there is no such model, or it does not fit the images; the text names the key.
+        FedkdError: there is no such model, or it does not fit the images; the message names the key.
     """
     for key in keys:
         for name in str(getattr(experiment, key)).split(","):

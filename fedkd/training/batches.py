@@ -1,4 +1,4 @@
-"""What a step of a fit sees: the batch of each client, with its soft labels and coefficients."""
+"""Batches of a fit: at each step every client's images, labels, soft labels and coefficients."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from fedkd.randomness import at_steps, key
 from fedkd.training.schedule import Stream, schedule
 
 VECTOR = 4
-"""Widths of stacked batches are multiples of it: else a client's logits begin at odd addresses, and
-matrix products round differently by where that is."""
+"""Widths of stacked batches are multiples of this: otherwise a client's logits would start at unaligned
+addresses, and the rounding of matrix products depends on these."""
 
 
 @dataclass(frozen=True)
 class BatchStream:
-    """One stream of batches of a fit: whose samples, with which soft labels, under which terms.
+    """One stream of batches of a fit: its samples, soft labels and loss terms.
 
     Attributes:
         name: names the random stream (``"private"`` or ``"public"``).
-        images: where the samples are.
+        images: the set that holds the samples.
         rows: int64 indices into `images`, one tensor a client.
         terms: coefficients by term, each a number or a tensor ``[K]``.
         teacher_logits: ``[1, N, C]`` (the same for all) or ``[K, N, C]`` (or as many as `taught_by`
-            names), in the order of `rows`; N is that of the client with most samples.
-        taught_by: which of the `teacher_logits` each client learns from, int64 ``[K]``; default: the only
-            one, or client k from the k-th.
+            names), in the order of `rows`; N is the largest number of samples of a client.
+        taught_by: index of the `teacher_logits` that each client learns from, int64 ``[K]``; default:
+            the only one, or the k-th for client k.
         augment: how images are changed as they are drawn.
-        class_means: ``[1, C, D]`` or ``[K, C, D]``, for terms that ask for them.
-        class_counts: ``[1, C]`` or ``[K, C]``, images behind them.
-        labels: what each client takes for the labels of its `rows`, int64; default: those of `images`.
+        class_means: ``[1, C, D]`` or ``[K, C, D]``, for terms that need them.
+        class_counts: ``[1, C]`` or ``[K, C]``, images behind each mean.
+        labels: labels that each client uses for its `rows`, int64; default: those of `images`.
     """
 
     name: str
@@ -51,15 +51,15 @@ class BatchStream:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some clients of a cohort that take their steps together.
+    """Clients of a cohort that take their steps together.
 
     Attributes:
-        clients: which of the cohort, the one with most steps first.
+        clients: their positions in the cohort, the one with most steps first.
         index: the same, int64 on the device.
-        steps: how many each takes.
+        steps: number of steps of each.
         streams: the random stream of each.
         batch_size: B.
-        stacked: whether they run through ``vmap``; else it is one client.
+        stacked: whether they run through ``vmap``; otherwise the block is one client.
         dtype: of weights, coefficients and losses.
     """
 
@@ -73,14 +73,14 @@ class Block:
 
     @property
     def width(self) -> int:
-        """Samples of a batch, with padding."""
+        """The number of samples of a batch, with padding."""
         return -(-self.batch_size // VECTOR) * VECTOR if self.stacked else self.batch_size
 
 
 class Batches:
-    """One stream of batches for the clients of a block: what they see at each step.
+    """One stream of batches for the clients of a block.
 
-    All that does not depend on the model is made for all steps at once, so that a step costs a gather.
+    All that does not depend on the model is prepared for all steps at once; a step only gathers.
     """
 
     def __init__(self, batch_stream: BatchStream, block: Block) -> None:
@@ -100,20 +100,20 @@ class Batches:
         labels = batch_stream.images.labels
         self._labels = torch.zeros_like(self._rows) if labels is None else labels[self._rows]
         if batch_stream.labels is not None:
-            own = [batch_stream.labels[k].to(device) for k in block.clients]
-            padded = nn.utils.rnn.pad_sequence(own, batch_first=True)
+            labels_by_client = [batch_stream.labels[k].to(device) for k in block.clients]
+            padded = nn.utils.rnn.pad_sequence(labels_by_client, batch_first=True)
             self._labels = padded.gather(1, drawn.positions.flatten(1)).view_as(drawn.positions)
         self._teacher_logits = batch_stream.teacher_logits
         several = batch_stream.teacher_logits is not None and len(batch_stream.teacher_logits) > 1
-        taught_by = (
+        teachers = (
             index if batch_stream.taught_by is None else batch_stream.taught_by.to(device)[index]
         )
-        self._owner = taught_by if several else None
+        self._teachers = teachers if several else None
         keys = [key(*stream, "step") for stream in streams]
         self._keys = at_steps(torch.tensor(keys, device=device), max(block.steps))
         means = {"class_means": batch_stream.class_means, "class_counts": batch_stream.class_counts}
         self._constant = {
-            name: _own(tensor.to(device, dtype), index)
+            name: _rows_of(tensor.to(device, dtype), index)
             for name, tensor in means.items()
             if tensor is not None
         }
@@ -126,17 +126,17 @@ class Batches:
     def batch(self, tick: int, active: int) -> dict[str, Tensor]:
         """Return the batch of step `tick` for the first `active` clients.
 
-        One client at a time sees no padding: it is cut off instead of masked.
+        Clients that run one by one see no padding: it is cut off instead of masked.
         """
         width = None if self._stacked else int(self._sizes[0, tick])
-        now = (slice(active), tick, slice(width))
+        step = (slice(active), tick, slice(width))
         keys = self._keys[:active, tick]
         batch = {
             "images": self._images.batches(
-                self._rows[now], self._augment, keys, channels_last=not self._stacked
+                self._rows[step], self._augment, keys, channels_last=not self._stacked
             ),
-            "labels": self._labels[now],
-            "weights": self._weights[now],
+            "labels": self._labels[step],
+            "weights": self._weights[step],
             "key": keys,
             **{
                 name: value[:active]
@@ -144,26 +144,26 @@ class Batches:
             },
         }
         if self._stacked:
-            batch["real"] = self._real[now]
+            batch["real"] = self._real[step]
         if self._teacher_logits is not None:
-            batch["teacher_logits"] = self._taught(self._positions[now])
+            batch["teacher_logits"] = self._teacher_logits_at(self._positions[step])
         return batch
 
-    def _taught(self, positions: Tensor) -> Tensor:
-        """Return the received logits ``[active, B, C]`` of these samples."""
+    def _teacher_logits_at(self, positions: Tensor) -> Tensor:
+        """Return the received logits ``[active, B, C]`` at int64 positions ``[active, B]``."""
         assert self._teacher_logits is not None
-        if self._owner is None:
+        if self._teachers is None:
             shared = self._teacher_logits[0].index_select(0, positions.flatten())
             return shared.view(*positions.shape, -1)
-        return self._teacher_logits[self._owner[: len(positions), None], positions]
+        return self._teacher_logits[self._teachers[: len(positions), None], positions]
 
 
-def _own(tensor: Tensor, index: Tensor) -> Tensor:
-    """Give each client of a block its row of ``[K, ...]``, or the only one of ``[1, ...]``."""
+def _rows_of(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return each block client's row of ``[K, ...]``, or the only row of ``[1, ...]`` for all."""
     return tensor[index] if len(tensor) > 1 else tensor.expand(len(index), *tensor.shape[1:])
 
 
 def spread(value: float | Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give each client of a block its own value of a number or of a tensor ``[K]``."""
+    """Return a number, or a tensor ``[K]``, as one value for each client of a block."""
     tensor = torch.as_tensor(value, dtype=dtype, device=index.device)
     return tensor[index] if tensor.ndim else tensor.expand(len(index))

@@ -1,9 +1,9 @@
 """A cohort: K models of one architecture, trained, distilled and evaluated side by side.
 
-The only code in the project that trains, distils, predicts or evaluates. Parameters are stacked along
-a leading client axis; a client's numbers depend on its own data and random streams, never on who
-else is in the stack. How the models are run (all stacked through ``vmap``, or one by one) is a plan
-and changes results only within floating-point tolerance.
+No other code in the project trains, distils, predicts or evaluates. Parameters are stacked along a
+leading client axis; a client's results depend on its own data and random streams, never on the other
+clients in the stack. A plan says how the models are run (stacked through ``vmap``, or one by one); it
+changes results only within floating-point tolerance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.machine import Precision, forward_pass, matrix_products
 from fedkd.training.batches import VECTOR, BatchStream, Block
-from fedkd.training.fit import BlockFit, Fitted, Progress, joined_fits
+from fedkd.training.fit import BlockFit, Fitted, Progress, concatenated_fits
 from fedkd.training.lanes import in_lanes
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parameters import State, Stateless, stacked
@@ -32,11 +32,11 @@ from fedkd.training.vmap_modes import FeaturesFirst
 _Forward = Callable[[Stateless, Mapping[str, Tensor], Tensor], Tensor]
 
 IMAGES_AT_ONCE = {True: 1000, False: 250}
-"""Images a forward pass without training takes, stacked or not: measured best on a CPU."""
+"""Images per forward pass outside training, stacked or not: the fastest as measured on a CPU."""
 
 
 class Classified(NamedTuple):
-    """What K models say of N images: classes int16 ``[K, N]``, and their probabilities ``[K, N]``."""
+    """Classes int16 ``[K, N]`` that K models predict for N images, and their probabilities ``[K, N]``."""
 
     classes: Tensor
     confidences: Tensor
@@ -47,10 +47,10 @@ class Cohort:
     """K models of one architecture.
 
     Attributes:
-        skeleton: the module whose structure all share; its own parameters are not used.
+        skeleton: the module whose structure all models share; its own parameters are not used.
         params: ``[K, ...]`` by name.
         buffers: ``[K, ...]`` by name.
-        plan: how they are run.
+        plan: how the models are run.
         precision: number format of the forward and backward passes.
     """
 
@@ -62,7 +62,7 @@ class Cohort:
 
     @classmethod
     def of(cls, skeleton: nn.Module, states: Sequence[State], plan: Plan) -> Cohort:
-        """Stack models from their states."""
+        """Return a cohort of K models, whose states are copied into a stack."""
         return cls.over(skeleton, stacked(states), plan)
 
     @classmethod
@@ -73,7 +73,7 @@ class Cohort:
         plan: Plan,
         precision: Precision = "float32",
     ) -> Cohort:
-        """Make a cohort that trains the tensors of a stack, ``[K, ...]`` by name, in place."""
+        """Return a cohort that trains the tensors of a stack, ``[K, ...]`` by name, in place."""
         params = {n: stack[n] for n, _ in skeleton.named_parameters()}
         buffers = {n: stack[n] for n, _ in skeleton.named_buffers()}
         return cls(skeleton, params, buffers, plan, precision)
@@ -82,11 +82,11 @@ class Cohort:
         return len(next(iter(self.params.values())))
 
     def state(self, k: int) -> State:
-        """Copy model `k` out of the stack."""
+        """Return a copy of model `k`'s state."""
         return {n: t[k].clone() for n, t in {**self.params, **self.buffers}.items()}
 
     def only(self, k: int) -> Cohort:
-        """Return model `k` as a cohort of its own, which shares its tensors with this one."""
+        """Return a cohort of model `k` alone, which shares its tensors with this one."""
         params = {name: tensor[k : k + 1] for name, tensor in self.params.items()}
         buffers = {name: tensor[k : k + 1] for name, tensor in self.buffers.items()}
         return replace(self, params=params, buffers=buffers)
@@ -111,21 +111,24 @@ class Cohort:
 
         Args:
             batch_streams: an epoch runs over the first; every step draws a batch of each other as well.
-            epochs: passes over the first stream's samples, of all models or of each.
+            epochs: passes over the first stream's samples, one number for all models or one each.
             batch_size: B.
-            optimizer: which one, with hyper-parameters per client where they are tensors ``[K]``.
+            optimizer: its settings; hyper-parameters that are tensors ``[K]`` are per client.
             streams: the random stream of each client.
             numbers: what terms read from ``step.numbers``, each a number or a tensor ``[K]``.
-            progress: told the share of all steps that is done, 0..1, after each.
+            progress: called after each step with the share of all steps that is done, 0..1.
+
+        Returns:
+            Losses and gradient norms of all models.
 
         Raises:
             FedkdError: a client has no samples.
         """
         self.skeleton.train()
-        passes = [epochs] * len(self) if isinstance(epochs, int) else epochs
+        epochs_by_model = [epochs] * len(self) if isinstance(epochs, int) else epochs
         steps = [
             count * steps_per_epoch(len(rows), batch_size)
-            for count, rows in zip(passes, batch_streams[0].rows, strict=True)
+            for count, rows in zip(epochs_by_model, batch_streams[0].rows, strict=True)
         ]
         for batch_stream in batch_streams:
             empty = [k for k, rows in enumerate(batch_stream.rows) if not len(rows)]
@@ -134,7 +137,7 @@ class Cohort:
                     f"model {empty[0]} of the cohort has no {batch_stream.name} samples"
                 )
         order = sorted(range(len(self)), key=lambda k: -steps[k])
-        ticked = Progress(sum(steps), progress)
+        count_steps = Progress(sum(steps), progress)
         blocks = self._blocks(order)
 
         def train(model: Stateless, clients: Sequence[int]) -> Fitted:
@@ -148,20 +151,20 @@ class Cohort:
                 self._dtype,
             )
             fit = BlockFit(model, self.params, self.buffers, batch_streams, block, self.precision)
-            fitted = fit.train(optimizer, numbers or {}, ticked)
+            fitted = fit.train(optimizer, numbers or {}, count_steps)
             fit.write_back()
             return fitted
 
         with matrix_products(self.precision, self._device):
             parts = in_lanes(train, blocks, self.skeleton, self.plan.lanes)
-        return joined_fits(parts, order)
+        return concatenated_fits(parts, order)
 
     def predict(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
         return self._evaluated(images, rows, lambda logits: logits)
 
     def features(self, images: Images, rows: Tensor | None = None) -> Tensor:
-        """Return what the models' bodies give, ``[K, N, D]``, in evaluation mode.
+        """Return the outputs of the models' bodies, ``[K, N, D]``, in evaluation mode.
 
         Raises:
             FedkdError: the model is not a body and a head.
@@ -174,7 +177,7 @@ class Cohort:
         return self._evaluated(images, rows, lambda z: z.max(-1).indices.to(torch.int16))
 
     def answer(self, images: Images) -> Classified:
-        """Return the predicted classes of all images, and how sure the models are of them."""
+        """Return the predicted classes of all images, and their probabilities."""
 
         def read(z: Tensor) -> Tensor:
             best = z.max(-1)
@@ -193,7 +196,7 @@ class Cohort:
         return next(iter(self.params.values())).dtype
 
     def _blocks(self, clients: Sequence[int]) -> list[Sequence[int]]:
-        """Deal clients into blocks, at least one a lane where there are enough of them."""
+        """Return the clients in blocks, at least one block a lane if there are enough clients."""
         size = min(self.plan.block, -(-len(clients) // self.plan.lanes))
         return [clients[first : first + size] for first in range(0, len(clients), size)]
 
@@ -205,7 +208,7 @@ class Cohort:
         read: Callable[[Tensor], Tensor],
         forward: _Forward = Stateless.__call__,
     ) -> Tensor:
-        """Return what `read` makes of the outputs ``[block, n, C]``, joined over models and images."""
+        """Return ``read(outputs)`` of outputs ``[block, n, C]``, concatenated over models and images."""
         self.skeleton.eval()
         size, stacked = IMAGES_AT_ONCE[self.plan.stacked], self.plan.stacked
 
@@ -242,6 +245,6 @@ class Cohort:
 
 
 def _whole_vectors(batch: Tensor) -> Tensor:
-    """Repeat the first image until the batch's width is a multiple of `VECTOR`."""
+    """Return a batch padded with its first image to a multiple of `VECTOR` images."""
     missing = -len(batch) % VECTOR
     return torch.cat([batch, batch[:1].expand(missing, *batch.shape[1:])]) if missing else batch

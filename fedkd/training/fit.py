@@ -1,4 +1,4 @@
-"""One fit of a block of models: every step, and how training went."""
+"""Train a block of models: every step, and a trace of losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from fedkd.training.profiling import timed
 from fedkd.training.vmap_modes import KeyedMode
 
 NORM_EVERY = 8
-"""Steps from one measurement of the gradient's norm to the next: a pass over all gradients costs time."""
+"""Steps between measurements of the gradient's norm, which cost a pass over all gradients."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """How training went, of K models that took up to T steps.
+    """Losses and gradient norms of K models that took up to T steps.
 
     Attributes:
         losses: ``[K]``, each model's mean training loss over its steps.
-        gradient_norms: ``[K]``, the Euclidean norm of the gradient of all trained parameters, mean over
-            every `NORM_EVERY`-th step.
+        gradient_norms: ``[K]``, the Euclidean norm of the gradient of all trained parameters, averaged
+            over every `NORM_EVERY`-th step.
         loss_by_step: ``[K, T]``, NaN past a model's last step.
         gradient_norm_by_step: ``[K, ⌈T / NORM_EVERY⌉]``, likewise.
     """
@@ -42,36 +42,41 @@ class Fitted:
     gradient_norm_by_step: Tensor
 
 
-def joined_fits(parts: Sequence[Fitted], order: Sequence[int]) -> Fitted:
-    """Join blocks of models that stand in `order`, the one with most steps first."""
+def concatenated_fits(parts: Sequence[Fitted], order: Sequence[int]) -> Fitted:
+    """Return the fits of all blocks as one, in the order of the cohort.
+
+    Args:
+        parts: of consecutive blocks, the models with most steps first.
+        order: position in the cohort of each model of `parts`.
+    """
     place = torch.tensor(order).argsort().to(parts[0].losses.device)
 
-    def joined(name: str) -> Tensor:
-        tensors = [getattr(timed, name) for timed in parts]
+    def concatenated(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
         if tensors[0].ndim > 1:
             width = tensors[0].shape[1]
             tensors = [pad(t, (0, width - t.shape[1]), value=torch.nan) for t in tensors]
         return torch.cat(tensors)[place]
 
-    return Fitted(**{each.name: joined(each.name) for each in fields(Fitted)})
+    return Fitted(**{each.name: concatenated(each.name) for each in fields(Fitted)})
 
 
 class Progress:
-    """Tells the share of all steps of a fit that is done, whichever lane does them."""
+    """Counts the steps of a fit over all lanes, and reports the share that is done."""
 
-    def __init__(self, total: int, told: Callable[[float], None]) -> None:
-        self._done, self._total, self._told = 0, total, told
+    def __init__(self, total: int, report: Callable[[float], None]) -> None:
+        self._done, self._total, self._report = 0, total, report
         self._lock = Lock()
 
     def __call__(self, steps: int) -> None:
-        """Count steps that were just taken, of all models together."""
+        """Count steps that were just taken by all models together."""
         with self._lock:
             self._done += steps
-            self._told(self._done / self._total)
+            self._report(self._done / self._total)
 
 
 class BlockFit:
-    """Some clients of a cohort through one fit: a copy of their rows, sorted by steps to take."""
+    """One fit of a block: a copy of its clients' rows, sorted by the number of steps."""
 
     def __init__(
         self,
@@ -101,9 +106,15 @@ class BlockFit:
         self,
         optimizer: OptimizerSettings,
         numbers: Mapping[str, float | Tensor],
-        ticked: Callable[[int], None],
+        count_steps: Callable[[int], None],
     ) -> Fitted:
-        """Run every step."""
+        """Take every step; return losses and gradient norms.
+
+        Args:
+            optimizer: its settings, for all clients of the cohort.
+            numbers: what terms read from ``step.numbers``, each a number or a tensor ``[K]``.
+            count_steps: called after each step with the number of models that took it.
+        """
         steps, index, dtype = self._block.steps, self._block.index, self._block.dtype
         self._values = {n: spread(v, index, dtype) for n, v in numbers.items()}
         stepper = StackedOptimizer(
@@ -119,11 +130,11 @@ class BlockFit:
             trace.add(tick, losses, grads)
             with timed("optimizer"):
                 stepper.step(grads, active)
-            ticked(active)
+            count_steps(active)
         return trace.fitted()
 
     def _inputs(self, tick: int, active: int) -> _Inputs:
-        """Return all that the losses of a step depend on."""
+        """Return everything that the losses of a step depend on."""
         with timed("data"):
             batches = [batch_stream.batch(tick, active) for batch_stream in self._batch_streams]
         return (
@@ -135,7 +146,7 @@ class BlockFit:
         )
 
     def _computed(self, inputs: _Inputs, watch: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return the losses ``[active]`` and the gradients of what is trained."""
+        """Return the losses ``[active]`` and the gradients of the trained parameters."""
         with timed("forward"):
             params = {n: p.detach() for n, p in inputs[0].items()}
             leaves = [params[n].requires_grad_() for n in self._trained]
@@ -144,7 +155,7 @@ class BlockFit:
             return losses.detach(), torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
 
     def _losses(self, inputs: _Inputs, watch: bool) -> Tensor:
-        # As one flat list: `vmap` would take the dictionaries apart and join them at every step.
+        # As one flat list: `vmap` would flatten and rebuild the dictionaries at every step.
         names = [list(tree) for tree in inputs]
 
         def one_client(*tensors: Tensor) -> Tensor:
@@ -192,7 +203,7 @@ class BlockFit:
                 if value.shape not in ((), step.labels.shape):
                     raise FedkdError(
                         f"{term.import_path} returns shape {tuple(value.shape)}: must be "
-                        f"{tuple(step.labels.shape)} (a value a sample), or () (added as it is)"
+                        f"{tuple(step.labels.shape)} (one value per sample), or () (added as it is)"
                     )
                 mean = (value * batch["weights"]).sum() if value.ndim else value
                 total = total + batch[f"coefficient {i}"] * mean
@@ -201,7 +212,7 @@ class BlockFit:
     def _forward(
         self, batch_stream: Batches, state: State, images: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the logits, and the features if a term wants them."""
+        """Return the logits, and the features if a term needs them."""
         dtype = self._block.dtype
         if not any(term.needs_features for term in batch_stream.terms):
             return self._model(state, images).to(dtype), None
@@ -209,14 +220,14 @@ class BlockFit:
         return self._model.head(state, features).to(dtype), features.to(dtype)
 
     def write_back(self) -> None:
-        """Put the trained rows back into the cohort."""
-        for mine, whole in zip((self._params, self._buffers), self._whole, strict=True):
-            for name, tensor in mine.items():
+        """Write the trained rows back into the cohort."""
+        for rows, whole in zip((self._params, self._buffers), self._whole, strict=True):
+            for name, tensor in rows.items():
                 whole[name][self._block.index] = tensor
 
 
 _Inputs = tuple[State, ...]
-"""Of a step: parameters, buffers, parameters at the start, numbers, and a batch of each stream."""
+"""Inputs of a step: parameters, buffers, parameters at the start, numbers, a batch of each stream."""
 
 
 def _flat(inputs: _Inputs) -> list[Tensor]:
@@ -224,8 +235,8 @@ def _flat(inputs: _Inputs) -> list[Tensor]:
 
 
 def _trees(names: Sequence[Sequence[str]], tensors: Sequence[Tensor]) -> list[State]:
-    left = iter(tensors)
-    return [{name: next(left) for name in tree} for tree in names]
+    remaining = iter(tensors)
+    return [{name: next(remaining) for name in tree} for tree in names]
 
 
 class _Trace:
@@ -240,12 +251,12 @@ class _Trace:
         self._steps = torch.tensor(steps, device=device)
         self._losses = torch.full(shape, torch.nan, dtype=dtype, device=device)
         self._norms = torch.full_like(self._losses[:, ::NORM_EVERY], torch.nan)
-        # Summed as they come: a sum over a padded axis would round by how long that is.
+        # Summed step by step: the rounding of a sum over a padded axis depends on its length.
         self._loss = torch.zeros(len(steps), dtype=dtype, device=device)
         self._norm = torch.zeros_like(self._loss)
 
     def add(self, tick: int, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
-        """Take in a step of the first models: losses ``[active]`` and gradients ``[active, ...]``."""
+        """Add a step of the first models: losses ``[active]`` and gradients ``[active, ...]``."""
         active = len(losses)
         self._losses[:active, tick] = losses
         self._loss[:active] += losses
@@ -255,7 +266,7 @@ class _Trace:
             self._norm[:active] += norms
 
     def fitted(self) -> Fitted:
-        """Return what came of it."""
+        """Return losses and gradient norms of all steps."""
         measured = -(-self._steps // NORM_EVERY)
         return Fitted(self._loss / self._steps, self._norm / measured, self._losses, self._norms)
 
@@ -264,7 +275,7 @@ def _norms(grads: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm ``[active]`` of each model's gradient, ``[active, ...]`` by parameter."""
     norms = torch.zeros_like(grads[0].reshape(len(grads[0]), -1)[:, 0])
     for grad in grads:
-        # Contiguous, as the order in which numbers are added is theirs in memory.
+        # Contiguous, as numbers are added in the order in which they lie in memory.
         rows = grad.contiguous().view(len(grad), -1)
         norms = torch.hypot(norms, torch.linalg.vector_norm(rows, dim=1))
     return norms

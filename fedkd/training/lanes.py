@@ -1,8 +1,8 @@
-"""Lanes: jobs that run at the same time in threads of this process, each with its share of the CPU.
+"""Run jobs at the same time in threads of this process (lanes), each with its share of the CPU.
 
-A step of many small models is hundreds of short operations. Two lanes of one thread each beat one
-lane of two threads there, which meet after every operation, and by far where the machine is shared:
-what another process takes from one core then no longer stops the other.
+A step of many small models is hundreds of short operations. Two lanes of one thread each are faster
+than one lane of two threads, which have to synchronise after every operation. On a shared machine they
+are much faster: another process that takes time from one core no longer stops the other core.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def in_lanes(
     """Return ``run(model, job)`` for every job, in their order.
 
     Args:
-        run: what to do with a model without parameters of its own, and of its lane's own.
-        jobs: taken from the front by whichever lane is free.
+        run: called with a job and its lane's copy of the model, which holds no parameters.
+        jobs: the next one goes to the first lane that is free.
         skeleton: copied for every lane.
-        lanes: how many run at once. A job has its share of the threads also if it is the only one, as
+        lanes: how many run at once. A job uses its share of the threads even if it is the only one, as
             the number of threads decides the last bits of a product.
     """
     if lanes == 1:
@@ -48,11 +48,11 @@ def in_lanes(
 
     def one(job: J) -> R:
         torch.set_num_threads(share)  # of the calling thread
-        mine = models.get()
+        model = models.get()
         try:
-            return run(mine, job)
+            return run(model, job)
         finally:
-            models.put(mine)
+            models.put(model)
 
     calls = [_pool(lanes).submit(copy_context().run, one, job) for job in jobs]
     try:
@@ -66,17 +66,17 @@ def in_lanes(
 
 @cache
 def _pool(lanes: int) -> ThreadPoolExecutor:
-    """Return the threads of the lanes, which stay: starting one takes as long as a step."""
+    """Return the threads of the lanes, which are reused: starting one takes as long as a step."""
     return ThreadPoolExecutor(lanes, thread_name_prefix="lane")
 
 
-_KEPT: WeakKeyDictionary[nn.Module, list[Stateless]] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[nn.Module, list[Stateless]] = WeakKeyDictionary()
 
 
 def _copies(skeleton: nn.Module, lanes: int) -> list[Stateless]:
     """Return a copy of a model for every lane, in the same mode."""
-    kept = _KEPT.setdefault(skeleton, [])
-    kept += [Stateless(deepcopy(skeleton)) for _ in range(len(kept), lanes)]
-    for copy in kept[:lanes]:
+    copies = _COPIES.setdefault(skeleton, [])
+    copies += [Stateless(deepcopy(skeleton)) for _ in range(len(copies), lanes)]
+    for copy in copies[:lanes]:
         copy.module.train(skeleton.training)
-    return kept[:lanes]
+    return copies[:lanes]

@@ -1,8 +1,8 @@
-"""Every model is ``head(body(x))`` and is found by one name, whether it is ours or the user's.
+"""Model architectures, built by name: those of fedkd, each ``head(body(x))``, and those of users.
 
 Initial weights are PyTorch's defaults, drawn from the global generator as its layers draw them:
-wrap `build` in ``torch.random.fork_rng()`` and ``torch.manual_seed(key)`` to name the stream.
-All of ours run under ``torch.func.vmap`` over a leading axis of stacked parameters.
+wrap `build` in ``torch.random.fork_rng()`` and ``torch.manual_seed(key)`` to choose the stream.
+All models of fedkd run under ``torch.func.vmap`` over a leading axis of stacked parameters.
 """
 
 from __future__ import annotations
@@ -57,27 +57,26 @@ def build(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
     - ``hinton-1200``: the same layers as ``mlp-1200``, but 20 % of the inputs and 50 % of the units
       after each hidden layer are dropped (Hinton et al. 2012, 1207.0580).
     - ``lenet`` (61,706): LeNet-5 (LeCun et al. 1998, section II-B) with ReLU, max pooling and a
-      linear output. As in the paper the field is 32x32: smaller images get a margin of zeros.
+      linear output. As in the paper the input is 32x32: smaller images get a margin of zeros.
     - ``cnn`` (33,834): three 3x3 convolutions of 16, 32 and 64 channels, each ReLU and max pooling.
     - ``cnn-large`` (805,290): convolutions of 32 | 64, 64 | 128, 128 channels with BatchNorm, max
-      pooling after each ``|`` and at the end, then 256 hidden units; half of the units are dropped
-      after these.
+      pooling after each ``|`` and at the end, then 256 hidden units, half of which are dropped.
     - ``resnet-8`` (75,290), ``resnet-20`` (269,722): He et al. 2015 (1512.03385), section 4.2, with
       its parameter-free shortcuts (option A) and BatchNorm; ``-gn`` has GroupNorm of 8 groups.
 
     Raises:
-        FedkdError: the name is unknown, the model does not accept the input shape, or an own model
-            cannot be imported or built or returns outputs of the wrong shape (tried in evaluation
+        FedkdError: the name is unknown, the model does not accept the input shape, or a user's model
+            cannot be imported or built, or returns outputs of the wrong shape (tried in evaluation
             mode on two zero images).
     """
     builder = _find(name)
     if ":" in name:
-        return _build_own(name, builder, input_shape, num_classes)
+        return _build_user_model(name, builder, input_shape, num_classes)
     return builder(input_shape, num_classes)
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Count the entries of all parameters; shared ones once, buffers not at all."""
+    """Return the number of entries of all parameters; shared ones count once, buffers not at all."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -233,7 +232,9 @@ def _find(name: str) -> Builder:
     )
 
 
-def _build_own(name: str, builder: Builder, input_shape: InputShape, num_classes: int) -> nn.Module:
+def _build_user_model(
+    name: str, builder: Builder, input_shape: InputShape, num_classes: int
+) -> nn.Module:
     call = f"model '{name}' called with {input_shape}, {num_classes}"
     try:
         model: object = builder(input_shape, num_classes)

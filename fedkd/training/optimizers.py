@@ -1,11 +1,11 @@
 """Optimisers over stacked parameters: K clients step at once, each with its own hyper-parameters.
 
-``torch.optim`` is the oracle: the same updates, written elementwise over a leading client axis. The
-fused kernel of Adam needs a third of the memory traffic, and is used where it is safe. It reads
-gradients in memory order (wrong for the transposed strides that ``vmap`` may leave), so they are made
-contiguous; and it rounds the last elements of a tensor, those that do not fill a vector, differently,
-so it is used for a stack only if each client's part fills whole vectors: else the numbers of the last
-client would depend on there being no other one after it.
+The updates are those of ``torch.optim``, written elementwise over a leading client axis. The fused
+kernel of Adam needs a third of the memory traffic, and is used where it is safe. It reads gradients in
+memory order (wrong for the transposed strides that ``vmap`` may leave), so they are made contiguous.
+It also rounds the last elements of a tensor, those that do not fill a vector, differently. So a stack
+uses it only if each client's part fills whole vectors: otherwise the last client's results would depend
+on its position.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """An optimiser by name with hyper-parameters per client: numbers, or tensors ``[K]``."""
+    """An optimiser's name and hyper-parameters: numbers for all clients, or tensors ``[K]``."""
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float | Tensor = 1e-3
@@ -36,7 +36,7 @@ class OptimizerSettings:
 
     @classmethod
     def from_experiment(cls, experiment: Experiment) -> OptimizerSettings:
-        """Return the settings that an experiment names, the same for all its clients."""
+        """Return an experiment's settings, the same for all its clients."""
         return cls(
             experiment.optimizer,
             experiment.learning_rate,
@@ -49,7 +49,7 @@ class OptimizerSettings:
         """Return the settings of models that belong to one experiment each.
 
         Args:
-            experiments: K of them, of one optimiser.
+            experiments: K of them, with the same optimiser.
         """
         return cls(
             experiments[0].optimizer,
@@ -70,22 +70,22 @@ class OptimizerSettings:
 
 
 def stacked_values(experiments: Sequence[Experiment], key: str) -> float | Tensor:
-    """Return a number that all experiments share, which is faster, or else one each: float64 ``[K]``."""
+    """Return one number if all experiments share it (which is faster), else float64 ``[K]``."""
     values = [getattr(experiment, key) for experiment in experiments]
     alike = len(set(values)) == 1
     return values[0] if alike else torch.tensor(values, dtype=torch.float64)
 
 
 class StackedOptimizer:
-    """Updates stacked parameters in place, the first `a` clients at a time.
+    """Updates stacked parameters in place, the first clients of the stack at each step.
 
-    Fresh state at construction, as every phase starts with a fresh optimiser. All active clients
-    have taken the same number of steps, since clients are ordered by the steps they still have.
+    Its state is fresh, as every phase starts with a fresh optimiser. All active clients have taken the
+    same number of steps, since clients are sorted by their number of steps.
 
     Args:
         params: ``[K, ...]`` tensors, updated in place.
         settings: hyper-parameters; tensors are ``[K]``.
-        alone: whether K is 1 because clients run one by one, each the only one in its tensors.
+        alone: whether K is 1 because clients run one by one, each in tensors of its own.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class StackedOptimizer:
         self._settings = settings
         self._params = list(params)
         self._steps = 0
-        own = isinstance(settings.learning_rate, Tensor) or isinstance(
+        per_client = isinstance(settings.learning_rate, Tensor) or isinstance(
             settings.weight_decay, Tensor
         )
         self._fused = {
-            i for i, p in enumerate(params) if not own and (alone or _fills_vectors(p[0]))
+            i for i, p in enumerate(params) if not per_client and (alone or _fills_vectors(p[0]))
         }
-        # On the device from the beginning: a number that travels there makes every step wait.
+        # On the device from the beginning: copying a number there makes every step wait.
         self._rate = _column(settings.learning_rate, params[0])
         self._momentum = _column(settings.momentum, params[0])
         self._decay = _column(settings.weight_decay, params[0])
@@ -124,25 +124,25 @@ class StackedOptimizer:
             active: how many clients, counted from the first row, take this step.
         """
         self._steps += 1
-        taking = [i for i, grad in enumerate(grads) if grad is not None]
-        params = _rows(self._params, taking, active)
+        indices = [i for i, grad in enumerate(grads) if grad is not None]
+        params = _rows(self._params, indices, active)
         # Contiguous, as they are read several times and vmap may leave them transposed.
-        found = [grad.contiguous() for grad in grads if grad is not None]
+        gradients = [grad.contiguous() for grad in grads if grad is not None]
         if self._settings.name == "sgd":
-            self._sgd(taking, params, found)
+            self._sgd(indices, params, gradients)
             return
         for update, chosen in (
-            (self._fused_adam, [n for n, i in enumerate(taking) if i in self._fused]),
-            (self._adam, [n for n, i in enumerate(taking) if i not in self._fused]),
+            (self._fused_adam, [n for n, i in enumerate(indices) if i in self._fused]),
+            (self._adam, [n for n, i in enumerate(indices) if i not in self._fused]),
         ):
             if chosen:
                 update(
-                    [taking[n] for n in chosen],
+                    [indices[n] for n in chosen],
                     [params[n] for n in chosen],
-                    [found[n] for n in chosen],
+                    [gradients[n] for n in chosen],
                 )
 
-    def _fused_adam(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _fused_adam(self, indices: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
         settings, active = self._settings, len(params[0])
         assert not isinstance(settings.learning_rate, Tensor)
         assert not isinstance(settings.weight_decay, Tensor)
@@ -150,10 +150,10 @@ class StackedOptimizer:
         update(
             params,
             grads,
-            _rows(self._first, taking, active),
-            _rows(self._second, taking, active),
+            _rows(self._first, indices, active),
+            _rows(self._second, indices, active),
             [],
-            [self._counts[i] for i in taking],
+            [self._counts[i] for i in indices],
             fused=True,
             amsgrad=False,
             beta1=BETA1,
@@ -164,11 +164,11 @@ class StackedOptimizer:
             maximize=False,
         )
 
-    def _sgd(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _sgd(self, indices: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
         if self._has_decay:
             grads = _decayed(grads, params, self._decay)
         if self._has_momentum:
-            buffers = _rows(self._first, taking, len(params[0]))
+            buffers = _rows(self._first, indices, len(params[0]))
             if self._steps == 1:
                 torch._foreach_copy_(buffers, grads)
             else:
@@ -177,14 +177,14 @@ class StackedOptimizer:
             grads = buffers
         torch._foreach_sub_(params, torch._foreach_mul(grads, _factors(self._rate, params)))
 
-    def _adam(self, taking: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _adam(self, indices: list[int], params: list[Tensor], grads: list[Tensor]) -> None:
         settings, active = self._settings, len(params[0])
         if self._has_decay and settings.name == "adamw":
             torch._foreach_mul_(params, _factors(self._shrink, params))
         elif self._has_decay:
             grads = _decayed(grads, params, self._decay)
-        first, second = _rows(self._first, taking, active), _rows(self._second, taking, active)
-        root = _rows(self._scratch, taking, active)
+        first, second = _rows(self._first, indices, active), _rows(self._second, indices, active)
+        root = _rows(self._scratch, indices, active)
         torch._foreach_lerp_(first, grads, 1 - BETA1)
         torch._foreach_mul_(second, BETA2)
         torch._foreach_addcmul_(second, grads, grads, 1 - BETA2)
@@ -207,8 +207,8 @@ def _fills_vectors(param: Tensor) -> bool:
     return param.numel() * param.element_size() % 64 == 0
 
 
-def _rows(tensors: Sequence[Tensor], taking: Sequence[int], active: int) -> list[Tensor]:
-    return [tensors[i][:active] for i in taking]
+def _rows(tensors: Sequence[Tensor], indices: Sequence[int], active: int) -> list[Tensor]:
+    return [tensors[i][:active] for i in indices]
 
 
 def _column(value: float | Tensor, like: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _column(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _factors(column: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Shape a hyper-parameter ``[K]`` to broadcast over each of `params`."""
+    """Return a hyper-parameter ``[K]`` in shapes that broadcast over each of `params`."""
     rows = column[: len(params[0])]
     return [rows.reshape(-1, *[1] * (p.ndim - 1)) for p in params]
 

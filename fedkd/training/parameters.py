@@ -1,7 +1,7 @@
-"""A model as tensors by name: its first values, stacks of several, and calling it with them.
+"""Models as tensors by name: initial values, stacks of several, and calls of a module with them.
 
-``torch.func.functional_call`` calls a module with other tensors as well, and looks the module through at
-each call, which takes a third of a step of a small net. Here that is done once.
+``torch.func.functional_call`` also calls a module with other tensors, but searches the module at each
+call, which takes a third of the step of a small net. Here the module is searched once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 def stacked(states: Sequence[State]) -> State:
-    """Stack the states of K models, ``[K, ...]`` by name."""
+    """Return the states of K models stacked along a new axis, ``[K, ...]`` by name."""
     return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
@@ -38,10 +38,10 @@ def initial_state(build: Callable[[], nn.Module], *parts: int | str) -> State:
 
 
 class Stateless:
-    """A module whose parameters and buffers are given with each call.
+    """A module whose parameters and buffers are passed with each call.
 
     Args:
-        module: its own tensors are in place again after each call; tied ones stay tied.
+        module: has its own tensors back after each call; tied ones stay tied.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -62,24 +62,24 @@ class Stateless:
 
     def __call__(self, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
         """Return the module's output; `tensors` has all of its parameters and buffers by name."""
-        with self._lent(tensors):
+        with self._substituted(tensors):
             output: Tensor = self.module(images)
         return output
 
     def features(self, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """Return what the module's body gives, ``[B, D]``.
+        """Return the output of the module's body, ``[B, D]``.
 
         Raises:
-            FedkdError: it is not a body and a head.
+            FedkdError: the module is not a body and a head.
         """
         body: Callable[[Tensor], Tensor] = self._part("body")
-        with self._lent(tensors):
+        with self._substituted(tensors):
             return body(images)
 
     def head(self, tensors: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` that the module's head gives for features."""
+        """Return the logits ``[B, C]`` of the module's head for features."""
         head: Callable[[Tensor], Tensor] = self._part("head")
-        with self._lent(tensors):
+        with self._substituted(tensors):
             return head(features)
 
     def _part(self, name: str) -> Callable[[Tensor], Tensor]:
@@ -87,17 +87,17 @@ class Stateless:
         if not isinstance(part, nn.Module):
             kind = type(self.module).__name__
             raise FedkdError(
-                f"the model {kind} has no features: they are what `body` gives in head(body(images))"
+                f"the model {kind} has no features: they are the output of `body` in head(body(images))"
             )
         return part
 
     @contextmanager
-    def _lent(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        own = [store[leaf] for store, leaf, _ in self._places]
+    def _substituted(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        originals = [store[leaf] for store, leaf, _ in self._places]
         try:
             for store, leaf, name in self._places:
                 store[leaf] = tensors[name]
             yield
         finally:
-            for (store, leaf, _), tensor in zip(self._places, own, strict=True):
+            for (store, leaf, _), tensor in zip(self._places, originals, strict=True):
                 store[leaf] = tensor

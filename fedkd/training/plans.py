@@ -1,4 +1,4 @@
-"""Plans: how the models of a cohort are run, which changes results only within tolerance."""
+"""Plans: how the models of a cohort are run; results differ only within floating-point tolerance."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Plan:
     """How the models of a cohort are run, written ``loop``, ``stacked-50`` or ``stacked-50x2``.
 
     Attributes:
-        stacked: through ``vmap``, K = 1 included (so that a client's bits do not depend on K), or
-            one by one.
+        stacked: whether through ``vmap``, K = 1 included (so that a client's bits do not depend on
+            K); otherwise one by one.
         block: models stepped at once; 1 unless stacked.
         lanes: blocks run at the same time, each with its share of the CPU's threads.
     """
@@ -44,12 +44,12 @@ class Plan:
 def default_plan(model: nn.Module, example: Tensor) -> Plan:
     """Return the plan that needs no measurement.
 
-    Stacking turns convolutions into grouped ones, which lose on a CPU; small dense nets gain
-    everywhere. Blocks are bounded because temporaries that outgrow the heap page-fault.
+    Stacking turns convolutions into grouped ones, which are slower on a CPU; small dense nets gain
+    everywhere. Blocks are bounded because temporaries that outgrow the heap cause page faults.
 
     Args:
         model: on the device.
-        example: two images, to try whether ``vmap`` takes the model.
+        example: two images, to try whether the model runs under ``vmap``.
     """
     on_cpu = example.device.type == "cpu"
     if (convolves(model) and on_cpu) or not _maps(model, example):
@@ -63,41 +63,41 @@ def convolves(model: nn.Module) -> bool:
 
 
 def largest_block(model: nn.Module) -> int:
-    """Return how many models of this size are stepped at once at most."""
+    """Return the largest number of models of this size to step at once."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     most, budget = (100, 8 << 20) if on_cpu else (1000, 4 << 30)
     return max(1, min(most, budget // max(size, 1)))
 
 
-def wanted_plan(key: str, architecture: str, model: nn.Module, example: Tensor) -> Plan:
-    """Return the plan that an experiment's ``plan`` key names for an architecture.
+def plan_from_key(key: str, architecture: str, model: nn.Module, example: Tensor) -> Plan:
+    """Return the plan of an architecture under an experiment's ``plan`` key.
 
     Args:
-        key: ``"auto"``, one plan for all, or ``architecture=plan`` pairs, separated by commas; what it
-            does not name runs by its `default_plan`.
+        key: ``"auto"``, one plan for all, or ``architecture=plan`` pairs, separated by commas; other
+            architectures run by their `default_plan`.
         architecture: a model's name.
         model: see `default_plan`.
         example: likewise.
     """
     for entry in key.split(","):
         name, _, text = entry.strip().rpartition("=")
-        found = _TEXT.fullmatch(text)
-        if name in ("", architecture) and found:
-            plan = Plan(text.startswith("stacked"), lanes=int(found["lanes"] or 1))
-            block = int(found["block"] or largest_block(model))
+        match = _TEXT.fullmatch(text)
+        if name in ("", architecture) and match:
+            plan = Plan(text.startswith("stacked"), lanes=int(match["lanes"] or 1))
+            block = int(match["block"] or largest_block(model))
             return replace(plan, block=block) if plan.stacked else plan
     return default_plan(model, example)
 
 
 def without(key: str, architecture: str) -> str:
-    """Return a ``plan`` key without what it says of an architecture."""
+    """Return a ``plan`` key without the pairs of an architecture."""
     entries = [e.strip() for e in key.split(",")]
     return ", ".join(e for e in entries if e.rpartition("=")[0] != architecture) or "auto"
 
 
 def _maps(model: nn.Module, example: Tensor) -> bool:
-    """Try whether two copies of the model run side by side; say which operation refuses."""
+    """Whether two copies of the model run under ``vmap``; if not, the reason is logged."""
     states: list[dict[str, Tensor]] = [
         dict(model.named_parameters()),
         dict(model.named_buffers()),
@@ -109,7 +109,7 @@ def _maps(model: nn.Module, example: Tensor) -> bool:
         with torch.no_grad():
             vmap(lambda p, b: functional_call(model, (p, b), (example,), strict=True))(*stacked)
     except RuntimeError as error:
-        _logger.warning("run one by one, as vmap refuses the model: %s", one_line(error))
+        _logger.warning("models are run one by one, as vmap refuses them: %s", one_line(error))
         return False
     finally:
         model.train(training)

@@ -1,7 +1,7 @@
-"""Where the time goes: a stopwatch that costs nothing unless somebody asked for it.
+"""Measure the time spent in the parts of the hot path; costs nothing unless a run is profiled.
 
 Parts are those of the hot path: ``data`` (gather, augment, normalise), ``forward``, ``backward``,
-``optimizer``, ``predict``, ``evaluate``. A part inside another one counts for the outer one only.
+``optimizer``, ``predict``, ``evaluate``. A part inside another counts only towards the outer one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 Seconds = dict[str, float]
 
 TIMED = "part"
-"""Begins the name of a part among the seconds of a report."""
+"""Prefix of a part's name among the seconds of a client report."""
 
 _running: ContextVar[Seconds | None] = ContextVar("seconds by part", default=None)
 
 
 @contextmanager
-def profiled(wanted: bool = True) -> Iterator[Seconds]:
-    """Measure the parts that run inside the block; yields seconds by part, filled on the way.
+def profiled(enabled: bool = True) -> Iterator[Seconds]:
+    """Yield seconds by part, filled while the block runs; empty unless `enabled`.
 
     On a GPU every part then waits for the device, so that its time is its own: a profiled run is
-    slower than another.
+    slower than others.
     """
     seconds: Seconds = {}
-    token = _running.set(seconds if wanted else None)
+    token = _running.set(seconds if enabled else None)
     try:
         yield seconds
     finally:
@@ -38,7 +38,7 @@ def profiled(wanted: bool = True) -> Iterator[Seconds]:
 
 
 class timed:
-    """Count the block as a part, if somebody measures."""
+    """Measures the block as a part, inside `profiled`."""
 
     __slots__ = ("_name", "_seconds", "_started", "_token")
 

@@ -1,4 +1,4 @@
-"""Which samples each client sees at each step, decided before training starts.
+"""Draw, before training starts, which samples each client sees at each step.
 
 An epoch visits every sample once and its last batch may be short, exactly as with a ``DataLoader``;
 clients with different shard sizes take different numbers of steps. Batches are padded to a constant
@@ -25,10 +25,10 @@ class Schedule:
     """Batches of K clients.
 
     Attributes:
-        positions: int64 ``[K, T, B]``, positions in each client's list of samples; padding points at
-            position 0, a real sample, so that activations stay finite.
-        weights: ``[K, T, B]``, 1/n for the n real rows of a batch and 0 for padding (before `to`, which
-            gives them their type: true and false).
+        positions: int64 ``[K, T, B]``, positions in each client's list of samples; padding is position 0,
+            a real sample, so that activations stay finite.
+        weights: ``[K, T, B]``, 1/n for the n real rows of a batch and 0 for padding (true and false
+            until `to` gives them their dtype).
         sizes: int64 ``[K, T]`` on the CPU, the real rows of each batch (0 past a client's last).
         steps: how many steps each client takes.
     """
@@ -39,13 +39,13 @@ class Schedule:
     steps: list[int]
 
     def padded(self, width: int) -> Schedule:
-        """Widen the batches by padding, to `width` rows."""
+        """Return the schedule with batches padded to `width` rows."""
         wider = (0, width - self.positions.shape[-1])
         return replace(self, positions=pad(self.positions, wider), weights=pad(self.weights, wider))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Schedule:
-        """Move positions and weights to `device`, weights in `dtype`."""
-        # 1/n is formed in the training dtype: a cast from float32 costs 1e-10 in float64 runs.
+        """Return the schedule with positions and weights on `device`, weights in `dtype`."""
+        # 1/n is computed in the training dtype: a cast from float32 costs 1e-10 in float64 runs.
         weights = (self.weights > 0).to(device, dtype)
         weights /= self.sizes.clamp_min(1).to(device, dtype).unsqueeze(-1)
         return Schedule(self.positions.to(device), weights, self.sizes, self.steps)
@@ -59,24 +59,24 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
 def schedule(
     samples: Sequence[int], steps: Sequence[int], batch_size: int, streams: Sequence[Stream]
 ) -> Schedule:
-    """Draw the batches of every client.
+    """Return the batches of every client, drawn from its stream.
 
     Args:
         samples: how many samples each of the K clients has, ≥ 1.
-        steps: how many steps each takes; a client goes through its samples as often as it needs.
+        steps: how many steps each takes, over as many epochs as that needs.
         batch_size: B.
         streams: each client's random stream; epoch e is drawn from ``(*stream, e)``.
     """
-    total = max(steps)
-    positions = torch.zeros(len(samples), total, batch_size, dtype=torch.int64)
-    sizes = torch.zeros(len(samples), total, dtype=torch.int64)
-    for k, (n, wanted, stream) in enumerate(zip(samples, steps, streams, strict=True)):
+    most_steps = max(steps)
+    positions = torch.zeros(len(samples), most_steps, batch_size, dtype=torch.int64)
+    sizes = torch.zeros(len(samples), most_steps, dtype=torch.int64)
+    for k, (n, total_steps, stream) in enumerate(zip(samples, steps, streams, strict=True)):
         per_epoch = steps_per_epoch(n, batch_size)
-        for epoch in range(-(-wanted // per_epoch)):
+        for epoch in range(-(-total_steps // per_epoch)):
             order = torch.zeros(per_epoch * batch_size, dtype=torch.int64)
             order[:n] = permutation(n, *stream, epoch)
             first = epoch * per_epoch
-            taken = min(per_epoch, wanted - first)
+            taken = min(per_epoch, total_steps - first)
             positions[k, first : first + taken] = order.reshape(per_epoch, batch_size)[:taken]
             sizes[k, first : first + taken] = batch_size
             if taken == per_epoch:

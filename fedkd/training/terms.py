@@ -1,4 +1,4 @@
-"""What a fit on public samples learns from, as clients and the server alike make it of a phase."""
+"""Resolve the loss terms and the public stream of a fit, for clients and the server alike."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def resolved_terms(
     has: Callable[[Term], bool],
     experiment: Experiment,
 ) -> Terms:
-    """Return coefficients by term, of a phase's coefficients by name.
+    """Return coefficients by term from a phase's coefficients by name.
 
     Args:
-        named: of a phase.
+        named: coefficients of a phase, by the name of their term.
         alpha: α, of all models or ``[K]``.
-        has: whether what a term needs is there; terms without it are left out.
-        experiment: says which modules terms may come from, and what ``kl`` is.
+        has: whether the knowledge that a term needs is there; other terms are left out.
+        experiment: decides which modules terms may come from, and what ``kl`` is.
 
     Raises:
         FedkdError: see `fedkd.phases.resolve_term`.
@@ -46,15 +46,15 @@ def resolved_terms(
 
 
 def public_stream(public: Images, terms: Terms, labels: Sequence[SoftLabels]) -> BatchStream:
-    """Return the stream of batches on the public samples that soft labels came for.
+    """Return the stream of batches on the public samples that have soft labels.
 
     Args:
         public: the public set.
         terms: of the fit.
-        labels: what each model learns from, K = 1; models may share one.
+        labels: the soft labels of each model, K = 1; models may share them.
     """
     different = {id(each): each for each in labels}  # most share one
-    place = {which: n for n, which in enumerate(different)}
+    place = {identity: n for n, identity in enumerate(different)}
     logits = [each.logits[0] for each in different.values()]
     return BatchStream(
         "public",

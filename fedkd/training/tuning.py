@@ -1,7 +1,8 @@
-"""Choose plans by measurement: a few steps of each way to run an architecture's clients.
+"""Choose plans by timing a few steps of each way to run an architecture's clients.
 
-The choice never changes results beyond floating-point tolerance, but it decides bits; so it is written
-into the experiment (its ``plan`` key), which the run folder, the workers and the clients all read.
+The choice never changes results beyond floating-point tolerance, but it does change their last bits.
+So it is written into the experiment (its ``plan`` key), which the run folder, the workers and the
+clients all read.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from fedkd.training.schedule import steps_per_epoch
 _logger = logging.getLogger(__name__)
 
 STEPS = 6
-"""Steps of each plan, of which the first is not timed."""
+"""Steps taken with each plan; the first is not timed."""
 
 ROUNDS = 20
-"""Measuring takes about a hundredth of a run of so many rounds at most."""
+"""Measuring takes at most about a hundredth of a run of this many rounds."""
 
 MARGIN = 0.9
-"""Share of the first plan's time that another one must stay below: noise should not decide."""
+"""Another plan must take less than this share of the first plan's time, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +57,38 @@ Counts = tuple[tuple[str, int], ...]
 
 
 def plan_reasons(experiment: Experiment, counts: Counts = ()) -> dict[str, str]:
-    """Say which plans were chosen and why, for the run folder; see `choose_plans`."""
+    """Return, for the run folder, which plans were chosen and why; see `choose_plans`."""
     return {"plans": "; ".join(map(str, choose_plans(experiment, counts)))}
 
 
 def check_plan(experiment: Experiment) -> None:
-    """Refuse a plan for an architecture that the run does not have, or has twice.
+    """Raise an error if ``plan`` names an architecture twice, or one that the run does not have.
 
     Raises:
-        FedkdError: there is one; the text names it.
+        FedkdError: it does; the message names the architecture.
     """
     models = f"{experiment.student},{experiment.teacher},{experiment.server_model}"
     known = sorted({name.strip() for name in models.split(",")} - {"none"})
-    named = [entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")]
-    for name in named:
-        if name and (name not in known or named.count(name) > 1):
+    planned = [entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")]
+    for name in planned:
+        if name and (name not in known or planned.count(name) > 1):
             raise FedkdError(
                 Setting("plan", experiment.plan),
-                f": '{name}' must be one of {', '.join(known)}, named once",
+                f": '{name}' must be one of {', '.join(known)}, given once",
             )
 
 
 def with_plan(experiment: Experiment, counts: Counts = ()) -> Experiment:
     """Return the experiment with its plan written out; see `choose_plans`."""
-    found = choose_plans(experiment, counts)
-    if experiment.plan != AUTO or not found:
+    choices = choose_plans(experiment, counts)
+    if experiment.plan != AUTO or not choices:
         return experiment
-    return experiment.replace(plan=", ".join(f"{c.architecture}={c.plan}" for c in found))
+    return experiment.replace(plan=", ".join(f"{c.architecture}={c.plan}" for c in choices))
 
 
 @lru_cache(maxsize=16)
 def choose_plans(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
-    """Choose how the models of each architecture are run, once for equal experiments.
+    """Return a plan for each architecture, chosen once for equal experiments.
 
     Args:
         experiment: the run.
@@ -108,11 +109,11 @@ def choose_plans(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, .
 
 
 def _largest(counts: Counts) -> Counts:
-    """Name each architecture once: teacher and student may be of the same."""
-    found: dict[str, int] = {}
+    """Return each architecture once: teacher and student may share one."""
+    largest: dict[str, int] = {}
     for name, count in counts:
-        found[name] = max(count, found.get(name, 0))
-    return tuple(found.items())
+        largest[name] = max(count, largest.get(name, 0))
+    return tuple(largest.items())
 
 
 def clients_at_once(experiment: Experiment) -> Counts:
@@ -128,7 +129,7 @@ def clients_at_once(experiment: Experiment) -> Counts:
 
 
 def _threads(experiment: Experiment) -> int:
-    """Return the threads that a process of the run has."""
+    """Return the number of threads that a process of the run has."""
     if experiment.engine == "flower":
         return max(1, int(experiment.client_cpus))
     return max(1, torch.get_num_threads() // max(1, experiment.num_workers))
@@ -147,13 +148,13 @@ def _choose(
             largest = min(largest, _fitting_block(experiment, data, name, clients))
     plans = candidates(default, largest, clients, threads)
     if len(plans) == 1:
-        return Choice(name, plans[0], "the only one")
+        return Choice(name, plans[0], "the only plan")
     times = _measure(experiment, data, name, clients, plans)
     if not times:
-        return Choice(name, default, "none could be measured")
+        return Choice(name, default, "no plan could be measured")
     best = fastest(times)
     others = ", ".join(f"{plan} {_text(t)}" for plan, t in times.items() if plan != best)
-    reason = f"{_text(times[best])} a client's step" + (f"; {others}" if others else "")
+    reason = f"{_text(times[best])} per client and step" + (f"; {others}" if others else "")
     return Choice(name, best, reason)
 
 
@@ -164,25 +165,25 @@ def _text(seconds: float) -> str:
 def candidates(default: Plan, largest: int, clients: int, threads: int) -> list[Plan]:
     """Return the ways to run some clients, the one to prefer first.
 
-    Lanes come first: they lose nothing on a quiet machine and far less than threads on a busy one.
+    Lanes come first: they cost nothing on an idle machine, and lose far less than threads on a busy one.
     """
     lanes = min(threads, clients)
     if not default.stacked:
-        found = [Plan(False, lanes=lanes), Plan(False), Plan(True, min(10, largest, clients))]
+        plans = [Plan(False, lanes=lanes), Plan(False), Plan(True, min(10, largest, clients))]
     else:
         block = min(largest, clients)
         part = min(largest, -(-clients // lanes))
-        found = [
+        plans = [
             Plan(True, part, lanes),
             Plan(True, block),
             Plan(True, max(1, part // 2), lanes),
             Plan(False, lanes=lanes),
         ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(plans))
 
 
 def fastest(times: Mapping[Plan, float]) -> Plan:
-    """Return the plan to take, given seconds by plan: the first unless another is clearly faster."""
+    """Return the plan to use, from seconds by plan: the first unless another is clearly faster."""
     first = next(iter(times))
     best = min(times, key=lambda plan: times[plan])
     return best if times[best] < MARGIN * times[first] else first
@@ -191,7 +192,7 @@ def fastest(times: Mapping[Plan, float]) -> Plan:
 def _measure(
     experiment: Experiment, data: FederatedData, name: str, clients: int, plans: Sequence[Plan]
 ) -> dict[Plan, float]:
-    """Time plans until a hundredth of the run is spent; seconds of a client's step by plan."""
+    """Return the seconds of a client's step by plan, measured until a hundredth of the run is spent."""
     times: dict[Plan, float] = {}
     spent = 0.0
     steps = ROUNDS * _steps_a_round(experiment, data)
@@ -200,7 +201,7 @@ def _measure(
             used, times[plan] = _time(
                 experiment, data, name, min(clients, plan.block * plan.lanes), plan
             )
-        except Exception as error:  # whatever a model raises is its clients' failure, in the run
+        except Exception as error:  # in the run, whatever a model raises is its clients' failure
             _logger.warning("%s cannot be run as %s: %s", name, plan, one_line(error))
             continue
         spent += used
@@ -211,7 +212,7 @@ def _measure(
 
 
 def _steps_a_round(experiment: Experiment, data: FederatedData) -> int:
-    """Return about how many steps a client takes in a round."""
+    """Return the approximate number of steps of a client in a round."""
     private = sum(map(len, data.shards)) // len(data.shards)
     public = experiment.public_per_round or len(data.public)
     return experiment.local_epochs * steps_per_epoch(
@@ -220,9 +221,10 @@ def _steps_a_round(experiment: Experiment, data: FederatedData) -> int:
 
 
 def _fitting_block(experiment: Experiment, data: FederatedData, name: str, clients: int) -> int:
-    """Return how many clients a step can take at once in the memory that the GPU has free."""
+    """Return how many clients can step at once in the free memory of the GPU."""
     device = data.train.device
-    _time(experiment, data, name, 1, Plan(True, 1))  # leaves behind what libraries keep
+    # First once, so that libraries have allocated their workspaces.
+    _time(experiment, data, name, 1, Plan(True, 1))
     peaks = []
     for count in (1, 3):
         torch.cuda.reset_peak_memory_stats(device)
@@ -237,12 +239,12 @@ def _fitting_block(experiment: Experiment, data: FederatedData, name: str, clien
 
 
 def fitting_block(free: int, resident: int, each: float) -> int:
-    """Return how many clients fit, at least one, with a fifth of the memory left over.
+    """Return how many clients fit, at least one, with a fifth of the memory to spare.
 
     Args:
         free: bytes.
         resident: bytes that the states of all clients take.
-        each: bytes that one more client in a step takes.
+        each: bytes that each further client in a step takes.
     """
     return max(1, int((0.8 * free - resident) / max(each, 1)))
 
@@ -250,7 +252,7 @@ def fitting_block(free: int, resident: int, each: float) -> int:
 def _time(
     experiment: Experiment, data: FederatedData, name: str, clients: int, plan: Plan
 ) -> tuple[float, float]:
-    """Return the seconds that measuring a plan took, and those of a client's step in it."""
+    """Return the seconds that measuring a plan took, and the seconds of a client's step under it."""
     begun = perf_counter()
     architectures = architectures_of(data)
     stack = architectures.initial_states(name, experiment.seed, clients)
@@ -272,7 +274,7 @@ def _time(
         streams=[(experiment.seed, k, "plan") for k in range(clients)],
         progress=ticked,
     )
-    # The first step of each block warms up, and preparing a fit is no part of a step.
+    # The first step of each block is a warm-up, and preparing a fit is not part of a step.
     done, since = next(tick for tick in ticks if tick[0] >= 1 / STEPS)
     taken = (ticks[-1][1] - since) / (1 - done)
     return perf_counter() - begun, taken / (STEPS * clients)

@@ -1,10 +1,10 @@
-"""Dropout and batch normalisation that do not know their neighbours.
+"""Run dropout, batch normalisation and dense layers under ``vmap`` independently of other clients.
 
 Under ``vmap`` PyTorch draws dropout from one generator by position in the stack, and batch
 normalisation sees padding. `KeyedMode` intercepts both inside the mapped function: dropout masks
 become a counter-based hash of a per-client key (integer arithmetic, the same on CPU and CUDA), and
-batch statistics are taken over real rows only. No surgery on the model is needed, and calls of
-``torch.nn.functional`` in a user's own model are caught as well.
+batch statistics are taken over real rows only. The model need not be changed, and calls of
+``torch.nn.functional`` in a user's model are intercepted as well.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def _generators() -> list[Tensor]:
 
 
 class KeyedMode(TorchFunctionMode):
-    """Give one client's forward pass its own dropout masks and padding-free batch statistics.
+    """Mode of one client's forward pass: its own dropout masks, batch statistics without padding.
 
     Args:
         key: int64 0-d, the client's stream for this step; ``None`` outside training.
         real: bool ``[B]``, which rows are not padding; ``None`` where no row is.
-        watch: whether to look for other draws, as it is enough to do in a fit's first step.
+        watch: whether to look for other random draws; a fit's first step is enough.
 
     Raises:
         FedkdError: the model calls another random function, whose draws would depend on the
@@ -59,14 +59,14 @@ class KeyedMode(TorchFunctionMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        # Functions made of others (attention with dropout) are seen whole, without their draws: one by
-        # one the global generator has moved, and `vmap` refuses to draw from it.
+        # Composite functions (attention with dropout) are intercepted as a whole, without their draws.
+        # Without `vmap` these move the global generator; with it they raise an error.
         refused = isinstance(error, RuntimeError) and "randomness error mode" in str(error)
         watched = self._watch and error is None
         moved = watched and not all(map(torch.equal, self._generators, _generators()))
         if refused or moved:
             raise FedkdError(
-                "the model draws random numbers by other means than nn.Dropout, which cannot be keyed"
+                "the model draws random numbers other than by nn.Dropout, which cannot be keyed"
             ) from error
 
     def __torch_function__(
@@ -112,7 +112,7 @@ class KeyedMode(TorchFunctionMode):
     ) -> Tensor:
         if self._real is not None:
             input = _not_half(input)
-        # PyTorch refuses a batch of one value a channel, which a shard may well end with.
+        # PyTorch refuses a batch of one value per channel, and the last batch of a shard may be one.
         if not training or (self._real is None and input.numel() > input.shape[1]):
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps
@@ -136,7 +136,7 @@ class KeyedMode(TorchFunctionMode):
 
 
 class FeaturesFirst(TorchFunctionMode):
-    """Run the dense layers of stacked models as `KeyedMode` does, outside training."""
+    """Mode that runs the layers of stacked models as `KeyedMode` does, outside training."""
 
     def __torch_function__(
         self,
@@ -150,7 +150,7 @@ class FeaturesFirst(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a dense layer with the features first, ``(W xᵀ + b)ᵀ``.
+    """Return a dense layer's output, computed with the features first as ``(W xᵀ + b)ᵀ``.
 
     Under ``vmap`` this is one batched product in each direction whose results need no transposing:
     1.5 times as fast as ``F.linear`` there, and one wide product where all models see the same input.
@@ -158,28 +158,28 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if input.ndim != 2:
         return F.linear(input, weight, bias)
     product = weight @ input.t()
-    # Not `addmm`, which vmap takes apart into more operations than these two.
+    # Not `addmm`, which vmap splits into more operations than these two.
     return (product if bias is None else product + bias.unsqueeze(1)).t()
 
 
 def _convolution(function: Any) -> Callable[..., Tensor]:
-    """Return a convolution that computes in the type of autocast, which vmap's does not know of."""
+    """Return a convolution that computes in autocast's dtype, which vmap's convolution ignores."""
 
     def convolve(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         device = input.device.type
-        given, named = [input, *args], kwargs
+        positional, keyword = [input, *args], kwargs
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            given = [a.to(dtype) if isinstance(a, Tensor) else a for a in given]
-            named = {n: a.to(dtype) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
-        output: Tensor = function(*given, **named)
+            positional = [a.to(dtype) if isinstance(a, Tensor) else a for a in positional]
+            keyword = {n: a.to(dtype) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
+        output: Tensor = function(*positional, **keyword)
         return output
 
     return convolve
 
 
 def _not_half(input: Tensor) -> Tensor:
-    """Return float32 for bfloat16: statistics need it, and vmap's normalisation knows no mixture."""
+    """Return bfloat16 as float32: statistics need it, and vmap's normalisation cannot mix both."""
     return input.float() if input.dtype == torch.bfloat16 else input
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.training import models
-from fedkd.training.plans import Plan, convolves, default_plan, largest_block, wanted_plan
+from fedkd.training.plans import Plan, convolves, default_plan, largest_block, plan_from_key
 
 SHAPE, C = (1, 8, 8), 7
 TWO = torch.zeros(2, *SHAPE)
@@ -25,7 +25,7 @@ def convolutional() -> nn.Module:
 
 
 def wanted(key: str, architecture: str = "mlp-20", model: nn.Module | None = None) -> Plan:
-    return wanted_plan(key, architecture, model or dense(), TWO)
+    return plan_from_key(key, architecture, model or dense(), TWO)
 
 
 # --- Text ----------------------------------------------------------------------------------------
