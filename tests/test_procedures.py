@@ -211,8 +211,8 @@ def test_several_sets_of_labels_are_digested_as_the_one_that_was_chosen(tmp_path
 @pytest.mark.parametrize(
     ("phases", "knowledge", "reason"),
     [
-        ([Fit("digest", public={"kl": 1.0})], labels(sets=2), "has to choose"),
-        ([Apply(leave_a_tensor)], None, "leaves a Tensor as received"),
+        ([Fit("digest", public={"kl": 1.0})], labels(sets=2), "must choose among them"),
+        ([Apply(leave_a_tensor)], None, "sets received to a Tensor"),
         (
             [Apply(f"{HERE}:not_a_procedure")],
             None,
@@ -495,7 +495,7 @@ class Asking(DistillationStrategy):
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
-        ("two", "Predict and MeanByClass: a client gives one answer"),
+        ("two", "Predict and MeanByClass: a client answers once"),
         ("numbers", r"numbers of apply: .*missing.*start"),
         ("public", "needs class means, which public samples do not have"),
     ],
@@ -540,9 +540,9 @@ def test_a_procedure_can_empty_its_state(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("does", "reason"),
     [
-        (grow, "keeps its type and shape"),
-        (keep_a_number, "as int"),
-        (keep_no_sample, "a sample at"),
+        (grow, "type and shape must not change"),
+        (keep_a_number, "to int"),
+        (keep_no_sample, "keep at least one"),
     ],
 )
 def test_what_a_procedure_leaves_behind_is_checked_client_by_client(

@@ -1,1 +1,1 @@
-"""What a client does with an instruction, what it sends, and what it keeps between rounds."""
+"""Clients: how they execute an instruction, what they send, and what they keep between rounds."""

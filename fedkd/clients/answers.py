@@ -1,4 +1,4 @@
-"""What clients send: soft labels, class means or weights, after attacks and privacy noise, and packed."""
+"""Answers of clients: soft labels, class means or weights, after attacks and privacy noise, encoded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from fedkd.clients.attacks import attacked
 from fedkd.clients.privacy import privatise
-from fedkd.clients.stack import Stack, recall, remember
+from fedkd.clients.stack import Stack, known_rows, set_memory
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, ModelWeights, SoftLabels, Weights
 from fedkd.knowledge.codec import Packed
@@ -19,7 +19,7 @@ from fedkd.training.profiling import timed
 
 
 def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
-    """Have clients answer with a model's soft labels on the public samples asked for.
+    """Set clients' answers to a model's soft labels on the public samples asked for.
 
     Raises:
         FedkdError: `phase.only` names no mask in a client's state.
@@ -37,23 +37,23 @@ def answer_with_soft_labels(stack: Stack, phase: Predict) -> None:
             torch.tensor([len(stack.shards[row])]),
         )
         if phase.only is not None:
-            labels = _some(stack, row, labels, phase.only)
-        stack.answers[row] = _sent_for(stack, row, labels)
+            labels = _masked(stack, row, labels, phase.only)
+        stack.answers[row] = _falsified_or_noisy(stack, row, labels)
 
 
-def _some(stack: Stack, row: int, labels: SoftLabels, name: str) -> SoftLabels:
-    """Keep the samples for which a tensor of the client's state is true."""
-    chosen = stack.memories[row].get("own", {}).get(name)
+def _masked(stack: Stack, row: int, labels: SoftLabels, name: str) -> SoftLabels:
+    """Return the labels of samples for which a tensor of the client's state is true."""
+    mask = stack.memories[row].get("own", {}).get(name)
     shape = (len(stack.data.public),)
-    if chosen is None or chosen.dtype != torch.bool or tuple(chosen.shape) != shape:
+    if mask is None or mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise FedkdError(
-            f"only = '{name}': the client's state has no such tensor, bool of shape {shape}"
+            f"only = '{name}': the client's state has no such tensor of type bool and shape {shape}"
         )
-    return labels.keep(chosen[labels.samples])
+    return labels.keep(mask[labels.samples])
 
 
-def _sent_for(stack: Stack, row: int, labels: SoftLabels) -> SoftLabels:
-    """Return what a client sends instead of its honest `labels`."""
+def _falsified_or_noisy(stack: Stack, row: int, labels: SoftLabels) -> SoftLabels:
+    """Return what a client sends for its honest `labels`: an attack's, or with privacy noise."""
     experiment, client = stack.experiments[row], stack.clients[row]
     round = stack.first.round
     if stack.attack(row).answer is not None:
@@ -65,7 +65,7 @@ def _sent_for(stack: Stack, row: int, labels: SoftLabels) -> SoftLabels:
 
 
 def answer_with_means(stack: Stack, phase: MeanByClass) -> None:
-    """Have clients answer with a model's mean output by class over their private shards."""
+    """Set clients' answers to a model's mean output by class over their private shards."""
     train, classes = stack.data.train, stack.data.num_classes
     for row, (client, shard) in enumerate(zip(stack.clients, stack.shards, strict=True)):
         outputs = stack.outputs(row, phase.model, phase.of, train, shard.to(train.device))
@@ -81,33 +81,33 @@ def answer_with_means(stack: Stack, phase: MeanByClass) -> None:
 
 
 def answer_with_weights(stack: Stack) -> None:
-    """Have clients answer with their students' parameters and buffers."""
+    """Set clients' answers to their students' parameters and buffers."""
     name = stack.architecture("student")
-    sent = {n: t.cpu() for n, t in stack.states.models["student"].items()}
+    state = {n: t.cpu() for n, t in stack.states.models["student"].items()}
     for k, client in enumerate(stack.clients):
-        tensors = {n: t[k : k + 1].clone() for n, t in sent.items()}
+        tensors = {n: t[k : k + 1].clone() for n, t in state.items()}
         weights = ModelWeights(
             tensors, torch.tensor([client]), torch.tensor([len(stack.shards[k])])
         )
         stack.answers[k] = Weights({name: weights})
 
 
-def packed(stack: Stack) -> list[Packed | None]:
-    """Return all answers as they are sent, `None` where that is simply their numbers."""
+def encoded_answers(stack: Stack) -> list[Packed | None]:
+    """Return all answers as they are sent, `None` for those that are sent as plain tensors."""
     if stack.first.wire == PLAIN:
         return [None] * len(stack.instructions)
     started = monotonic()
-    found = [_packed(stack, row) for row in range(len(stack.instructions))]
+    encoded = [_encoded_answer(stack, row) for row in range(len(stack.instructions))]
     stack.spend("encode", monotonic() - started)
-    return found
+    return encoded
 
 
-def _packed(stack: Stack, row: int) -> Packed | None:
-    """Encode a client's soft labels, if it answers any."""
+def _encoded_answer(stack: Stack, row: int) -> Packed | None:
+    """Return a client's soft labels encoded, or `None` for another answer."""
     answer, memory = stack.answers[row], stack.memories[row]
     if not isinstance(answer, SoftLabels):
         return None
     num_public = stack.data.sizes.num_public
-    encoded, newer = answer.pack(stack.first.wire, num_public, recall(memory, "up"))
-    remember(memory, "up", newer)
+    encoded, known = answer.pack(stack.first.wire, num_public, known_rows(memory, "up"))
+    set_memory(memory, "up", known)
     return encoded

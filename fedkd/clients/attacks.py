@@ -1,13 +1,14 @@
-"""Attacks: what malicious clients do to their labels, or send in the place of their soft labels.
+"""Attacks: how malicious clients falsify their labels, or the soft labels that they send.
 
-``attack`` names one, ``attackers`` the share of the clients that are malicious; who they are follows
-from the seed. An attack is a pure function, and knows what a client can know: its own honest answer,
-what it received last, and the seed that those who collude share. Two attacks of the literature see the
-answers of all honest clients. Nobody has these before the round ends; what stands for them here is what
-the client received last, and its own answer where it received nothing, as in round 1.
+The key ``attack`` names one, ``attackers`` is the share of malicious clients; the seed decides which
+clients these are. An attack is a pure function of what a client can know: its honest answer, the
+knowledge that it received last, and the seed that colluding clients share. Two attacks of the
+literature see the answers of all honest clients. These are not available before the round ends, so
+here they are estimated by the knowledge received last, or by the client's own answer where it received
+nothing, as in round 1.
 
-What is sent stays a valid answer: finite, probabilities on the simplex, logits as large as the client's
-own. No check of the server can tell it from an honest one.
+What is sent is a valid answer: finite, probabilities on the simplex, logits as large as the client's
+honest ones. No check of the server can tell it from an honest answer.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from fedkd.randomness import generator, permutation
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What a malicious client knows as it answers N samples.
+    """What a malicious client knows when it answers N samples.
 
     Attributes:
-        own: its honest answer, probabilities float64 ``[N, C]``.
-        expected: what honest clients are likely to say, float64 ``[N, C]``: the probabilities it received
-            last, `own` where it received none.
-        seed: of the run, which those who collude share.
-        client: who it is.
+        honest: its honest answer, probabilities float64 ``[N, C]``.
+        expected: estimate of honest clients' answers, float64 ``[N, C]``: the probabilities it received
+            last, `honest` where it received none.
+        seed: of the run, which colluding clients share.
+        client: its partition id.
         round: of the federation.
         num_clients: K.
-        num_malicious: how many of them are malicious.
+        num_malicious: number of malicious clients.
     """
 
-    own: Tensor
+    honest: Tensor
     expected: Tensor
     seed: int
     client: int
@@ -53,16 +54,16 @@ class Known:
 
     @property
     def num_classes(self) -> int:
-        """C."""
-        return self.own.shape[-1]
+        """The number of classes, C."""
+        return self.honest.shape[-1]
 
 
 def flip(labels: Tensor, num_classes: int) -> Tensor:
-    """Take class c for class C − 1 − c, in training and wherever else a client counts its own labels.
+    """Return labels with class c replaced by C − 1 − c, for training and for counts by class.
 
     Every class is flipped, as by Fang et al. 2020 (arXiv:1911.11815, section 4.1); Fung et al. 2018
     (arXiv:1808.04866) and Tolpegin et al. 2020 (arXiv:2007.08432) flip one class to another.
-    Of an odd number of classes the middle one keeps its label. Labels of the public set stay.
+    With an odd number of classes the middle one keeps its label. Public labels are not flipped.
 
     Args:
         labels: int64 ``[n]``, of the private images.
@@ -75,72 +76,72 @@ def flip(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def random(known: Known) -> Tensor:
-    """Be sure of a class drawn for each sample, client and round by itself, ``[N, C]``.
+    """Return one-hot rows ``[N, C]`` of a class drawn for each sample, client and round.
 
     As in the code of Roux, Zimmer and Pokutta 2025 (ICLR, arXiv:2402.12265).
     """
     stream = generator(known.seed, known.client, known.round, "attack", "random")
-    drawn_N = torch.randint(known.num_classes, (len(known.own),), generator=stream)
-    return _sure(drawn_N, known.num_classes)
+    drawn_N = torch.randint(known.num_classes, (len(known.honest),), generator=stream)
+    return _one_hot(drawn_N, known.num_classes)
 
 
 def constant(known: Known) -> Tensor:
-    """Be sure of one class for every sample of every round, ``[N, C]``; each client has its own.
+    """Return one-hot rows ``[N, C]`` of one class in all rounds, drawn for each client.
 
-    In the code of Roux et al. (arXiv:2402.12265) it is class 0 for all of them.
+    In the code of Roux et al. (arXiv:2402.12265) all clients use class 0.
     """
     stream = generator(known.seed, known.client, "attack", "constant")
     drawn = torch.randint(known.num_classes, (1,), generator=stream)
-    return _sure(drawn.expand(len(known.own)), known.num_classes)
+    return _one_hot(drawn.expand(len(known.honest)), known.num_classes)
 
 
 def least_likely(known: Known) -> Tensor:
-    """Be sure of the class that honest clients hold for the least likely, ``[N, C]``.
+    """Return one-hot rows ``[N, C]`` of the class that honest clients find least likely.
 
     LMA of Roux, Zimmer and Pokutta 2025 (ICLR, arXiv:2402.12265; ``CELMAX`` in their code), which sees
-    the mean of this round's honest answers; `Known.expected` stands for it, in which last round's lies
-    have their share. Those who received the same thus agree; in round 1 each goes by its own model.
+    the mean of this round's honest answers. `Known.expected` estimates it, and includes last round's
+    falsified answers. Attackers that received the same knowledge thus agree; in round 1 each uses its
+    own model.
     """
-    return _sure(known.expected.min(-1).indices, known.num_classes)
+    return _one_hot(known.expected.min(-1).indices, known.num_classes)
 
 
 def colluding(known: Known) -> Tensor:
-    """Be sure of the class that follows the likeliest one in an order that attackers share, ``[N, C]``.
+    """Return one-hot rows ``[N, C]`` of the class after the likeliest one in an order attackers share.
 
-    The order is drawn from the seed alone, for the whole run, and closed to a circle, so that every class
-    is taken for one other and none for itself: what colluders say is wrong, consistent, and as easy to
-    learn as the truth.
+    The order is drawn from the seed alone, for the whole run, and is circular, so that every class is
+    replaced by another one: the answers are wrong, consistent, and as easy to learn as the truth.
     """
     circle_C = permutation(known.num_classes, known.seed, "attack", "colluding")
     next_C = torch.empty_like(circle_C)
     next_C[circle_C] = circle_C.roll(-1)
-    return _sure(next_C[known.expected.max(-1).indices], known.num_classes)
+    return _one_hot(next_C[known.expected.max(-1).indices], known.num_classes)
 
 
 def little_is_enough(known: Known) -> Tensor:
-    """Stay within the spread of honest answers, on its wrong side, ``[N, C]``.
+    """Return answers ``[N, C]`` within the spread of honest ones, on the wrong side of their mean.
 
     Baruch, Baruch and Goldberg 2019 (NeurIPS, arXiv:1902.06635, algorithm 3): mean − z·σ by coordinate,
     with the z of `deviations`. On the simplex, where coordinates cannot all be lowered, the likeliest
     class is lowered and every other raised; negative numbers become 0 and rows are divided by their sum.
-    `Known.expected` stands for the mean, and the distance of the client's own answer from it, class by
-    class, for σ, which in the paper colluders estimate from all their answers. Where nothing was received
-    the answer is honest; where z is 0, as for one or two liars of ten, it repeats what was received.
+    `Known.expected` estimates the mean, and the distance of the client's honest answer from it, class by
+    class, estimates σ, for which colluders of the paper use all their answers. Where nothing was received
+    the answer is honest; where z is 0, as for one or two attackers of ten, it repeats what was received.
     """
     z = deviations(known.num_clients, known.num_malicious)
-    likeliest_NC = _sure(known.expected.max(-1).indices, known.num_classes)
-    spread_NC = (known.own - known.expected).abs()
+    likeliest_NC = _one_hot(known.expected.max(-1).indices, known.num_classes)
+    spread_NC = (known.honest - known.expected).abs()
     moved_NC = (known.expected + (1 - 2 * likeliest_NC) * z * spread_NC).clamp_min(0)
-    # All is 0 only where the one class that was sure is lowered to nothing and no other moves: never,
-    # as both rows sum to 1 and the others then have to differ.
+    # A row is 0 only if its one certain class is lowered to 0 and no other is raised. That cannot
+    # happen: both rows sum to 1, so another class would differ as well.
     return moved_NC / moved_NC.sum(-1, keepdim=True)
 
 
 def deviations(num_clients: int, num_malicious: int) -> float:
-    """How many standard deviations hide among honest answers: z of Baruch et al. 2019, algorithm 3.
+    """Return z of Baruch et al. 2019, algorithm 3: the standard deviations that stay unnoticed.
 
-    s = ⌊n/2⌋ + 1 − m honest clients have to lie farther out for a majority to be on the attackers' side;
-    z = Φ⁻¹((n − m − s) / (n − m)). At least 0, and s at least 1 where attackers are the majority.
+    s = ⌊n/2⌋ + 1 − m honest clients must be farther out for a majority to be on the attackers' side;
+    z = Φ⁻¹((n − m − s) / (n − m)). z is at least 0, and s at least 1 if attackers are the majority.
     """
     honest = num_clients - num_malicious
     needed = max(num_clients // 2 + 1 - num_malicious, 1)
@@ -148,11 +149,11 @@ def deviations(num_clients: int, num_malicious: int) -> float:
 
 
 class Attack(NamedTuple):
-    """What an attack does.
+    """The functions of an attack.
 
     Attributes:
-        labels: makes of private labels int64 ``[n]``, and C, those that the client trains on.
-        answer: makes of what the client knows the probabilities float64 ``[N, C]`` that it sends.
+        labels: turns private labels int64 ``[n]``, and C, into those that the client trains on.
+        answer: turns what the client knows into the probabilities float64 ``[N, C]`` that it sends.
     """
 
     labels: Callable[[Tensor, int], Tensor] | None = None
@@ -170,13 +171,13 @@ ATTACKS: Mapping[str, Attack] = {
     "colluding": Attack(answer=colluding),
     "little-is-enough": Attack(answer=little_is_enough),
 }
-"""By the value of the key ``attack``."""
+"""Attacks by the value of the key ``attack``."""
 
 
 def malicious_clients(experiment: Experiment) -> frozenset[int]:
-    """Return who is malicious: round(attackers · K) clients (half to even), drawn by the seed.
+    """Return the malicious clients: round(attackers · K) of them (half to even), drawn by the seed.
 
-    Those of a smaller share are among those of a larger one.
+    A larger share includes the clients of a smaller one.
     """
     if experiment.attack == "none":
         return frozenset()
@@ -190,7 +191,7 @@ def _drawn(num_clients: int, share: float, seed: int) -> frozenset[int]:
 
 
 def attack_of(experiment: Experiment, client: int) -> Attack:
-    """Return what a client does: `HONEST`, or the experiment's attack."""
+    """Return the experiment's attack for a malicious client, `HONEST` for another."""
     return ATTACKS[experiment.attack] if client in malicious_clients(experiment) else HONEST
 
 
@@ -201,27 +202,27 @@ def attacked(
     client: int,
     round: int,
 ) -> SoftLabels:
-    """Return what a client sends in the place of its honest answer (K = 1), for the same samples.
+    """Return what a client sends instead of its honest answer (K = 1), for the same samples.
 
-    Logits are the logarithms of the attack's probabilities, none below the least that the client itself
-    gives to a class of that sample, plus the constant that its own row has: as large as honest ones, and
-    an attack that says what is honest sends the honest logits.
+    Logits are the logarithms of the attack's probabilities, none below the client's own least one for
+    that sample, plus the constant of its honest row. So they are as large as honest ones, and an attack
+    that returns the honest probabilities sends the honest logits.
 
     Args:
         honest: the client's own answer.
-        received: what it received last; anything but soft labels tells it nothing.
+        received: the knowledge that it received last; only soft labels are used.
         experiment: names the attack.
-        client: who it is.
+        client: its partition id.
         round: of the federation.
     """
     answer = attack_of(experiment, client).answer
     if answer is None:
         return honest
     exact = replace(honest, values=honest.values.double())
-    own_NC = exact.probabilities[0]
+    honest_NC = exact.probabilities[0]
     known = Known(
-        own_NC,
-        _expected(own_NC, honest.samples, received),
+        honest_NC,
+        _expected(honest_NC, honest.samples, received),
         experiment.seed,
         client,
         round,
@@ -235,44 +236,44 @@ def attacked(
 
 
 def check_attack(experiment: Experiment, uploads: type[Knowledge] | None) -> None:
-    """Refuse an attack on soft labels where clients send something else.
+    """Raise an error if an attack falsifies soft labels and clients send something else.
 
-    Where they send nothing at all there is nobody to be attacked, and any attack will do.
+    If they send nothing at all, any attack is accepted, as it has no effect.
 
     Raises:
-        FedkdError: the attack and what the strategy's clients send do not go together.
+        FedkdError: the attack does not apply to what the strategy's clients send.
     """
     if uploads in (None, SoftLabels) or not experiment.attackers:
         return
     if ATTACKS[experiment.attack].answer is not None:
-        other = ", ".join(name for name, attack in ATTACKS.items() if attack.answer is None)
+        accepted = ", ".join(name for name, attack in ATTACKS.items() if attack.answer is None)
         raise FedkdError(
             Setting("attack", experiment.attack),
             " falsifies soft labels, and clients of ",
             Setting("strategy", experiment.strategy),
-            f" send none: accepted there: {other}",
+            f" send none; accepted there: {accepted}",
         )
 
 
-def _sure(classes_N: Tensor, num_classes: int) -> Tensor:
+def _one_hot(classes_N: Tensor, num_classes: int) -> Tensor:
     return one_hot(classes_N, num_classes).double()
 
 
-def _expected(own_NC: Tensor, samples: Tensor, received: Knowledge | None) -> Tensor:
-    """Return the received probabilities of `samples`, and the own ones where there are none."""
+def _expected(honest_NC: Tensor, samples: Tensor, received: Knowledge | None) -> Tensor:
+    """Return the received probabilities of `samples`, and the honest ones where there are none."""
     if not isinstance(received, SoftLabels) or not len(received.samples) or not len(samples):
-        return own_NC
+        return honest_NC
     count = int(torch.cat([samples, received.samples]).max()) + 1
     place = torch.full((count,), -1)
     answered = received.mask.any(0)
     place[received.samples[answered]] = torch.arange(len(received.samples))[answered]
     place_N = place[samples]
-    told_NC = received.mean_probabilities().to(own_NC)[place_N]
-    return torch.where((place_N >= 0).unsqueeze(-1), told_NC, own_NC)
+    received_NC = received.mean_probabilities().to(honest_NC)[place_N]
+    return torch.where((place_N >= 0).unsqueeze(-1), received_NC, honest_NC)
 
 
-def _as_logits(values_NC: Tensor, own_NC: Tensor) -> Tensor:
-    """Return probabilities as logits of the size of a client's `own`."""
-    constant_N1 = own_NC.logsumexp(-1, keepdim=True)
-    least_N1 = own_NC.amin(-1, keepdim=True) - constant_N1
+def _as_logits(values_NC: Tensor, honest_NC: Tensor) -> Tensor:
+    """Return probabilities as logits as large as a client's `honest_NC`."""
+    constant_N1 = honest_NC.logsumexp(-1, keepdim=True)
+    least_N1 = honest_NC.amin(-1, keepdim=True) - constant_N1
     return values_NC.log().maximum(least_N1) + constant_N1

@@ -1,4 +1,4 @@
-"""What a fit trains on: its terms, and the streams of batches that they need."""
+"""The streams of batches that a client's fit trains on, made from its loss terms."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from fedkd.training.optimizers import stacked_values
 from fedkd.training.terms import Terms, public_stream, resolved_terms
 
 
-def sides_of(stack: Stack, phase: Fit) -> list[BatchStream]:
-    """Turn a fit's terms into streams of batches, without terms whose knowledge is missing.
+def batch_streams_of(stack: Stack, phase: Fit) -> list[BatchStream]:
+    """Return the streams of batches of a fit, without terms whose knowledge is missing.
 
     Returns:
-        The public one, the private one, or both; none where no term is left.
+        The public stream, the private one, or both; none if no term is left.
 
     Raises:
-        FedkdError: a term needs other knowledge than was received.
+        FedkdError: a term needs knowledge of another kind than was received.
     """
     public = _terms(stack, phase.public)
     private = _terms(stack, phase.private)
     has_labels = stack.data.public.labels is not None
     if phase.public and all(term.needs is None for term in public):
-        # The public set is there to be distilled on; without knowledge only its labels teach.
-        teaches = not _wants_knowledge(stack, phase.public) and has_labels
-        public = public if teaches else {}
+        # The public set is for distillation: without knowledge only its labels can be learned.
+        only_labels = not _needs_knowledge(stack, phase.public) and has_labels
+        public = public if only_labels else {}
     if not has_labels and public:
-        # Cross entropy needs labels: a private batch in the same step has them.
+        # Cross entropy needs labels, so it takes a private batch in the same step.
         hard = {t: c for t, c in public.items() if t.needs is None and _counts(c)}
         private = {t: private.get(t, 0) + hard.get(t, 0) for t in {**hard, **private}}
         public = {t: c for t, c in public.items() if t.needs is not None}
@@ -49,22 +49,22 @@ def sides_of(stack: Stack, phase: Fit) -> list[BatchStream]:
 
 
 def _terms(stack: Stack, named: Mapping[str, Coefficient]) -> Terms:
-    """Resolve a fit's terms; those whose knowledge has not come, or is old, are left out."""
+    """Return a fit's terms without those whose knowledge was not received, or is already digested."""
 
     def has(term: Term) -> bool:
         if term.needs == "class-means":
             return isinstance(stack.knowledge[0], ClassMeans)
-        return term.needs is None or stack.is_fresh  # soft labels only if they are news
+        return term.needs is None or stack.is_fresh  # soft labels only if they are new
 
     return resolved_terms(named, stacked_values(stack.experiments, "alpha"), has, stack.experiment)
 
 
-def _wants_knowledge(stack: Stack, named: Mapping[str, Coefficient]) -> bool:
+def _needs_knowledge(stack: Stack, named: Mapping[str, Coefficient]) -> bool:
     return any(experiment_term(name, stack.experiment).needs is not None for name in named)
 
 
 def _counts(coefficient: float | Tensor) -> bool:
-    """Whether a term with this coefficient, or these, adds anything."""
+    """Whether a term with this coefficient, or these, contributes to the loss."""
     return bool((torch.as_tensor(coefficient) != 0).any())
 
 
@@ -77,17 +77,17 @@ def _public_stream(stack: Stack, terms: Terms) -> BatchStream:
 
 
 def _to_digest(stack: Stack, terms: Terms) -> list[SoftLabels]:
-    """Return the soft labels that each client digests, of K = 1."""
+    """Return the soft labels that each client digests, K = 1."""
     if not all(isinstance(k, SoftLabels) for k in stack.knowledge):
-        raise FedkdError("a term needs soft labels, and other knowledge was received")
+        raise FedkdError("a term needs soft labels, but other knowledge was received")
     labels = [k for k in stack.knowledge if isinstance(k, SoftLabels)]
     if any(len(each.values) != 1 for each in labels):
         raise FedkdError(
-            "several sets of soft labels were received: a procedure has to choose before they are "
-            "digested"
+            "several sets of soft labels were received: a procedure must choose among them before they "
+            "are digested"
         )
     if any(term.needs == "logits" for term in terms) and labels[0].space != "logits":
-        raise FedkdError("a term needs logits, and probabilities were received")
+        raise FedkdError("a term needs logits, but probabilities were received")
     return labels
 
 
@@ -95,7 +95,7 @@ def _refuse_soft_labels(private: Mapping[Term, object]) -> None:
     for term in private:
         if term.needs in ("soft-labels", "logits"):
             raise FedkdError(
-                f"{term.import_path} needs soft labels, which private images have not; put it in public"
+                f"{term.import_path} needs soft labels, which private images lack: put it in public"
             )
 
 

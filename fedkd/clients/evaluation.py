@@ -1,4 +1,4 @@
-"""How the clients of a stack are tested: accuracy, agreement with knowledge, and their test answers."""
+"""Test the clients of a stack: accuracy, agreement with knowledge, and answers on the test images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkd.clients.memories import TESTED
-from fedkd.clients.stack import Stack, remember
+from fedkd.clients.stack import Stack, set_memory
 from fedkd.data.images import Images
 from fedkd.knowledge import ClassMeans, SoftLabels
 from fedkd.phases import Role
@@ -18,21 +18,21 @@ from fedkd.training.cohort import Classified
 
 
 def measure_agreement(stack: Stack, role: Role) -> None:
-    """Record on how much of the digested knowledge the student now agrees with it."""
+    """Record the share of digested soft labels whose class a client's model now predicts."""
     labels = [k for k in stack.knowledge if isinstance(k, SoftLabels)]
     different = {id(each): each.samples for each in labels}  # most share one
     samples = torch.cat(list(different.values())).unique()
     predicted = stack.role(role).classify(stack.data.public, samples).cpu()
     taught: dict[int, Tensor] = {}
-    for metrics, each, mine in zip(stack.metrics, labels, predicted, strict=True):
+    for metrics, each, classes in zip(stack.metrics, labels, predicted, strict=True):
         if id(each) not in taught:
             taught[id(each)] = each.values[0].max(-1).indices.cpu()
         places = torch.searchsorted(samples, each.samples)
-        metrics["agreement"] = float((mine[places] == taught[id(each)]).double().mean())
+        metrics["agreement"] = float((classes[places] == taught[id(each)]).double().mean())
 
 
 def record_accuracy(stack: Stack, name: str, role: Role) -> None:
-    """Test the models in a role after a phase."""
+    """Record the accuracy of the models in a role after a phase."""
     predicted = _by_means(stack, role) if stack.by_means else None
     if predicted is None:
         predicted = stack.role(role).classify(stack.data.test)
@@ -40,7 +40,7 @@ def record_accuracy(stack: Stack, name: str, role: Role) -> None:
 
 
 def examine(stack: Stack) -> None:
-    """Test all models at the end: what they answer stays with the client, as `tested` finds it."""
+    """Test all models at the end, and keep their answers in the clients' memories for `collected`."""
     for role, cohort in stack.cohorts.items():
         trained = [role == "student" or _is_trained(stack, role, row) for row in range(len(cohort))]
         if not any(trained):
@@ -54,13 +54,13 @@ def examine(stack: Stack) -> None:
         for memory, classes, confidences in compress(
             zip(stack.memories, *answers, strict=True), trained
         ):
-            kept = {"classes": classes, "confidences": confidences.to(torch.float16)}
-            remember(memory, f"{TESTED}{role}", kept)
+            tensors = {"classes": classes, "confidences": confidences.to(torch.float16)}
+            set_memory(memory, f"{TESTED}{role}", tensors)
     record_training_accuracy(stack)
 
 
 def _is_trained(stack: Stack, role: str, row: int) -> bool:
-    """Whether a local teacher is one: some strategies have no use for it."""
+    """Whether a local teacher was trained: some strategies do not use it."""
     name, seed = stack.architecture(role), stack.experiments[row].seed
     initial = architectures_of(stack.data).initial_state(name, seed)
     params = stack.cohorts[role].params
@@ -78,7 +78,7 @@ def record_training_accuracy(stack: Stack) -> None:
 
 
 def _classified(stack: Stack, row: int, images: Images, rows: Tensor) -> Tensor:
-    """Return the classes ``[N]`` that a client's student says, by means where it goes by them."""
+    """Return the classes ``[N]`` that a client's student predicts, by class means if it uses them."""
     means = stack.knowledge[row]
     if stack.by_means and isinstance(means, ClassMeans):
         return means.nearest(stack.outputs(row, "student", means.of, images, rows))
@@ -86,7 +86,7 @@ def _classified(stack: Stack, row: int, images: Images, rows: Tensor) -> Tensor:
 
 
 def _by_means(stack: Stack, role: Role) -> Tensor:
-    """Classify the test images by the nearest received class mean, int64 ``[K, N]``."""
+    """Return the nearest received class mean of each test image, int64 ``[K, N]``."""
     test = stack.data.test
     means = [k for k in stack.knowledge if isinstance(k, ClassMeans)]
     return torch.stack(
@@ -95,23 +95,23 @@ def _by_means(stack: Stack, role: Role) -> Tensor:
 
 
 def record_predicted(stack: Stack, name: str, predicted: Tensor) -> None:
-    """Record accuracy on the test set, and weighted by the client's own label distribution.
+    """Record the accuracy on the test set, also weighted by the client's own label distribution.
 
     Args:
         stack: the clients.
-        name: of the accuracy.
+        name: key of the accuracy among the metrics.
         predicted: classes ``[K, N]`` of the test images.
     """
     test, classes = stack.data.test, stack.data.num_classes
     assert test.labels is not None
     predicted, labels = predicted.cpu(), test.labels.cpu()
     right = correct_by_class(predicted, labels, classes)
-    # Over the classes that the test set has; a shard without any of them counts evenly.
+    # Over the classes of the test set; a shard without any of them weights them equally.
     counts = stack.data.private_label_counts[stack.clients].double() * (right.total > 0)
     counts += (counts.sum(1, keepdim=True) == 0) * (right.total > 0)
     share = counts / counts.sum(1, keepdim=True)
-    own = (share * right.correct / right.total.clamp_min(1)).sum(1)
-    whole = accuracy(predicted, labels)
-    for metrics, a, o in zip(stack.metrics, whole.tolist(), own.tolist(), strict=True):
+    own_accuracies = (share * right.correct / right.total.clamp_min(1)).sum(1).tolist()
+    accuracies = accuracy(predicted, labels).tolist()
+    for metrics, a, own in zip(stack.metrics, accuracies, own_accuracies, strict=True):
         metrics[name] = a
-        metrics["own_accuracy"] = min(1.0, o)  # shares add up to 1 but for rounding
+        metrics["own_accuracy"] = min(1.0, own)  # shares add up to 1 except for rounding

@@ -1,8 +1,8 @@
-"""A client executes phases: the one implementation behind every engine.
+"""Execute the instructions of clients, for every engine.
 
 `execute_together` takes the instructions of any number of clients, runs those that can share a stack as
-one cohort, and returns a report or a failure for each. A Flower client hands over its single
-instruction, the in-process engine all of a round.
+one cohort, and returns a report or a failure for each. A Flower client passes its single instruction,
+the in-process engine all of a round.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class FederationInstructions:
 
     Attributes:
         experiment: the run.
-        instructions: of any of its clients.
-        store: where these keep their states.
-        secret_noise: whether the noise of ``dp-noise`` is this node's own secret: a server that knows
-            its seed can take it off.
+        instructions: of some or all of its clients.
+        store: holds these clients' states.
+        secret_noise: whether the noise of ``dp-noise`` is a secret of this node: a server that knows its
+            seed can remove it.
     """
 
     experiment: Experiment
@@ -56,19 +56,19 @@ class FederationInstructions:
 def execute_together(
     data: FederatedData, federations: Sequence[FederationInstructions]
 ) -> list[list[ClientReport | Failure]]:
-    """Execute instructions, stacking the clients that share architectures and phases.
+    """Return the results of instructions; clients that share architectures and phases are stacked.
 
-    No more clients of a federation than a round draws are in memory at once. A stack in which
-    something fails is run again federation by federation, and client by client, from the stored states
-    (with the same numbers, since every draw is keyed), so that only the culprit fails. One that is out
-    of memory is run again by halves, down to single clients, which its reports count as an event.
+    At most as many clients of a federation as a round draws are in memory at once. If a stack fails, it
+    is run again federation by federation, then client by client, from the stored states (with the same
+    results, since every draw is keyed), so that only the client that caused the failure fails. A stack
+    that is out of memory is run again in halves, down to single clients; reports count this as an event.
 
     Args:
         data: the data of all federations.
-        federations: of one federation each; their experiments differ in nothing or in `STACKABLE` keys.
+        federations: instructions by federation; their experiments may differ in `STACKABLE` keys.
 
     Returns:
-        For each part one result an instruction, in the same sequence.
+        For each federation one result per instruction, in the same order.
     """
     results: list[dict[int, ClientReport | Failure]] = [{} for _ in federations]
     groups: dict[Hashable, dict[int, list[Instruction]]] = {}
@@ -85,31 +85,31 @@ def execute_together(
                 n: replace(federations[n], instructions=instructions)
                 for n, instructions in some.items()
             }
-            found = _run_or_split(data, list(chosen.values()))
-            for number, answers in zip(chosen, found, strict=True):
-                results[number].update({answer.client: answer for answer in answers})
+            outcomes = _run_or_split(data, list(chosen.values()))
+            for number, outcome in zip(chosen, outcomes, strict=True):
+                results[number].update({result.client: result for result in outcome})
     return [
-        [found[instruction.client] for instruction in federation.instructions]
-        for federation, found in zip(federations, results, strict=True)
+        [by_client[instruction.client] for instruction in federation.instructions]
+        for federation, by_client in zip(federations, results, strict=True)
     ]
 
 
 def _batches(
     group: Mapping[int, Sequence[Instruction]], size: int
 ) -> Iterator[dict[int, Sequence[Instruction]]]:
-    """Deal the instructions of a group into stacks with at most `size` of each federation."""
+    """Yield the instructions of a group in stacks with at most `size` of each federation."""
     for first in range(0, max(len(instructions) for instructions in group.values()), size):
         dealt = {n: instructions[first : first + size] for n, instructions in group.items()}
         yield {n: instructions for n, instructions in dealt.items() if instructions}
 
 
 def _group_key(experiment: Experiment, instruction: Instruction, phases: str) -> Hashable:
-    """Name what the clients of one stack have in common."""
+    """Return what the clients of one stack must have in common."""
     labels = (
         instruction.knowledge if isinstance(instruction.knowledge, SoftLabels | Packed) else None
     )
     return (
-        experiment.alpha == 1,  # without the hard term private images may not be looked at at all
+        experiment.alpha == 1,  # without the hard term private images may not be used at all
         experiment.student_of(instruction.client),
         experiment.teacher_of(instruction.client),
         phases,
@@ -131,38 +131,38 @@ def _run_or_split(
     data: FederatedData, federations: Sequence[FederationInstructions]
 ) -> list[list[ClientReport | Failure]]:
     try:
-        found = _run(data, federations)
+        outcomes = _run(data, federations)
     except Exception as error:
         pieces = _pieces(federations, error)
         did_not_fit = is_out_of_memory(error)
         reason = "" if pieces else _reason(error)
     else:
-        return _stored(federations, found)
-    # Out of the handler: the exception, which holds the frames and tensors of the stack, is gone.
+        return _store(federations, outcomes)
+    # Outside the handler: the exception, which holds the frames and tensors of the stack, is freed.
     if did_not_fit:
         _free_memory(federations)
-    if not pieces:  # whatever a client's model or data raises is its failure, never the round's
+    if not pieces:  # what a client's model or data raises is its own failure, not the round's
         return [[Failure(federations[0].instructions[0].client, reason)]]
     results: list[list[ClientReport | Failure]] = [[] for _ in federations]
     for piece in pieces:
-        for number, answers in zip(piece, _run_or_split(data, list(piece.values())), strict=True):
-            results[number] += answers
+        for number, outcome in zip(piece, _run_or_split(data, list(piece.values())), strict=True):
+            results[number] += outcome
     if did_not_fit:
         _count_out_of_memory(results)
     return results
 
 
 _Piece = dict[int, FederationInstructions]
-"""Some of the instructions of a stack, by the number of the part they belong to."""
+"""Some of the instructions of a stack, by the number of their federation."""
 
 
 def _pieces(federations: Sequence[FederationInstructions], error: Exception) -> list[_Piece]:
-    """Return what to run in the place of a stack in which something failed; nothing for one client."""
+    """Return what to run instead of a stack that failed; nothing for a single client."""
     first = federations[0]
     if is_out_of_memory(error):
         return _halves(federations)
     if first.experiment.plan != "loop" and _is_refused_by_vmap(error):
-        _logger.warning("run client by client, as vmap refuses: %s", one_line(error))
+        _logger.warning("clients are run one by one, as vmap refuses them: %s", one_line(error))
         loops = [replace(p, experiment=p.experiment.replace(plan="loop")) for p in federations]
         return [dict(enumerate(loops))]
     if len(federations) > 1:
@@ -175,7 +175,7 @@ def _pieces(federations: Sequence[FederationInstructions], error: Exception) -> 
 
 
 def _halves(federations: Sequence[FederationInstructions]) -> list[_Piece]:
-    """Deal the clients of a stack that is out of memory into two; one client has no halves."""
+    """Return the two halves of a stack that is out of memory; nothing for a single client."""
     clients = [
         (number, instruction)
         for number, federation in enumerate(federations)
@@ -183,7 +183,7 @@ def _halves(federations: Sequence[FederationInstructions]) -> list[_Piece]:
     ]
     if len(clients) == 1:
         return []
-    _logger.warning("out of memory with %d clients in a stack: again by halves", len(clients))
+    _logger.warning("out of memory with %d clients in a stack: run again in halves", len(clients))
     half = -(-len(clients) // 2)
     pieces: list[_Piece] = []
     for some in (clients[:half], clients[half:]):
@@ -204,17 +204,19 @@ def _reason(error: Exception) -> str:
     )
 
 
-def _stored(
-    federations: Sequence[FederationInstructions], found: Sequence[_Outcome]
+def _store(
+    federations: Sequence[FederationInstructions], outcomes: Sequence[_Outcome]
 ) -> list[list[ClientReport | Failure]]:
-    """Write what came of the parts to disk; return the results."""
-    for federation, (_, trained, memories) in zip(federations, found, strict=True):
+    """Write new states and memories to disk; return the results by federation."""
+    for federation, (_, trained, memories) in zip(federations, outcomes, strict=True):
         bases = {instruction.client: instruction.base for instruction in federation.instructions}
         round = federation.instructions[0].round
-        federation.store.memories.save(memories, round, bases)  # a full disk is no client's failure
+        federation.store.memories.save(
+            memories, round, bases
+        )  # a full disk is not a client's failure
         for states in trained:
             federation.store.put(states, round, bases)
-    return [results for results, _, _ in found]
+    return [results for results, _, _ in outcomes]
 
 
 # --- Out of memory --------------------------------------------------------------------------------
@@ -228,31 +230,31 @@ _NO_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory, of the CPU or the GPU, did not suffice."""
+    """Whether an exception reports that the memory of the CPU or the GPU did not suffice."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def _free_memory(federations: Sequence[FederationInstructions]) -> None:
-    """Free what can be had again: states in memory are on disk as well, and stay there from now on."""
+    """Free states that are also on disk; from now on they stay on disk only."""
     for federation in federations:
         federation.store.limit = 0
-    gc.collect()  # a lane's exception and its frames hold each other
+    gc.collect()  # a lane's exception and its frames refer to each other
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def _count_out_of_memory(results: Sequence[Sequence[ClientReport | Failure]]) -> None:
-    """Have the first report of each federation tell that its stack was run again by halves."""
-    for answers in results:
-        told = next((answer.events for answer in answers if isinstance(answer, ClientReport)), None)
-        if told is not None:
-            told[OUT_OF_MEMORY] = told.get(OUT_OF_MEMORY, 0) + 1
+    """Add an event to each federation's first client report: its stack was run again in halves."""
+    for outcome in results:
+        events = next((each.events for each in outcome if isinstance(each, ClientReport)), None)
+        if events is not None:
+            events[OUT_OF_MEMORY] = events.get(OUT_OF_MEMORY, 0) + 1
 
 
 def _is_refused_by_vmap(error: Exception) -> bool:
-    """Whether a model or a term does something that cannot be mapped over clients."""
+    """Whether an error says that a model or a term cannot be mapped over clients."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("vmap" in text or "batching rule" in text)
 
@@ -260,16 +262,16 @@ def _is_refused_by_vmap(error: Exception) -> bool:
 # --- One stack, from stored states to reports -----------------------------------------------------
 
 _Outcome = tuple[list[ClientReport | Failure], list[States], dict[int, Memory]]
-"""Of one part: a result for each instruction, the new states, and the new memories by client."""
+"""Of one federation: a result per instruction, the new states, and the new memories by client."""
 
 
 def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> list[_Outcome]:
-    """Execute a group's instructions as one stack, or two where only some have news to digest."""
+    """Return the outcomes of a group run as one stack, or as two if only some have new knowledge."""
     before = [_starting_states(data, federation) for federation in federations]
-    kept = [_memories(federation) for federation in federations]
+    memories_before = [_memories(federation) for federation in federations]
     outcomes: list[_Outcome] = [
-        (_lost(federation, states), [], {client: memories[client] for client in states.clients})
-        for federation, states, memories in zip(federations, before, kept, strict=True)
+        (_failures(federation, states), [], {client: memories[client] for client in states.clients})
+        for federation, states, memories in zip(federations, before, memories_before, strict=True)
     ]
     rows = [
         _rows(states, federation) for states, federation in zip(before, federations, strict=True)
@@ -278,7 +280,7 @@ def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> 
         chosen = {n: each[is_fresh] for n, each in enumerate(rows) if each[is_fresh]}
         if not chosen:
             continue
-        taken = {n: _some(before[n], positions) for n, positions in chosen.items()}
+        taken = {n: _rows_of(before[n], positions) for n, positions in chosen.items()}
         several = len(taken) > 1
         states = concatenated(list(taken.values())) if several else next(iter(taken.values()))
         owners = [(n, client) for n, some in taken.items() for client in some.clients]
@@ -292,7 +294,7 @@ def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> 
             [instructions[n][client] for n, client in owners],
             states,
             is_fresh,
-            [kept[n][client] for n, client in owners],
+            [memories_before[n][client] for n, client in owners],
             secret_noise=federations[0].secret_noise,
         )
         reports = run_phases(stack)
@@ -304,18 +306,18 @@ def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> 
     return outcomes
 
 
-def _lost(federation: FederationInstructions, states: States) -> list[ClientReport | Failure]:
-    """Return the failures of clients whose states are not there."""
-    found = set(states.clients)
+def _failures(federation: FederationInstructions, states: States) -> list[ClientReport | Failure]:
+    """Return the failures of clients whose states are missing."""
+    present = set(states.clients)
     return [
         Failure(instruction.client, f"has no state of round {instruction.base} to start from")
         for instruction in federation.instructions
-        if instruction.client not in found
+        if instruction.client not in present
     ]
 
 
 def _rows(states: States, federation: FederationInstructions) -> dict[bool, list[int]]:
-    """Return which rows of a part's states have no news to digest, and which have."""
+    """Return the rows of states without (False) and with (True) new knowledge to digest."""
     instructions = {instruction.client: instruction for instruction in federation.instructions}
     rows: dict[bool, list[int]] = {False: [], True: []}
     for row, (client, digested) in enumerate(zip(states.clients, states.digested, strict=True)):
@@ -323,12 +325,12 @@ def _rows(states: States, federation: FederationInstructions) -> dict[bool, list
     return rows
 
 
-def _some(states: States, rows: Sequence[int]) -> States:
+def _rows_of(states: States, rows: Sequence[int]) -> States:
     return states if len(rows) == len(states) else states.rows(rows)
 
 
 def _memories(federation: FederationInstructions) -> dict[int, Memory]:
-    """Return what clients kept besides their models, by client."""
+    """Return the memories from which clients start, by client."""
     if federation.instructions[0].base == INITIAL:
         return {instruction.client: {} for instruction in federation.instructions}
     return federation.store.memories.load(
@@ -337,7 +339,7 @@ def _memories(federation: FederationInstructions) -> dict[int, Memory]:
 
 
 def _starting_states(data: FederatedData, federation: FederationInstructions) -> States:
-    """Return the states that instructions start from, as far as they exist; all or none are initial."""
+    """Return the states from which instructions start, if they exist; all or none are initial."""
     experiment, first = federation.experiment, federation.instructions[0]
     bases = {instruction.client: instruction.base for instruction in federation.instructions}
     if first.base != INITIAL:

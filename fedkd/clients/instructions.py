@@ -1,4 +1,4 @@
-"""What the server wants of a client, and what it answers."""
+"""Instructions to clients, and the reports or failures that they answer with."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from fedkd.knowledge.wire import PLAIN
 from fedkd.phases import Phase
 
 OUT_OF_MEMORY = "out-of-memory"
-"""A stack of clients did not fit, and was run again by halves."""
+"""A stack of clients did not fit into memory, and was run again in halves."""
 
 REPORTED = (OUT_OF_MEMORY,)
-"""Kinds of events that happen at a client, which counts them in its report."""
+"""Kinds of events that a client counts in its report."""
 
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """What the server wants of one client.
+    """What the server tells one client to do.
 
     Attributes:
         client: partition id.
-        round: names the random streams and the state that results.
+        round: names the random streams and the resulting state.
         base: round of the state to start from.
-        phases: what to do.
+        phases: what to do, in order.
         asked: public samples to answer, int64 ``[M]``.
-        knowledge: what to digest or load, K = 1 (soft labels among which a procedure chooses may be
-            more); packed where the client's state is needed to decode it, ``None`` where there is none.
-        knowledge_round: the round that it came out of.
+        knowledge: what to digest or load, K = 1 (more for soft labels among which a procedure chooses);
+            packed if the client's memory is needed to decode it, ``None`` if there is none.
+        knowledge_round: the round that produced it.
         evaluate: test after each phase that trains (``"phases"``) or after the last of them only
             (``"last"``), the student once at the end (``"end"``: the closing exchange), or not at all.
-        wire: how soft labels are to be encoded that are answered.
+        wire: how to encode the soft labels of the answer.
     """
 
     client: int
@@ -50,7 +50,7 @@ class Instruction:
 
 @dataclass(frozen=True, eq=False)
 class ClientReport:
-    """What one client answers.
+    """What one client answers to an instruction.
 
     Attributes:
         client: partition id.
@@ -58,10 +58,10 @@ class ClientReport:
         answer: knowledge of K = 1, if the phases ask for any.
         metrics: test accuracies and the like, fractions 0..1.
         seconds: by phase; a stack's time is shared equally by its clients.
-        packed: the answer as it is sent, where that is not simply its numbers.
-        known: what the server then has of this client's soft labels, where only changes are sent.
-        events: what broke at the client and was fixed, how often by kind: see `REPORTED`.
-        round: of the order that it answers; 0 where the client does not say.
+        packed: the answer as it is sent, unless it is sent as plain tensors.
+        known: the rows of this client's soft labels that the server then has, if only changes are sent.
+        events: failures at the client that were recovered, counted by kind: see `REPORTED`.
+        round: of the instruction that it answers; 0 if unknown.
     """
 
     client: int

@@ -1,8 +1,8 @@
-"""What clients keep between rounds besides their models: by name, for those who keep anything.
+"""Memories: client tensors other than model weights, kept between rounds.
 
-A strategy's procedures keep what they worked out (``own``), and a codec that sends only what changed
-what the peer has already (``up`` and ``down``). As models are, memories are kept by round, so that an
-order whose reply was lost starts from what the client knew before it.
+A strategy's procedures keep their results (``own``); a codec that sends only changes keeps the rows
+that the peer has already (``up`` and ``down``). Like models, memories are kept by round, so that an
+instruction whose reply was lost starts from what the client knew before it.
 """
 
 from __future__ import annotations
@@ -23,121 +23,124 @@ from fedkd.errors import FedkdError
 from fedkd.records.predictions import MOST_ANSWERS, Predictions, Tested
 from fedkd.training.parameters import State, stacked
 
-_KEPT = "kept"
-"""The role under which a memory's tensors stand in a file of states."""
+_ROLE = "kept"
+"""The role under which a state file holds a memory's tensors."""
 
 TESTED = "tested-"
-"""Begins the name under which a client keeps what a model of its answered on the test images."""
+"""Prefix of the name under which a client keeps a model's answers on the test images."""
 
 Memory = dict[str, State]
-"""What one client keeps: tensors by name, by the name of what they are for."""
+"""What one client keeps: tensors by name, grouped by the name of their purpose."""
 
 
 @dataclass(frozen=True)
 class Memories:
-    """Memories on disk, in a folder of state files for each name.
+    """Memories on disk, in a folder of state files per purpose.
 
     Attributes:
-        folder: made when there is something to keep.
+        folder: created when there is something to keep.
     """
 
     folder: Path
 
     def load(self, bases: Mapping[int, int]) -> dict[int, Memory]:
-        """Read all memories, on the CPU.
+        """Return all memories, on the CPU.
 
         Args:
-            bases: by client, the round whose memory is wanted.
+            bases: by client, the round of the memory to read.
 
         Returns:
-            By client; empty where it keeps nothing of that round.
+            Memories by client; empty for a client that keeps nothing of that round.
 
         Raises:
             FedkdError: see `StateFiles.load`.
         """
-        found: dict[int, Memory] = {client: {} for client in bases}
+        memories: dict[int, Memory] = {client: {} for client in bases}
         names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
         for name in names:
             states = StateFiles(self.folder / name).load(bases)
             for row, client in enumerate(states.clients):
-                kept = states.models[_KEPT]
-                found[client][name] = {n: tensor[row].clone() for n, tensor in kept.items()}
-        return found
+                tensors = states.models[_ROLE]
+                memories[client][name] = {n: t[row].clone() for n, t in tensors.items()}
+        return memories
 
     def save(self, memories: Mapping[int, Memory], round: int, keep: Mapping[int, int]) -> None:
-        """Write memories, and drop all others of these clients but those to keep.
+        """Write memories, and delete these clients' older ones except those to keep.
 
         Args:
             memories: by client.
-            round: that they are of.
-            keep: by client, the round that it started from, which stays.
+            round: of the memories.
+            keep: by client, the round that it started from, whose memory stays.
 
         Raises:
-            FedkdError: see `StateFiles.save`; a client keeps other tensors than the one before it.
+            FedkdError: see `StateFiles.save`; clients of one file keep different tensors.
         """
         names = sorted({name for memory in memories.values() for name in memory})
         for name in names:
-            have = [client for client, memory in memories.items() if memory.get(name)]
+            owners = [client for client, memory in memories.items() if memory.get(name)]
             alike: dict[tuple[object, ...], list[int]] = {}
-            for client in have:
+            for client in owners:
                 kinds = tuple((n, t.dtype, t.shape) for n, t in memories[client][name].items())
                 alike.setdefault(kinds, []).append(client)
             for clients in alike.values():
                 stack = stacked([memories[client][name] for client in clients])
-                states = States(clients, {_KEPT: stack}, [0] * len(clients))
+                states = States(clients, {_ROLE: stack}, [0] * len(clients))
                 StateFiles(self.folder / name).save(states, round, keep)
 
 
-def check_kept(who: str, state: Mapping[str, object], before: Mapping[str, Tensor]) -> None:
-    """Refuse a client's state that cannot be kept beside those of others and of other rounds.
+def check_client_state(
+    procedure: str, state: Mapping[str, object], before: Mapping[str, Tensor]
+) -> None:
+    """Raise an error for a client's state that cannot be stored like that of the round before.
 
     Args:
-        who: made it.
+        procedure: name of the procedure that set the state.
         state: tensors by name.
-        before: the same as they were.
+        before: the state before the procedure.
 
     Raises:
-        FedkdError: something else than tensors, or other types or shapes than before.
+        FedkdError: a value is not a tensor, or its type or shape has changed.
     """
-    for name, kept in state.items():
-        if not isinstance(kept, Tensor) or kept.dtype not in DTYPES.values():
-            kind = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES.values():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise FedkdError(
-                f"{who} keeps state['{name}'] as {kind}: must be a tensor of a usual dtype"
+                f"{procedure} sets state['{name}'] to {kind}: must be a tensor of one of the types "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())}"
             )
-        old = before.get(name, kept)
-        if (old.dtype, old.shape) != (kept.dtype, kept.shape):
+        old = before.get(name, value)
+        if (old.dtype, old.shape) != (value.dtype, value.shape):
             raise FedkdError(
-                f"{who} keeps state['{name}'] as {kept.dtype} {tuple(kept.shape)}, which was "
-                f"{old.dtype} {tuple(old.shape)}: a tensor keeps its type and shape"
+                f"{procedure} sets state['{name}'] to {value.dtype} {tuple(value.shape)}, but it was "
+                f"{old.dtype} {tuple(old.shape)}: type and shape must not change"
             )
 
 
 def collected(memories: Memories, closing: Mapping[int, int], labels: Tensor) -> Tested | None:
-    """Read what clients answered in the closing exchange, and tidy it away.
+    """Return the clients' test answers of the closing exchange, and delete them from disk.
 
     Args:
         memories: of all clients, if this process shares their disk.
-        closing: by client that answered, the round under which its last state is kept.
+        closing: by client that answered, the round of its last state.
         labels: true classes of the test images, int64 ``[N]``.
 
     Returns:
-        The answers, or `None` where there are none here, as in a deployment.
+        The answers, or `None` if this machine has none, as in a deployment.
     """
     clients = sorted(closing)[: max(1, MOST_ANSWERS // len(labels))]
-    found = memories.load({client: closing[client] for client in clients})
-    kinds = {name for memory in found.values() for name in memory if name.startswith(TESTED)}
-    models = {kind.removeprefix(TESTED): _predictions(kind, found) for kind in sorted(kinds)}
+    by_client = memories.load({client: closing[client] for client in clients})
+    kinds = {name for memory in by_client.values() for name in memory if name.startswith(TESTED)}
+    models = {kind.removeprefix(TESTED): _predictions(kind, by_client) for kind in sorted(kinds)}
     for kind in kinds:
-        rmtree(memories.folder / kind, ignore_errors=True)  # a client may be late
-    with suppress(OSError):  # other memories are there, or none at all
+        rmtree(memories.folder / kind, ignore_errors=True)  # a late client may still write
+    with suppress(OSError):  # it holds other memories, or does not exist
         memories.folder.rmdir()
     return Tested(labels, models) if models else None
 
 
-def _predictions(kind: str, found: Mapping[int, Memory]) -> Predictions:
-    owners = [client for client, memory in found.items() if kind in memory]
-    kept = [found[client][kind] for client in owners]
-    classes = torch.stack([each["classes"] for each in kept])
-    confidences = torch.stack([each["confidences"] for each in kept])
+def _predictions(kind: str, memories: Mapping[int, Memory]) -> Predictions:
+    owners = [client for client, memory in memories.items() if kind in memory]
+    answers = [memories[client][kind] for client in owners]
+    classes = torch.stack([each["classes"] for each in answers])
+    confidences = torch.stack([each["confidences"] for each in answers])
     return Predictions(classes, confidences, owners)

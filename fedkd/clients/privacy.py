@@ -1,11 +1,11 @@
-"""Differential privacy for soft labels: noise on every row that leaves a client, and what it amounts to.
+"""Differential privacy for soft labels: noise on every row that leaves a client, and the ε it gives.
 
-A row is brought to a common origin, clipped to a Euclidean norm c, and sent with Gaussian noise of
-standard deviation σ·c an entry (the Gaussian mechanism: Dwork and Roth 2014, appendix A). Two private
-data sets, whatever training makes of them, move a clipped row by at most 2c, so R rows that leave one
+A row is moved to a common origin, clipped to a Euclidean norm c, and sent with Gaussian noise of
+standard deviation σ·c per entry (the Gaussian mechanism: Dwork and Roth 2014, appendix A). However
+training uses two private data sets, their clipped rows differ by at most 2c, so R rows that leave one
 client compose to a Gaussian mechanism with μ = 2·sqrt(R)/σ (Dong, Roth and Su 2022, arXiv:1905.02383,
 corollary 3.3). Neighbours are *all* data sets of one client: local differential privacy of the client,
-towards a server that nobody has to trust. `docs/privacy.md` says what this covers and what it does not.
+which requires no trust in the server. `docs/privacy.md` says what this covers and what it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedkd.knowledge import Knowledge, SoftLabels, Space
 from fedkd.knowledge.kinds import in_words
 
 LARGEST_MU = 1e6
-"""The largest μ whose ε is worked out, some 5·10^11; beyond it ε is infinite."""
+"""The largest μ whose ε, about 5·10^11, is computed; beyond it ε is infinite."""
 
 
 def privatise(
@@ -41,29 +41,29 @@ def privatise(
 def privatised(
     values: Tensor, space: Space, clip: float, noise: float, generator: torch.Generator | None
 ) -> Tensor:
-    """Clip every row and add Gaussian noise.
+    """Return every row clipped and with Gaussian noise.
 
-    Logits lose their row's mean, which softmax does not see, and stay as the noise leaves them;
-    probabilities lose 1/C, and are projected onto the simplex again, which is post-processing.
+    From logits the mean of their row is subtracted, which softmax ignores. From probabilities 1/C is
+    subtracted; with the noise they are projected onto the simplex, which is post-processing.
 
     Args:
         values: ``[N, C]``.
         space: of the values.
         clip: c, the largest Euclidean norm of a row about its origin.
         noise: σ, in units of `clip`.
-        generator: makes the noise of a simulation, which can then be repeated; ``None`` takes it from
-            the operating system's entropy. Whoever knows the generator's seed (or tries its 2^32
-            states) can take the noise off again.
+        generator: draws the noise of a simulation, which is then repeatable; ``None`` draws it from the
+            operating system's entropy. Anyone who knows the generator's seed (or tries its 2^32
+            states) can remove the noise.
 
     Returns:
-        ``[N, C]``, the type that `values` has.
+        ``[N, C]``, of the dtype of `values`.
 
     Raises:
-        FedkdError: a value is not finite, which no clipping bounds.
+        FedkdError: a value is not finite, so that clipping cannot bound it.
     """
     rows = values.double()
     if not bool(rows.isfinite().all()):
-        raise FedkdError("dp-noise: the soft labels to be clipped hold NaN or infinity")
+        raise FedkdError("dp-noise: the soft labels to clip contain NaN or infinity")
     origin = rows.mean(-1, keepdim=True) if space == "logits" else 1 / rows.shape[-1]
     centred = rows - origin
     norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
@@ -75,10 +75,10 @@ def privatised(
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    """Draw standard normal numbers, float64."""
+    """Return standard normal numbers, float64."""
     if generator is not None:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-    # By Box and Muller: torch's own generator has 32 bits of seed, which can be tried out.
+    # By Box and Muller: torch's generator has a seed of 32 bits, all of which can be tried.
     count = math.prod(shape)
     pairs = -(-count // 2)
     drawn = np.frombuffer(secrets.token_bytes(16 * pairs), dtype="<u8").reshape(2, pairs)
@@ -97,8 +97,8 @@ def onto_simplex(rows: Tensor) -> Tensor:
     counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
     thresholds = (ordered.cumsum(-1) - 1) / counts
     last = (ordered > thresholds).sum(-1, keepdim=True) - 1  # always true of the first
-    kept = (rows - thresholds.gather(-1, last)).clamp_min(0)
-    return kept / kept.sum(-1, keepdim=True)
+    projected = (rows - thresholds.gather(-1, last)).clamp_min(0)
+    return projected / projected.sum(-1, keepdim=True)
 
 
 def epsilon(*, noise: float, rows: int, delta: float) -> float:
@@ -114,7 +114,7 @@ def epsilon(*, noise: float, rows: int, delta: float) -> float:
         delta: δ.
 
     Returns:
-        From 0; infinity without noise, or where there is too little of it to speak of (`LARGEST_MU`).
+        At least 0; infinity without noise, or with too little of it (`LARGEST_MU`).
     """
     if rows == 0:
         return 0.0
@@ -123,19 +123,19 @@ def epsilon(*, noise: float, rows: int, delta: float) -> float:
         return math.inf
     from dp_accounting import get_epsilon_gaussian
 
-    with np.errstate(divide="ignore"):  # it takes logarithms of 0 on its way
+    with np.errstate(divide="ignore"):  # it takes logarithms of 0
         return float(get_epsilon_gaussian(1 / mu, delta))
 
 
 def check_privacy(experiment: Experiment, uploads: type[Knowledge] | None) -> None:
-    """Refuse ``dp-noise`` where it would protect nothing, or nobody could say what.
+    """Raise an error for ``dp-noise`` that would protect nothing, or whose ε cannot be computed.
 
     Args:
         experiment: the run.
-        uploads: what its strategy has clients send (`DistillationStrategy.uploads`).
+        uploads: the knowledge that clients of its strategy send (`DistillationStrategy.uploads`).
 
     Raises:
-        FedkdError: they send other things than soft labels, or dp-accounting is not installed.
+        FedkdError: clients send something other than soft labels, or dp-accounting is not installed.
     """
     if not experiment.dp_noise:
         return

@@ -1,4 +1,4 @@
-"""Run the phases of an instruction, one after the other, for all clients of a stack."""
+"""Run the phases of an instruction in order, for all clients of a stack."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedkd.clients.answers import (
     answer_with_means,
     answer_with_soft_labels,
     answer_with_weights,
-    packed,
+    encoded_answers,
 )
-from fedkd.clients.batch_streams import sides_of
+from fedkd.clients.batch_streams import batch_streams_of
 from fedkd.clients.evaluation import examine, measure_agreement, record_accuracy
 from fedkd.clients.instructions import ClientReport
-from fedkd.clients.memories import Memory, check_kept
-from fedkd.clients.stack import Stack, has_news, remember
+from fedkd.clients.memories import Memory, check_client_state
+from fedkd.clients.stack import Stack, has_news, set_memory
 from fedkd.clients.states import INITIAL
 from fedkd.errors import FedkdError
 from fedkd.knowledge import ClassMeans, SoftLabels, Weights
@@ -44,12 +44,12 @@ from fedkd.training.profiling import TIMED, profiled, timed
 
 
 def run_phases(stack: Stack) -> list[ClientReport]:
-    """Return the reports of all clients, after every phase of their instructions.
+    """Return the reports of all clients, after running every phase of their instructions.
 
     Raises:
-        FedkdError: a phase lacks what it needs, or clients keep other tensors than last round.
+        FedkdError: a phase lacks knowledge that it needs, or the names in a client's state have changed.
     """
-    kept = [set(memory.get("own", {})) for memory in stack.memories]
+    names_before = [set(memory.get("own", {})) for memory in stack.memories]
     with profiled(stack.experiment.profile) as parts:
         for position, phase in enumerate(stack.first.phases):
             started = monotonic()
@@ -57,27 +57,27 @@ def run_phases(stack: Stack) -> list[ClientReport]:
             stack.spend(phase.name, monotonic() - started)
         if stack.first.evaluate == "end":
             examine(stack)
-        _check_names_kept(kept, stack.memories)
-        sent = packed(stack)
+        _check_state_names(names_before, stack.memories)
+        encoded = encoded_answers(stack)
     for name, spent in parts.items():
         stack.spend(f"{TIMED} {name}", spent)
     round = stack.first.round
     return [
         ClientReport(k, len(shard), answer, metrics, dict(stack.seconds), each, round=round)
         for k, shard, answer, metrics, each in zip(
-            stack.clients, stack.shards, stack.answers, stack.metrics, sent, strict=True
+            stack.clients, stack.shards, stack.answers, stack.metrics, encoded, strict=True
         )
     ]
 
 
-def _check_names_kept(before: Sequence[set[str]], memories: Sequence[Memory]) -> None:
-    """Refuse a client's state of other names than last round, which no file could hold beside it."""
+def _check_state_names(before: Sequence[set[str]], memories: Sequence[Memory]) -> None:
+    """Raise an error if the names in a client's state changed: a state file has fixed names."""
     for names, memory in zip(before, memories, strict=True):
         now = set(memory.get("own", {}))
         if names and now and now != names:
             raise FedkdError(
-                f"procedures keep {', '.join(sorted(now))}, which was {', '.join(sorted(names))}: "
-                "the names in a client's state stay"
+                f"procedures set the state {', '.join(sorted(now))}, but it was "
+                f"{', '.join(sorted(names))}: the names in a client's state must not change"
             )
 
 
@@ -114,29 +114,29 @@ def _load(stack: Stack) -> None:
         if knowledge is None:
             continue
         if not isinstance(knowledge, Weights) or name not in knowledge.by_model:
-            raise FedkdError(f"the load phase needs weights of {name}, and received none")
+            raise FedkdError(f"the load phase needs weights of {name}, but received none")
         received = knowledge.by_model[name].tensors
         stack.cohorts["student"].load(row, {n: t[0] for n, t in received.items()})
 
 
 def _apply(stack: Stack, phase: Apply, position: int) -> None:
-    found = resolve_procedure(import_path(phase.procedure), stack.experiment.client_modules)
+    procedure = resolve_procedure(import_path(phase.procedure), stack.experiment.client_modules)
     stream = f"{phase.name} {_occurrence(stack, position)}"
-    load_public = cache(stack.data.public.whole)  # for all of them, if any looks
+    load_public = cache(stack.data.public.whole)  # once for all clients, if any reads it
     for row, memory in enumerate(stack.memories):
         before, client = memory.get("own", {}), _local_client(stack, row, stream, load_public)
         received = client.received
-        found(client, **phase.numbers)
+        procedure(client, **phase.numbers)
         if client.received is not received:
-            check_received(found, client.received)
-        check_kept(found.import_path, client.state, before)
+            check_received(procedure, client.received)
+        check_client_state(procedure.import_path, client.state, before)
         if client.received is not None:
             stack.knowledge[row] = client.received
-        remember(memory, "own", client.state)
+        set_memory(memory, "own", client.state)
 
 
 def _occurrence(stack: Stack, position: int) -> int:
-    """Count the earlier phases of this order that have the same name."""
+    """Return how many earlier phases of the instruction have the same name."""
     name = stack.first.phases[position].name
     return sum(phase.name == name for phase in stack.first.phases[:position])
 
@@ -146,7 +146,7 @@ def _local_client(
 ) -> LocalClient:
     train, shard, received = stack.data.train, stack.shards[row], stack.knowledge[row]
     rows = shard.to(train.device)
-    where = stack.experiments[row].seed, stack.clients[row], stack.first.round, stream
+    name = stack.experiments[row].seed, stack.clients[row], stack.first.round, stream
 
     def predict(samples: Tensor, model: Role = "teacher") -> Tensor:
         return stack.role(model).only(row).predict(stack.data.public, samples)[0]
@@ -158,12 +158,12 @@ def _local_client(
         received=received if isinstance(received, SoftLabels) else None,
         state=dict(stack.memories[row].get("own", {})),
         predict=predict,
-        generator=lambda purpose: generator(*where, purpose),
+        generator=lambda purpose: generator(*name, purpose),
     )
 
 
 def _fit(stack: Stack, phase: Fit, position: int) -> None:
-    batch_streams = sides_of(stack, phase)
+    batch_streams = batch_streams_of(stack, phase)
     if not batch_streams:
         return
     stream = f"{phase.name} {_occurrence(stack, position)}"
@@ -199,4 +199,4 @@ def _is_evaluated(stack: Stack, position: int) -> bool:
     if stack.first.evaluate != "last":
         return stack.first.evaluate in ("phases", "end")
     later = stack.first.phases[position + 1 :]
-    return not any(isinstance(phase, Fit) and sides_of(stack, phase) for phase in later)
+    return not any(isinstance(phase, Fit) and batch_streams_of(stack, phase) for phase in later)

@@ -1,9 +1,8 @@
-"""The bytes of one file of states: two slots a client, read and written in place.
+"""One state file: a safetensors file with two slots per client, read and written in place.
 
-It is a safetensors file of fixed size, sparse, so that it takes the space of the rows that were
-written. Rows are read and written in place, only as many as asked for: a memory map would make whole
-pages resident, kill the process where the disk is full instead of raising an error, and share pages
-between machines that write each other's neighbours.
+Its size is fixed, but it is sparse: only written rows take space on disk. Only the requested rows are
+read or written. A memory map would make whole pages resident, kill the process instead of raising an
+error when the disk is full, and share pages between machines that write neighbouring rows.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from torch import Tensor
 from fedkd.errors import FedkdError
 
 CLIENTS_A_FILE = 100
-"""Few enough that a file is quickly copied, many enough that a folder of 10,000 clients is short."""
+"""Small enough for files that copy quickly, large enough for a short folder of 10,000 clients."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,21 +39,21 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The names of dtypes in a safetensors file."""
+"""Dtypes by their name in a safetensors file."""
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class RowType:
-    """What a row of a tensor is."""
+    """Dtype and shape of a tensor's row."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes of a row."""
         return prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -65,12 +64,12 @@ _BOOKKEEPING = {"round": RowType(torch.int64, ()), "digested": RowType(torch.int
 
 
 def row_types(stack: Mapping[str, Tensor]) -> dict[str, RowType]:
-    """Return what a row of each tensor ``[K, ...]`` is."""
+    """Return the row type of each tensor ``[K, ...]``."""
     return {name: RowType(tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in stack.items()}
 
 
 class SlotFile:
-    """An open file of states. A cell is a slot of a client: slot · `CLIENTS_A_FILE` + row."""
+    """An open state file. A cell is one slot of a client: slot · `CLIENTS_A_FILE` + row."""
 
     def __init__(self, path: Path, file: FileIO, metadata: Mapping[str, str]) -> None:
         self._path = path
@@ -79,7 +78,7 @@ class SlotFile:
             length = int.from_bytes(self._bytes(0, 8), "little")
             size = os.fstat(file.fileno()).st_size
             header = json.loads(self._bytes(8, min(length, size)))
-            found = header.pop("__metadata__")
+            stored_metadata = header.pop("__metadata__")
             self._kinds = {name: _kind(entry) for name, entry in header.items()}
             self._starts = {
                 name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()
@@ -89,24 +88,30 @@ class SlotFile:
             raise FedkdError(f"{path} is not a file of client states") from None
         if size != whole:
             raise FedkdError(f"{path} has {size} bytes instead of {whole}")
-        if found != metadata:
-            raise FedkdError(f"{path} is for clients {_words(found)}, not for {_words(metadata)}")
+        if stored_metadata != metadata:
+            raise FedkdError(
+                f"{path} is for clients {_text(stored_metadata)}, not for {_text(metadata)}"
+            )
 
     def check(self, kinds: Mapping[str, RowType]) -> None:
-        """Refuse a file of other parameters than these."""
-        wanted = {**_BOOKKEEPING, **kinds}
-        if self._kinds == wanted:
+        """Raise an error unless the file holds parameters of these row types.
+
+        Raises:
+            FedkdError: it holds others; the message names one that differs.
+        """
+        expected = {**_BOOKKEEPING, **kinds}
+        if self._kinds == expected:
             return
-        for name in {**wanted, **self._kinds}:
-            here, there = self._kinds.get(name), wanted.get(name)
-            if here != there:
+        for name in {**expected, **self._kinds}:
+            in_file, in_states = self._kinds.get(name), expected.get(name)
+            if in_file != in_states:
                 raise FedkdError(
-                    f"{self._path} holds {name} as {here or 'nothing'} a client, and the states "
-                    f"have {there or 'nothing'}: they are of other models"
+                    f"{self._path} holds {name} as {in_file or 'nothing'} per client, and the states "
+                    f"have {in_states or 'nothing'}: they are of other models"
                 )
 
     def empty_stack(self, count: int) -> dict[str, Tensor]:
-        """Return a stack of `count` clients' parameters, not initialised."""
+        """Return an uninitialised stack of `count` clients' parameters."""
         return {
             name: torch.empty((count, *kind.shape), dtype=kind.dtype)
             for name, kind in self._kinds.items()
@@ -128,14 +133,14 @@ class SlotFile:
         os.fsync(self._file.fileno())
 
     def read(self, cells: Ints, positions: Ints, contents: Mapping[str, memoryview]) -> None:
-        """Read cells of the named tensors into positions of stacks, of which it gets the bytes."""
+        """Read cells into positions of stacks; `contents` are the bytes of these, by name."""
         for offset, piece in self._pieces(cells, positions, contents):
             self._file.seek(offset)
             while piece:
                 piece = piece[self._some(self._file.readinto(piece)) :]
 
     def write(self, cells: Ints, positions: Ints, contents: Mapping[str, memoryview]) -> None:
-        """Write positions of stacks, of which it gets the bytes, to cells of the named tensors."""
+        """Write positions of stacks to cells; `contents` are the bytes of the stacks, by name."""
         for offset, piece in self._pieces(cells, positions, contents):
             self._file.seek(offset)
             while piece:
@@ -144,7 +149,7 @@ class SlotFile:
     def _pieces(
         self, cells: Ints, positions: Ints, contents: Mapping[str, memoryview]
     ) -> Iterator[tuple[int, memoryview]]:
-        """Yield what is adjacent both in the file and in memory: byte offset, and bytes."""
+        """Yield runs that are adjacent both in the file and in memory: byte offset in the file, bytes."""
         runs = _runs(cells, positions)
         for name, content in contents.items():
             start, size = self._starts[name], self._kinds[name].size
@@ -166,13 +171,13 @@ class SlotFile:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor on the CPU: its own, not a copy."""
-    # By explicit strides, as those of an axis of length 1 may be anything.
+    """Return the bytes of a contiguous tensor on the CPU, as a view."""
+    # With explicit strides, as an axis of length 1 may have any stride.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _runs(cells: Ints, positions: Ints) -> list[tuple[int, int, int]]:
-    """Join cells whose successors in the file are those in memory.
+    """Return the runs of cells that are adjacent both in the file and in memory.
 
     Returns:
         First cell, first position and length of each run.
@@ -191,17 +196,21 @@ def _runs(cells: Ints, positions: Ints) -> list[tuple[int, int, int]]:
 def file_header(
     parameters: Mapping[str, RowType], metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
-    """Return the header of a file of empty slots, and the size of the whole file in bytes."""
+    """Return the header of a file of empty slots, and the size of the file in bytes.
+
+    Raises:
+        FedkdError: a dtype cannot be stored.
+    """
     kinds = {**_BOOKKEEPING, **parameters}
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, end = {}, 0
-    # As in files that safetensors writes, the widest first, so that every tensor is aligned.
+    # The widest dtype first, as safetensors does, so that every tensor is aligned.
     for name, kind in sorted(kinds.items(), key=lambda item: -item[1].dtype.itemsize):
         offsets[name] = [end, end := end + 2 * CLIENTS_A_FILE * kind.size]
     for name, kind in kinds.items():
         if kind.dtype not in names:
-            raise FedkdError(f"{name} is {kind.dtype}: states on disk are {', '.join(DTYPES)}")
+            raise FedkdError(f"{name} is {kind.dtype}: states on disk must be {', '.join(DTYPES)}")
         entries[name] = {
             "dtype": names[kind.dtype],
             "shape": [2, CLIENTS_A_FILE, *kind.shape],
@@ -213,10 +222,10 @@ def file_header(
 
 
 def _kind(entry: Mapping[str, Any]) -> RowType:
-    """Read a tensor's entry in a header."""
+    """Return the row type in a tensor's entry of a header."""
     slots, clients, *shape = entry["shape"]
     if (slots, clients) != (2, CLIENTS_A_FILE):
-        raise ValueError("not two slots a client")
+        raise ValueError("not two slots per client")
     return RowType(DTYPES[entry["dtype"]], tuple(shape))
 
 
@@ -224,5 +233,5 @@ def _data_size(kinds: Mapping[str, RowType]) -> int:
     return sum(2 * CLIENTS_A_FILE * kind.size for kind in kinds.values())
 
 
-def _words(metadata: Mapping[str, str]) -> str:
+def _text(metadata: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in metadata.items())

@@ -1,7 +1,7 @@
-"""Clients with the same architectures and phases, side by side: who they are, what each knows and keeps.
+"""The state of clients with the same architectures and phases, which run side by side.
 
-A `Stack` is data. What its clients do is written as functions of it: the phases in `run_phases`, what
-they train on in `batch_streams`, what they send in `answers`, how they are tested in `evaluation`.
+A `Stack` is data. Functions of it implement the phases (`run_phases`), the batches of a fit
+(`batch_streams`), what clients send (`answers`) and how they are tested (`evaluation`).
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ STACKABLE = Experiment.keys("optimisation", "distillation")
 
 @dataclass
 class Stack:
-    """Clients with the same architectures and phases, and one instruction each to execute as one cohort.
+    """Clients with the same architectures and phases, and one instruction each, run as one cohort.
 
     Their states are trained in place. They may be of several federations on the same data, whose
     experiments then differ in `STACKABLE` keys alone.
 
     Attributes:
         experiments: of each client.
-        data: the data.
+        data: of all federations.
         instructions: of each client.
         states: of each client.
         is_fresh: whether they have knowledge to digest that is new to them.
-        memories: what each client keeps besides.
-        secret_noise: whether the noise of ``dp-noise`` comes from this machine's entropy, as that of a
-            deployment has to: whoever knows the seed of a simulation can take its noise off again.
+        memories: what each client keeps besides its models.
+        secret_noise: whether the noise of ``dp-noise`` comes from this machine's entropy, as a
+            deployment requires: anyone who knows the seed of a simulation can remove its noise.
         by_means: whether students classify by the nearest received class mean.
         shards: rows of each client's private images.
         knowledge: what each client received, decoded; procedures may choose among it.
@@ -74,7 +74,7 @@ class Stack:
         self.answers = [None] * len(self.instructions)
         self.metrics = [{} for _ in self.instructions]
         self.knowledge = [
-            opened(instruction, memory, self.data.sizes.num_public)
+            received_knowledge(instruction, memory, self.data.sizes.num_public)
             for instruction, memory in zip(self.instructions, self.memories, strict=True)
         ]
         self.cohorts = {
@@ -86,12 +86,12 @@ class Stack:
 
     @property
     def experiment(self) -> Experiment:
-        """The first client's, for all keys that do not differ."""
+        """The first client's experiment, for keys that do not differ."""
         return self.experiments[0]
 
     @property
     def first(self) -> Instruction:
-        """The first client's instruction, for all that does not differ."""
+        """The first client's instruction, for fields that do not differ."""
         return self.instructions[0]
 
     @property
@@ -101,19 +101,20 @@ class Stack:
 
     def architecture(self, role: str) -> str:
         """Return the name of the architecture in a role."""
-        of = self.experiment.student_of if role == "student" else self.experiment.teacher_of
-        return of(self.first.client)
+        experiment = self.experiment
+        name_of = experiment.student_of if role == "student" else experiment.teacher_of
+        return name_of(self.first.client)
 
     def role(self, role: Role) -> Cohort:
-        """Return the models in a role; without a local teacher the student is its own."""
+        """Return the models in a role; without local teachers these are the students."""
         return self.cohorts.get(role, self.cohorts["student"])
 
     def attack(self, row: int) -> Attack:
-        """Return what a client does instead of what it should, if it is an attacker."""
+        """Return a client's attack, `HONEST` unless it is malicious."""
         return attack_of(self.experiments[row], self.clients[row])
 
     def labels(self, row: int) -> Tensor:
-        """Return what a client takes for the labels of its private images, int64 ``[n]``."""
+        """Return the labels that a client uses for its private images, int64 ``[n]``."""
         train = self.data.train
         assert train.labels is not None
         labels = train.labels[self.shards[row].to(train.device)]
@@ -123,25 +124,25 @@ class Stack:
     def outputs(
         self, row: int, role: Role, of: Output, images: Images, rows: Tensor | None
     ) -> Tensor:
-        """Return what a client's model makes of images, ``[N, D]``."""
-        one = self.role(role).only(row)
+        """Return a client's model's features, logits or probabilities for images, ``[N, D]``."""
+        model = self.role(role).only(row)
         if of == "features":
-            return one.features(images, rows)[0]
-        logits = one.predict(images, rows)[0]
+            return model.features(images, rows)[0]
+        logits = model.predict(images, rows)[0]
         return logits.softmax(-1) if of == "probabilities" else logits
 
     def record(self, name: str, values: Tensor) -> None:
-        """Note a number of each client, ``[K]``, in its metrics."""
+        """Add one number per client, ``[K]``, to the metrics."""
         for metrics, value in zip(self.metrics, values.tolist(), strict=True):
             metrics[name] = value
 
     def spend(self, name: str, seconds: float) -> None:
-        """Add the time of all clients to that of a phase, shared equally."""
+        """Add the time of all clients to a phase's seconds, shared equally."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds / len(self.instructions)
 
 
 def has_news(instruction: Instruction, digested: int) -> bool:
-    """Whether there is knowledge that a client has not digested."""
+    """Whether an instruction has knowledge that the client has not digested."""
     labels = instruction.knowledge
     empty = isinstance(labels, SoftLabels | Packed) and not len(labels.samples)
     return (
@@ -149,25 +150,29 @@ def has_news(instruction: Instruction, digested: int) -> bool:
     )
 
 
-def opened(instruction: Instruction, memory: Memory, num_public: int) -> Knowledge | None:
-    """Decode what a client received, with what it has already if only changes were sent."""
+def received_knowledge(
+    instruction: Instruction, memory: Memory, num_public: int
+) -> Knowledge | None:
+    """Return the knowledge that a client received, decoded by means of its memory if packed."""
     received = instruction.knowledge
     if not isinstance(received, Packed):
         return received
-    labels, newer = SoftLabels.unpack(received, num_public, recall(memory, "down"))
-    remember(memory, "down", newer)
+    labels, known = SoftLabels.unpack(received, num_public, known_rows(memory, "down"))
+    set_memory(memory, "down", known)
     return labels
 
 
-def recall(memory: Memory, direction: str) -> KnownRows | None:
-    """Return what a client's memory says of soft labels that were sent before."""
-    kept = memory.get(direction)
-    return None if kept is None else KnownRows(kept["codes"], kept["known"])
+def known_rows(memory: Memory, direction: str) -> KnownRows | None:
+    """Return the rows of soft labels that were sent before, from a client's memory."""
+    tensors = memory.get(direction)
+    return None if tensors is None else KnownRows(tensors["codes"], tensors["known"])
 
 
-def remember(memory: Memory, name: str, kept: KnownRows | State | None) -> None:
-    """Put tensors into a client's memory, on the CPU, in the place of what was there."""
-    tensors = {"codes": kept.codes, "known": kept.known} if isinstance(kept, KnownRows) else kept
+def set_memory(memory: Memory, name: str, value: KnownRows | State | None) -> None:
+    """Replace the tensors under a name in a client's memory; they are stored on the CPU."""
+    tensors = (
+        {"codes": value.codes, "known": value.known} if isinstance(value, KnownRows) else value
+    )
     memory.pop(name, None)
     if tensors:
         memory[name] = {n: tensor.detach().cpu() for n, tensor in tensors.items()}

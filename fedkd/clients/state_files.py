@@ -1,15 +1,16 @@
-"""What clients keep between rounds, on disk: which file holds which client's state of which round.
+"""Client states on disk: which file and slot hold which client's state of which round.
 
 States are kept by round because a crash or a lost reply leaves a client one round ahead: every
-instruction names the round to start from. On disk a client therefore has two slots, and a new state never
-takes the one that its instruction started from.
+instruction names the round to start from. On disk a client therefore has two slots, and a new state
+never overwrites the one that its instruction started from.
 
-A file holds a shard of clients that share their architectures: client k of ``k % period``, as comma
-lists of models repeat with that period. `fedkd.clients.slot_file` says how it is laid out.
+A file holds a group of clients that share their architectures: those with one value of ``k % period``,
+as comma lists of models repeat with that period. `fedkd.clients.slot_file` describes its layout.
 
 A state is on the disk before `StateFiles.save` returns. A process that dies, or a machine that loses
-power, may leave a broken state in a slot, but never in that of the state which the order started from;
-and as a server writes down that a round is done after its clients' states, nobody asks for the other.
+power, may leave a broken state in a slot, but never in the one that the instruction started from. The
+server records a round as finished only after its clients' states are written, so no instruction starts
+from a broken state.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fedkd.records.files import flush_folder
 from fedkd.training.parameters import State
 
 LOCK_TIMEOUT = 60.0
-"""Seconds until a file that another process works on must be free."""
+"""Seconds to wait for a file that another process has locked."""
 
 
 @dataclass(frozen=True)
@@ -54,66 +55,66 @@ class StateFiles:
     ``digested`` ``[2, CLIENTS_A_FILE]``: two slots a client, round 0 where a slot is empty.
 
     Attributes:
-        folder: made where there is none.
-        period: clients whose numbers differ by a multiple of it have the same architectures.
+        folder: created if it is missing.
+        period: clients whose ids differ by a multiple of it have the same architectures.
     """
 
     folder: Path
     period: int = 1
 
     def load(self, bases: Mapping[int, int]) -> States:
-        """Read states, on the CPU.
+        """Return states, on the CPU.
 
         Args:
-            bases: by client, the round whose state is wanted; all of the same architectures.
+            bases: by client, the round of the state to read; all of the same architectures.
 
         Returns:
-            Those that are there, in the order asked for; ``clients`` tells which.
+            The states that exist, in the order of `bases`; ``clients`` lists whose.
 
         Raises:
-            FedkdError: a file cannot be read, or holds other parameters than the one before it.
+            FedkdError: a file cannot be read, or its parameters differ from those of another file.
         """
         clients = list(bases)
-        wanted = np.fromiter(bases.values(), np.int64, len(bases))
-        digested = torch.zeros(len(wanted), dtype=torch.int64)
-        is_found = np.zeros(len(wanted), dtype=bool)
+        base_rounds = np.fromiter(bases.values(), np.int64, len(bases))
+        digested = torch.zeros(len(bases), dtype=torch.int64)
+        exists = np.zeros(len(bases), dtype=bool)
         stack: dict[str, Tensor] = {}
         for location in self._locations(clients):
             if not location.path.exists():
                 continue
             with location.opened("read") as file:
-                held = file.rounds()[:, location.rows]
-                matches = (held == wanted[location.positions]) & (held != INITIAL)
-                here = matches.any(0)
-                if not here.any():
+                stored = file.rounds()[:, location.rows]
+                matches = (stored == base_rounds[location.positions]) & (stored != INITIAL)
+                matched = matches.any(0)
+                if not matched.any():
                     continue
                 if not stack:
                     stack = file.empty_stack(len(clients))
                     kinds = row_types(stack)
                     contents = {n: bytes_of(t) for n, t in [*stack.items(), ("digested", digested)]}
                 file.check(kinds)
-                cells = (matches.argmax(0) * CLIENTS_A_FILE + location.rows)[here]
-                positions = location.positions[here]
+                cells = (matches.argmax(0) * CLIENTS_A_FILE + location.rows)[matched]
+                positions = location.positions[matched]
                 file.read(cells, positions, contents)
-                is_found[positions] = True
+                exists[positions] = True
         states = States(clients, _by_role(stack), digested.tolist())
-        if is_found.all():
+        if exists.all():
             return states
-        return states.rows(np.flatnonzero(is_found).tolist())
+        return states.rows(np.flatnonzero(exists).tolist())
 
     def save(self, states: States, round: int, keep: Mapping[int, int]) -> None:
-        """Write states, and drop all others of these clients but those to keep.
+        """Write states, and delete these clients' older ones except those to keep.
 
         Args:
             states: on any device.
-            round: that they are of.
-            keep: by client, the round that it started from, which stays. What other clients have
-                is not touched.
+            round: of the states.
+            keep: by client, the round that it started from, whose state stays. States of other
+                clients are not changed.
 
         Raises:
             FedkdError: a file cannot be written, or holds other parameters, or newer states: this
-                process is a leftover of a run that has gone on without it. The states to keep are
-                there nevertheless.
+                process is left over from a run that has continued without it. The states to keep
+                are intact.
         """
         if round <= INITIAL:
             raise ValueError(f"round = {round}: only the states of later rounds are stored")
@@ -126,50 +127,50 @@ class StateFiles:
         digested = torch.tensor(states.digested, dtype=torch.int64)
         contents = {name: bytes_of(t) for name, t in [*stack.items(), ("digested", digested)]}
         rounds = {"round": bytes_of(torch.full((len(states),), round))}
-        kept = np.array([keep[client] for client in states.clients], dtype=np.int64)
+        kept_rounds = np.array([keep[client] for client in states.clients], dtype=np.int64)
         for location in self._locations(states.clients):
             location.create(kinds)
             with location.opened("written") as file:
                 file.check(kinds)
-                held = file.rounds()[:, location.rows]
-                if (held > round).any():
+                stored = file.rounds()[:, location.rows]
+                if (stored > round).any():
                     raise FedkdError(
-                        f"{location.path} holds states of rounds after {round} already: of an "
-                        "earlier run of the same name, or this process is left over from a run that has "
-                        "gone on"
+                        f"{location.path} already holds states of rounds after {round}: an earlier run "
+                        "had the same name, or this process is left over from a run that has continued "
+                        "without it"
                     )
-                stays = (held == kept[location.positions]) & (held != round)
+                stays = (stored == kept_rounds[location.positions]) & (stored != round)
                 cells = stays[0] * CLIENTS_A_FILE + location.rows
-                # Nothing that a torn write leaves behind may pass for a state: the slot is empty
-                # until all of it is there.
-                file.write_rounds(location.rows, np.where(stays, held, INITIAL))
+                # A partial write must not count as a state: the slot is marked empty until all of it is
+                # written.
+                file.write_rounds(location.rows, np.where(stays, stored, INITIAL))
                 file.write(cells, location.positions, contents)
                 file.write(cells, location.positions, rounds)
                 file.flush()
 
     def _locations(self, clients: Sequence[int]) -> Iterator[_Location]:
-        """Sort clients into files."""
+        """Yield the files of clients, with the clients in each."""
         rank, residue = np.divmod(np.array(clients, dtype=np.int64), self.period)
         number, row = np.divmod(rank, CLIENTS_A_FILE)
         files: dict[tuple[int, int], list[int]] = {}
         for position, key in enumerate(zip(residue.tolist(), number.tolist(), strict=True)):
             files.setdefault(key, []).append(position)
-        for (of, at), positions in files.items():
-            path = self.folder / f"{of}-{at}.safetensors"
-            first = of + at * CLIENTS_A_FILE * self.period
+        for (residue_of_file, file_number), positions in files.items():
+            path = self.folder / f"{residue_of_file}-{file_number}.safetensors"
+            first = residue_of_file + file_number * CLIENTS_A_FILE * self.period
             index = np.array(positions)
             yield _Location(path, first, self.period, row[index], index)
 
 
 @dataclass(frozen=True, eq=False)
 class _Location:
-    """The clients of one call that share a file.
+    """The clients of one call whose states are in one file.
 
     Attributes:
         path: of the file.
-        first: client of its row 0.
-        step: from the client of one row to that of the next.
-        rows: of the file, int64 ``[n]``.
+        first: client of row 0.
+        step: difference between the clients of consecutive rows.
+        rows: of the clients in the file, int64 ``[n]``.
         positions: of the same clients in the call, int64 ``[n]``.
     """
 
@@ -181,15 +182,15 @@ class _Location:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Whose states the file holds."""
+        """The file's metadata, which identify its clients."""
         numbers = {"first": self.first, "step": self.step, "count": CLIENTS_A_FILE}
         return {name: str(number) for name, number in numbers.items()}
 
     def create(self, kinds: Mapping[str, RowType]) -> None:
-        """Make the file where there is none: empty slots for rows of these kinds."""
+        """Create the file, with empty slots for rows of these types, if it is missing."""
         if self.path.exists():
             return
-        # Another process may make it just now; whoever comes second must not replace it.
+        # Another process may create it at the same time; the second must not replace the first.
         temporary = self.path.with_name(f".{self.path.name}.{token_hex(8)}.part")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,10 +211,10 @@ class _Location:
 
     @contextmanager
     def opened(self, purpose: str) -> Iterator[SlotFile]:
-        """Open the file to be ``"read"`` or ``"written"``.
+        """Yield the open, locked file, to be ``"read"`` or ``"written"``.
 
         Raises:
-            FedkdError: it cannot be, or is no whole file of these clients' states.
+            FedkdError: it cannot be opened or locked, or is not a complete file of these clients.
         """
         try:
             with FileIO(self.path, "r" if purpose == "read" else "r+") as file:
@@ -224,14 +225,14 @@ class _Location:
 
 
 def _lock(file: FileIO, *, shared: bool) -> None:
-    """Wait until no other has the file open to write it (or, unless `shared`, to read it).
+    """Lock a file, waiting for writers (and, unless `shared`, for readers) in other processes.
 
     A client that is late for its round may still be writing when the same client starts the next.
 
     Raises:
-        FedkdError: another process does not let go.
+        FedkdError: another process holds the lock for `LOCK_TIMEOUT` seconds.
     """
-    with suppress(ImportError, OSError):  # Windows and some network file systems know no locks
+    with suppress(ImportError, OSError):  # Windows and some network file systems have no locks
         import fcntl
 
         kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB

@@ -1,4 +1,4 @@
-"""What clients keep between rounds: stacked in memory while in use, all of it on disk."""
+"""Client states between rounds: all on disk, those used last also stacked in memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _Held:
     """A stack in memory.
 
     Attributes:
-        states: whose rows may be out of date.
-        round: that they are of.
-        current: clients of which no later stack holds a state.
+        states: some rows may be out of date.
+        round: of the states.
+        current: number of clients without a state in a later stack.
     """
 
     states: States
@@ -28,36 +28,36 @@ class _Held:
 
 
 class ResidentStates:
-    """States of which the stacks used last stay in memory, on their device.
+    """Client states, of which the stacks used last stay in memory, on their device.
 
-    All of them are on disk as well, so that nothing is lost with the process, and `take` gives what
-    `StateFiles.load` would give. One process has the states of its clients to itself.
+    All states are on disk as well, so none is lost with the process, and `take` returns what
+    `StateFiles.load` would return. No other process may use the states of these clients.
 
     Attributes:
-        files: where all states are.
-        memories: what clients keep besides; always on disk.
-        limit: the most clients whose states stay in memory, beside what was handed out.
+        files: all states on disk.
+        memories: other tensors of the clients; always on disk.
+        limit: largest number of clients whose states stay in memory, not counting those taken.
     """
 
     def __init__(self, files: StateFiles, limit: int) -> None:
         self.files = files
         self.memories = Memories(files.folder / "memory")
         self.limit = limit
-        self._stacks: list[_Held] = []  # that used longest ago first
+        self._stacks: list[_Held] = []  # the least recently used first
         self._places: dict[int, tuple[_Held, int]] = {}
 
     def take(self, bases: Mapping[int, int], device: torch.device) -> States:
-        """Hand over states, which the caller may write into.
+        """Return states, which the caller may modify.
 
-        A stack of exactly these clients in this order is handed over without a copy and forgotten:
-        whoever fails halfway takes again, and gets what is on disk.
+        A stack of exactly these clients in this order is returned without a copy and removed from
+        memory: a caller that fails halfway takes the states again, from disk.
 
         Args:
-            bases: by client, the round whose state is wanted; all of the same architectures.
-            device: where to.
+            bases: by client, the round of the state to take; all of the same architectures.
+            device: of the states returned.
 
         Returns:
-            Those that are there, in the order asked for; ``clients`` tells which.
+            The states that exist, in the order of `bases`; ``clients`` lists whose.
 
         Raises:
             FedkdError: see `StateFiles.load`.
@@ -88,15 +88,15 @@ class ResidentStates:
         return gather(sources, [client for client in bases if client not in lost], device)
 
     def put(self, states: States, round: int, keep: Mapping[int, int]) -> None:
-        """Write states to disk, and keep them in memory: from now on nobody may write into them.
+        """Write states to disk and keep them in memory; the caller must not modify them afterwards.
 
         Args:
             states: of clients that share their architectures.
-            round: that they are of.
-            keep: by client, the round that it started from.
+            round: of the states.
+            keep: by client, the round that it started from, whose state stays on disk.
 
         Raises:
-            FedkdError: see `StateFiles.save`; what is in memory is as before.
+            FedkdError: see `StateFiles.save`; memory is then unchanged.
         """
         if not len(states):
             return

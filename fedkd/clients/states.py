@@ -1,4 +1,4 @@
-"""What clients keep between rounds: stacks of tensors in memory."""
+"""States of clients as stacks of tensors in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class States:
         return len(self.clients)
 
     def rows(self, positions: Sequence[int]) -> States:
-        """Copy the states at some positions of the stack."""
+        """Return a copy of the states at some positions of the stack."""
         index = torch.tensor(positions, dtype=torch.int64)
         models = {
             role: {name: tensor[index.to(tensor.device)] for name, tensor in model.items()}
@@ -42,7 +42,7 @@ class States:
         return States(clients, models, digested)
 
     def to(self, device: torch.device) -> States:
-        """Return these states on a device: the very tensors where they are there already."""
+        """Return these states on a device; tensors that are there already are not copied."""
         models = {
             role: {name: tensor.to(device) for name, tensor in model.items()}
             for role, model in self.models.items()
@@ -51,7 +51,7 @@ class States:
 
 
 def concatenated(parts: Sequence[States]) -> States:
-    """Copy stacks with the same roles and parameters one behind the other."""
+    """Return a copy of stacks with the same roles and parameters, concatenated along the client axis."""
     models: dict[str, State] = {
         role: {name: torch.cat([part.models[role][name] for part in parts]) for name in model}
         for role, model in parts[0].models.items()
@@ -65,7 +65,7 @@ def gather(
     clients: Sequence[int],
     device: torch.device | None = None,
 ) -> States:
-    """Copy rows of stacks into a new one, on `device` (default: that of the first)."""
+    """Return a new stack of rows chosen from several, on `device` (default: that of the first)."""
     first = sources[0][0]
     models: dict[str, State] = {
         role: {
@@ -74,16 +74,16 @@ def gather(
         }
         for role, model in first.models.items()
     }
-    joined = States(list(clients), models, [0] * len(clients))
+    gathered = States(list(clients), models, [0] * len(clients))
     place = {client: position for position, client in enumerate(clients)}
     for states, rows in sources:
         positions = [place[states.clients[row]] for row in rows]
         for row, position in zip(rows, positions, strict=True):
-            joined.digested[position] = states.digested[row]
+            gathered.digested[position] = states.digested[row]
         for role, model in models.items():
             for name, tensor in model.items():
                 source = states.models[role][name]
                 picked = source[torch.tensor(rows, dtype=torch.int64, device=source.device)]
                 index = torch.tensor(positions, dtype=torch.int64, device=tensor.device)
                 tensor[index] = picked.to(tensor.device)
-    return joined
+    return gathered

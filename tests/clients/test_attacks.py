@@ -68,7 +68,7 @@ def rand(*shape: int, seed: int = 1) -> Tensor:
 
 def known(samples: int = N, **changed: Any) -> Known:
     given: dict[str, Any] = {
-        "own": rand(samples, C, seed=2).softmax(-1),
+        "honest": rand(samples, C, seed=2).softmax(-1),
         "expected": rand(samples, C, seed=3).softmax(-1),
         "seed": 13,
         "client": 2,
@@ -134,7 +134,7 @@ def test_colluders_agree_and_take_every_class_for_another() -> None:
 def test_random_classes_are_even_and_each_clients_own() -> None:
     what = known(10_007)
     drawn = answer("random", what)
-    assert torch.equal(drawn, answer("random", known(10_007, own=what.expected)))
+    assert torch.equal(drawn, answer("random", known(10_007, honest=what.expected)))
     expected, spread = 10_007 / C, math.sqrt(10_007 / C * (1 - 1 / C))
     assert bool(((drawn.sum(0) - expected).abs() < 5 * spread).all())
     for other in (replace(what, client=3), replace(what, round=4), replace(what, seed=14)):
@@ -189,7 +189,7 @@ def test_little_is_enough_moves_each_class_by_its_spread(malicious: int) -> None
     what = known(101, num_malicious=malicious)
     z = deviations(K, malicious)
     assert (z > 0) == (malicious > 1)
-    rows = zip(what.own.tolist(), what.expected.tolist(), strict=True)
+    rows = zip(what.honest.tolist(), what.expected.tolist(), strict=True)
     expected = torch.tensor([little_is_enough(own, told, z) for own, told in rows], dtype=F64)
     got = answer("little-is-enough", what)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
@@ -205,7 +205,7 @@ def test_what_is_sent_is_on_the_simplex(name: str) -> None:
     own = torch.cat([soft, one_hot(0, 1, 2), one_hot(3, 4), soft[:1]])
     expected = torch.cat([one_hot(1, 0, 6), soft, one_hot(3, 5), soft[:1]])
     for malicious in (0, 1, 5, 10, 11):
-        what = known(own=own, expected=expected, num_malicious=malicious)
+        what = known(honest=own, expected=expected, num_malicious=malicious)
         kept = own.clone(), expected.clone()
         got = answer(name, what)
         assert (got.shape, got.dtype) == (own.shape, F64)

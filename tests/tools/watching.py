@@ -101,7 +101,7 @@ def watch(
 ) -> Watched:
     """Run a federation with both ends under observation."""
     cls: Any = type(strategy)
-    update, opens = cls.update, stack.opened
+    update, opens = cls.update, stack.received_knowledge
     seen = Watched(Finished([], []))
 
     def tell(self: Any, replies: Replies, server: Server) -> Any:
@@ -124,7 +124,7 @@ def watch(
         return reports
 
     monkeypatch.setattr(cls, "update", tell)
-    monkeypatch.setattr(stack, "opened", open_and_note)
+    monkeypatch.setattr(stack, "received_knowledge", open_and_note)
     monkeypatch.setattr(executing, "run_phases", run_and_note)
     seen.done = federate(experiment, meddle, strategy)
     return seen
