@@ -1,4 +1,4 @@
-"""fedkd's engines, a Flower app and a plain PyTorch loop on the same work, interleaved in one run.
+"""Measure fedkd's engines, a Flower app and a plain PyTorch loop on the same work, in turns, in one run.
 
 Every system runs each cell (student, number of clients) in a process of its own, one system after the
 other, and all of them again for each repeat. The first round is left out. Slow systems run fewer rounds,
@@ -84,7 +84,7 @@ SYSTEMS = {
 }
 
 ROUNDS_S = 40.0
-"""Seconds that a process's rounds may be expected to take before it runs fewer of them."""
+"""Expected seconds of a process's rounds beyond which it runs fewer of them."""
 
 REPEATED_CLIENTS = 50
 """Cells with more clients than this run once: their rounds are long, and differ less."""
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,13 +123,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--ray-clients", type=int, default=200, help="largest K for the systems that run on Ray"
     )
     parser.add_argument(
-        "--longest", type=float, default=45, help="expected seconds of two rounds that are too many"
+        "--longest", type=float, default=45, help="seconds that two rounds may be expected to take"
     )
     parser.add_argument("--output", type=Path, help="Markdown file, with JSON beside it")
     parser.add_argument("--smoke", action="store_true", help="three clients, 300 images, one round")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.repeats < 1:
-        parser.error("--rounds and --repeats are 1 or more")
+        parser.error("--rounds and --repeats must be at least 1")
     if options.smoke:
         options.rounds = options.repeats = 1
     elif options.output is None:
@@ -145,11 +145,11 @@ def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     """Return a reader of comma lists of known names."""
 
     def names(text: str) -> list[str]:
-        found = text.split(",")
-        for name in found:
+        chosen = text.split(",")
+        for name in chosen:
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name}: choose from {', '.join(known)}")
-        return found
+        return chosen
 
     return names
 
@@ -180,7 +180,7 @@ class Benchmark:
                     self.results.left_out[system.title, work.student, work.num_clients] = why
 
     def _why_not(self, system: System, work: Work, ray_clients: int, longest: float) -> str | None:
-        """Say why a system does not run a cell, if it does not."""
+        """Return why a system does not run a cell, or `None` if it does."""
         if system.on_ray and work.num_clients > ray_clients:
             return (
                 f"Flower's driver looks at all messages of all nodes ten times a second, which is "
@@ -224,7 +224,7 @@ class Benchmark:
         )
 
     def run(self, folder: Path) -> None:
-        """Measure everything, with scratch files in `folder`; what there is, is written as it comes."""
+        """Measure everything, with scratch files in `folder`, and write each result when it is there."""
         for work in self.results.cells:
             systems = self._runs_of(work)
             for repeat in range(1, self._repeats_of(work) + 1) if systems else []:
@@ -236,30 +236,30 @@ class Benchmark:
         self._write()
 
     def _prepare(self, work: Work, repeat: int, folder: Path) -> Path:
-        """Have the images written, and the machine's rate measured; return the images' file."""
+        """Write the images, measure the machine's rate, and return the images' file."""
         job = self._job(work, repeat, 1, folder)
         outcome = start("ours:prepare", job, {})
         if outcome.returncode != 0:
-            raise SystemExit(f"the images cannot be had: {last_words(job)}")
-        (found,) = job.events("machine")
-        self.results.matmul_flops.append(found["matmul_flops"])
-        versions = found["environment"]
+            raise SystemExit(f"the images cannot be made: {last_words(job)}")
+        (measured,) = job.events("machine")
+        self.results.matmul_flops.append(measured["matmul_flops"])
+        versions = measured["environment"]
         self.results.machine["torch threads"] = str(versions.pop("threads"))
         self.results.machine["versions"] = ", ".join(f"{n} {v}" for n, v in versions.items())
-        rate = found["matmul_flops"] / 1e9
+        rate = measured["matmul_flops"] / 1e9
         print(
-            f"\n{work.student}, {work.num_clients:,} clients, repeat {repeat}: images are there, "
+            f"\n{work.student}, {work.num_clients:,} clients, repeat {repeat}: images are ready, "
         )
         print(f"  2048×2048 product at {rate:.0f} GFLOP/s", flush=True)
         return Path(job.images)
 
     def _job(self, work: Work, repeat: int, rounds: int, folder: Path) -> Job:
         """Return a job with a folder of its own."""
-        own = Path(mkdtemp(dir=folder))
-        return Job(work, rounds, repeat - 1, available_cpus(), str(own))
+        job_folder = Path(mkdtemp(dir=folder))
+        return Job(work, rounds, repeat - 1, available_cpus(), str(job_folder))
 
     def _measure(self, system: System, work: Work, repeat: int, images: Path, folder: Path) -> None:
-        """Run one system once, and say what came of it."""
+        """Run one system once, record and print the result."""
         job = self._job(work, repeat, 1 + self._rounds_of(system, work), folder)
         Path(job.images).symlink_to(images)
         outcome = start(system.entry, job, system.environment)
@@ -302,18 +302,20 @@ def start(entry: str, job: Job, environment: Mapping[str, str]) -> Outcome:
 
 
 def surroundings() -> dict[str, str]:
-    """Return this environment with our modules to be found, and no word to glibc's allocator.
+    """Return this environment with a path to our modules, and without settings of glibc's allocator.
 
     Ray's workers inherit it: a ``ClientApp`` has to be importable there as well.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }
     quiet = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    return {**kept, **quiet, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "peers")])}
+    return {**inherited, **quiet, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "peers")])}
 
 
 def log_of(job: Job) -> Path:
@@ -328,7 +330,7 @@ def last_words(job: Job) -> str:
 
 
 def sample_of(system: System, job: Job, repeat: int, outcome: Outcome) -> Sample:
-    """Turn what a process has marked into figures."""
+    """Return the figures of a process, from its marks."""
     marks = job.events("round")
     if outcome.timed_out:
         failure = f"ended after {TIMEOUT_S:.0f} s"
@@ -352,7 +354,7 @@ def sample_of(system: System, job: Job, repeat: int, outcome: Outcome) -> Sample
 
 
 def in_words(sample: Sample) -> str:
-    """Return a line of progress."""
+    """Return a sample as a line of progress."""
     if sample.failure is not None:
         return f"{sample.system}: FAILED, {sample.failure}"
     peak = "?" if sample.peak_bytes is None else f"{sample.peak_bytes / 1e9:.2f}"
@@ -377,7 +379,7 @@ def seconds_of_help() -> float | None:
 def seconds_to_first_step(job: Job) -> float | None:
     """Return how long ``fedkd run`` takes from its start to its first step, or `None` if it fails.
 
-    Taken from outside: when the first round's record appears, less a median round.
+    It is measured from outside: when the first round's record appears, less a median round.
     """
     config, runs = Path(job.folder, "experiment.toml"), Path(job.folder, "runs")
     command = [sys.executable, "-m", "fedkd", "run", "--config", str(config)]
@@ -405,7 +407,7 @@ def seconds_to_first_step(job: Job) -> float | None:
 
 
 def machine() -> dict[str, str]:
-    """Say what the figures depend on."""
+    """Return what the figures depend on, by name."""
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     threads = os.environ.get("OMP_NUM_THREADS")
     return {

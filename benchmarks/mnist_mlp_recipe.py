@@ -1,7 +1,7 @@
-"""Why the recipe of ``--preset mnist-mlp`` does not help its student: one change at a time.
+"""Show why the recipe of ``--preset mnist-mlp`` does not help its student, one change at a time.
 
-Trains the recipe's teacher (dropout 0.8) and one without dropout, then students that differ in α, τ and
-reduction alone, all as one cohort from the same initial weights on the same batches, over three seeds.
+Trains the recipe's teacher (dropout 0.8) and one without dropout, then students that differ only in α, τ
+and reduction, all as one cohort from the same initial weights on the same batches, over three seeds.
 Prints a Markdown table. About half an hour on one core; needs MNIST.
 
     python benchmarks/mnist_mlp_recipe.py > benchmarks/results/mnist_mlp_recipe.md
@@ -39,7 +39,7 @@ POINTS = {  # (weight of KL·τ², weight of CE, τ)
 
 
 def cohort(data: FederatedData, name: str, seeds: Sequence[int]) -> Cohort:
-    """Stack one model a seed, from the weights that the preset starts from."""
+    """Return one model a seed, from the initial weights of the preset, as a cohort."""
     architectures = architectures_of(data)
     states = [architectures.initial_state(name, seed) for seed in seeds]
     return Cohort.of(architectures.model(name), states, architectures.plan(name, "auto"))
@@ -52,7 +52,7 @@ def train(
     what: str,
     numbers: dict[str, float | Tensor],
 ) -> None:
-    """Train as the preset does, on its random streams."""
+    """Train models as the preset does, on its random streams."""
     copies = len(models) // len(SEEDS)
     started = monotonic()
     models.fit(
@@ -121,7 +121,7 @@ def report(data: FederatedData, name: str, teachers: Cohort, logits: Tensor, epo
 
 
 def spread(values: Sequence[float]) -> str:
-    """Write mean ± standard deviation."""
+    """Return mean ± standard deviation as text."""
     return f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 

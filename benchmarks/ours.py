@@ -1,4 +1,4 @@
-"""fedkd's part of the benchmark: the images for all systems, and its two engines.
+"""Run fedkd's part of the benchmark: the images for all systems, and its two engines.
 
 Each function runs in a process of its own, with the job that the command line names.
 """
@@ -24,8 +24,8 @@ from fedkd.records.callbacks import EachRound
 from fedkd.records.folder import environment
 from fedkd.training.architectures import architectures_of
 
-OWN_NETWORKS = {"cnn-5x5": "task:cnn_5x5"}
-"""Networks of the benchmark that fedkd has no name for."""
+TASK_NETWORKS = {"cnn-5x5": "task:cnn_5x5"}
+"""Networks of the benchmark that are not built into fedkd."""
 
 MATRIX = 2048
 
@@ -100,7 +100,7 @@ def experiment(job: Job, engine: Literal["cohort", "flower"]) -> fedkd.Experimen
         public_labels=True,
         partition="iid",
         num_clients=work.num_clients,
-        student=OWN_NETWORKS.get(work.student, work.student),
+        student=TASK_NETWORKS.get(work.student, work.student),
         strategy="FedMD",
         strategy_config="transfer_epochs=1",
         num_server_rounds=job.rounds,

@@ -1,8 +1,8 @@
-"""A process tree from start to end: how long it took, and how much memory it had at its peak.
+"""Run a process tree to its end, and measure its seconds and its peak memory.
 
-Processes are told apart by a variable in their environment, which children inherit: Ray's daemons leave
+Processes are recognised by a variable in their environment, which children inherit: Ray's daemons leave
 the tree, but keep it. Memory is the sum of their proportional set sizes (PSS), in which a page that n
-processes share counts 1/n for each. Only Linux says so; elsewhere the peak is unknown.
+processes share counts 1/n for each. Only Linux reports it; elsewhere the peak is unknown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from uuid import uuid4
 MARKER = "FEDKD_BENCHMARK"
 SAMPLE_S = 0.2
 REST = 15
-"""A sample is followed by a rest of so many times its own length: reading costs what is measured."""
+"""A sample is followed by a rest of so many times its own length: reading slows what is measured."""
 
 PATIENCE_S = 10.0
 """How long daemons may take to end after the process that started them."""
@@ -29,14 +29,14 @@ PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a process.
+    """How a process ended.
 
     Attributes:
         returncode: its exit status; negative if a signal ended it.
         started: when, on the monotonic clock.
         seconds: until its end.
         peak_bytes: of all processes together, or `None` where it cannot be known.
-        timed_out: whether it was ended for having taken too long.
+        timed_out: whether it was ended because it took too long.
     """
 
     returncode: int
@@ -49,7 +49,7 @@ class Outcome:
 def run(
     command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float
 ) -> Outcome:
-    """Run a command to its end, with its output in `log`, and end what it leaves behind."""
+    """Return how a command ended, with its output in `log`; end the processes that it leaves behind."""
     mark = uuid4().hex
     memory = _Memory(mark)
     timed_out = False
@@ -78,7 +78,7 @@ def run(
 
 
 class _Memory(Thread):
-    """Looks at the memory of the marked processes every now and then."""
+    """Samples the memory of the marked processes."""
 
     def __init__(self, mark: str) -> None:
         super().__init__(daemon=True)
@@ -102,17 +102,17 @@ class _Memory(Thread):
 
 def marked(mark: str) -> list[int]:
     """Return the ids of the living processes whose environment carries a mark."""
-    wanted = f"{MARKER}={mark}".encode()
-    found = []
+    variable = f"{MARKER}={mark}".encode()
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+            if variable in (folder / "environ").read_bytes().split(b"\0"):
+                pids.append(int(folder.name))
+    return pids
 
 
 def pss_bytes(pid: int) -> int | None:
-    """Return the proportional set size of a process, or `None` if it has ended or does not say."""
+    """Return the proportional set size of a process, or `None` if it has ended or reports none."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -121,7 +121,7 @@ def pss_bytes(pid: int) -> int | None:
 
 
 def _end_the_rest(mark: str, patience: float) -> None:
-    """Wait for what a process has left behind, then end it."""
+    """Wait up to `patience` seconds for the processes that one has left behind, then end them."""
     deadline = monotonic() + patience
     while marked(mark) and monotonic() < deadline:
         sleep(0.1)

@@ -1,4 +1,4 @@
-"""The table: what was measured, as Markdown and as JSON with every sample."""
+"""Write the measurements: a table in Markdown, and JSON with every sample."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def markdown(results: Results) -> str:
         _agreement(results),
         _failures(results),
         _start_lines(results),
-        _reached(results),
+        _targets(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -147,8 +147,8 @@ def ratio(results: Results, system: str, other: str, work: Work) -> float | None
 
 
 def _accuracy(results: Results, system: str, work: Work) -> str:
-    found = f"{100 * accuracy(results, system, work):.1f} %"
-    return f"{found} (round {last_common_round(results, work)})"
+    percent = f"{100 * accuracy(results, system, work):.1f} %"
+    return f"{percent} (round {last_common_round(results, work)})"
 
 
 def accuracy(results: Results, system: str, work: Work) -> float:
@@ -186,7 +186,7 @@ def _rate_line(results: Results) -> str:
 
 
 def _agreement(results: Results) -> str:
-    """Say how far apart the systems' accuracies are."""
+    """Return how far apart the systems' accuracies are."""
     parts = []
     for work in results.cells:
         ran = [s for s in results.systems if results.round_seconds(s, work)]
@@ -224,11 +224,11 @@ def _spread(seconds: Sequence[float]) -> str:
     return f"{median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})"
 
 
-# --- What was to be reached ----------------------------------------------------------------------
+# --- Targets -------------------------------------------------------------------------------------
 
 
-def _reached(results: Results) -> str:
-    """Return a table of the aims that these cells say something about."""
+def _targets(results: Results) -> str:
+    """Return a table of the targets that these cells can show."""
     rows = [row for work in results.cells for row in _aims(results, work)]
     if results.start_seconds:
         rows.append(
@@ -236,11 +236,11 @@ def _reached(results: Results) -> str:
         )
     if results.help_seconds:
         rows.append(("`fedkd --help`, s", "< 0.5", median(results.help_seconds)))
-    known = [row for row in rows if row[2] is not None]
-    if not known:
+    measured = [row for row in rows if row[2] is not None]
+    if not measured:
         return ""
-    head = "| aim | wanted | measured |\n|---|---|---|\n"
-    return head + "\n".join(f"| {what} | {wanted} | {value:.2f} |" for what, wanted, value in known)
+    head = "| figure | target | measured |\n|---|---|---|\n"
+    return head + "\n".join(f"| {what} | {aim} | {value:.2f} |" for what, aim, value in measured)
 
 
 def _aims(results: Results, work: Work) -> list[tuple[str, str, float | None]]:
@@ -270,7 +270,7 @@ def _aims(results: Results, work: Work) -> list[tuple[str, str, float | None]]:
 
 
 def _aims_at_a_thousand(results: Results, work: Work) -> list[tuple[str, str, float | None]]:
-    """Compare digests: a round's other parts do not grow with its steps."""
+    """Return the targets for K = 1,000, of the digest: other parts of a round do not grow with steps."""
     first, fifty = results.systems[0], Work.of("mlp-20", 50)
     mine, theirs = _digest_seconds(results, first, work), _digest_seconds(results, first, fifty)
     peaks = [s.peak_bytes for s in results.of(first, work) if s.peak_bytes is not None]

@@ -1,4 +1,4 @@
-"""The work that every system is given, what it costs, and how a system tells what it did.
+"""The work that every system does, what it costs, and how a system records what it did.
 
 A round, for each of K clients: one epoch over the labelled public images against the mean of all clients'
 logits of the round before (in the first round against the labels alone), one epoch over the private
@@ -71,7 +71,7 @@ class Work:
         """Useful floating-point operations of a round, all clients: products of matrices alone.
 
         A layer's forward pass takes 2 a multiplication and addition. Its gradients take as many again
-        for the weights, and as many again for the input, which the first layer needs not.
+        for the weights, and as many again for the input, which the first layer does not need.
         """
         macs = MACS[self.student]
         forward = 2 * sum(macs)
@@ -112,18 +112,18 @@ class Job:
 
     @classmethod
     def read(cls) -> Job:
-        """Read the job that the command line names."""
+        """Return the job that the command line names."""
         keys: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
         return cls(work=Work(**keys.pop("work")), **keys)
 
     def mark(self, event: str, **values: object) -> None:
-        """Record that something has happened now, by the clock that all processes share."""
+        """Record an event at the present time of the clock that all processes share."""
         line = json.dumps({"event": event, "time": monotonic(), **values})
         with Path(self.folder, "record.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """Return what has been marked so far."""
+        """Return the marks of an event so far."""
         path = Path(self.folder, "record.jsonl")
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [entry for entry in map(json.loads, lines) if entry["event"] == event]

@@ -167,7 +167,7 @@ class MeanSoftLabels(Strategy):
         return MetricRecord({"accuracy": self.metrics["accuracy"]})
 
     def summary(self) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _to_all(self, content: RecordDict, message_type: str, grid: Grid) -> list[Message]:
         while len(nodes := list(grid.get_node_ids())) < self.num_clients:

@@ -64,10 +64,10 @@ def load(path: str, name: str) -> tuple[Tensor, Tensor]:
 
 def load_shard(path: str, client: int) -> tuple[Tensor, Tensor]:
     """Return the private images and labels of a client."""
-    found = stored(path)
-    end = int(found["private_sizes"][: client + 1].sum())
-    rows = slice(end - int(found["private_sizes"][client]), end)
-    return _normalised(path, found["private_images"][rows]), found["private_labels"][rows]
+    tensors = stored(path)
+    end = int(tensors["private_sizes"][: client + 1].sum())
+    rows = slice(end - int(tensors["private_sizes"][client]), end)
+    return _normalised(path, tensors["private_images"][rows]), tensors["private_labels"][rows]
 
 
 @lru_cache
@@ -81,7 +81,7 @@ def _normalised(path: str, pixels: Tensor) -> Tensor:
 
 
 def loss(logits: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
-    """Return cross entropy, or α·τ²·KL + (1 − α)·CE where the others have taught something."""
+    """Return cross entropy, or α·τ²·KL + (1 − α)·CE where there are logits of the others."""
     hard = cross_entropy(logits, labels)
     if taught is None:
         return hard

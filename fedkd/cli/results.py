@@ -208,14 +208,14 @@ def strategies_settings(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 def findings_table(report: CheckResults) -> Table:
     """Return what was found as a table: what each check shows, or what to change."""
     table = table_of("check", "result", "what it shows, or what to change", right=False)
-    for finding in report.findings:
+    for finding in report.results:
         table.add_row(finding.check, finding.result, finding.detail or finding.shows)
     return table
 
 
 def check_line(report: CheckResults) -> str:
     """Count the results."""
-    counts = Counter(finding.result for finding in report.findings)
+    counts = Counter(finding.result for finding in report.results)
     return ", ".join(f"{count} {result}" for result, count in counts.items())
 
 

@@ -1,6 +1,6 @@
-"""Checks of a strategy's rule, `aggregate`, which is a pure function of what clients upload.
+"""Check a strategy's rule, `aggregate`, which is a pure function of what clients upload.
 
-A strategy without one is judged by what `update` makes of the same uploads, unless it trains a model
+For a strategy without one, what `update` makes of the same uploads is checked, unless it trains a model
 on them.
 """
 
@@ -33,14 +33,14 @@ from fedkd.testing.outcomes import NotApplicable, Wrong
 K, N, D = 3, 5, 11
 CLOSE = 1e-9
 _MASK = [[1, 1, 0, 0, 1], [1, 0, 0, 1, 1], [1, 1, 1, 0, 1]]
-"""Sample 2 is answered by client 2 alone, sample 3 by client 1."""
+"""Only client 2 answers sample 2, and only client 1 sample 3."""
 
 
 # --- Uploads and results -----------------------------------------------------------------------------
 
 
 def uploads(bench: Bench, dtype: torch.dtype = torch.float64, *, masked: bool = False) -> Knowledge:
-    """Return what three clients could upload; `masked`: with samples or classes that some have not."""
+    """Return what three clients could upload; `masked`: where some lack samples or classes."""
     kind = bench.strategy.uploads()
     if kind is SoftLabels:
         return _labels(bench, dtype, masked)
@@ -84,9 +84,9 @@ def _means(bench: Bench, dtype: torch.dtype, masked: bool) -> ClassMeans:
     counts = torch.arange(1, K * classes + 1).view(K, classes) % 7 + 1
     if masked:
         if classes <= N:
-            raise NotApplicable(f"it takes a data set of more than {N} classes")
+            raise NotApplicable(f"it needs a data set of more than {N} classes")
         counts[:, :N] *= torch.tensor(_MASK)
-        counts[:, N] = 0  # a class that nobody has
+        counts[:, N] = 0  # a class that no client has
         values = torch.where(counts.unsqueeze(-1) > 0, values, 0.0)
     return ClassMeans(values.to(dtype), counts, torch.arange(K), of)
 
@@ -114,30 +114,30 @@ def take(knowledge: Knowledge, rows: list[int]) -> Knowledge:
     )
 
 
-def combine(bench: Bench, given: Knowledge) -> Knowledge:
+def combine(bench: Bench, uploaded: Knowledge) -> Knowledge:
     """Return what the rule makes of uploads, as knowledge."""
-    made = _made(bench, deepcopy(given))
+    made = _made(bench, deepcopy(uploaded))
     if isinstance(made, Tensor):
-        assert isinstance(given, SoftLabels)
-        return SoftLabels.shared(made, given.samples, given.space)
+        assert isinstance(uploaded, SoftLabels)
+        return SoftLabels.shared(made, uploaded.samples, uploaded.space)
     assert isinstance(made, KINDS)
     return made
 
 
-def _made(bench: Bench, given: Knowledge) -> object:
+def _made(bench: Bench, uploaded: Knowledge) -> object:
     strategy = bench.strategy
     if type(strategy).aggregate is not DistillationStrategy.aggregate:
-        return strategy.aggregate(given)
+        return strategy.aggregate(uploaded)
     if strategy.facts.server_model == "required":
         raise NotApplicable("it has no aggregate, and its update trains the server's model")
-    return _updated(bench, given)
+    return _updated(bench, uploaded)
 
 
-def _updated(bench: Bench, given: Knowledge) -> object:
+def _updated(bench: Bench, uploaded: Knowledge) -> object:
     server = bench.server()
-    labels = given if isinstance(given, SoftLabels) else None
-    means = given if isinstance(given, ClassMeans) else None
-    weights = given if isinstance(given, Weights) else None
+    labels = uploaded if isinstance(uploaded, SoftLabels) else None
+    means = uploaded if isinstance(uploaded, ClassMeans) else None
+    weights = uploaded if isinstance(uploaded, Weights) else None
     clients = {0: labels, 1: means, 2: weights}
     owner = next(each for each in clients.values() if each is not None)
     ids = next(iter(owner.by_model.values())) if isinstance(owner, Weights) else owner
@@ -154,12 +154,12 @@ def _updated(bench: Bench, given: Knowledge) -> object:
 
 
 def types(bench: Bench) -> None:
-    """The rule keeps type, device and shape, without the axis of clients; no samples give none."""
+    """The rule keeps type, device and shape, without the axis of clients, for no samples as well."""
     for dtype in (torch.float64, torch.float32):
-        given = uploads(bench, dtype, masked=True)
-        _check_type(given, _made(bench, deepcopy(given)))
-    if isinstance(given, SoftLabels):
-        nothing = given.keep(torch.zeros(N, dtype=torch.bool))
+        uploaded = uploads(bench, dtype, masked=True)
+        _check_type(uploaded, _made(bench, deepcopy(uploaded)))
+    if isinstance(uploaded, SoftLabels):
+        nothing = uploaded.keep(torch.zeros(N, dtype=torch.bool))
         try:
             _check_type(nothing, _made(bench, nothing))
         except (Wrong, NotApplicable):
@@ -171,13 +171,13 @@ def types(bench: Bench) -> None:
             ) from error
 
 
-def _check_type(given: Knowledge, made: object) -> None:
-    if isinstance(made, Tensor) and isinstance(given, SoftLabels):
-        wanted = given.values.shape[1:]
-        if made.shape != wanted:
+def _check_type(uploaded: Knowledge, made: object) -> None:
+    if isinstance(made, Tensor) and isinstance(uploaded, SoftLabels):
+        shape = uploaded.values.shape[1:]
+        if made.shape != shape:
             raise Wrong(
-                f"the rule returns {list(made.shape)} for values {list(given.values.shape)}: must be "
-                f"{list(wanted)}, [N, C], so combine over axis 0, the clients"
+                f"the rule returns {list(made.shape)} for values {list(uploaded.values.shape)}: must be "
+                f"{list(shape)}, [N, C], so combine over axis 0, the clients"
             )
         tensors = [made]
     elif isinstance(made, KINDS):
@@ -187,7 +187,7 @@ def _check_type(given: Knowledge, made: object) -> None:
             f"the rule returns a {type(made).__name__}: return [N, C] for soft labels, or SoftLabels, "
             "ClassMeans or Weights"
         )
-    like = tensors_of(given)[0]
+    like = tensors_of(uploaded)[0]
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype != like.dtype:
             raise Wrong(
@@ -197,17 +197,17 @@ def _check_type(given: Knowledge, made: object) -> None:
         if tensor.device != like.device or tensor.requires_grad:
             raise Wrong(
                 f"the rule returns a tensor on {tensor.device} that "
-                f"{'wants gradients' if tensor.requires_grad else f'came on {like.device}'}: make new "
-                "tensors by labels.values.new_zeros(...) and the like, and detach"
+                f"{'requires gradients' if tensor.requires_grad else f'came on {like.device}'}: make "
+                "new tensors by labels.values.new_zeros(...) and the like, and detach"
             )
 
 
 def order(bench: Bench) -> None:
     """The order of replies changes nothing."""
-    given = uploads(bench, masked=True)
-    expected = combine(bench, given)
+    uploaded = uploads(bench, masked=True)
+    expected = combine(bench, uploaded)
     for rows in ([2, 0, 1], [1, 0, 2]):
-        gap = distance(combine(bench, take(given, rows)), expected)
+        gap = distance(combine(bench, take(uploaded, rows)), expected)
         if not gap <= CLOSE:
             raise Wrong(
                 f"the rule gives something else (by {gap:.2g}) when the same replies come in another "
@@ -217,9 +217,9 @@ def order(bench: Bench) -> None:
 
 def alone(bench: Bench) -> None:
     """One client alone gets its own answer back, or a sharpened form of it."""
-    given = uploads(bench)
+    uploaded = uploads(bench)
     for row in range(K):
-        one = take(given, [row])
+        one = take(uploaded, [row])
         made = combine(bench, one)
         if isinstance(one, SoftLabels) and isinstance(made, SoftLabels):
             _check_sharpened(one, made)
@@ -231,8 +231,8 @@ def alone(bench: Bench) -> None:
 
 
 def _check_sharpened(one: SoftLabels, made: SoftLabels) -> None:
-    own = one.values[0, torch.isin(one.samples, made.samples)]
-    ranked = made.values.gather(-1, own.argsort(-1).expand_as(made.values))
+    answer = one.values[0, torch.isin(one.samples, made.samples)]
+    ranked = made.values.gather(-1, answer.argsort(-1).expand_as(made.values))
     if not bool((ranked.diff(dim=-1) >= -CLOSE).all()):
         raise Wrong(
             "one client alone gets its classes back in another order: a rule may sharpen an answer or "
@@ -242,23 +242,23 @@ def _check_sharpened(one: SoftLabels, made: SoftLabels) -> None:
 
 
 def equal(bench: Bench) -> None:
-    """Equal clients are as good as one."""
-    given = uploads(bench)
-    single = combine(bench, take(given, [1]))
-    same_answer = take(given, [1, 1, 1])
+    """Equal clients give the same as one."""
+    uploaded = uploads(bench)
+    single = combine(bench, take(uploaded, [1]))
+    same_answer = take(uploaded, [1, 1, 1])
     if not isinstance(same_answer, Weights):
         same_answer = _with_clients(same_answer)
     gap = distance(combine(bench, same_answer), single)
     if not gap <= 1e-6:
         raise Wrong(
-            f"three clients that say the same do not give what one of them gives (off by {gap:.2g}): "
+            f"three equal answers do not give what one of them gives (off by {gap:.2g}): "
             "divide by the number of clients (or the sum of the weights) instead of adding up, as "
             "labels.mean_probabilities() and labels.mean_logits() do"
         )
 
 
 def _with_clients(knowledge: SoftLabels | ClassMeans) -> Knowledge:
-    """Give copies of a client's answer to clients of different names."""
+    """Return copies of a client's answer as those of `K` different clients."""
     if isinstance(knowledge, ClassMeans):
         return replace(knowledge, clients=torch.arange(K))
     return SoftLabels(
@@ -274,41 +274,41 @@ def _with_clients(knowledge: SoftLabels | ClassMeans) -> Knowledge:
 
 def mask(bench: Bench) -> None:
     """What a client did not answer, or a class it does not hold, does not count."""
-    given = uploads(bench, masked=True)
-    if isinstance(given, Weights):
+    uploaded = uploads(bench, masked=True)
+    if isinstance(uploaded, Weights):
         raise NotApplicable("weights are always complete")
-    expected = combine(bench, given)
-    _check_hidden(bench, given, expected)
+    expected = combine(bench, uploaded)
+    _check_hidden(bench, uploaded, expected)
     # What client 2 alone answered is its own answer.
-    labels = isinstance(given, SoftLabels)
+    labels = isinstance(uploaded, SoftLabels)
     keep = torch.tensor([2])
     whole = uploads(bench)
-    if isinstance(given, SoftLabels) and isinstance(whole, SoftLabels):
-        some = combine(bench, given.keep(keep))
-        own = combine(bench, take(whole.keep(keep), [2]))
+    if isinstance(uploaded, SoftLabels) and isinstance(whole, SoftLabels):
+        some = combine(bench, uploaded.keep(keep))
+        single = combine(bench, take(whole.keep(keep), [2]))
     else:
-        some, own = expected, combine(bench, take(whole, [2]))
-    mine, its = tensors_of(some)[0], tensors_of(own)[0]
+        some, single = expected, combine(bench, take(whole, [2]))
+    combined, alone = tensors_of(some)[0], tensors_of(single)[0]
     rows = slice(None) if labels else slice(2, 3)
-    if not torch.allclose(mine[:, rows], its[:, rows], atol=1e-6):
+    if not torch.allclose(combined[:, rows], alone[:, rows], atol=1e-6):
         raise Wrong(
-            "a sample or class that one client alone has is not that client's own answer: divide by "
+            "a sample or class that only one client has is not that client's own answer: divide by "
             "the clients that have it, labels.mask.sum(0) or means.present.sum(0), not by all"
         )
 
 
-def _check_hidden(bench: Bench, given: SoftLabels | ClassMeans, expected: Knowledge) -> None:
-    """Change what is not there."""
-    there = given.mask if isinstance(given, SoftLabels) else given.present
+def _check_hidden(bench: Bench, uploaded: SoftLabels | ClassMeans, expected: Knowledge) -> None:
+    """Check that changing values that the mask hides changes nothing."""
+    present = uploaded.mask if isinstance(uploaded, SoftLabels) else uploaded.present
     (whole,) = tensors_of(uploads(bench))
-    values = torch.where(there.unsqueeze(-1), given.values, whole.flip(0))
-    if isinstance(given, ClassMeans):
-        changed: Knowledge = replace(given, values=values)
+    values = torch.where(present.unsqueeze(-1), uploaded.values, whole.flip(0))
+    if isinstance(uploaded, ClassMeans):
+        changed: Knowledge = replace(uploaded, values=values)
         where = "means.present"
     else:
         changed = SoftLabels(
-            values, given.space, given.samples, given.clients, given.num_examples, given.mask,
-            given.targets,
+            values, uploaded.space, uploaded.samples, uploaded.clients, uploaded.num_examples,
+            uploaded.mask, uploaded.targets,
         )  # fmt: skip
         where = "labels.mask"
     gap = distance(combine(bench, changed), expected)
@@ -321,13 +321,13 @@ def _check_hidden(bench: Bench, given: SoftLabels | ClassMeans, expected: Knowle
 
 def simplex(bench: Bench) -> None:
     """Results are finite, and rows of probabilities on the simplex, for one-hot answers as well."""
-    given = uploads(bench, masked=True)
-    cases = [given]
-    if not isinstance(given, Weights):
-        hard = torch.nn.functional.one_hot(given.values.argmax(-1), given.values.shape[-1])
-        size = 1.0 if _is_probabilities(given) else 1e4
-        sure = deepcopy(given)
-        sure.values.copy_(torch.where(given.values.sum(-1, keepdim=True) != 0, size * hard, 0.0))
+    uploaded = uploads(bench, masked=True)
+    cases = [uploaded]
+    if not isinstance(uploaded, Weights):
+        hard = torch.nn.functional.one_hot(uploaded.values.argmax(-1), uploaded.values.shape[-1])
+        size = 1.0 if _is_probabilities(uploaded) else 1e4
+        sure = deepcopy(uploaded)
+        sure.values.copy_(torch.where(uploaded.values.sum(-1, keepdim=True) != 0, size * hard, 0.0))
         cases.append(sure)
     for case in cases:
         made = combine(bench, case)
@@ -340,22 +340,22 @@ def simplex(bench: Bench) -> None:
             ) from None
 
 
-def _is_probabilities(given: SoftLabels | ClassMeans) -> bool:
-    return (given.space if isinstance(given, SoftLabels) else given.of) == "probabilities"
+def _is_probabilities(uploaded: SoftLabels | ClassMeans) -> bool:
+    return (uploaded.space if isinstance(uploaded, SoftLabels) else uploaded.of) == "probabilities"
 
 
 def pure(bench: Bench) -> None:
-    """The rule changes nothing that it was given, and gives the same when it is asked again."""
-    given = uploads(bench, masked=True)
-    lent = deepcopy(given)
-    first = deepcopy(_made(bench, lent))
-    if not same(lent, given):
+    """The rule leaves its input unchanged, and gives the same when it is called again."""
+    uploaded = uploads(bench, masked=True)
+    passed = deepcopy(uploaded)
+    first = deepcopy(_made(bench, passed))
+    if not same(passed, uploaded):
         raise Wrong(
-            "the rule changes what it was given: no method with a trailing underscore and no "
+            "the rule changes its input: no method with a trailing underscore and no "
             "assignment to labels.values[...]; work on a copy (.clone())"
         )
-    if not same(_made(bench, deepcopy(given)), first):
+    if not same(_made(bench, deepcopy(uploaded)), first):
         raise Wrong(
-            "the rule gives something else when it is asked again: it may not draw or remember; draw "
-            "by server.generator(purpose) in update, and remember in server.state"
+            "the rule gives something else when it is called again: it may neither draw nor keep "
+            "anything; draw by server.generator(purpose) in update, and keep it in server.state"
         )

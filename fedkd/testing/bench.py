@@ -1,4 +1,4 @@
-"""Where strategies are tried: federations of a few tiny clients in this process, with all mail noted."""
+"""Run federations of a few tiny clients in this process, and record all messages, to check strategies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fedkd.strategy import DistillationStrategy
 from fedkd.testing.outcomes import Wrong
 
 K, ROUNDS, FEW = 5, 3, 11
-"""Clients, rounds, and public samples drawn where not all are."""
+"""Clients, rounds, and public samples a round where not all are drawn."""
 
 SMALL: dict[str, Any] = {
     "dataset": "digits",
@@ -45,7 +45,7 @@ SMALL: dict[str, Any] = {
 OTHER: dict[str, Any] = {"dataset": "fedkd.testing.bench:seven_digits", "student": "mlp-12"}
 """Other sizes: of C, D and the model."""
 
-_OWN: dict[str, Any] = {
+_VARIED: dict[str, Any] = {
     "partition": "dirichlet",  # shards of different sizes: a stack of clients is padded
     "partition_alpha": 1.0,
     "num_clients": K,
@@ -67,7 +67,7 @@ ROUGH = (
     "seconds",
     *(f"wire_bytes_{way}{by}" for way in ("up", "down") for by in ("", "_by_client")),
 )
-"""Fields of a record that may differ between runs: a text of a number of seconds has any length."""
+"""Fields of a record that may differ between equal runs: seconds, and the length of their text."""
 
 
 def seven_digits(folder: Path) -> Dataset:
@@ -85,12 +85,12 @@ def seven_digits(folder: Path) -> Dataset:
     )
 
 
-# --- What a strategy is asked, and says ------------------------------------------------------------
+# --- The calls of a strategy -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Update:
-    """An update of a strategy's knowledge: its round, what it was given, what came out."""
+    """An update of a strategy's knowledge: its round, the replies, the new knowledge and state."""
 
     round: int
     replies: Replies
@@ -99,7 +99,7 @@ class Update:
 
 
 class Witness:
-    """Stands in for a strategy in a federation, and notes what it is asked and says."""
+    """Stands in for a strategy in a federation, and records its calls and their results."""
 
     def __init__(self, strategy: DistillationStrategy) -> None:
         self.strategy = strategy
@@ -111,29 +111,29 @@ class Witness:
         return getattr(self.strategy, name)
 
     def request(self, server: Server) -> Tensor:
-        """Ask which samples are wanted, twice."""
+        """Return the samples that the strategy asks for, which two calls have to agree on."""
         before = deepcopy(server.state)
         asked = self.strategy.request(server)
         again = self.strategy.request(server)
         self._unchanged(before, server, "request")
         if not same(asked, again):
             raise Wrong(
-                "request gives other samples when it is asked again: draw them by server.draw() or "
+                "request gives other samples when it is called again: draw them by server.draw() or "
                 "server.generator(purpose)"
             )
         self.asked[server.round] = asked
         return asked
 
     def update(self, replies: Replies, server: Server) -> Knowledge | None:
-        """Have the knowledge updated."""
-        given = deepcopy(replies)
+        """Return the updated knowledge."""
+        before = deepcopy(replies)
         new = self.strategy.update(replies, server)
         self.server = server
-        self.updates.append(Update(server.round, given, deepcopy(new), deepcopy(server.state)))
+        self.updates.append(Update(server.round, before, deepcopy(new), deepcopy(server.state)))
         return new
 
     def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
-        """Ask what one client receives."""
+        """Return what one client receives."""
         before = deepcopy(server.state)
         received = self.strategy.personalise(knowledge, client, server)
         self._unchanged(before, server, "personalise")
@@ -150,16 +150,16 @@ class Witness:
 # --- Clients -----------------------------------------------------------------------------------------
 
 Change = Callable[[int, int, Message, RecordDict], Message | None]
-"""Given round, client, its message and what it would answer: what it answers, None for silence."""
+"""From round, client, its message and its answer to the reply that is sent; `None` for silence."""
 
 
 def honest(round: int, client: int, message: Message, content: RecordDict) -> Message | None:
-    """Answer what there is to answer."""
+    """Return the client's answer as its reply, unchanged."""
     return Message(content, reply_to=message)
 
 
 class Clients:
-    """Clients in this process, whose replies may be changed, or are those of another federation."""
+    """Clients in this process, whose replies may be changed or replayed from another federation."""
 
     def __init__(
         self, experiment: Experiment, change: Change, replay: Sequence[Mapping[int, RecordDict]]
@@ -171,39 +171,39 @@ class Clients:
         self.exchanges: list[dict[int, RecordDict]] = []
 
     def __call__(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
-        """Answer all messages of an exchange."""
+        """Return the replies to all messages of an exchange, in order."""
         if messages[0][1].metadata.message_type == HELLO:
             return [
                 Message(encode_introduction(introduce(self._experiment, client)), reply_to=message)
                 for client, message in messages
             ]
-        said: dict[int, RecordDict] = {}
+        answers: dict[int, RecordDict] = {}
         replies: list[Message | None] = []
         number = len(self.exchanges) + 1
         for (client, message), answer in zip(messages, self._handle(messages), strict=True):
             if isinstance(answer, RecordDict):
-                said[client] = answer
+                answers[client] = answer
                 replies.append(self._change(number, client, message, answer))
             else:
                 replies.append(reply(message, answer))
-        self.exchanges.append(said)
+        self.exchanges.append(answers)
         return replies
 
     def _handle(self, messages: Sequence[tuple[int, Message]]) -> Sequence[Any]:
         if self._replay:
-            said = self._replay[len(self.exchanges)]
-            return [_said_again(said[client], message) for client, message in messages]
+            answers = self._replay[len(self.exchanges)]
+            return [_replayed(answers[client], message) for client, message in messages]
         contents = [(client, message.content) for client, message in messages]
         return handle(self._experiment, self._store, contents)
 
 
-def _said_again(content: RecordDict, message: Message) -> RecordDict:
-    """Return what a client answered elsewhere as its reply to a message, whose round it names."""
-    again = deepcopy(content)
+def _replayed(content: RecordDict, message: Message) -> RecordDict:
+    """Return a client's answer from another federation, with the round of a message of this one."""
+    copy = deepcopy(content)
     number = message.content.config_records["instruction"]["round"]
     assert isinstance(number, int)
-    again.metric_records["report"]["round"] = number
-    return again
+    copy.metric_records["report"]["round"] = number
+    return copy
 
 
 @dataclass
@@ -224,17 +224,17 @@ class Done:
 
 @dataclass
 class Bench:
-    """A strategy, and where it is tried.
+    """A strategy, and the federations in which it is checked.
 
     Attributes:
         strategy: what is checked.
-        given: an experiment whose data, models and training take the place of the smallest ones.
+        base: an experiment whose data, models and training replace the smallest ones.
         folder: for what clients keep between rounds.
         engines: whether to run on Ray as well.
     """
 
     strategy: DistillationStrategy
-    given: Experiment | None
+    base: Experiment | None
     folder: Path
     engines: bool = False
     _numbers: Iterable[int] = field(default_factory=count, repr=False)
@@ -243,7 +243,7 @@ class Bench:
     def experiment(self) -> Experiment:
         """The experiment of which the checks vary some keys."""
         keys = {**SMALL, "data_dir": str(self.folder / "data")}
-        keys = keys if self.given is None else self.given.model_dump()
+        keys = keys if self.base is None else self.base.model_dump()
         if keys.get("server_model", "none") == "none" and (
             self.strategy.facts.server_model == "required"
         ):
@@ -251,7 +251,7 @@ class Bench:
         modules = [*keys.get("client_code", "none").split(","), *self._client_modules()]
         named = dict.fromkeys(name.strip() for name in modules if name.strip() != "none")
         code = ",".join(named) or "none"
-        return Experiment(**{**keys, **_OWN, "client_code": code, "run_dir": str(self.folder)})
+        return Experiment(**{**keys, **_VARIED, "client_code": code, "run_dir": str(self.folder)})
 
     def _client_modules(self) -> list[str]:
         """Return the modules of the strategy's own terms and procedures."""
@@ -266,12 +266,12 @@ class Bench:
 
     @property
     def other(self) -> dict[str, Any]:
-        """Keys of another number of classes and another model, where those are ours to choose."""
-        return OTHER if self.given is None else {}
+        """Keys of another number of classes and another model, if `base` does not set them."""
+        return OTHER if self.base is None else {}
 
     @cached_property
     def usual(self) -> Done:
-        """Three rounds in which all goes well."""
+        """Three rounds without failures."""
         return self.federate()
 
     @cached_property
@@ -291,22 +291,22 @@ class Bench:
         grid: type[LocalGrid] = LocalGrid,
         **keys: Any,
     ) -> Done:
-        """Run a federation.
+        """Return a federation that has run.
 
         Args:
-            change: what becomes of replies.
+            change: changes replies.
             witness: stands in for the strategy.
-            replay: what clients say instead of working, exchange by exchange.
+            replay: what clients answer instead of working, exchange by exchange.
             grid: carries the messages.
-            keys: of the experiment, that differ.
+            keys: keys of the experiment that differ.
         """
         experiment = self.named(**keys)
         witness = witness or Witness(self.strategy)
         clients = Clients(experiment, change, replay)
         with task_identity():
-            reaching = grid(clients, num_clients=experiment.num_clients)
+            carrier = grid(clients, num_clients=experiment.num_clients)
             federation = Federation(
-                cast(Algorithm, witness), reaching, experiment, federated_data(experiment)
+                cast(Algorithm, witness), carrier, experiment, federated_data(experiment)
             )
             federation.run()
         return Done(experiment, federation.rows, witness, clients.exchanges)
@@ -318,7 +318,7 @@ class Bench:
 
 
 def require_all(done: Done, rows: Iterable[Row] | None = None) -> Done:
-    """Have every client that was sampled answer.
+    """Return a federation in which every sampled client answered, in all rounds or in those of `rows`.
 
     Raises:
         Wrong: one did not; the text has its reason.

@@ -1,4 +1,4 @@
-"""Checks of what a strategy declares: settings, facts, phases, and the code that clients run."""
+"""Check what a strategy declares: settings, facts, phases, and the code that clients run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fedkd.training.architectures import architectures_of
 from fedkd.user_code import user_location
 
 SYMBOLS = ("P", "C", "K", "S", "D", "I")
-"""What formulas of bytes are made of, besides settings; `fedkd.strategy.Facts` explains them."""
+"""Symbols in formulas of bytes, besides settings; `fedkd.strategy.Facts` explains them."""
 
 
 def settings(bench: Bench) -> None:
@@ -42,8 +42,8 @@ def settings(bench: Bench) -> None:
     for name, value in strategy.settings().items():
         if type(value) not in (bool, int, float, str):
             raise Wrong(
-                f"{name} = {value!r} is a {type(value).__name__}: settings are numbers, texts or truth "
-                "values, as they travel by name in strategy-config; give a name and look the rest up"
+                f"{name} = {value!r} is a {type(value).__name__}: settings are numbers, texts or "
+                "booleans, as strategy-config sends them; take a name and look the rest up"
             )
     try:
         type(strategy)()
@@ -58,7 +58,7 @@ def settings(bench: Bench) -> None:
         ) from None
     if read != strategy or deepcopy(strategy) != strategy:
         raise Wrong(
-            "a copy made of the settings is another strategy: keep nothing else on it, and derive "
+            "a copy made of the settings is not equal: store nothing else on the strategy, and derive "
             "what depends on settings in methods or properties"
         )
 
@@ -77,7 +77,7 @@ def evaluate(formula: str, way: str, symbols: Mapping[str, Any]) -> float:
     """Return the bytes that a formula gives.
 
     Raises:
-        Wrong: it cannot be worked out; the text names the symbols there are.
+        Wrong: it cannot be evaluated; the text names the symbols that there are.
     """
     text = formula.strip().removeprefix("<=")
     try:
@@ -85,10 +85,10 @@ def evaluate(formula: str, way: str, symbols: Mapping[str, Any]) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise TypeError(f"gives {value!r}")
     except Exception as error:
-        own = [name for name in symbols if name not in SYMBOLS]
+        setting_names = [name for name in symbols if name not in SYMBOLS]
         raise Wrong(
-            f"facts.{way} = '{formula}' is no number of bytes ({one_line(error)}): write it with "
-            f"{', '.join(SYMBOLS)}{', or a setting ' * bool(own)}{', '.join(own)}"
+            f"facts.{way} = '{formula}' is not a number of bytes ({one_line(error)}): write it with "
+            f"{', '.join(SYMBOLS)}{', or a setting ' * bool(setting_names)}{', '.join(setting_names)}"
         ) from None
     return float(value)
 
@@ -97,39 +97,38 @@ def evaluate(formula: str, way: str, symbols: Mapping[str, Any]) -> float:
 
 
 def phases(bench: Bench) -> None:
-    """Phases are a list, the same whenever asked for, with one answer at most, and can be sent."""
+    """Phases are a list, the same at every call, with one answer at most, and can be sent."""
     strategy = bench.strategy
     answers = set()
     for number in (1, 2, 3):
-        found: Any = strategy.phases(number)
+        listed: Any = strategy.phases(number)
         where = f"phases({number})"
-        if not isinstance(found, list) or not all(isinstance(phase, Phase) for phase in found):
-            raise Wrong(f"{where} gives {found!r}: return a list of phases (see fedkd.phases)")
-        if strategy.phases(number) != found:
+        if not isinstance(listed, list) or not all(isinstance(phase, Phase) for phase in listed):
+            raise Wrong(f"{where} gives {listed!r}: return a list of phases (see fedkd.phases)")
+        if strategy.phases(number) != listed:
             raise Wrong(
-                f"{where} gives other phases when asked again: let them depend on round only"
+                f"{where} gives other phases when called again: they may depend on round only"
             )
-        _check_phases(where, found)
+        _check_phases(where, listed)
         answers |= {
             (type(p), getattr(p, "space", ""), getattr(p, "of", ""))
-            for p in found
+            for p in listed
             if isinstance(p, ANSWERING)
         }
-        if sum(isinstance(phase, ANSWERING) for phase in found) > 1:
+        if sum(isinstance(phase, ANSWERING) for phase in listed) > 1:
             raise Wrong(f"{where} answers twice: a client sends one kind of knowledge a round")
     if len(answers) > 1:
         raise Wrong(
-            "phases answer with other knowledge in other rounds: clients that come in late begin with "
-            "round 1 in any round, so let all rounds answer with the same kind and space"
+            "phases answer with other knowledge in other rounds: clients that join late begin with "
+            "round 1 in any round, so all rounds have to answer with the same kind and space"
         )
 
 
-def _check_phases(where: str, found: Sequence[Phase]) -> None:
-    for phase in found:
+def _check_phases(where: str, listed: Sequence[Phase]) -> None:
+    for phase in listed:
         if isinstance(phase, Fit):
             _check_fit(where, phase)
-        wanted = {"space": Space, "of": Output}
-        for name, choices in wanted.items():
+        for name, choices in {"space": Space, "of": Output}.items():
             value = getattr(phase, name, None)
             if value is not None and value not in get_args(choices):
                 raise Wrong(
@@ -137,13 +136,11 @@ def _check_phases(where: str, found: Sequence[Phase]) -> None:
                     f"{', '.join(get_args(choices))}"
                 )
     try:
-        text = to_text(found)
+        text = to_text(listed)
     except TypeError as error:
         raise Wrong(f"{where} cannot be sent ({error}): numbers of phases are scalars") from None
-    if list(from_text(text)) != list(found):
-        raise Wrong(
-            f"{where} arrives otherwise than it was sent: give phases numbers and texts only"
-        )
+    if list(from_text(text)) != list(listed):
+        raise Wrong(f"{where} changes when it is sent: give phases numbers and texts only")
 
 
 def _check_fit(where: str, phase: Fit) -> None:
@@ -151,8 +148,8 @@ def _check_fit(where: str, phase: Fit) -> None:
     if not terms:
         raise Wrong(f"{where}: the fit '{phase.name}' has no terms: give it private or public ones")
     for name, weight in terms.items():
-        words = weight in ("alpha", "1-alpha")
-        if not words and (isinstance(weight, str) or not isfinite(weight)):
+        is_named = weight in ("alpha", "1-alpha")
+        if not is_named and (isinstance(weight, str) or not isfinite(weight)):
             raise Wrong(
                 f"{where}: the coefficient {weight!r} of {name} must be a number, 'alpha' or '1-alpha'"
             )
@@ -164,21 +161,21 @@ def _check_fit(where: str, phase: Fit) -> None:
 def client_code(bench: Bench) -> None:
     """Terms and procedures are found by name; terms give the same stacked, one by one and padded."""
     experiment = bench.experiment
-    found = [*bench.strategy.phases(1), *bench.strategy.phases(2)]
-    for phase in found:
+    listed = [*bench.strategy.phases(1), *bench.strategy.phases(2)]
+    for phase in listed:
         if isinstance(phase, Apply):
             resolve_procedure(import_path(phase.procedure), experiment.client_modules)
     numbers: dict[str, dict[str, float]] = {}
-    for phase in found:
+    for phase in listed:
         if isinstance(phase, Fit):
             for name in (*phase.private, *phase.public):
                 numbers.setdefault(name, dict(phase.numbers))
-    for name, given in numbers.items():
+    for name, values in numbers.items():
         term = resolve_term(name, experiment.client_modules)
         if not term.import_path.startswith("fedkd.losses:"):
-            _TermCheck(bench, term, experiment, given)()
-    own = [name for name in numbers if ":" in name]
-    if not own and not any(isinstance(phase, Apply) for phase in found):
+            _TermCheck(bench, term, experiment, values)()
+    user_terms = [name for name in numbers if ":" in name]
+    if not user_terms and not any(isinstance(phase, Apply) for phase in listed):
         raise NotApplicable("clients run fedkd's own terms only")
 
 
@@ -205,7 +202,7 @@ class _TermCheck:
         for value, grads in alone:
             if not all(bool(t.isfinite().all()) for t in (value, *grads)):
                 raise Wrong(
-                    f"{self.name} gives NaN or infinity, or a gradient that is none, for finite input: "
+                    f"{self.name} gives a loss or gradient that is NaN or infinite for finite input: "
                     "keep logarithms, roots and divisions away from 0 (torch.where alone does not)"
                 )
         if not all(torch.equal(self._one(row)[0], value) for row, (value, _) in enumerate(alone)):
@@ -214,18 +211,20 @@ class _TermCheck:
         self._compare_padded(alone)
 
     def _one(self, row: int) -> tuple[Tensor, list[Tensor]]:
-        return self._run({n: _row(v, row) for n, v in self.steps.items()}, lambda given: given)
+        return self._run(
+            {n: _row(v, row) for n, v in self.steps.items()}, lambda function: function
+        )
 
     def _run(
-        self, given: dict[str, Any], through: Callable[[Any], Any]
+        self, fields: dict[str, Any], through: Callable[[Any], Any]
     ) -> tuple[Tensor, list[Tensor]]:
         """Return the losses, and the gradients of their sum."""
-        leaves = _trained(given)
+        leaves = _trained(fields)
         for leaf in leaves:
             leaf.requires_grad_()
         function = through(lambda step: self.term(_step(step)))
         try:
-            value: object = function(given)
+            value: object = function(fields)
         except Exception as error:
             raise Wrong(f"{self.name} raises {one_line(error)}{user_location(error)}") from error
         if not isinstance(value, Tensor):
@@ -236,11 +235,11 @@ class _TermCheck:
                 "features or parameters, nor leave torch"
             )
         grads: Sequence[Any] = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
-        kept = [
+        filled = [
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(leaves, grads, strict=True)
         ]
-        return value.detach(), kept
+        return value.detach(), filled
 
     def _compare_stacked(self, alone: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
         try:
@@ -255,18 +254,18 @@ class _TermCheck:
             pairs = zip((value, *grads), (expected, *expected_grads), strict=True)
             if not all(torch.allclose(a[row], b, rtol=1e-4, atol=1e-5) for a, b in pairs):
                 raise Wrong(
-                    f"{self.name} gives other losses stacked than one by one: let every operation "
-                    "work along the last axes, and never across clients"
+                    f"{self.name} gives other losses stacked than one by one: every operation has to "
+                    "work along the last axes, never across clients"
                 )
 
     def _compare_padded(self, alone: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
         """Repeat the first sample at the end, as a stack does to be as wide as its largest client."""
         for row, (expected, _) in enumerate(alone):
-            given = {n: _row(v, row) for n, v in self.steps.items()}
+            fields = {n: _row(v, row) for n, v in self.steps.items()}
             for name in ("logits", "labels", "teacher_logits", "features"):
-                if name in given:
-                    given[name] = torch.cat([given[name], given[name][:1]])
-            value, _ = self._run(given, lambda function: function)
+                if name in fields:
+                    fields[name] = torch.cat([fields[name], fields[name][:1]])
+            value, _ = self._run(fields, lambda function: function)
             real = value[: self.samples] if value.ndim else value
             if not torch.allclose(real, expected, rtol=1e-4, atol=1e-5):
                 raise Wrong(
@@ -283,7 +282,7 @@ def _steps(
     clients: int,
     samples: int,
 ) -> dict[str, Any]:
-    """Return the fields of a `Step` for all clients, ``[K, ...]``, those that the term asked for."""
+    """Return the fields of a `Step` that the term needs, for all clients: ``[K, ...]``."""
     data = bench.server().data
     classes = data.num_classes
     draw = torch.Generator().manual_seed(1)
@@ -316,8 +315,8 @@ def _steps(
     return step
 
 
-def _step(given: Mapping[str, Any]) -> Step:
-    return Step(**{"teacher_logits": None, "start": {}, **given})
+def _step(fields: Mapping[str, Any]) -> Step:
+    return Step(**{"teacher_logits": None, "start": {}, **fields})
 
 
 def _row(value: Any, row: int | slice) -> Any:
@@ -327,6 +326,6 @@ def _row(value: Any, row: int | slice) -> Any:
     return value[row].clone()
 
 
-def _trained(given: Mapping[str, Any]) -> list[Tensor]:
-    features = [given["features"]] if "features" in given else []
-    return [given["logits"], *features, *given["params"].values()]
+def _trained(fields: Mapping[str, Any]) -> list[Tensor]:
+    features = [fields["features"]] if "features" in fields else []
+    return [fields["logits"], *features, *fields["params"].values()]

@@ -1,4 +1,4 @@
-"""What the checks say of a strategy."""
+"""Results of the checks of a strategy."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ Result = Literal["passed", "failed", "not applicable", "not tried"]
 
 
 class Wrong(Exception):
-    """A strategy does not do what a check asks of it; the text says what to change."""
+    """A strategy does not do what a check requires; the text says what to change."""
 
 
 class NotApplicable(Exception):
-    """A check has nothing to say about this strategy; the text says why."""
+    """A check does not apply to a strategy; the text says why."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         check: its name.
         shows: what is true of a strategy that passes it.
-        result: ``"not tried"`` where an earlier check failed on which it rests.
+        result: ``"not tried"`` if an earlier check failed on which it depends.
         detail: what to change, or why the check does not apply; empty if it passed.
-        seconds: that it took.
+        seconds: its duration.
     """
 
     check: str
@@ -42,38 +42,38 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class CheckResults:
-    """What all checks found.
+    """The results of all checks.
 
     Attributes:
         strategy: its name.
-        findings: one a check, in order.
+        results: one a check, in order.
     """
 
     strategy: str
-    findings: tuple[CheckResult, ...]
+    results: tuple[CheckResult, ...]
 
     @property
     def failures(self) -> tuple[CheckResult, ...]:
-        """The findings of the checks that failed."""
-        return tuple(finding for finding in self.findings if finding.result == "failed")
+        """The results of the checks that failed."""
+        return tuple(result for result in self.results if result.result == "failed")
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {"strategy": self.strategy, "findings": [vars(finding) for finding in self.findings]}
+        """Return the results as values that JSON can hold."""
+        return {"strategy": self.strategy, "findings": [vars(result) for result in self.results]}
 
     def __str__(self) -> str:
-        return "\n".join([self.strategy, *map(str, self.findings)])
+        return "\n".join([self.strategy, *map(str, self.results)])
 
 
 class StrategyCheckFailed(FedkdError):
-    """A strategy failed checks: all of them, and what to change.
+    """A strategy failed checks; the text names each, with what to change.
 
     Attributes:
-        report: what all checks found.
+        checks: the results of all checks.
     """
 
-    def __init__(self, report: CheckResults) -> None:
-        said = "; ".join(f"{finding.check}: {finding.detail}" for finding in report.failures)
-        count = len(report.failures)
-        super().__init__(f"{report.strategy} fails {count} check{'s' * (count > 1)}: {said}")
-        self.report = report
+    def __init__(self, checks: CheckResults) -> None:
+        details = "; ".join(f"{result.check}: {result.detail}" for result in checks.failures)
+        count = len(checks.failures)
+        super().__init__(f"{checks.strategy} fails {count} check{'s' * (count > 1)}: {details}")
+        self.checks = checks

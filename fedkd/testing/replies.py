@@ -1,4 +1,4 @@
-"""Checks of a strategy among clients that answer late, wrongly, twice or not at all."""
+"""Check a strategy among clients that answer late, wrongly, twice or not at all."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _Arrays = dict[str, Tensor]
 
 def bad_replies(bench: Bench) -> None:
     """A bad reply is dropped with a reason, whatever is wrong with it, and the round goes on."""
-    said = require_all(bench.usual).exchanges
-    replay = [said[0], said[-1]]
-    for name, change in [*_SILENT.items(), *_spoilt(said[0][BAD]).items()]:
+    exchanges = require_all(bench.usual).exchanges
+    replay = [exchanges[0], exchanges[-1]]
+    for name, change in [*_SILENT.items(), *_spoilt(exchanges[0][BAD]).items()]:
         grid = _Echoing if name == "a reply twice" else LocalGrid
         try:
             done = bench.federate(change, replay=replay, grid=grid, num_server_rounds=1)
         except FedkdError as error:
             raise Wrong(
-                f"the round does not go on without a client ({name}): {error}; update has to do with "
-                "whoever answered, len(replies.clients), and not with num_clients"
+                f"the round does not go on without a client ({name}): {error}; update has to work with "
+                "the clients that answered, len(replies.clients), not with num_clients"
             ) from error
         row = done.rows[0]
         others = [client for client in row["sampled"] if client != BAD]
@@ -41,7 +41,7 @@ def bad_replies(bench: Bench) -> None:
             raise Wrong(f"{name}: the client is not dropped; leave checking replies to the base")
         if [update.replies.clients for update in done.updates] != [others]:
             raise Wrong(
-                f"{name}: update is not given what the others said; do not override the base"
+                f"{name}: update does not get the other clients' answers; do not override the base"
             )
 
 
@@ -51,10 +51,10 @@ def few_replies(bench: Bench) -> None:
     def only_first(number: int, client: int, message: Message, content: RecordDict) -> Any:
         return honest(number, client, message, content) if number > 1 or client == 0 else None
 
-    def nobody(number: int, client: int, message: Message, content: RecordDict) -> Any:
+    def none(number: int, client: int, message: Message, content: RecordDict) -> Any:
         return honest(number, client, message, content) if number > 1 else None
 
-    for count, change in (("one reply", only_first), ("no reply", nobody)):
+    for count, change in (("one reply", only_first), ("no reply", none)):
         try:
             done = bench.federate(change, num_server_rounds=2)
         except FedkdError as error:
@@ -71,7 +71,7 @@ def few_replies(bench: Bench) -> None:
 
 
 class _Echoing(LocalGrid):
-    """A grid on which a client is heard twice."""
+    """A grid on which the reply of client `BAD` arrives twice."""
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -103,7 +103,7 @@ _SILENT: dict[str, Change] = {
 
 
 def _spoilt(content: RecordDict) -> dict[str, Change]:
-    """Return ways to spoil what a client uploads, if it uploads anything."""
+    """Return changes that spoil what a client uploads, by name; none if it uploads nothing."""
     record = content.get("knowledge")
     if not isinstance(record, ArrayRecord):
         return {}
@@ -148,7 +148,7 @@ def _sending(
 
 
 def _with(tensor: Tensor, value: float) -> Tensor:
-    """Put a value where it does not belong; what is packed becomes floats, which it may not be."""
+    """Return a tensor with a bad first value; one of integers, as packed, becomes floats throughout."""
     if not tensor.is_floating_point():
         return torch.full(tensor.shape, value)
     tensor.view(-1)[0] = value

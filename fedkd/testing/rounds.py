@@ -1,4 +1,4 @@
-"""Checks of a strategy in federations of a few clients: what it asks, keeps, sends and survives."""
+"""Check a strategy in federations of a few clients: what it asks for, keeps, sends and survives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedkd.training.architectures import architectures_of
 
 APART = 5e-3
 """Mean difference that rounding may make between two ways to train the same clients: usually 1e-8, but
-quantised labels flip as wholes."""
+a quantised label changes by a whole step."""
 
 
 # --- Asking ------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def _check_request(asked: object, server: Server) -> None:
 
 
 def samples(bench: Bench) -> None:
-    """Knowledge of a round is of samples that were asked for, each with what clients said of it."""
+    """Knowledge of a round is of samples that were asked for, each with what clients answered for it."""
     if bench.strategy.uploads() is not SoftLabels:
         raise NotApplicable("no samples are asked for")
     done = require_all(bench.few)
@@ -66,21 +66,21 @@ def samples(bench: Bench) -> None:
             "return server.draw(), or a part of it"
         )
     if bench.strategy.facts.server_model == "required":
-        raise NotApplicable("knowledge is what the server's model says of any sample")
+        raise NotApplicable("knowledge is what the server's model predicts for any sample")
     so_far = torch.empty(0, dtype=torch.int64)
     for update in done.updates:
         so_far = torch.cat([so_far, asked[update.round]])
         new = update.new
         if isinstance(new, SoftLabels) and not bool(torch.isin(new.samples, so_far).all()):
             raise Wrong(
-                f"knowledge of round {update.round} is of samples that nobody was asked for by then: "
+                f"knowledge of round {update.round} is of samples that no client was asked for so far: "
                 "give it the samples of the replies, SoftLabels.shared(values, labels.samples, space)"
             )
     _check_aligned(bench)
 
 
 def _check_aligned(bench: Bench) -> None:
-    """Have all clients agree, on another class for each sample."""
+    """Check that knowledge follows clients that all agree, on another class for each sample."""
     server = bench.server(public_per_round=FEW)
     asked = bench.strategy.request(server)
     (space,) = {p.space for p in bench.strategy.phases(2) if isinstance(p, Predict)}
@@ -95,12 +95,12 @@ def _check_aligned(bench: Bench) -> None:
     received = bench.strategy.personalise(new, 0, server)
     if not isinstance(received, SoftLabels):
         return
-    known = torch.isin(received.samples, asked)
-    places = torch.searchsorted(asked, received.samples[known])
-    if bool((received.values[:, known].argmax(-1) != classes[places]).any()):
+    is_asked = torch.isin(received.samples, asked)
+    positions = torch.searchsorted(asked, received.samples[is_asked])
+    if bool((received.values[:, is_asked].argmax(-1) != classes[positions]).any()):
         raise Wrong(
-            "knowledge says of a sample what clients said of another: values and samples have to be "
-            "in the same order; index by labels.samples, not by position in the public set"
+            "knowledge has for a sample what clients answered for another: values and samples have to "
+            "be in the same order; index by labels.samples, not by position in the public set"
         )
 
 
@@ -108,7 +108,7 @@ def _check_aligned(bench: Bench) -> None:
 
 
 def rounds(bench: Bench) -> None:
-    """Three rounds run without anybody being dropped, the first of them without knowledge."""
+    """Three rounds run without a dropped client, the first of them without knowledge."""
     done = require_all(bench.usual)
     for row in done.rows:
         if not row["accepted"]:
@@ -120,8 +120,8 @@ def repeat(bench: Bench) -> None:
     again = bench.federate()
     if not same_run(bench.usual, again):
         raise Wrong(
-            "a second run with the same strategy object gives something else: remember nothing on the "
-            "object, its class or its module, but in server.state, and draw by server.generator"
+            "a second run with the same strategy object gives something else: keep nothing on the "
+            "object, its class or its module, only in server.state, and draw by server.generator"
         )
 
 
@@ -136,7 +136,7 @@ def same_run(one: Done, other: Done) -> bool:
 
 
 class _Restarted(Witness):
-    """Starts each round anew: a strategy made of its settings, and a state that was saved and read."""
+    """Restarts in each round, from a strategy made of its settings and a state that was read back."""
 
     def _restart(self, server: Server) -> None:
         self.strategy = type(self.strategy)(**self.strategy.settings())
@@ -152,7 +152,7 @@ class _Restarted(Witness):
 
 
 def restored(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Save a server's state and read it back: tensors as safetensors, scalars as JSON does.
+    """Return a server's state, saved and read back: tensors as safetensors, scalars as they are.
 
     Raises:
         Wrong: it holds something else.
@@ -161,25 +161,25 @@ def restored(state: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, Tensor | bool | int | float | str):
             raise Wrong(
                 f"server.state[{name!r}] is a {type(value).__name__}: keep tensors and scalars only, "
-                "by names, so that it can be saved (a list of numbers is a tensor; None is a name "
-                "that is not there)"
+                "by names, so that it can be saved (make a list of numbers a tensor; leave out the "
+                "name instead of None)"
             )
         if isinstance(value, Tensor) and value.requires_grad:
-            raise Wrong(f"server.state[{name!r}] wants gradients: keep value.detach()")
+            raise Wrong(f"server.state[{name!r}] requires gradients: keep value.detach()")
     tensors = {n: t.contiguous() for n, t in state.items() if isinstance(t, Tensor)}
     others = {n: v for n, v in state.items() if not isinstance(v, Tensor)}
     return {**load(save(tensors)), **others}
 
 
 def state(bench: Bench) -> None:
-    """What is remembered survives being saved and read between rounds."""
+    """What the server keeps between rounds can be saved and read back."""
     for update in bench.usual.updates:
         restored(update.state)
     restarted = bench.federate(witness=_Restarted(bench.strategy))
     if not same_run(bench.usual, restarted):
         raise Wrong(
-            "a run that is interrupted and taken up again goes on otherwise: all that lasts belongs "
-            "in server.state, and nothing may depend on the order of its names"
+            "a run that is interrupted and resumed gives something else: all that lasts belongs in "
+            "server.state, and nothing may depend on the order of its names"
         )
 
 
@@ -191,14 +191,14 @@ def plans(bench: Bench) -> None:
             continue
         ours, theirs = tensors_of(one.replies.knowledge), tensors_of(other.replies.knowledge)
         if [t.shape for t in ours] != [t.shape for t in theirs]:
-            raise Wrong("stacked clients answer other samples than one by one: let terms be pure")
+            raise Wrong("stacked clients answer other samples than one by one: terms must be pure")
         for a, b in zip(ours, theirs, strict=True):
             gap = float((a.double() - b.double()).abs().sum()) / max(1, a.numel())
             size = float(a.double().abs().sum()) / max(1, a.numel())
             if not gap <= APART * max(1.0, size):
                 raise Wrong(
-                    f"stacked clients answer otherwise than one by one (by {gap:.2g} on average in round "
-                    f"{one.round}): terms may not compare or average over a batch, which is padded"
+                    f"stacked clients give other answers than one by one (by {gap:.2g} on average in "
+                    f"round {one.round}): terms may not compare or average over a batch, which is padded"
                 )
 
 
@@ -208,27 +208,27 @@ def both_engines(bench: Bench) -> None:
         raise NotApplicable("engines are compared on demand, as Ray takes a while to start")
     from fedkd.engines import in_process, simulation
 
-    found = []
+    runs = []
     for engine in (in_process, simulation):
         experiment = bench.named(evaluate_every=1)
         folder = RunFolder.create(experiment, "")
         rows: list[dict[str, Any]] = []
         with _importable(bench.strategy):
             engine.run(bench.strategy, experiment, folder, rows.append)
-        found.append(rows)
-    for row, other in zip(*found, strict=True):
+        runs.append(rows)
+    for row, other in zip(*runs, strict=True):
         for name in row.keys() - set(ROUGH):
             if not _close(row[name], other.get(name)):
                 raise Wrong(
                     f"{name} of round {row['round']} is {row[name]} in this process and "
-                    f"{other.get(name)} on Ray, where clients are other processes: let client code "
-                    "depend on what it is given only"
+                    f"{other.get(name)} on Ray, where clients are other processes: client code may "
+                    "depend only on what it receives"
                 )
 
 
 @contextmanager
 def _importable(strategy: DistillationStrategy) -> Iterator[None]:
-    """Let other processes import a strategy's file by its name, for its terms and procedures."""
+    """Make a strategy's file importable in other processes, for its terms and procedures."""
     file = getattr(sys.modules.get(type(strategy).__module__), "__file__", None)
     folder = str(Path(file or "").absolute().parent)
     sys.path.append(folder)
@@ -251,7 +251,7 @@ def _close(one: Any, other: Any) -> bool:
 
 def measured_bytes(bench: Bench) -> None:
     """The bytes declared are those sent, for other numbers of samples, classes, clients and models."""
-    # Many draws of few samples: what is sent must not grow with all that the server remembers.
+    # Many draws of few samples: what is sent must not grow with all that the server keeps.
     long = bench.federate(public_per_round=5, num_server_rounds=7)
     for done in (bench.usual, bench.few, long):
         require_all(done)
@@ -267,12 +267,12 @@ def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -
     server = Server(done.experiment, federated_data(done.experiment), round=row["round"])
     asked = len(done.witness.asked.get(row["round"], ()))
     p = max(asked, len(server.draw())) if is_bound else asked
-    known = symbols(bench, server, p)
-    declared = evaluate(formula, way, {**known, **bench.strategy.settings()})
+    sizes = symbols(bench, server, p)
+    declared = evaluate(formula, way, {**sizes, **bench.strategy.settings()})
     for client, sent in zip(row["sampled"], row[f"bytes_{way}_by_client"], strict=True):
         if (sent > declared) if is_bound else (sent != declared):
             parts = ", ".join(f"{n} {b:,}" for n, b in row[f"bytes_{way}_by_tensor"].items())
-            numbers = ", ".join(f"{n} = {v}" for n, v in known.items())
+            numbers = ", ".join(f"{n} = {v}" for n, v in sizes.items())
             raise Wrong(
                 f"facts.{way} = '{formula}' is {declared:,.0f} bytes, and {sent:,} went {way} for client "
                 f"{client} in round {row['round']} ({numbers}; all clients' {parts or 'nothing'}): "
@@ -281,7 +281,7 @@ def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -
 
 
 def symbols(bench: Bench, server: Server, p: int) -> dict[str, int]:
-    """Return what the symbols of a formula stand for, where p samples are asked for."""
+    """Return the values of the symbols of a formula, where p samples are asked for."""
     experiment, data = server.experiment, server.data
     model = architectures_of(data).skeleton(experiment.student_of(0))
     head = getattr(model, "head", None)
@@ -300,7 +300,7 @@ def symbols(bench: Bench, server: Server, p: int) -> dict[str, int]:
 
 
 def public_labels(bench: Bench) -> None:
-    """Public labels are needed where that is declared, and nowhere else."""
+    """Public labels are needed if that is declared, and only then."""
     if bench.strategy.facts.public_labels:
         _refuses(bench, "public_labels", public_labels=False)
         return
@@ -314,7 +314,7 @@ def public_labels(bench: Bench) -> None:
 
 
 def server_model(bench: Bench) -> None:
-    """A model at the server is needed where that is declared, and does no harm elsewhere."""
+    """A model at the server is needed if that is declared, and otherwise does no harm."""
     declared = bench.strategy.facts.server_model
     if declared == "required":
         _refuses(bench, "server_model", server_model="none")
@@ -322,17 +322,17 @@ def server_model(bench: Bench) -> None:
         if server is None or not server.trained:
             raise Wrong(
                 "facts say server_model='required', and the server's model is never trained: call "
-                "server.fit in update, or declare 'none' (or 'optional', if it is to look on)"
+                "server.fit in update, or declare 'none' (or 'optional', if it only observes)"
             )
         return
     if declared == "none":
-        raise NotApplicable("it keeps none")
+        raise NotApplicable("it has no server model")
     student = bench.experiment.student_of(0)
     done = require_all(bench.federate(server_model=student, num_server_rounds=2, evaluate_every=1))
     if done.rows[-1]["server_accuracy"] is None:
         raise Wrong(
-            "facts say server_model='optional', and the model that looks on learns nothing: update has "
-            "to return soft labels of K = 1, or declare 'none'"
+            "facts say server_model='optional', and the observing model learns nothing: update has to "
+            "return soft labels of K = 1, or declare 'none'"
         )
 
 
@@ -347,27 +347,27 @@ def _refuses(bench: Bench, fact: str, **keys: Any) -> None:
 
 def mixed(bench: Bench) -> None:
     """Clients of two architectures take part side by side."""
-    if bench.given is not None:
-        raise NotApplicable("models are those of the experiment given")
+    if bench.base is not None:
+        raise NotApplicable("the given experiment sets the models")
     wide = any(isinstance(p, MeanByClass) and p.of == "features" for p in bench.strategy.phases(2))
     students = "mlp-84,lenet" if wide else "mlp-8,mlp-12"  # features of the same width
-    what = "what all models have in common"
+    parts = "what all models have in common"
     if bench.strategy.uploads() is Weights:
-        what = "each architecture by itself (every one of weights.by_model)"
+        parts = "each architecture by itself (every one of weights.by_model)"
     try:
         done = require_all(bench.federate(student=students, num_server_rounds=2))
     except (FedkdError, Wrong) as error:
-        raise Wrong(f"with students {students}: {error}; combine {what}") from error
+        raise Wrong(f"with students {students}: {error}; combine {parts}") from error
     for update in done.updates:
         if isinstance(update.new, Weights) and set(update.new.by_model) != set(students.split(",")):
             raise Wrong(
                 f"with students {students} knowledge has weights of {', '.join(update.new.by_model)} "
-                f"only: combine {what}"
+                f"only: combine {parts}"
             )
 
 
 def codec(bench: Bench) -> None:
-    """Soft labels may be encoded otherwise: half as precise, and only what changed."""
+    """Soft labels may be encoded differently: half as precise, and only what changed."""
     if bench.strategy.uploads() is not SoftLabels:
         raise NotApplicable("it sends no soft labels to encode")
     wire = "float16+changed+deflate"
@@ -380,20 +380,20 @@ def codec(bench: Bench) -> None:
 
 
 def partial(bench: Bench) -> None:
-    """A few clients a round are enough, some of which come in late."""
+    """A few clients a round are enough, some of which join late."""
     rounds = ROUNDS + 1
     require_all(bench.federate(fraction_train=0.4, public_per_round=FEW, num_server_rounds=rounds))
 
 
 def quorum(bench: Bench) -> None:
-    """A round below the quorum changes nothing: what was known before stays, and the next goes on."""
+    """A round below the quorum changes nothing: earlier knowledge stays, and the next round runs."""
 
     def silent(number: int, client: int, message: Any, content: Any) -> Any:
         return None if number == 2 and client > 0 else honest(number, client, message, content)
 
     done = bench.federate(change=silent, quorum=2)
     if [update.round for update in done.updates] != [1, 3] or done.rows[1]["accepted"]:
-        raise Wrong("a round below the quorum is taken for one that counts: leave that to the base")
+        raise Wrong("a round below the quorum counts: leave the quorum to the base")
     before = bench.usual.updates[0].new
     if before is not None and done.rows[2]["knowledge_round"] != 1:
         raise Wrong("knowledge of a lost round is sent: return it from update only")

@@ -1,4 +1,4 @@
-"""The checks in order, and how they are run."""
+"""Run all checks of a strategy, in order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ADVICE = {
     "server-model = 'none': there is no model": "declare server_model='required' in facts",
     "object has no attribute": "look the name up in docs/write-a-strategy.md, or in its class",
 }
-"""What to change, by what an exception says."""
+"""What to change, by a part of an exception's text."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Check:
     """One thing that is true of every strategy.
 
     Attributes:
-        name: names it in reports.
+        name: as it is printed.
         function: raises `Wrong`, or `NotApplicable`; its docstring says what it shows.
-        after: checks without which it would only repeat what they say.
+        after: checks that have to pass first: otherwise this one would only repeat their failure.
     """
 
     name: str
@@ -90,45 +90,45 @@ CHECKS = (
 def check_strategy(
     strategy: DistillationStrategy, experiment: Experiment | None = None, *, engines: bool = False
 ) -> CheckResults:
-    """Run all checks on a strategy.
+    """Run all checks of a strategy.
 
     Args:
         strategy: with the settings that are to be checked.
-        experiment: whose data, models and training to use; by default the smallest that there are.
+        experiment: the data, models and training to use; by default the smallest that there are.
             Numbers of clients, rounds and samples are varied in any case.
         engines: whether to run three rounds on Ray as well (about 10 s).
 
     Returns:
-        One finding a check.
+        One result a check.
 
     Raises:
         StrategyCheckFailed: a check failed; the text has all that did, and what to change.
     """
-    report = CheckResults(strategy.name(), tuple(examine(strategy, experiment, engines=engines)))
-    if report.failures:
-        raise StrategyCheckFailed(report)
-    return report
+    checks = CheckResults(strategy.name(), tuple(examine(strategy, experiment, engines=engines)))
+    if checks.failures:
+        raise StrategyCheckFailed(checks)
+    return checks
 
 
 def examine(
     strategy: DistillationStrategy, experiment: Experiment | None = None, *, engines: bool = False
 ) -> Iterator[CheckResult]:
-    """Run all checks, one after the other; see `check_strategy`. Failures are findings."""
+    """Yield the result of each check, failed ones too, as soon as it has run; see `check_strategy`."""
     with tempfile.TemporaryDirectory(prefix="fedkd-check-") as folder:
         bench = Bench(strategy, experiment, Path(folder), engines)
         failed: set[str] = set()
         for check in CHECKS:
             first = next((name for name in check.after if name in failed), None)
             if first is not None:
-                finding = CheckResult(check.name, check.shows, "not tried", f"first mend {first}")
+                result = CheckResult(check.name, check.shows, "not tried", f"fix {first} first")
             else:
-                finding = _find(check, bench)
-            if finding.result in ("failed", "not tried"):
+                result = _result_of(check, bench)
+            if result.result in ("failed", "not tried"):
                 failed.add(check.name)
-            yield finding
+            yield result
 
 
-def _find(check: Check, bench: Bench) -> CheckResult:
+def _result_of(check: Check, bench: Bench) -> CheckResult:
     started = monotonic()
     try:
         check.function(bench)
@@ -143,12 +143,12 @@ def _find(check: Check, bench: Bench) -> CheckResult:
 
 
 def _what_to_change(error: Exception) -> str:
-    """Put what a strategy raised into a line, with the line of the user's code."""
+    """Return what to change in one line, with the line of the user's code that raised."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Wrong):
             return str(cause)
         cause = cause.__cause__
     text = str(error) if isinstance(error, FedkdError) else one_line(error) + user_location(error)
-    advice = [what for sign, what in _ADVICE.items() if sign in text]
+    advice = [change for part, change in _ADVICE.items() if part in text]
     return f"{text}; {advice[0]}" if advice else text

@@ -405,26 +405,26 @@ BROKEN: dict[DistillationStrategy, tuple[str, str]] = {
     OwnTerm(name_of_term="root_of_zero"): ("client-code", "gradient.*keep logarithms, roots"),
     OwnTerm(name_of_term="crooked"): (
         "client-code",
-        r"crooked raises ArithmeticError: so crooked \(test_testing.py, line \d+\)",
+        r"crooked raises ArithmeticError: so crooked \(test_suite.py, line \d+\)",
     ),
     AsksForFractions(): ("request", r"float32 \[11\].*: return int64 \[M\]"),
     AsksForTooMuch(): ("request", "must be in 0 .. 36, the public set.*: return int64"),
-    AsksByChance(): ("request", r"asked again: draw them by server.draw\(\)"),
+    AsksByChance(): ("request", r"called again: draw them by server.draw\(\)"),
     AlwaysAsksTheSame(): ("samples", r"same samples in every round.*return server.draw\(\)"),
-    Misaligned(): ("samples", "what clients said of another.*index by labels.samples"),
+    Misaligned(): ("samples", "what clients answered for another.*index by labels.samples"),
     NamesOtherSamples(): ("samples", "give it the samples of the replies"),
     RaisesInRound2(): (
         "rounds",
         r"update of RaisesInRound2, round 2, clients 0, 1, 2, 3, 4: ArithmeticError: not on a "
-        r"Tuesday \(test_testing.py, line \d+\)",
+        r"Tuesday \(test_suite.py, line \d+\)",
     ),
-    RemembersOnItsClass(): ("repeat", "remember nothing on the object, its class .*server.state"),
+    RemembersOnItsClass(): ("repeat", "keep nothing on the object, its class .*server.state"),
     RemembersAList(): ("state", r"server.state\['clients'\] is a list: keep tensors and scalars"),
     WritesInPersonalise(): ("rounds", "personalise changes server.state.*write it in update only"),
-    NeedsEverybody(): ("bad-replies", r"update has to do with whoever answered, len\(replies"),
+    NeedsEverybody(): ("bad-replies", r"work with the clients that answered, len\(replies"),
     NeedsTwo(): ("few-replies", "with one reply.*NaN.*no unbiased variance of one client"),
-    NeedsTheRoundBefore(): ("quorum", r"a round is missing \(test_testing.py, line \d+\)"),
-    NeedsFirstComers(): ("partial", r"strangers \(test_testing.py, line \d+\)"),
+    NeedsTheRoundBefore(): ("quorum", r"a round is missing \(test_suite.py, line \d+\)"),
+    NeedsFirstComers(): ("partial", r"strangers \(test_suite.py, line \d+\)"),
     HalfTheBytes(): ("bytes", r"'P\*C\*2' is 740 bytes, and 1,480 went up.*correct the formula"),
     NoIndices(): ("bytes", r"facts.down = 'P\*C\*4' is 308 bytes, and 318 went down"),
     NotAsMuchAsThat(): ("bytes", r"facts.down = '<= P\*C\*3 \+ 2\*I' is 1,110 bytes"),
@@ -445,8 +445,8 @@ def name_of(strategy: DistillationStrategy) -> str:
 
 
 @cache
-def findings(strategy: DistillationStrategy) -> dict[str, CheckResult]:
-    return {finding.check: finding for finding in examine(strategy)}
+def results_of(strategy: DistillationStrategy) -> dict[str, CheckResult]:
+    return {result.check: result for result in examine(strategy)}
 
 
 @pytest.mark.parametrize("strategy", BROKEN, ids=name_of)
@@ -454,21 +454,21 @@ def test_a_broken_strategy_fails_the_right_check_with_advice(
     strategy: DistillationStrategy,
 ) -> None:
     check, advice = BROKEN[strategy]
-    found = findings(strategy)
-    failed = [name for name, finding in found.items() if finding.result == "failed"]
-    assert failed == [check], [str(f) for f in found.values() if f.result == "failed"]
-    detail = found[check].detail
+    results = results_of(strategy)
+    failed = [name for name, result in results.items() if result.result == "failed"]
+    assert failed == [check], [str(r) for r in results.values() if r.result == "failed"]
+    detail = results[check].detail
     assert re.search(advice, detail), detail
     assert "\n" not in detail
-    assert list(found) == [each.name for each in CHECKS]
-    for finding in found.values():
-        assert finding.result != "not tried" or finding.detail.startswith("first mend ")
+    assert list(results) == [each.name for each in CHECKS]
+    for result in results.values():
+        assert result.result != "not tried" or re.fullmatch(r"fix \S+ first", result.detail)
 
 
 def test_a_sound_strategy_passes_all_that_applies() -> None:
-    report = check_strategy(Mean())
-    results = {finding.check: finding.result for finding in report.findings}
-    assert report.failures == ()
+    checks = check_strategy(Mean())
+    results = {result.check: result.result for result in checks.results}
+    assert checks.failures == ()
     assert {name for name, result in results.items() if result != "passed"} == {
         "client-code",
         "server-model",
@@ -488,7 +488,7 @@ def test_failures_come_as_one_error_with_all_of_them() -> None:
     assert re.match(
         "Twice fails 2 checks: mask: .*; bytes: .*correct the formula", str(raised.value)
     )
-    assert [finding.check for finding in raised.value.report.failures] == ["mask", "bytes"]
+    assert [result.check for result in raised.value.checks.failures] == ["mask", "bytes"]
 
 
 def test_nothing_is_written_where_one_stands(
@@ -508,10 +508,10 @@ def test_an_experiment_brings_its_own_data_and_models(tmp_path: Path) -> None:
         dataset="digits", train_size=97, public_size=23, test_size=31, student="mlp-4,mlp-6",
         batch_size=8, data_dir=str(tmp_path), device="cpu", teacher="mlp-5",
     )  # fmt: skip
-    report = check_strategy(Mean(), own)
-    mixed = next(finding for finding in report.findings if finding.check == "mixed")
+    checks = check_strategy(Mean(), own)
+    mixed = next(result for result in checks.results if result.check == "mixed")
     assert mixed.result == "not applicable"
-    assert "experiment given" in mixed.detail
+    assert "given experiment" in mixed.detail
 
 
 # --- fedkd check ---------------------------------------------------------------------------------
