@@ -1,8 +1,8 @@
 # Two commands matter: `make demo` and `make test`. Both create .venv and install into it first.
-#   PYTHON=/path/to/python3.11   the interpreter of .venv, 3.11 or newer (found by itself if on PATH)
-#   TORCH_INDEX=URL              another place to take torch from, e.g. the CPU-only builds:
+#   PYTHON=/path/to/python3.11   the interpreter of .venv, 3.11 or newer (found automatically on PATH)
+#   TORCH_INDEX=URL              where to take torch from instead, e.g. the CPU-only builds:
 #                                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   ARGS="-k fedmd"              handed on to the demo or to pytest
+#   ARGS="-k fedmd"              passed on to the demo or to pytest
 #   PIP_CONSTRAINT=.ci/constraints.txt   (pip's own) the locked versions, as CI installs them
 
 VENV := .venv
@@ -19,9 +19,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check \
 help:
 	@echo "make demo    install, then distil centrally and in a federation on the same images"
 	@echo "make test    install, then run the whole test suite"
-	@echo "make test-slow    what takes minutes: a deployment, Ray broken on purpose"
-	@echo "make check   lint, format, types, layers, dependencies: what CI checks beside the tests"
-	@echo "make format  mend what lint and format can mend by themselves"
+	@echo "make test-slow    tests that take minutes: a deployment, Ray broken on purpose"
+	@echo "make check   lint, format, types, layers, dependencies: what CI checks besides the tests"
+	@echo "make format  fix what lint and format can fix automatically"
 	@echo "make lock    write the versions that are in .venv to .ci/constraints.txt, for CI"
 	@echo "make clean   remove .venv and all caches (runs/ and data/ stay)"
 
@@ -47,7 +47,7 @@ format: install
 
 install: $(VENV)/.installed-dev
 
-# What each build of torch names by itself, exactly, stays out of the lock: see its head.
+# Packages that each build of torch pins itself stay out of the lock: see its head.
 lock: | $(VENV)/.installed-dev
 	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/freeze
 	grep '^#' .ci/constraints.txt > $(VENV)/lock
@@ -63,13 +63,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing the tools of development into $(VENV)."
+	@echo "Installing the development tools into $(VENV)."
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
-# pip comes last into a new environment: where it stands, the environment is whole.
+# pip is installed last into a new environment: if it is there, the environment is complete.
 $(BIN)/pip:
-	$(if $(PYTHON),,$(error fedkd needs Python 3.11 or newer: none on PATH; say PYTHON=/path/to/python3.11))
+	$(if $(PYTHON),,$(error fedkd needs Python 3.11 or newer: none on PATH; set PYTHON=/path/to/python3.11))
 	@echo "Creating $(VENV) with $(PYTHON)."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedkd needs Python 3.11 or newer: PYTHON=$(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)

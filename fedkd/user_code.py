@@ -1,4 +1,4 @@
-"""A user's own code: found by ``module:function``, blamed by file and line, fingerprinted."""
+"""Import a user's code by ``module:function``, locate its errors by file and line, fingerprint it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedkd.errors import FedkdError, Setting, nearest, one_line
 
 
 def find_function(import_path: str, key: str) -> Callable[..., Any]:
-    """Import the function that `import_path` (``module:function``) names.
+    """Return the function that `import_path` (``module:function``) names.
 
     Args:
-        import_path: the module is looked for in the working directory as well, where a console script
+        import_path: the module is also looked for in the working directory, which a console script
             does not search by itself.
-        key: what it is the value of, such as ``"dataset"`` or ``"model"``.
+        key: the key of which it is the value, such as ``"dataset"`` or ``"model"``.
 
     Raises:
         FedkdError: the module does not import, or has no such function.
@@ -52,7 +52,7 @@ def find_function(import_path: str, key: str) -> Callable[..., Any]:
 
 
 def import_user_module(name: str) -> ModuleType:
-    """Import a module, looking for it in the working directory as well.
+    """Return an imported module, which is also looked for in the working directory.
 
     Raises:
         Exception: whatever the module raises while it is imported.
@@ -62,16 +62,16 @@ def import_user_module(name: str) -> ModuleType:
 
 
 def add_import_path(folder: Path) -> None:
-    """Have modules looked for in a folder, after all other places: it hides none.
+    """Search a folder for modules, after all other places: it hides none.
 
-    Worker processes look where this process does.
+    Worker processes search where this process does.
     """
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 GENERATED_PREFIX = "strategy_file_"
-"""How modules are called that are read from a file whose own name another module has."""
+"""Begins the name of a module that is read from a file with the same name as another module."""
 
 
 def is_importable(module: str) -> bool:
@@ -80,7 +80,7 @@ def is_importable(module: str) -> bool:
 
 
 LONGEST = 200
-"""Characters of an exception with its place: as many as the reason of a client's failure may have."""
+"""Most characters of an exception with its location, and of the reason of a client's failure."""
 
 _NOT_THE_USERS = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"])
 _LIBRARIES = ("flwr", "numpy", "pydantic", "ray", "torch", "torchvision")
@@ -89,10 +89,10 @@ _LIBRARIES = ("flwr", "numpy", "pydantic", "ray", "torch", "torchvision")
 def user_location(error: BaseException) -> str:
     """Return where in a user's code an exception came from, as `` (file.py, line 12)``.
 
-    The innermost frame that is neither of fedkd nor of an installed package, or else of a package that
-    no library of ours is, such as somebody's installed strategies; nothing if there is none.
+    It is that of the innermost frame that is neither in fedkd nor in an installed package; otherwise of
+    the innermost in a package that fedkd does not use, such as installed strategies; otherwise empty.
     """
-    found, installed = "", ""
+    local, installed = "", ""
     for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename)
         is_installed = "site-packages" in path.parts
@@ -100,29 +100,32 @@ def user_location(error: BaseException) -> str:
             continue
         if frame.filename.startswith(_NOT_THE_USERS) and not is_installed:
             continue
-        said = f" ({path.name}, line {frame.lineno})"
+        location = f" ({path.name}, line {frame.lineno})"
         if not is_installed:
-            found = said
+            local = location
         elif path.parts[path.parts.index("site-packages") + 1] not in (*_LIBRARIES, "fedkd"):
-            installed = said
-    return found or installed
+            installed = location
+    return local or installed
 
 
 def error_with_location(error: BaseException) -> str:
-    """Return an exception in one line, with the user's file and line where it came from any.
+    """Return an exception in one line, with the user's file and line if it came from the user's code.
 
-    `LONGEST` characters at most; what is too long is cut before the place.
+    It has at most `LONGEST` characters: a longer text is cut before the location.
     """
-    where = user_location(error)
-    return one_line(error, LONGEST - len(where)) + where
+    location = user_location(error)
+    return one_line(error, LONGEST - len(location)) + location
 
 
 @contextmanager
 def attributed(where: str) -> Iterator[None]:
-    """Say in whatever the block raises in which of a user's functions that was, and on which line.
+    """Raise any exception of the block with the user's function and line that it came from.
+
+    Args:
+        where: the user's function.
 
     Raises:
-        FedkdError: in one line; ours keep their text.
+        FedkdError: in one line; a `FedkdError` of the block keeps its text.
     """
     try:
         yield
@@ -135,24 +138,23 @@ def attributed(where: str) -> Iterator[None]:
 def fingerprint(modules: Iterable[str]) -> str:
     """Return a hash of the Python sources of fedkd, strategies and `modules`.
 
-    Clients and server must run the same code. Under ``flwr run`` the server app comes out of Flower's
-    archive while Ray workers import from a working directory, so that the two can differ without
-    anybody noticing. A script that is run, and a file with another module's name, are left out: only
-    this process knows them.
+    Clients and server must run the same code. Under ``flwr run`` the server app comes from Flower's
+    archive while Ray workers import from a working directory, so that the two can differ unnoticed. A
+    script that is run, and a file with another module's name, are left out: only this process knows them.
     """
     known = [module for module in modules if is_importable(module)]
     origins = [_origin(module) for module in ("fedkd", "strategies", *known)]
-    # A user's file may be changed and read again while a notebook runs.
+    # A user's file may change and be read again while a notebook runs.
     return _hash(tuple((path, path.stat().st_mtime_ns) for path in origins if path is not None))
 
 
 @lru_cache(maxsize=8)
 def _hash(origins: tuple[tuple[Path, int], ...]) -> str:
-    found = blake2b(digest_size=8)
+    hasher = blake2b(digest_size=8)
     for origin, _ in origins:
         for path in _files(origin):
-            found.update(path.name.encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()
+            hasher.update(path.name.encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()
 
 
 def _origin(module: str) -> Path | None:

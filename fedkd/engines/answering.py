@@ -1,4 +1,4 @@
-"""Answering what clients were sent: decode, execute, encode, which all engines share."""
+"""Decode, execute and answer the messages of clients; shared by all engines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fedkd.user_code import fingerprint
 def handle(
     experiment: Experiment, store: ResidentStates, contents: Sequence[tuple[int, RecordDict]]
 ) -> list[RecordDict | Failure]:
-    """Answer the messages of any number of clients of one federation.
+    """Return the answers to the messages of any number of clients of one federation.
 
     Args:
         experiment: the run.
@@ -37,8 +37,8 @@ def handle(
     Raises:
         FedkdError: an instruction cannot be read, or is another client's.
     """
-    (found,) = handle_together([Delivery(experiment, store, contents)])
-    return found
+    (answers,) = handle_together([Delivery(experiment, store, contents)])
+    return answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Delivery:
 
 
 def handle_together(deliveries: Sequence[Delivery]) -> list[list[RecordDict | Failure]]:
-    """Answer the messages of federations on the same data, those that can share a stack side by side.
+    """Return the answers of clients of federations on the same data; those that can share a stack.
 
     Raises:
         FedkdError: an instruction cannot be read, or is another client's.
@@ -88,8 +88,8 @@ def _instructions(deliveries: Delivery, data: FederatedData) -> list[Instruction
     seen: dict[Any, Knowledge | Packed | None] = {}
     instructions = []
     for client, content in deliveries.contents:
-        held = len(data.shards[client])
-        instruction = decode_instruction(content, data.sizes, num_examples=held, seen=seen)
+        size = len(data.shards[client])
+        instruction = decode_instruction(content, data.sizes, num_examples=size, seen=seen)
         if instruction.client != client:
             raise FedkdError(
                 f"the instruction is for partition {instruction.client}, this node holds {client}"
@@ -99,14 +99,14 @@ def _instructions(deliveries: Delivery, data: FederatedData) -> list[Instruction
 
 
 def reply(message: Message, answer: RecordDict | Failure) -> Message:
-    """Wrap a client's answer as the reply to a message."""
+    """Return a client's answer as the reply to a message."""
     if isinstance(answer, Failure):
         return error_reply(message, answer.reason)
     return Message(answer, reply_to=message)
 
 
 def introduce(experiment: Experiment, client: int) -> Introduction:
-    """Say who a client is."""
+    """Return who a client is: its partition, images and student, and the fingerprint of its code."""
     num_examples = len(federated_data(experiment).shards[client])
     return Introduction(
         client, num_examples, experiment.student_of(client), fingerprint(experiment.client_modules)
@@ -120,8 +120,11 @@ def store_of(experiment: Experiment, resident: int = 0) -> ResidentStates:
 
     Args:
         experiment: the run, named.
-        resident: the most clients whose states stay in memory as well; none where any process may
+        resident: the most clients whose states stay in memory as well; 0 where any process may
             get any client.
+
+    Raises:
+        FedkdError: the experiment has no name.
     """
     if experiment.name is None:
         raise FedkdError(

@@ -1,9 +1,8 @@
 """The Flower client: executes the instructions it receives on a cohort of one.
 
-In a simulation the experiment in a message is this user's own. The node of a deployment believes it in
-what is to be learned and how, and in nothing that is its own affair: which code may run, where its data
-and its clients' states lie, on which device it works and how much noise it wants are for its own
-configuration to say, as in
+In a simulation the experiment in a message comes from the same user. The node of a deployment takes from
+it what to learn and how. The rest it takes from its own configuration: which code may run, where its data
+and its clients' states are, which device it uses and how much noise it requires, as in
 ``flower-supernode --node-config 'partition-id=0 state-dir="/var/lib/fedkd" client-code="my_strategy"'``.
 """
 
@@ -37,79 +36,77 @@ app = ClientApp(mods=[always_reply, ends_in_time])
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Say which partition this node holds, how large it is, and which code it runs."""
-    sent = decode_experiment(message.content)
-    experiment = _localised(sent, context)
+    """Return which partition this node holds, how large it is, and which code it runs."""
+    received = decode_experiment(message.content)
+    experiment = _localised(received, context)
     introduction = introduce(experiment, _partition(context, experiment))
     # The server compares the code that the run names; a node may allow more.
-    introduction = replace(introduction, sources=fingerprint(sent.client_modules))
+    introduction = replace(introduction, sources=fingerprint(received.client_modules))
     return Message(encode_introduction(introduction), reply_to=message)
 
 
 @app.train("fedkd")
 def train(message: Message, context: Context) -> Message:
-    """Execute an instruction and report."""
+    """Return the client report of an executed instruction."""
     keep_freed_memory()
     experiment = _localised(decode_experiment(message.content), context)
     client = _partition(context, experiment)
-    sent = Delivery(
+    delivery = Delivery(
         experiment, store_of(experiment), [(client, message.content)], not _is_simulated()
     )
-    ((answer,),) = handle_together([sent])
+    ((answer,),) = handle_together([delivery])
     if isinstance(answer, RecordDict):
         _check_leaving(answer, context)
     return reply(message, answer)
 
 
 def _localised(experiment: Experiment, context: Context) -> Experiment:
-    """Return the experiment of a message as it holds here.
+    """Return the experiment of a message with the keys that the node of a deployment decides.
 
     Raises:
-        FedkdError: it asks for what the node of a deployment does not do, or that node's own
-            configuration is wrong.
+        FedkdError: it asks for what the node does not do, or the node's configuration is wrong.
     """
     if _is_simulated():
         return experiment
     config = context.node_config
     defaults = Experiment().flat()
-    decided = [kebab(key) for key in Experiment.keys_that("node_decides")]
-    own = {key: config.get(key, defaults[key]) for key in decided}
+    names = [kebab(key) for key in Experiment.keys_that("node_decides")]
+    node_keys = {name: config.get(name, defaults[name]) for name in names}
     # The run's name is made of letters, digits, '.', '_' and '-': its folder lies in this one.
-    own["run-dir"] = _state_dir(config.get("state-dir", AUTO))
-    accepted = Experiment.load(("the message", experiment.flat()), (_NODE, own))
+    node_keys["run-dir"] = _state_dir(config.get("state-dir", AUTO))
+    accepted = Experiment.load(("the message", experiment.flat()), (_NODE, node_keys))
     _check_code(experiment, accepted.client_modules)
     _check_noise(experiment, config.get("dp-noise", 0.0))
     _sends(context)
     return accepted
 
 
-def _check_code(experiment: Experiment, own: Sequence[str]) -> None:
+def _check_code(experiment: Experiment, allowed: Sequence[str]) -> None:
     """Refuse a run that names code outside the modules that this node allows."""
     for key in Experiment.keys_that("names_code"):
         installed = installed_modules() if key == "client_code" else ()
         for module in _modules(experiment, key):
             if not any(
-                module == name or module.startswith(f"{name}.") for name in (*own, *installed)
+                module == name or module.startswith(f"{name}.") for name in (*allowed, *installed)
             ):
                 raise FedkdError(
-                    f"{kebab(key)} of the run names {module}, which this node does not allow; whoever "
-                    f"trusts it starts the node with --node-config 'client-code=\"{module}\"'"
+                    f"{kebab(key)} of the run names {module}, which this node does not allow; to allow "
+                    f"it, start the node with --node-config 'client-code=\"{module}\"'"
                 )
 
 
 def _check_noise(experiment: Experiment, least: object) -> None:
-    """Refuse a run whose soft labels would leave with less noise than this node wants."""
-    own = Experiment.load((_NODE, {"dp-noise": least}))
-    if experiment.dp_noise < own.dp_noise:
+    """Refuse a run whose soft labels would leave with less noise than this node requires."""
+    required = Experiment.load((_NODE, {"dp-noise": least})).dp_noise
+    if experiment.dp_noise < required:
         raise FedkdError(
             Setting("dp-noise", experiment.dp_noise),
-            f" of the run: this node takes part with at least {own.dp_noise:g}, as its "
-            "--node-config says",
+            f" of the run: this node requires at least {required:g} (from its --node-config)",
         )
 
 
 def _check_leaving(answer: RecordDict, context: Context) -> None:
-    """Refuse to send a kind of knowledge that this node keeps to itself, whatever the instruction was."""
+    """Refuse to send a kind of knowledge that this node does not allow, whatever the instruction."""
     if _is_simulated() or "knowledge-kind" not in answer:
         return
     kind = str(answer.config_records["knowledge-kind"]["kind"])

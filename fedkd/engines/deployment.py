@@ -1,4 +1,4 @@
-"""Clients as SuperNodes of a deployment: on other machines, every message in a process of its own."""
+"""Reach clients that are SuperNodes of a deployment, on other machines, and end those that hang."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _CLIENT_PROCESS = "flwr-clientapp"
 
 
 class DeployedGrid(GuardedGrid):
-    """A grid on which whatever becomes of a message is the reply of the node it was for.
+    """A grid that turns every outcome of a message into a reply of the node that it was sent to.
 
     Flower's own reads all replies at once: bytes that it cannot read end the run, and a node that dies
-    while it sends keeps the reader for minutes. And what the SuperLink answers in place of a node that is
-    gone comes from the SuperLink.
+    while it sends blocks the reader for minutes. And when the SuperLink answers in place of a node that
+    is gone, it answers under its own id.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -43,7 +43,7 @@ class DeployedGrid(GuardedGrid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """See `Grid`; every reply is waited for by itself, none beyond the timeout.
+        """Return the replies that arrive within `timeout` seconds; each is waited for separately.
 
         Raises:
             BaseException: the SuperLink itself cannot be reached, or has ended the run.
@@ -53,7 +53,7 @@ class DeployedGrid(GuardedGrid):
         end = float("inf") if timeout is None else time.monotonic() + timeout
         arrived: SimpleQueue[Message | BaseException] = SimpleQueue()
         for message in sent:
-            # Daemons: one that is kept by a node must not keep the process.
+            # Daemons: a thread that a node blocks must not block the process's exit.
             Thread(target=self._wait, args=(message, end, arrived), daemon=True).start()
         replies: list[Message] = []
         while len(replies) < len(sent):
@@ -70,11 +70,11 @@ class DeployedGrid(GuardedGrid):
     def _wait(
         self, message: Message, end: float, arrived: SimpleQueue[Message | BaseException]
     ) -> None:
-        """Ask for the reply to a message until it is there or nobody waits for it."""
+        """Poll for the reply to a message until it arrives or the time is up."""
         while time.monotonic() < end:
             try:
                 reply = self._read(message)
-            except BaseException as error:  # Flower says so when the run was stopped
+            except BaseException as error:  # Flower raises when the run was stopped
                 arrived.put(error)
                 return
             if reply is not None:
@@ -85,14 +85,14 @@ class DeployedGrid(GuardedGrid):
     def _read(self, message: Message) -> Message | None:
         """Return the reply to a message if there is one, whatever is wrong with it."""
         try:
-            found = list(self.pull_messages([message.metadata.message_id]))
+            pulled = list(self.pull_messages([message.metadata.message_id]))
         except Exception as error:
             if _is_of_the_network(error):
                 raise
-            return error_reply(message, f"sends what cannot be read: {one_line(error)}")
-        if not found:
+            return error_reply(message, f"sent an unreadable reply: {one_line(error)}")
+        if not pulled:
             return None
-        (reply,) = found
+        (reply,) = pulled
         if reply.metadata.src_node_id == message.metadata.dst_node_id:
             return reply
         if not reply.has_error():
@@ -101,25 +101,25 @@ class DeployedGrid(GuardedGrid):
 
 
 def _is_of_the_network(error: Exception) -> bool:
-    """Whether it comes from the HTTP client, which is Flower's and not ours."""
+    """Whether an error comes from Flower's HTTP client."""
     return any(kind.__module__.partition(".")[0] == "httpx" for kind in type(error).__mro__)
 
 
 def ends_in_time(
     message: Message, context: Context, call_next: Callable[[Message, Context], Message]
 ) -> Message:
-    """Give up a message when nobody waits for its reply any more: a Flower mod, within `always_reply`.
+    """Return the reply to a message, given up at its deadline: a Flower mod, within `always_reply`.
 
-    A SuperNode gives the next message to nobody before it has a reply to this one, however long that
-    takes: one call that hangs would be the node's last. Here it raises a `TimeoutError` at the message's
-    deadline; a process that does not heed it (hanging in a library, say) is ended, after which Flower
-    takes a minute to notice. Where it hung goes to the node's log.
+    A SuperNode handles no other message before it has a reply to this one, however long that takes: one
+    call that hangs would be the node's last. Here it raises a `TimeoutError` at the message's deadline.
+    A process that does not react (it hangs in a library, say) is ended, which Flower notices after a
+    minute. The node's log shows where it hung.
     """
     if Path(sys.argv[0]).name != _CLIENT_PROCESS:
         return call_next(message, context)
     left = message.metadata.created_at + message.metadata.ttl - time.time()
     left = max(left, _LEAST_S)
-    # Also where the interpreter itself hangs: no thread of Python's is needed.
+    # Works even if the interpreter itself hangs: it needs no Python thread.
     faulthandler.dump_traceback_later(left + _GRACE_S, exit=True, file=_STDERR)
     with _raising(left):
         try:

@@ -1,9 +1,9 @@
 """The in-process engine: all clients of a round side by side on one device.
 
-It receives the very messages that a strategy sends, decodes them, executes them together (clients of
-one architecture and instruction as one stacked cohort), and encodes the replies, so that bytes and
-rounding are those of the wire. With ``num-workers`` the clients are dealt to worker processes that do
-the same; without, no Ray is imported.
+It receives the messages that a strategy sends, decodes them, executes them together (clients of one
+architecture and instruction as one stacked cohort), and encodes the replies, so that bytes and rounding
+are those of the wire. With ``num-workers`` worker processes do the same for their share of the clients;
+without, Ray is not imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(
     folder: RunFolder,
     on_round: Callable[[Row], None],
 ) -> None:
-    """Run a federation in this process, or from it, and write its records to `folder`."""
+    """Run a federation in this process, or in its workers, and write its records to `folder`."""
     with ExitStack() as stack:
         events = Events()
         workers = Workers(experiment, events) if experiment.num_workers else None
@@ -52,22 +52,22 @@ class Clients:
 
     Args:
         experiment: the run.
-        others: answer the messages of some of them; default: in this process, by themselves.
+        handler: answers their messages; by default they are executed in this process.
     """
 
-    def __init__(self, experiment: Experiment, others: Handler | None = None) -> None:
+    def __init__(self, experiment: Experiment, handler: Handler | None = None) -> None:
         self._experiment = experiment
-        here = partial(handle, experiment, store_of(experiment, experiment.clients_per_round))
-        self._handle = others or here
+        in_process = partial(handle, experiment, store_of(experiment, experiment.clients_per_round))
+        self._handle = handler or in_process
 
     def handle(self, messages: Sequence[tuple[int, Message]]) -> list[Message | None]:
-        """Answer all messages of an exchange."""
+        """Return the replies to all messages of an exchange, in order."""
         if messages[0][1].metadata.message_type == HELLO:
             return [self._hello(client, message) for client, message in messages]
         contents = [(client, message.content) for client, message in messages]
-        found = self._handle(contents)
+        answers = self._handle(contents)
         return [
-            reply(message, answer) for (_, message), answer in zip(messages, found, strict=True)
+            reply(message, answer) for (_, message), answer in zip(messages, answers, strict=True)
         ]
 
     def _hello(self, client: int, message: Message) -> Message:

@@ -11,54 +11,54 @@ from types import FrameType
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """A run was interrupted between two rounds; the text says how to go on."""
+    """A run was interrupted between two rounds; the text names the command that resumes it."""
 
 
 class Interrupts:
-    """Whether the user wants the run to end.
+    """Whether the user has asked the run to end.
 
     Attributes:
-        wanted: whether there was a Ctrl-C.
+        requested: whether there was a Ctrl-C.
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.requested = False
 
     def handle(self, _: int, __: FrameType | None) -> None:
-        """Note the first Ctrl-C, and stop at the second."""
-        if self.wanted:
+        """Record the first Ctrl-C; raise at the second."""
+        if self.requested:
             raise KeyboardInterrupt
-        self.wanted = True
+        self.requested = True
         print("fedkd: finishing the round; Ctrl-C again stops at once", file=sys.stderr)
 
 
 @contextmanager
 def between_rounds() -> Iterator[Interrupts]:
-    """Have Ctrl-C only be noted in the block; whoever runs rounds asks after each.
+    """Yield what records a Ctrl-C, which does not raise in the block; callers check it between rounds.
 
-    Signals can be handled in a process's main thread alone: elsewhere Ctrl-C is as it was.
+    Signals can only be handled in a process's main thread: elsewhere Ctrl-C is as it was.
     """
-    found = Interrupts()
+    interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield interrupts
         return
     before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, found.handle)
+    signal.signal(signal.SIGINT, interrupts.handle)
     try:
-        yield found
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def naming_how_to_go_on(
-    command: str, how_far: Callable[[KeyboardInterrupt], str]
+def naming_resume_command(
+    command: str, progress: Callable[[KeyboardInterrupt], str]
 ) -> Iterator[None]:
-    """Say in a Ctrl-C which command of fedkd goes on with what is not done yet.
+    """Raise a Ctrl-C of the block with the command of fedkd that continues the work.
 
     Args:
-        command: that goes on, such as ``run --resume runs/mine``.
-        how_far: says what is done, given what stopped it.
+        command: that continues it, such as ``run --resume runs/mine``.
+        progress: returns what is done, given what stopped it.
 
     Raises:
         InterruptedRun: the block was interrupted.
@@ -66,4 +66,4 @@ def naming_how_to_go_on(
     try:
         yield
     except KeyboardInterrupt as stopped:
-        raise InterruptedRun(f"{how_far(stopped)}; fedkd {command} goes on") from None
+        raise InterruptedRun(f"{progress(stopped)}; to continue: fedkd {command}") from None

@@ -1,4 +1,4 @@
-"""What can be checked before any work, and before anything is written."""
+"""Check an experiment before any work, and before anything is written."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _PATIENCE_S = 5.0
 
 
 def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrategy:
-    """Check everything that can be checked before any work, and return the strategy.
+    """Return the strategy of an experiment, of which everything is checked that can be before any work.
 
     Args:
         experiment: the run.
-        is_new: whether its folder must not be there yet.
+        is_new: whether its folder must not exist yet.
 
     Raises:
-        FedkdError: a key names something that is not there, or keys contradict each other.
+        FedkdError: a key names something that does not exist, or keys contradict each other.
     """
     strategy = strategy_of(experiment)
     if is_new:
@@ -63,7 +63,7 @@ def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrateg
 
 
 def default_name(experiment: Experiment, strategy: DistillationStrategy) -> str:
-    """Make up a run's name."""
+    """Return the name of a run without one: strategy, data set and seed."""
     words = (
         strategy.name().lower(),
         experiment.dataset.replace(":", "."),
@@ -73,14 +73,14 @@ def default_name(experiment: Experiment, strategy: DistillationStrategy) -> str:
 
 
 def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None:
-    """Refuse client code that is not there, and terms that no client would run."""
+    """Refuse client code that does not exist, and terms that no client would run."""
     modules = client_modules(experiment, strategy)
     for module in modules:
         try:
-            found = module == "__main__" or find_spec(module) is not None
+            exists = module == "__main__" or find_spec(module) is not None
         except (ImportError, ValueError):
-            found = False
-        if not found:
+            exists = False
+        if not exists:
             raise FedkdError(
                 Setting("client-code", experiment.client_code), f": no module '{module}'"
             )
@@ -91,8 +91,8 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
                 needs = resolve_term(name, modules).needs
                 if needs == "class-means" and name in phase.public:
                     raise FedkdError(
-                        f"{strategy.name()}: {name} needs class means, which public samples do not have; "
-                        "put it in private"
+                        f"{strategy.name()}: {name} needs class means, which public samples do not "
+                        "have; put it in private"
                     )
         if isinstance(phase, Apply):
             _check_reach(experiment, import_path(phase.procedure))
@@ -100,7 +100,7 @@ def _check_terms(experiment: Experiment, strategy: DistillationStrategy) -> None
 
 
 def _check_numbers(phase: Apply, procedure: Procedure) -> None:
-    """Refuse numbers that a procedure does not take, or lacks."""
+    """Refuse numbers that a procedure does not take, and a lack of those that it needs."""
     try:
         signature(procedure.function).bind(None, **phase.numbers)
     except TypeError as error:
@@ -108,7 +108,7 @@ def _check_numbers(phase: Apply, procedure: Procedure) -> None:
 
 
 def _check_codec(experiment: Experiment, strategy: DistillationStrategy) -> None:
-    """Refuse a codec that this installation has not got."""
+    """Refuse a codec that this installation lacks."""
     wires = strategy.wires(experiment)
     if any(wire.pack == "range" for wire in wires) and find_spec("constriction") is None:
         raise FedkdError(
@@ -123,9 +123,9 @@ def _check_reach(experiment: Experiment, name: str) -> None:
     in_process = experiment.engine == "cohort" and not experiment.num_workers
     if in_process or is_importable(module):
         return
-    why = "stands in the script that is run: move it to a module, a file of its own"
+    why = "is defined in the script being run: move it to a module, a file of its own"
     if module.startswith(GENERATED_PREFIX):
-        why = "stands in a file that is called like another module: rename the file"
+        why = "is defined in a file that has the same name as another module: rename the file"
     raise FedkdError(
         Setting("strategy", experiment.strategy), f": workers cannot import {name}, which {why}"
     )
@@ -140,10 +140,11 @@ def _check_features(
             students = {experiment.student_of(k) for k in range(experiment.architecture_period)}
             widths = {name: means_width(phase, data, name) for name in sorted(students)}
             if len(set(widths.values())) > 1:
-                said = ", ".join(f"{name} has {width}" for name, width in widths.items())
+                listed = ", ".join(f"{name} has {width}" for name, width in widths.items())
                 raise FedkdError(
                     Setting("student", experiment.student),
-                    f": {strategy.name()} averages features, so all students need as many ({said})",
+                    f": {strategy.name()} averages features, so all students need the same number "
+                    f"({listed})",
                 )
 
 
@@ -156,15 +157,15 @@ def _check_server_model(experiment: Experiment, strategy: DistillationStrategy) 
 
 
 def _check_cluster(address: str) -> None:
-    """Refuse an address where nobody listens: Ray would try for minutes."""
+    """Refuse an address at which nothing listens: Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
     except (OSError, OverflowError, ValueError) as error:
         raise FedkdError(
             Setting("ray-address", address),
-            f": nothing answers there ({one_line(error)}); accepted: host:port of a Ray "
-            "cluster that runs, or auto",
+            f": nothing answers there ({one_line(error)}); accepted: host:port of a running Ray "
+            "cluster, or auto",
         ) from error
 
 
@@ -176,14 +177,14 @@ def _check_engine(experiment: Experiment) -> None:
             Setting("precision", experiment.precision),
             ": ",
             Setting("device", device),
-            " has no such arithmetic; accepted there: float32, bfloat16",
+            " does not support it; accepted there: float32, bfloat16",
         )
     if experiment.num_workers and experiment.device.startswith("cuda:"):
         raise FedkdError(
             Setting("device", experiment.device),
             " contradicts ",
             Setting("num-workers", experiment.num_workers),
-            ": Ray deals the GPUs to the workers; set device = 'cuda'",
+            ": Ray assigns GPUs to the workers; set device = 'cuda'",
         )
     if experiment.ray_address is not None:
         _check_cluster(experiment.ray_address)

@@ -1,7 +1,7 @@
-"""Ray as this process uses it: started or joined, watched, and left, each within a deadline.
+"""Start or join Ray, watch it and leave it, each within a deadline.
 
-Ray waits for its head (GCS) without end, or ends the process that waits. Here whatever may wait for it
-does so in a thread of its own, which is abandoned when its time is over.
+Ray waits for its head (GCS) indefinitely, or ends the process that waits. So every call that may wait
+for it runs in a thread of its own, which is abandoned at its deadline.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fedkd.errors import FedkdError, one_line
 from fedkd.federation.flower_internals.backend import quiet, replaced
 
 RAY_TIMEOUT = 120.0
-"""Seconds until Ray must have started, or its cluster been joined."""
+"""Seconds that starting Ray, or joining its cluster, may take."""
 
 LOOK_EVERY = 2.0
-"""Seconds from one question to Ray's head to the next."""
+"""Seconds between two questions to Ray's head."""
 
 PATIENCE = 10.0
-"""Seconds in which it must answer."""
+"""Seconds that an answer may take."""
 
 MISSES = 3
-"""Questions running without an answer after which Ray is taken to be gone."""
+"""Consecutive questions without an answer after which Ray counts as gone."""
 
 LEAVE_TIMEOUT = 20.0
-"""Seconds until Ray must have let go of this process."""
+"""Seconds that shutting Ray down, or leaving its cluster, may take."""
 
 # Without its head Ray would end this very process after a minute. Read when Ray is imported.
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "100000")
@@ -44,13 +44,13 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     """Return what a call returns, or raise what it raises.
 
     Raises:
-        TimeoutError: it has not returned in time. It goes on in a thread that nobody waits for.
+        TimeoutError: it has not returned in time. It continues in a thread that is not waited for.
     """
-    return _begun(call).result(timeout=seconds)
+    return _in_thread(call).result(timeout=seconds)
 
 
-def _begun(call: Callable[[], T], afterwards: Callable[[], object] = lambda: None) -> Future[T]:
-    """Make a call in a thread of its own, which then does something else."""
+def _in_thread(call: Callable[[], T], afterwards: Callable[[], object] = lambda: None) -> Future[T]:
+    """Return the future result of a call in a thread of its own, which then calls `afterwards`."""
     outcome: Future[T] = Future()
 
     def run() -> None:
@@ -82,14 +82,14 @@ class RaySession:
         self._misses = 0
         self._problem = ""
         self._is_abandoned = False
-        self._watch = Thread(target=self._look_again_and_again, daemon=True, name="ray-watch")
+        self._watch = Thread(target=self._look_until_left, daemon=True, name="ray-watch")
 
     def start(self, init: Callable[[], object], what: str, timeout: float) -> None:
         """Start Ray, or join a cluster, and begin to watch it.
 
         Args:
             init: calls `ray.init`.
-            what: what to say has failed, such as "Ray does not start".
+            what: how the error begins, such as "Ray does not start".
             timeout: seconds.
 
         Raises:
@@ -97,7 +97,7 @@ class RaySession:
         """
         try:
             # Linux ends Ray's processes with the thread that started them, so it has to stay.
-            _begun(init, afterwards=self._ended.wait).result(timeout)
+            _in_thread(init, afterwards=self._ended.wait).result(timeout)
         except TimeoutError as error:
             raise FedkdError(f"{what} (no answer in {timeout:g} s)") from error
         except (Exception, SystemExit) as error:  # Ray has many
@@ -106,40 +106,40 @@ class RaySession:
         self.watch()
 
     def watch(self) -> None:
-        """Begin to watch a Ray that has been started, or is about to be."""
+        """Begin to watch a Ray that has started, or is about to."""
         if self._watch.ident is None:
             self._watch.start()
 
     def unwatch(self) -> None:
-        """Watch it no longer."""
+        """Stop watching it."""
         self._left.set()
 
     def check(self) -> None:
-        """Return if Ray is there.
+        """Raise if Ray is gone.
 
         Raises:
-            FedkdError: its head has given no answer for long, or it has no machine left.
+            FedkdError: its head has not answered for long, or it has no machine left.
         """
         if self._problem:
             raise FedkdError(self._problem)
 
     def look(self) -> None:
-        """Ask Ray which machines it has; called now and then by a thread of its own."""
+        """Update `nodes` and `gone` from Ray; a thread calls this every `LOOK_EVERY` seconds."""
         with self._lock:
             if self._problem or self._left.is_set() or not self.ray.is_initialized():
                 return
             try:
-                known = within(PATIENCE, self.ray.nodes)
+                nodes = within(PATIENCE, self.ray.nodes)
             except Exception as error:
                 self._misses += 1
                 if self._misses >= MISSES:
                     self._problem = (
-                        f"Ray went away: its head process has not answered {MISSES} times running "
+                        f"Ray went away: its head process did not answer {MISSES} times in a row "
                         f"({one_line(error)}); finished rounds are in the run folder"
                     )
                 return
             self._misses = 0
-            alive = {node["NodeID"]: node["Resources"] for node in known if node["Alive"]}
+            alive = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
             self.gone |= self.nodes.keys() - alive.keys()
             self.nodes = alive
             if not self.nodes:
@@ -149,17 +149,17 @@ class RaySession:
                 )
 
     def kill(self, actors: Iterable[Any]) -> None:
-        """End worker processes, as far as Ray is there to do it.
+        """End worker processes, if Ray still answers.
 
-        For one that is not up yet Ray asks its head, and waits for the answer.
+        For a process that is not up yet Ray asks its head, and waits for the answer.
         """
         with suppress(TimeoutError, ConnectionError):
             within(PATIENCE, lambda: [self.ray.kill(actor) for actor in actors])
 
     def leave(self, shutdown: Callable[[], object]) -> None:
-        """Shut Ray down, or leave its cluster; what does not end in time is ended or abandoned."""
+        """Shut Ray down, or leave its cluster; what does not end in time is killed or abandoned."""
         self.unwatch()
-        with self._lock:  # nobody asks while it ends
+        with self._lock:  # no question to Ray while it ends
             if self._is_abandoned:
                 return
             try:
@@ -168,12 +168,12 @@ class RaySession:
                 self._abandon()
             self._ended.set()
 
-    def _look_again_and_again(self) -> None:
+    def _look_until_left(self) -> None:
         while not self._left.wait(LOOK_EVERY):
             self.look()
 
     def _abandon(self) -> None:
-        """End the processes of a Ray that was started here, and do not wait for it at exit either."""
+        """End the processes of a Ray that this process started, and do not wait for it at exit."""
         self._is_abandoned = True
         worker = importlib.import_module("ray._private.worker")
         node = worker._global_node
@@ -183,16 +183,16 @@ class RaySession:
 
 
 def local_ray(verbose: bool = False) -> dict[str, Any]:
-    """Return what `ray.init` is told to start Ray on this machine, for this process only."""
+    """Return the arguments of `ray.init` that start Ray on this machine, for this process only."""
     return {
-        "address": "local",  # whatever RAY_ADDRESS says
+        "address": "local",  # even if RAY_ADDRESS is set
         "include_dashboard": False,
         **ray_log(verbose),
     }
 
 
 def ray_log(verbose: bool = False) -> dict[str, Any]:
-    """Return what `ray.init` is told about its log and that of its workers."""
+    """Return the arguments of `ray.init` for its log and that of its workers."""
     return {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
 
 
@@ -200,11 +200,11 @@ def ray_log(verbose: bool = False) -> dict[str, Any]:
 def ray_session(
     threads: int, verbose: bool = False, *, joins: bool = False
 ) -> Iterator[RaySession]:
-    """Yield Ray, to be started or joined; it is left, and the environment as before, afterwards.
+    """Yield Ray, to be started or joined; leave it and restore the environment afterwards.
 
     Args:
-        threads: What the libraries of the worker processes may use.
-        verbose: Let Flower and Ray log.
+        threads: Threads that the libraries of the worker processes may use.
+        verbose: Whether Flower and Ray log.
         joins: Whether a cluster is joined. Otherwise only this machine reaches Ray.
 
     Raises:
@@ -212,13 +212,13 @@ def ray_session(
     """
     # As Flower does: under `uv run` Ray would ship the working folder to every worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    import ray  # before the environment is noted: it sets variables that belong to it
+    import ray  # before the environment is saved: it sets variables that belong to it
 
     if ray.is_initialized():
-        raise FedkdError("Ray already runs in this process: call ray.shutdown() before")
+        raise FedkdError("Ray already runs in this process: call ray.shutdown() first")
     session = RaySession(ray)
-    alone = nullcontext() if joins else _on_loopback()
-    with _environment(_worker_environment(threads)), _silence(verbose), alone:
+    reach = nullcontext() if joins else _on_loopback()
+    with _environment(_worker_environment(threads)), _silence(verbose), reach:
         try:
             yield session
         finally:
@@ -227,11 +227,11 @@ def ray_session(
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have a Ray that starts in the block listen on 127.0.0.1 alone.
+    """Make a Ray that starts in the block listen on 127.0.0.1 only.
 
     Ray executes whatever reaches its ports. On Linux it opens them on all interfaces, and takes
-    ``_node_ip_address="127.0.0.1"`` for the address of the network; on macOS and Windows it does what is
-    asked for here. Its API server, which without a dashboard only reports usage, asks the metadata
+    ``_node_ip_address="127.0.0.1"`` for the address of the network; on macOS and Windows it listens on
+    loopback by itself. Its API server, which without a dashboard only reports usage, asks the metadata
     service of a cloud for the cloud's name even when that is off: it is not started.
     """
     constants = importlib.import_module("ray._private.ray_constants")
@@ -246,7 +246,7 @@ def _on_loopback() -> Iterator[None]:
 def _worker_environment(threads: int) -> dict[str, str]:
     """Return the variables that the workers inherit.
 
-    Ray would choose the number of threads by itself; the server's process keeps its own.
+    Ray would choose the number of threads itself; the server's process keeps its own number.
     """
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -257,7 +257,7 @@ def _worker_environment(threads: int) -> dict[str, str]:
 
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set these variables, and take back every change of the block (Flower sets PYTHONPATH)."""
+    """Set these variables in the block, and undo all its changes (Flower sets PYTHONPATH)."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -270,9 +270,9 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _silence(verbose: bool) -> Iterator[None]:
-    """Silence Flower and Ray, unless they are to talk.
+    """Silence Flower and Ray in the block, unless `verbose`.
 
-    Ray prints the death of a worker on stdout, whatever its own log settings are.
+    Ray prints the death of a worker on stdout, whatever its log settings are.
     """
     if verbose:
         yield

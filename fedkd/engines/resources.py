@@ -1,4 +1,4 @@
-"""Who gets which CPU and GPU: the workers of all machines, and Flower's clients of this one."""
+"""Assign CPUs and GPUs to the workers of all machines, and to Flower's clients on this one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkd.errors import FedkdError, Setting
 
 
 def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> list[int]:
-    """Return the worker of each client: of every group each worker gets its share, give or take one.
+    """Return the worker of each client; the numbers of a group's clients a worker differ by at most one.
 
     A group's clients, the largest shard first, go one by one to the worker that has the fewest of the
     group, and among these the fewest images.
@@ -19,7 +19,7 @@ def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> 
     Args:
         groups: by client, what is run together (its architectures).
         sizes: by client, its private images.
-        num_workers: how many there are.
+        num_workers: number of workers.
     """
     worker_of = [0] * len(groups)
     images = [0] * num_workers
@@ -36,7 +36,7 @@ def placement(groups: Sequence[str], sizes: Sequence[int], num_workers: int) -> 
 
 @dataclass(frozen=True)
 class Share:
-    """What of a machine a worker takes: whole CPUs, as many threads or fewer, part of a GPU."""
+    """What a worker takes of a machine: whole CPUs, as many threads or fewer, part of a GPU."""
 
     cpus: int
     gpus: float
@@ -48,7 +48,7 @@ def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: boo
 
     Args:
         nodes: the ``CPU`` and ``GPU`` of each machine.
-        num_workers: how many shares are wanted.
+        num_workers: number of shares.
         on_gpu: whether each needs a GPU, or a fraction if there are fewer than workers.
 
     Raises:
@@ -62,12 +62,12 @@ def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: boo
     workers_per_gpu = math.ceil(num_workers / gpus) if on_gpu else 0
 
     def places(cpus: int) -> int:
-        found = 0
+        count = 0
         for node in nodes:
             by_cpu = int(node.get("CPU", 0)) // cpus
             by_gpu = int(node.get("GPU", 0)) * workers_per_gpu
-            found += min(by_cpu, by_gpu) if on_gpu else by_cpu
-        return found
+            count += min(by_cpu, by_gpu) if on_gpu else by_cpu
+        return count
 
     most = max((int(node.get("CPU", 0)) for node in nodes), default=0)
     cpus = next((cpus for cpus in range(most, 0, -1) if places(cpus) >= num_workers), 0)
@@ -84,9 +84,12 @@ def share_of(nodes: Sequence[Mapping[str, float]], num_workers: int, on_gpu: boo
 def check_resources(
     num_clients: int, client_cpus: float, client_gpus: float, num_cpus: int | None = None
 ) -> dict[str, int]:
-    """Return the CPUs and GPUs that Ray is told of: at most what the clients can use at once.
+    """Return the CPUs and GPUs to start Ray with: at most what the clients can use at once.
 
-    Flower starts a worker for every share of a CPU, and hangs when there is not a single one.
+    Flower starts a worker for every share of a CPU, and hangs when there is none.
+
+    Raises:
+        FedkdError: this machine has no such share.
     """
     cpus = num_cpus if num_cpus is not None else available_cpus()
     gpus = 0

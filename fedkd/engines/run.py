@@ -1,4 +1,4 @@
-"""Run one experiment on the engine it names, and come back with its records."""
+"""Run or resume experiments on the engine that they name, and return their records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fedkd.engines.interrupts import InterruptedRun, between_rounds, naming_how_to_go_on
+from fedkd.engines.interrupts import InterruptedRun, between_rounds, naming_resume_command
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError, Setting
@@ -35,36 +35,36 @@ def run(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
     """Run a federated experiment.
 
     Args:
-        experiment: what to run. Its folder ``<run-dir>/<name>`` must not exist; without a name one is
-            made up from strategy, data set and seed.
-        callbacks: told of the run as it goes; see `fedkd.records.callbacks`.
+        experiment: what to run. Its folder ``<run-dir>/<name>`` must not exist; without a name it is
+            made of strategy, data set and seed.
+        callbacks: called while the run progresses; see `fedkd.records.callbacks`.
 
     Returns:
         The finished run, read back from its folder.
 
     Raises:
-        FedkdError: something in the experiment is not right; nothing has been written then. Or the
-            federation lost its clients on the way; finished rounds are in the run folder.
+        FedkdError: the experiment is invalid, and nothing has been written; or the federation lost its
+            clients, and finished rounds are in the run folder.
     """
     keep_freed_memory()
     strategy = check(experiment)
-    with Callbacks(callbacks) as told:
+    with Callbacks(callbacks) as hooks:
         folder, named = _prepared(experiment, strategy)
-        return _finished(strategy, named, folder, told)
+        return _finished(strategy, named, folder, hooks)
 
 
 def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
-    """Go on with a run that was cut off, after the last round that it finished.
+    """Resume a run that was cut off, after its last finished round.
 
     Its records, states and result become those of a run that was never cut off: bit for bit on the same
-    machine, but for its seconds. Each resumption is a line of ``resumptions.jsonl``.
+    machine, except for seconds. Each resumption is a line of ``resumptions.jsonl``.
 
     Args:
         path: the run folder.
-        callbacks: told of the rounds that are still to be run, as of those of any run.
+        callbacks: called for the remaining rounds, as in any run.
 
     Returns:
-        The finished run, read back from its folder. A run that is finished already is only read.
+        The finished run, read back from its folder. A run that has already finished is only read.
 
     Raises:
         FedkdError: there is no run of this code, or another process is running it.
@@ -76,25 +76,25 @@ def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
     check_resumable(folder, experiment)
     keep_freed_memory()
     strategy = check(experiment, is_new=False)
-    with Callbacks(callbacks) as told:
-        return _finished(strategy, experiment, folder, told)
+    with Callbacks(callbacks) as hooks:
+        return _finished(strategy, experiment, folder, hooks)
 
 
 def run_or_resume(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
-    """Run an experiment that has a name, or go on with it in its folder; see `is_begun`.
+    """Run an experiment that has a name, or resume it in its folder; see `is_begun`.
 
     Raises:
         FedkdError: see `run`.
     """
     keep_freed_memory()
     strategy = check(experiment, is_new=False)
-    with Callbacks(callbacks) as told:
-        folder, named = _taken_up(experiment, strategy)
-        return _finished(strategy, named, folder, told)
+    with Callbacks(callbacks) as hooks:
+        folder, named = _prepared_or_begun(experiment, strategy)
+        return _finished(strategy, named, folder, hooks)
 
 
 def check_resumable(folder: RunFolder, experiment: Experiment) -> None:
-    """Refuse to go on with a run of other code: the numbers of one run come of one code.
+    """Raise if a run was begun by other code: all numbers of a run come from the same code.
 
     Raises:
         FedkdError: the sources differ from those that the run began with.
@@ -102,22 +102,22 @@ def check_resumable(folder: RunFolder, experiment: Experiment) -> None:
     if folder.sources != fingerprint(experiment.client_modules):
         raise FedkdError(
             f"{folder.path} was begun by other code (fedkd {folder.version}; fedkd, strategies or "
-            "client-code differ): go on with that, or begin a new run"
+            "client-code differ): resume it with that code, or start a new run"
         )
 
 
 def _finished(
-    strategy: DistillationStrategy, experiment: Experiment, folder: RunFolder, told: Callbacks
+    strategy: DistillationStrategy, experiment: Experiment, folder: RunFolder, hooks: Callbacks
 ) -> Run:
-    """Run all rounds that are left of a run."""
-    goes_on = naming_how_to_go_on(f"run --resume {folder.path}", partial(_how_far, folder))
-    with folder.locked(), between_rounds() as interrupts, goes_on:
-        _note_resumption(experiment, folder)
-        told.on_run_start(experiment, folder.path)
+    """Return a run after its remaining rounds."""
+    naming = naming_resume_command(f"run --resume {folder.path}", partial(_progress, folder))
+    with folder.locked(), between_rounds() as interrupts, naming:
+        _record_resumption(experiment, folder)
+        hooks.on_run_start(experiment, folder.path)
 
         def on_round(row: Row) -> None:
-            told.on_round_end(row)
-            if interrupts.wanted and row["round"] < experiment.num_server_rounds:
+            hooks.on_round_end(row)
+            if interrupts.requested and row["round"] < experiment.num_server_rounds:
                 raise InterruptedRun(
                     f"interrupted after round {row['round']} of {experiment.num_server_rounds}"
                 )
@@ -125,19 +125,19 @@ def _finished(
         engine = import_module(_ENGINES[experiment.engine])
         engine.run(strategy, experiment, folder, on_round)
         done = Run.load(folder.path)
-        told.on_run_end(done)
+        hooks.on_run_end(done)
     return done
 
 
-def _how_far(folder: RunFolder, stopped: KeyboardInterrupt) -> str:
-    """Say what is done of a run that was interrupted, between two rounds or at once."""
+def _progress(folder: RunFolder, stopped: KeyboardInterrupt) -> str:
+    """Return what is done of a run that was interrupted, between two rounds or at once."""
     if isinstance(stopped, InterruptedRun):
         return str(stopped)
     return f"stopped at once, {Checkpoint.load(folder.path).round} rounds are done"
 
 
-def _note_resumption(experiment: Experiment, folder: RunFolder) -> None:
-    """Write down after which round, and where, a run goes on that has finished any."""
+def _record_resumption(experiment: Experiment, folder: RunFolder) -> None:
+    """Record after which round, and where, a run resumes; nothing if it has finished none."""
     last = Checkpoint.load(folder.path).round
     if last:
         surroundings = environment(experiment.device, torch.get_num_threads())
@@ -150,20 +150,20 @@ def run_side_by_side(
     *,
     is_new: bool = True,
 ) -> list[Run | Exception]:
-    """Run federations on the same data, their clients in one stack of models.
+    """Run federations on the same data, with their clients in one stack of models.
 
     Args:
-        experiments: of the in-process engine without workers; they differ in the keys of
-            `fedkd.clients.stack.STACKABLE`, the seed (of the same shards) and the name alone.
-        callbacks: told of every round of all of them, as it ends.
-        is_new: whether their folders must not be there yet; else those that have been begun go on.
+        experiments: of the in-process engine without workers; they differ only in the keys of
+            `fedkd.clients.stack.STACKABLE`, the seed (of the same shards) and the name.
+        callbacks: called after every round of each.
+        is_new: whether their folders must not exist yet; otherwise runs that have begun are resumed.
 
     Returns:
         The finished runs, or what ended one early. Their numbers are those of runs alone, within
         floating-point tolerance.
 
     Raises:
-        FedkdError: an experiment is not right, or differs in other keys; nothing has been written.
+        FedkdError: an experiment is invalid, or differs in other keys; nothing has been written.
     """
     if not experiments:
         return []
@@ -172,33 +172,33 @@ def run_side_by_side(
     side_by_side = import_module("fedkd.engines.side_by_side")
     experiments = _with_one_plan(experiments)
     side_by_side.check_alike(experiments)
-    prepare = _prepared if is_new else _taken_up
+    prepare = _prepared if is_new else _prepared_or_begun
     prepared = [
         prepare(each, strategy) for each, strategy in zip(experiments, strategies, strict=True)
     ]
-    with Callbacks(callbacks) as told, between_rounds() as interrupts:
+    with Callbacks(callbacks) as hooks, between_rounds() as interrupts:
 
         def on_round(row: Row) -> None:
-            told.on_round_end(row)
-            if interrupts.wanted:
+            hooks.on_round_end(row)
+            if interrupts.requested:
                 raise InterruptedRun("interrupted between two rounds")
 
-        with_plan = [
+        runs = [
             side_by_side.PreparedRun(strategy, named, folder, on_round)
             for strategy, (folder, named) in zip(strategies, prepared, strict=True)
         ]
-        ended = side_by_side.run_side_by_side(with_plan)
+        errors = side_by_side.run_side_by_side(runs)
     return [
-        error or Run.load(folder.path) for error, (folder, _) in zip(ended, prepared, strict=True)
+        error or Run.load(folder.path) for error, (folder, _) in zip(errors, prepared, strict=True)
     ]
 
 
 def _with_one_plan(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """Choose a plan that was left open once for all, and refuse two runs of one folder."""
+    """Return the experiments with one plan where it was left open; refuse two runs in one folder."""
     names = [(experiment.run_dir, experiment.name) for experiment in experiments if experiment.name]
     if len(set(names)) < len(names):
-        twice = next(name for n, (_, name) in enumerate(names) if names[n] in names[:n])
-        raise FedkdError(Setting("name", twice), ": two runs side by side cannot have one folder")
+        repeated = next(name for n, (_, name) in enumerate(names) if names[n] in names[:n])
+        raise FedkdError(Setting("name", repeated), ": two runs cannot share a folder")
     plan = with_plan(experiments[0]).plan
     return [
         experiment.replace(plan=plan) if experiment.plan == AUTO else experiment
@@ -209,7 +209,7 @@ def _with_one_plan(experiments: Sequence[Experiment]) -> list[Experiment]:
 def _prepared(
     experiment: Experiment, strategy: DistillationStrategy
 ) -> tuple[RunFolder, Experiment]:
-    """Make the run folder, and say in it what is run: all that was left open is decided."""
+    """Return a new run folder, and the experiment written there, with all that was left open decided."""
     folder = RunFolder.create(experiment, default_name(experiment, strategy))
     named = experiment.replace(
         name=folder.path.name,
@@ -222,10 +222,10 @@ def _prepared(
     return folder, named
 
 
-def _taken_up(
+def _prepared_or_begun(
     experiment: Experiment, strategy: DistillationStrategy
 ) -> tuple[RunFolder, Experiment]:
-    """Return the folder in which a run goes on, if it has been begun, or make it."""
+    """Return the folder of a run that has begun, with its experiment, or a new one."""
     if not is_begun(experiment):
         return _prepared(experiment, strategy)
     folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))
@@ -233,18 +233,19 @@ def _taken_up(
 
 
 def is_begun(experiment: Experiment) -> bool:
-    """Whether the folder of a named experiment is there, and holds the same by the same code."""
-    wanted = experiment.replace(
+    """Whether the folder of a named experiment exists, with the same experiment and the same code."""
+    expected = experiment.replace(
         device=_device(experiment), **reproducible_keys(experiment, strategy_of(experiment))
     )
     with suppress(FedkdError):
         folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))
-        return folder.experiment == wanted and folder.sources == fingerprint(wanted.client_modules)
+        if folder.experiment == expected:
+            return folder.sources == fingerprint(expected.client_modules)
     return False
 
 
 def _codec(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
-    """Say how soft labels cross the wire, where there are any."""
+    """Return the codecs of soft labels, upload and download, as a reason; none if none are sent."""
     if strategy.uploads() is not SoftLabels:
         return {}
     up, down = strategy.wires(experiment)
@@ -256,7 +257,7 @@ def _device(experiment: Experiment) -> str:
 
     A Flower client without a share of a GPU sees none, and the server should not differ from it.
     """
-    blind = (
+    sees_no_gpu = (
         experiment.engine == "flower" and experiment.device == "auto" and not experiment.client_gpus
     )
-    return "cpu" if blind else str(resolve_device(experiment.device))
+    return "cpu" if sees_no_gpu else str(resolve_device(experiment.device))

@@ -1,4 +1,4 @@
-"""What a run folder holds before any work: what is run, by which code, where, and why so."""
+"""Write what a run folder holds before any work: the experiment, its code, its machine, the reasons."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def record_beginning(
 
     Args:
         folder: of the run.
-        experiment: as it is to be found there, with all that was left open decided.
-        device: that this process works on.
-        reasons: why something was decided so, by key.
+        experiment: as it is run, with all that was left open decided.
+        device: the device of this process.
+        reasons: why a key has the value that was chosen for it, by key.
     """
     surroundings = environment(device, torch.get_num_threads())
     sources = {"sources": fingerprint(experiment.client_modules)}

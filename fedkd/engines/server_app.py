@@ -1,4 +1,4 @@
-"""The Flower server under ``flwr run .``: the experiment comes from Flower's run config."""
+"""The Flower server under ``flwr run .``, whose experiment comes from Flower's run config."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, on the nodes that Flower has."""
-    given = Experiment.load(("Flower's run config", context.run_config))
-    experiment = given.replace(engine="flower")
+    configured = Experiment.load(("Flower's run config", context.run_config))
+    experiment = configured.replace(engine="flower")
     strategy = check(experiment)
     reasons = plan_reasons(experiment)
     experiment = with_plan(experiment).replace(**reproducible_keys(experiment, strategy))

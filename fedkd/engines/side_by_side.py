@@ -1,9 +1,9 @@
-"""Several federations at once in this process: their clients side by side, in one stack of models.
+"""Run several federations at once in this process, with their clients in one stack of models.
 
-Every federation runs as it would alone, in a thread of its own, but only one thread runs at a time:
-whoever has messages for its clients waits until all others have theirs. The clients of all then train
-in one stack. So that they can, the experiments differ in `STACKABLE` keys and the seed alone (of the
-same shards); a client's numbers are those of a run alone, within floating-point tolerance.
+Every federation runs as it would alone, in a thread of its own, but only one thread runs at a time: a
+federation that has messages for its clients waits until all others have theirs. The clients of all then
+train in one stack. For that the experiments may differ only in `STACKABLE` keys and the seed (of the
+same shards). A client's numbers are those of a run alone, within floating-point tolerance.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class PreparedRun:
 
 
 def run_side_by_side(federations: Sequence[PreparedRun]) -> list[Exception | None]:
-    """Run federations side by side.
+    """Run federations side by side, and return what ended each early.
 
     Returns:
-        What ended each of them early, or `None`; the others have gone on.
+        For each the exception that ended it, or `None`; the others ran to their end.
 
     Raises:
         FedkdError: their clients cannot train side by side.
@@ -62,34 +62,34 @@ def run_side_by_side(federations: Sequence[PreparedRun]) -> list[Exception | Non
         started = [threads.submit(_run, each, meeting, n) for n, each in enumerate(federations)]
         try:
             return [future.result() for future in started]
-        except BaseException:  # Ctrl-C, or somebody's code that exits
+        except BaseException:  # Ctrl-C, or a user's code that exits
             meeting.stop()
             raise
 
 
 def check_alike(experiments: Sequence[Experiment]) -> None:
-    """Refuse experiments whose clients cannot train side by side.
+    """Raise if the clients of these experiments cannot train side by side.
 
     Raises:
-        FedkdError: says in what they may differ, or which engine they need.
+        FedkdError: names the keys in which they may differ, or the engine that they need.
     """
     keys = ", ".join(map(kebab, STACKABLE))
     if len({alike(experiment) for experiment in experiments}) > 1:
-        raise FedkdError(f"side by side run experiments that differ in {keys} and seed alone")
+        raise FedkdError(f"experiments that run side by side may differ only in {keys} and seed")
     if experiments[0].engine != "cohort" or experiments[0].num_workers:
         raise FedkdError(
-            "side by side run federations of engine = 'cohort' with num-workers = 0 alone"
+            "experiments that run side by side need engine = 'cohort' and num-workers = 0"
         )
 
 
 def alike(experiment: Experiment) -> Experiment:
-    """Return what experiments that can run side by side have in common."""
+    """Return the part of an experiment that is equal in all that can run side by side with it."""
     shared = experiment.at_default(*STACKABLE, "seed", "name", "run_dir")
     return shared.replace(partition_seed=experiment.split_seed)
 
 
 def _run(prepared: PreparedRun, meeting: _Meeting, number: int) -> Exception | None:
-    """Run one of the federations; its turn comes when all others wait."""
+    """Run one of the federations and return what ended it early; it runs while all others wait."""
     experiment = prepared.experiment
     with meeting.turn:
         try:
@@ -105,7 +105,7 @@ def _run(prepared: PreparedRun, meeting: _Meeting, number: int) -> Exception | N
 
 
 class _Meeting:
-    """Where federations wait until all have messages for their clients.
+    """Makes federations wait until all have messages for their clients.
 
     Attributes:
         turn: held by the one thread that runs.
@@ -125,34 +125,34 @@ class _Meeting:
         store: ResidentStates,
         contents: Sequence[tuple[int, RecordDict]],
     ) -> list[RecordDict | Failure]:
-        """Wait for all others, and return the answers of a federation's clients."""
+        """Return the answers of a federation's clients, after waiting for all other federations."""
         self._sent[number] = Delivery(experiment, store, contents)
-        self._answer_if_all_are_here()
+        self._answer_if_all_wait()
         self.turn.wait_for(lambda: number in self._answered or self._is_over)
         if self._is_over:
             raise FedkdError("the federations beside this one were stopped")
-        found = self._answered.pop(number)
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        answers = self._answered.pop(number)
+        if isinstance(answers, BaseException):
+            raise answers
+        return answers
 
     def leave(self) -> None:
-        """Be waited for no longer."""
+        """Take the running federation out: the others no longer wait for it."""
         self._present -= 1
-        self._answer_if_all_are_here()
+        self._answer_if_all_wait()
         self.turn.notify_all()
 
     def stop(self) -> None:
-        """Have all federations end as soon as the running one has answers or leaves."""
-        self._is_over = True  # without the turn, which whoever runs holds until then
+        """End all federations as soon as the running one has answers or leaves."""
+        self._is_over = True  # without the turn, which the running thread holds until then
 
-    def _answer_if_all_are_here(self) -> None:
+    def _answer_if_all_wait(self) -> None:
         if self._is_over or not self._sent or len(self._sent) < self._present:
             return
         numbers = sorted(self._sent)  # not in the order in which the threads came
-        sent = [self._sent.pop(number) for number in numbers]
+        deliveries = [self._sent.pop(number) for number in numbers]
         try:
-            self._answered.update(zip(numbers, handle_together(sent), strict=True))
-        except BaseException as error:  # nobody may wait for ever
+            self._answered.update(zip(numbers, handle_together(deliveries), strict=True))
+        except BaseException as error:  # no federation may wait for ever
             self._answered.update(dict.fromkeys(numbers, error))
         self.turn.notify_all()

@@ -83,18 +83,18 @@ def simulate(
     `server` starts when all clients are registered and all workers are up, and gets a grid on which
     a failed client is an error reply (see `flower_internals.replies.failure_reason`): it raised, its
     process died, it returned no message, or it was still at work at the end of the round's timeout.
-    In the last three cases its worker is, if need be, replaced and the others never notice.
-    Ray is started for the run and shut down after it; the environment is as before.
+    In the last three cases its worker is replaced if necessary, and the others are not affected.
+    Ray is started for the run and shut down after it; the environment is restored.
 
     Args:
         start_timeout: Seconds that clients and workers may take to start.
-        verbose: Let Flower and Ray log, and show what the workers print.
-        events: Told of client processes that die or are ended.
+        verbose: Whether Flower and Ray log, and what the workers print is shown.
+        events: Records client processes that die or are ended.
 
     Raises:
         FedkdError: The machine cannot hold a single client, the start took too long, or Ray already
             runs in this process.
-        BaseException: Whatever `server` raised, as it is.
+        BaseException: Whatever `server` raised, unchanged.
     """
     resources = check_resources(num_clients, client_cpus, client_gpus, num_cpus)
     import flwr.simulation  # noqa: F401 - it sets variables that belong to it
@@ -123,14 +123,14 @@ def simulate(
 
 @contextmanager
 def guarded(grid: Grid, events: Events | None = None) -> Iterator[Grid]:
-    """Look after the clients of a simulation that Flower started: `flwr run`.
+    """Yield a grid on which a failed client is an error reply, in a simulation that Flower started.
 
-    For the main function of a ServerApp. In a simulation the grid that this yields treats failed
-    clients as that of `simulate` does; in a deployment it is the given one.
+    For the main function of a ServerApp under `flwr run`. In a simulation the grid treats failed
+    clients as that of `simulate` does; in a deployment it is `grid` itself.
 
     Args:
         grid: Flower's.
-        events: Told of client processes that die or are ended.
+        events: Records client processes that die or are ended.
     """
     if not is_simulated(grid):
         yield grid
@@ -149,7 +149,7 @@ def guarded(grid: Grid, events: Events | None = None) -> Iterator[Grid]:
 
 
 def _without_wrapping(exception: BaseException) -> Exception:
-    """Return an error that says what Flower's "An error was encountered" stands for."""
+    """Return the error behind Flower's "An error was encountered"."""
     while exception.__cause__ is not None and not isinstance(exception, FedkdError):
         exception = exception.__cause__
     if isinstance(exception, FedkdError):
@@ -184,14 +184,14 @@ class _Server:
             self._wait_for_clients(grid)
             self._server(GuardedGrid(grid, self._stopped, self._workers))
         except SimulationStopped:
-            pass  # what stopped it is raised by run_simulation
+            pass  # run_simulation raises what stopped it
         except BaseException as exception:
             self.failure = exception
         finally:
             self._stopped.set()
 
     def end(self) -> None:
-        """Tell the server, if it still runs, that the simulation is over."""
+        """Stop the server, if it still runs: the simulation is over."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(_JOIN_S)
@@ -214,7 +214,7 @@ class _Server:
 
 
 class _Workers:
-    """What has to be asked of Ray about the processes in which clients run.
+    """Watches the Ray processes in which clients run.
 
     Attributes:
         stopped: set when the run is over.

@@ -1,4 +1,4 @@
-"""What runs in a worker process: it gets its data, and answers the messages of its clients."""
+"""What runs in a worker process: it loads its data and answers the messages of its clients."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from fedkd.machine import keep_freed_memory
 from fedkd.user_code import fingerprint
 
 Contents = list[tuple[int, RecordDict]]
-"""What the clients of a worker are sent: each one's partition id and its message."""
+"""What is sent to the clients of a worker: each one's partition id and its message."""
 
 Results = list[RecordDict | Failure]
 """What they answer, in the same order."""
 
 
 class Worker:
-    """What runs in a worker process; Ray makes an actor of it.
+    """Answers messages in a worker process; Ray makes an actor of it.
 
     Args:
-        keys: the experiment's.
+        keys: the experiment, as flat keys.
         sources: fingerprint of the code that the driver runs.
-        paths: where the driver finds modules.
-        threads: that torch may use.
+        paths: folders in which the driver finds modules.
+        threads: number of threads that torch may use.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Worker:
         self._handle: Callable[[Contents], Results] | None = None
 
     def handle(self, contents: Contents, sent: Mapping[str, list[Any]]) -> Results | None:
-        """Answer messages, of which there may be none; get the data before, if need be.
+        """Return the answers to messages, of which there may be none; the first call loads the data.
 
         Returns:
             One answer a message, or ``None`` if this machine lacks data that are not in `sent` yet.
@@ -73,7 +73,7 @@ class Worker:
         return self._handle(contents) if contents else []
 
     def node(self) -> str:
-        """Return the id of the machine that this process is on, to who wants to know that it is up."""
+        """Return the id of the machine that this process is on; an answer shows that it is up."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
@@ -95,7 +95,7 @@ def data_sets(experiment: Experiment) -> dict[str, str]:
 
 
 def _has_data(experiment: Experiment) -> bool:
-    """Whether the data can be had on this machine without downloading any."""
+    """Whether this machine has the data, or can make them without a download."""
     folder = data.data_folder(experiment.data_dir)
     for name in data_sets(experiment).values():
         info = data.DATASETS.get(name)
@@ -103,7 +103,7 @@ def _has_data(experiment: Experiment) -> bool:
             return False
     try:
         federated_data(experiment)
-    except FedkdError:  # if it is not about the data, it is raised again with those that are sent
+    except FedkdError:  # one that is not about the data is raised again once they are sent
         return False
     return True
 
@@ -128,7 +128,7 @@ DELIVERED = _DeliveredData()
 
 
 def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experiment:
-    """Take data sets out of Ray's object store and have the experiment name them."""
+    """Return the experiment with data sets named that come out of Ray's object store."""
     import ray
 
     DELIVERED.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}

@@ -1,9 +1,9 @@
-"""Workers: Ray actors that each hold a fixed part of a cohort's clients, for ``num-workers``.
+"""Run clients in worker processes: Ray actors with a fixed part of the clients each (``num-workers``).
 
 A worker decodes, executes and encodes its clients' messages with the code of the engine in this process
-and keeps their states. Where an actor runs, and which GPU is its own, is Ray's to say. A worker that
-dies is built anew and its messages are sent again: every instruction names the round to start from, and
-states are on disk by round, so that nothing is lost and no number changes.
+and keeps their states. Ray decides where an actor runs, and which GPU it gets. A worker that dies is
+restarted and its messages are sent again: every instruction names the round to start from, and states
+are on disk by round, so that nothing is lost and no number changes.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from fedkd.federation.events import Events
 from fedkd.machine import resolve_device
 from fedkd.user_code import fingerprint
 
-REBUILDS = 2
-"""How often a worker is built anew within one exchange before its clients are given up."""
+RESTARTS = 2
+"""How often a worker is restarted within one exchange before its clients are given up."""
 
 START_TIMEOUT = 120.0
-"""Seconds until all workers must be up and have their data, and one that is built anew be up."""
+"""Seconds that all workers may take to be up with their data, and a restarted one to be up."""
 
 _SLICE_S = 1.0
 _FETCH_S = 60.0
@@ -54,7 +54,7 @@ _FETCH_S = 60.0
 
 @dataclass(frozen=True)
 class _Lost:
-    """A worker that gave no answers, why, and what Ray says."""
+    """Why a worker gave no answers, and Ray's message."""
 
     reason: str
     details: str = ""
@@ -65,7 +65,7 @@ class Workers:
 
     Args:
         experiment: the run.
-        events: told of workers that die, are late or given up, and of machines that go away.
+        events: records workers that die, are late or are given up, and machines that are lost.
     """
 
     def __init__(self, experiment: Experiment, events: Events | None = None) -> None:
@@ -78,7 +78,7 @@ class Workers:
         architectures = [f"{experiment.student_of(k)} {experiment.teacher_of(k)}" for k in clients]
         self._worker_of = placement(architectures, [len(s) for s in shards], self._count)
         self._actors: dict[int, Any] = {}
-        self._absent: dict[int, tuple[Any, float]] = {}  # until up: who tells, and since when
+        self._absent: dict[int, tuple[Any, float]] = {}  # not up yet: call for its node, since when
         self._nodes: set[str] = set()  # ids of the machines that workers were on
         self._is_up = False
         self._sent: dict[str, list[Any]] = {}  # in lists, or Ray would resolve the references
@@ -87,7 +87,7 @@ class Workers:
         """Start all workers.
 
         Raises:
-            FedkdError: they do not start, or run other code; Ray runs in this process already; there
+            FedkdError: they do not start, or run other code; Ray already runs in this process; there
                 is no such cluster, or it is too small.
         """
         with ExitStack() as stack:
@@ -108,10 +108,10 @@ class Workers:
         self._leave.close()
 
     def handle(self, contents: Sequence[tuple[int, RecordDict]]) -> list[RecordDict | Failure]:
-        """Answer messages, each by the worker that holds its client: `answering.handle`.
+        """Return the answers to messages, each by the worker that holds its client: `answering.handle`.
 
         The clients of a worker fail if it has not answered by the round's timeout, when it is ended,
-        or if it dies, is built anew and dies again.
+        or if it dies again after `RESTARTS` restarts.
 
         Raises:
             BaseException: whatever a worker raised that is not one client's failure.
@@ -120,10 +120,10 @@ class Workers:
         for client, content in contents:
             lean = {name: record for name, record in content.items() if name != "experiment"}
             parts.setdefault(self._worker_of[client], []).append((client, RecordDict(lean)))
-        found = self._exchange(parts, self._timeout)
+        outcomes = self._exchange(parts, self._timeout)
         by_client: dict[int, RecordDict | Failure] = {}
         for worker, part in parts.items():
-            outcome = found[worker]
+            outcome = outcomes[worker]
             clients = [client for client, _ in part]
             if isinstance(outcome, _Lost):
                 outcome = [Failure(client, outcome.reason) for client in clients]
@@ -131,11 +131,11 @@ class Workers:
         return [by_client[client] for client, _ in contents]
 
     def _start(self) -> None:
-        """Build all workers and have each load its data."""
-        found = self._exchange({worker: [] for worker in range(self._count)}, START_TIMEOUT)
-        lost = [outcome for outcome in found.values() if isinstance(outcome, _Lost)]
+        """Start all workers and wait until each has its data."""
+        outcomes = self._exchange({worker: [] for worker in range(self._count)}, START_TIMEOUT)
+        lost = [outcome for outcome in outcomes.values() if isinstance(outcome, _Lost)]
         if lost:
-            late = f"not up in {START_TIMEOUT:g} s; perhaps other jobs hold the cluster's CPUs"
+            late = f"not up in {START_TIMEOUT:g} s; other jobs may hold the cluster's CPUs"
             raise FedkdError(
                 Setting("num-workers", self._count),
                 f": {len(lost)} did not start ({lost[0].details or late})",
@@ -144,14 +144,14 @@ class Workers:
     def _exchange(
         self, parts: Mapping[int, Contents], timeout: float
     ) -> dict[int, Results | _Lost]:
-        """Have workers answer their parts of an exchange, all at once.
+        """Return the workers' answers to their parts of an exchange, computed at the same time.
 
         Raises:
-            FedkdError: Ray is gone, or has no room for a worker that was built anew.
+            FedkdError: Ray is gone, or has no room for a worker that is to be restarted.
         """
         end = monotonic() + timeout
         deaths = Counter[int]()
-        found: dict[int, Results | _Lost] = {}
+        outcomes: dict[int, Results | _Lost] = {}
         calls = {self._call(worker, part): worker for worker, part in parts.items()}
         while calls:
             self._look_around()
@@ -159,42 +159,42 @@ class Workers:
             if done is None:
                 if monotonic() < end:
                     continue
-                return found | {worker: self._late(worker, timeout) for worker in calls.values()}
+                return outcomes | {worker: self._late(worker, timeout) for worker in calls.values()}
             worker = calls.pop(done)
-            answered = self._outcome(worker, done, deaths)
-            if answered is not None:
-                found[worker] = answered
+            outcome = self._outcome(worker, done, deaths)
+            if outcome is not None:
+                outcomes[worker] = outcome
                 continue
             calls[self._call(worker, parts[worker])] = worker
         self._look_around()
-        return found
+        return outcomes
 
     def _outcome(self, worker: int, call: Any, deaths: Counter[int]) -> Results | _Lost | None:
-        """Return what came of a call, or `None` if it is to be made again."""
+        """Return the outcome of a call, or `None` if it is to be made again."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         try:
-            answered: Results | None = ray.get(call, timeout=_FETCH_S)
+            results: Results | None = ray.get(call, timeout=_FETCH_S)
         except RayTaskError as error:
             if not isinstance(error.cause, MemoryError):
                 raise error.cause from error  # a mistake of the experiment, or of this code
             return self._dead(worker, deaths, "worker ran out of memory", error)
         except RayError as error:  # died, out of memory, its node gone
             return self._dead(worker, deaths, "worker process died", error)
-        if answered is None:
+        if results is None:
             self._send_data()
-        return answered
+        return results
 
     def _call(self, worker: int, part: Contents) -> Any:
-        """Hand a worker its part of an exchange; what many messages share is shipped once."""
+        """Return a worker's call with its part of an exchange; a worker that is missing is started."""
         if worker not in self._actors:
-            self._actors[worker] = self._built(worker)
+            self._actors[worker] = self._new_actor(worker)
             since = self._absent.get(worker, (None, monotonic()))[1]
             self._absent[worker] = (self._actors[worker].node.remote(), since)
         return self._actors[worker].handle.remote(part, self._sent)
 
-    def _built(self, worker: int) -> Any:
+    def _new_actor(self, worker: int) -> Any:
         options = {"num_cpus": self._share.cpus, "num_gpus": self._share.gpus, "max_restarts": 0}
         paths = [str(Path(path).absolute()) for path in sys.path]
         keys, sources = self._experiment.flat(), fingerprint(self._experiment.client_modules)
@@ -203,34 +203,34 @@ class Workers:
             return within(START_TIMEOUT, lambda: build(keys, sources, paths, self._share.threads))
         except TimeoutError as error:
             raise FedkdError(
-                f"worker {worker}: Ray takes no instruction for it in {START_TIMEOUT:g} s"
+                f"worker {worker}: Ray did not accept it within {START_TIMEOUT:g} s"
             ) from error
 
     def _dead(self, worker: int, deaths: Counter[int], what: str, error: Exception) -> _Lost | None:
-        """Note a death; return what to say of the worker if that was one too many."""
+        """Record a death; return the worker's loss if that was one too many, otherwise `None`."""
         self._end(worker)
         self._absent.pop(worker, None)
         deaths[worker] += 1
         details = one_line(error)
-        if deaths[worker] > REBUILDS:
+        if deaths[worker] > RESTARTS:
             text = f"worker {worker}: {deaths[worker]} deaths in one exchange, given up ({details})"
             self._events.add("worker-given-up", text)
             return _Lost(what, details)
-        text = f"worker {worker} is built anew, its clients start over: {what} ({details})"
+        text = f"worker {worker} is restarted, its clients start over: {what} ({details})"
         self._events.add("worker-died", text)
         return None
 
     def _late(self, worker: int, timeout: float) -> _Lost:
         self._end(worker)
-        text = f"worker {worker} gave no answer in {timeout:g} s: ended, to be built anew"
+        text = f"worker {worker} gave no answer in {timeout:g} s: stopped, will be restarted"
         self._events.add("worker-late", text)
         return _Lost("no reply in time")
 
     def _look_around(self) -> None:
-        """Learn which workers have come up and which machines have gone.
+        """Record which workers have come up and which machines are gone.
 
         Raises:
-            FedkdError: Ray is gone, or a worker has not come up for long.
+            FedkdError: Ray is gone, or a restarted worker is not up within `START_TIMEOUT`.
         """
         import ray
         from ray.exceptions import RayError
@@ -238,13 +238,13 @@ class Workers:
         self._ray.check()
         for worker, (node, since) in list(self._absent.items()):
             if _first_done([node], 0.0) is not None:
-                with suppress(RayError):  # its call says so as well
+                with suppress(RayError):  # its own call fails as well
                     self._nodes.add(ray.get(node, timeout=_FETCH_S))
                     del self._absent[worker]
             elif monotonic() > since + START_TIMEOUT and self._is_up:
                 raise FedkdError(
                     Setting("num-workers", self._count),
-                    f": worker {worker} died and could not be built anew in "
+                    f": worker {worker} died and could not be restarted within "
                     f"{START_TIMEOUT:g} s; Ray has no room for it on "
                     f"{len(self._ray.nodes)} machine{'s' * (len(self._ray.nodes) != 1)}",
                 )
@@ -253,7 +253,7 @@ class Workers:
             self._events.add("node-died", f"the machine of workers, Ray's node {node}, is gone")
 
     def _send_data(self) -> None:
-        """Put the data sets where a worker whose machine lacks them finds them, once."""
+        """Put the data sets into Ray's object store, once, for workers whose machines lack them."""
         import ray
 
         if not self._sent:
@@ -271,7 +271,7 @@ class Workers:
 
 @contextmanager
 def _ray(experiment: Experiment) -> Iterator[tuple[RaySession, Share]]:
-    """Start Ray here, or join the cluster of ``ray-address``; yield it and a worker's share."""
+    """Yield Ray, started here or joined at ``ray-address``, and a worker's share."""
     workers = experiment.num_workers
     on_gpu = resolve_device(experiment.device).type == "cuda"
     if experiment.ray_address is None:
@@ -295,7 +295,7 @@ def _ray(experiment: Experiment) -> Iterator[tuple[RaySession, Share]]:
 
 
 def _first_done(calls: list[Any], timeout: float) -> Any | None:
-    """Return one of these calls that is done, if any is in time."""
+    """Return one of these calls that is done within `timeout` seconds, or `None`."""
     import ray
 
     try:

@@ -436,7 +436,7 @@ def test_a_pipe_gets_no_control_codes_and_ctrl_c_is_one_line() -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert re.fullmatch(
-        r"fedkd: interrupted after round \d+ of 5000; fedkd run --resume runs/long goes on",
+        r"fedkd: interrupted after round \d+ of 5000; to continue: fedkd run --resume runs/long",
         err.splitlines()[-1],
     )
     assert "Traceback" not in err

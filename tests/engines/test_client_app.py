@@ -215,7 +215,7 @@ def test_whatever_a_node_does_is_its_own_reply() -> None:
     assert "b" in replies[3].content.array_records["a"]
     reasons = {node: failure_reason(replies[node]) for node in (1, 2, 4)}
     assert reasons == {
-        1: "sends what cannot be read: ValueError: no message at all",
+        1: "sent an unreadable reply: ValueError: no message at all",
         2: "node is gone",
         4: "replies as another node",
     }

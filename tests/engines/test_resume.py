@@ -208,7 +208,8 @@ def test_ctrl_c_finishes_the_round_and_names_how_to_go_on(tmp_path: Path) -> Non
     assert process.returncode == 130
     last = said.splitlines()[-1]
     match = re.fullmatch(
-        r"fedkd: interrupted after round (\d+) of 100000; fedkd run --resume runs/it goes on", last
+        r"fedkd: interrupted after round (\d+) of 100000; to continue: fedkd run --resume runs/it",
+        last,
     )
     assert match
     rows = read_lines(tmp_path / "runs/it/rounds.jsonl")
@@ -241,7 +242,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.splitlines()[-1] == (
-        "fedkd: stopped at once, 0 rounds are done; fedkd run --resume runs/slow goes on"
+        "fedkd: stopped at once, 0 rounds are done; to continue: fedkd run --resume runs/slow"
     )
 
 
@@ -262,7 +263,9 @@ def cut(folder: Path, rounds: int = 2) -> Path:
             raise KeyboardInterrupt
 
     experiment = tiny(name="it", run_dir=str(folder), num_server_rounds=3)
-    with pytest.raises(KeyboardInterrupt, match=f"{rounds} rounds are done; fedkd run --resume"):
+    with pytest.raises(
+        KeyboardInterrupt, match=f"{rounds} rounds are done; to continue: fedkd run --resume"
+    ):
         fedkd.run(experiment, [EachRound(stop)])
     return folder / "it"
 
@@ -448,7 +451,9 @@ def test_a_comparison_that_is_interrupted_goes_on(tmp_path: Path) -> None:
         if share > 0.8 and seen.count(what) == 3:  # its second round is done
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match=f"fedkd compare --resume {tmp_path}/both goes on"):
+    with pytest.raises(
+        KeyboardInterrupt, match=f"to continue: fedkd compare --resume {tmp_path}/both"
+    ):
         fedkd.compare(experiment, methods, seeds, progress=stop)
     assert Checkpoint.load(tmp_path / "both-dsfl-seed3").round == 2
     with pytest.raises(FedkdError, match="is unfinished: fedkd compare --resume"):

@@ -367,7 +367,7 @@ def test_one_of_two_workers_killed_in_mid_round_on_a_machine_without_the_data(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The data are sent, the worker is built anew, and not a bit of the run is another."""
+    """The data are sent, the worker is restarted, and not a bit of the run is another."""
     split = torch.Generator().manual_seed(3)
     sizes = {"train": 151, "test": 61}
     images = {
@@ -395,7 +395,7 @@ def test_one_of_two_workers_killed_in_mid_round_on_a_machine_without_the_data(
     assert_same(there, here)
     assert [row["events"] for row in there.run.rounds] == [{"worker-died": 1}, {}]
     (event,) = [record.message.partition(": ")[0] for record in caplog.records]
-    assert re.fullmatch("worker [01] is built anew, its clients start over", event)
+    assert re.fullmatch("worker [01] is restarted, its clients start over", event)
 
 
 def reported(answer: RecordDict) -> int:
@@ -415,7 +415,7 @@ def test_what_a_worker_does_costs_its_clients_at_most_a_round(
         name="accidents",
         run_dir=str(tmp_path),
     )
-    monkeypatch.setattr(workers, "REBUILDS", 1)
+    monkeypatch.setattr(workers, "RESTARTS", 1)
 
     def outcomes(clients: list[int]) -> dict[int, str | int]:
         found = crew.handle(contents_for(experiment, clients, [Revisit()]))

@@ -133,7 +133,7 @@ def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert f"InterruptedRun: interrupted; fedkd compare --resume {runs}/" in said
+    assert f"InterruptedRun: interrupted; to continue: fedkd compare --resume {runs}/" in said
     assert process.returncode not in (None, 0)
     assert len(found) == 2
     assert not any(map(is_there, found))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedkd.engines.interrupts import naming_how_to_go_on
+from fedkd.engines.interrupts import naming_resume_command
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.studies.arguments import Progress, seeds_of, silent
@@ -74,7 +74,7 @@ def compare(
     share = _share(target)
     ComparisonRecord.check(experiment)
     record = ComparisonRecord(experiment, names, seeds, chosen, share).written()  # for `resume`
-    with naming_how_to_go_on(f"compare --resume {record.path}", lambda _: "interrupted"):
+    with naming_resume_command(f"compare --resume {record.path}", lambda _: "interrupted"):
         done = _made(record, jobs, progress)
     return Comparison.from_record(done.written())
 
