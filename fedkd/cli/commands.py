@@ -1,7 +1,7 @@
 """The command line: the same keys as everywhere else, checked in the same place.
 
 Results go to stdout, progress and errors to stderr. PyTorch is imported by the commands that need it, not
-here. What they take is in `fedkd.cli.options`.
+here. Their options are in `fedkd.cli.options`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedkd.errors import FedkdError, printable
 app = App(
     name="fedkd",
     help="Simulate federated distillation on Flower: students, teachers and soft labels.\n\n"
-    "`fedkd COMMAND --help` lists what a command takes, with ranges and defaults.",
+    "`fedkd COMMAND --help` lists a command's options, with ranges and defaults.",
     version=__version__,
     help_format="plaintext",
     default_parameter=Parameter(show_default=False),
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: with 2 for a mistake that the user can mend and with 130 for Ctrl-C, each after one
-            line on stderr. Any other exception is ours and comes with its traceback.
+        SystemExit: with 2 for an error the user can fix and with 130 for Ctrl-C, each after one line on
+            stderr. Any other exception is a bug in fedkd and comes with its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

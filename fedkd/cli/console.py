@@ -1,6 +1,6 @@
-"""How it is printed: facts one a line, tables, and the steps of what takes long.
+"""Prints facts, tables and progress.
 
-Facts are values by name. Only `write` and `ProgressDisplay` print.
+Facts are values by name, printed one per line. Only `write` and `ProgressDisplay` print.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ def write(what: RenderableType | Mapping[str, object]) -> None:
 
 
 class _Console(Console):
-    """Shows texts of others as they are: what a terminal would obey in them is replaced."""
+    """Shows text from outside safely: control characters in it are replaced."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Render as the console does; its own colours and movements stay."""
+        """Yield the segments of the console, with its own colours and movements unchanged."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(printable(part.text), part.style)
 
 
 class ProgressDisplay:
-    """How far the work is, on stderr: a bar on a terminal, elsewhere a line for each new text.
+    """Progress on stderr: a bar on a terminal, elsewhere a line for each new text.
 
-    The plan goes to stdout before the first step. By then everything has been checked: an error comes
-    alone.
+    The preview goes to stdout before the first step. By then everything has been checked, so that an
+    error is printed alone.
     """
 
-    def __init__(self, *, shown: bool, plan: Callable[[], Mapping[str, object]] | None) -> None:
+    def __init__(self, *, shown: bool, preview: Callable[[], Mapping[str, object]] | None) -> None:
         console = _Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -63,7 +63,7 @@ class ProgressDisplay:
             disable=not (shown and console.is_terminal),
         )
         self._in_lines = shown and not console.is_terminal
-        self._plan = plan
+        self._preview = preview
         self._task: TaskID | None = None
         self._text = ""
 
@@ -74,10 +74,10 @@ class ProgressDisplay:
         self._bar.stop()
 
     def show(self, text: str, share: float) -> None:
-        """Say what is going on, and how much of it is done, 0..1."""
+        """Show a description of the current work and the share that is done, 0..1."""
         if self._task is None:
-            if self._plan is not None:
-                write(self._plan())
+            if self._preview is not None:
+                write(self._preview())
                 write("")
             self._task = self._bar.add_task("", total=1.0)
             self._bar.start()
@@ -88,7 +88,7 @@ class ProgressDisplay:
 
 
 def table_of(first: str, *others: str, right: bool = True) -> Table:
-    """Return a table without rows, its columns after the first to the right unless asked otherwise."""
+    """Return a table without rows, its columns after the first aligned to the right by default."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column(first)
     for name in others:

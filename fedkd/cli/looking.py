@@ -1,4 +1,4 @@
-"""The commands that work on finished runs, or say what there is."""
+"""The commands that work on finished runs, or list strategies and data sets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def report(
         Parameter(
             group=WORK,
             metavar="FOLDER",
-            help="write every figure as SVG and PNG there too, and the tables as Markdown and LaTeX",
+            help="folder for every figure as SVG and PNG, and the tables as Markdown and LaTeX",
         ),
     ] = None,
     output: AnyOutput = TEXT,
@@ -43,9 +43,9 @@ def report(
     from fedkd.reports.page.collect import find
     from fedkd.reports.report import write
 
-    found = find(folders)
-    path = write(found, file, figures)
-    for line in found.skipped:
+    sources = find(folders)
+    path = write(sources, file, figures)
+    for line in sources.skipped:
         print(printable(line), file=sys.stderr)
     facts = {"report": str(path), **({"figures": figures} if figures is not None else {})}
     output.result(facts, [str(path)], [facts])
@@ -77,12 +77,12 @@ def export(
         Parameter(
             group=WORK,
             metavar="K",
-            help="of a federated run, whose [default the first that took part in the closing exchange]",
+            help="client of a federated run [default the first that took part in the closing exchange]",
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        Parameter(group=WORK, metavar="S", help="of a central run, which [default the first]"),
+        Parameter(group=WORK, metavar="S", help="seed of a central run [default the first]"),
     ] = None,
     file: Annotated[
         str | None,
@@ -90,7 +90,7 @@ def export(
             name="--output",
             group=WORK,
             metavar="FILE",
-            help="where to [default RUN/exports/MODEL-OWNER with the form's ending]",
+            help="the file [default RUN/exports/MODEL-OWNER with the form's ending]",
         ),
     ] = None,
     output: AnyOutput = TEXT,
@@ -104,7 +104,7 @@ def export(
 
 
 def strategies(*, output: AnyOutput = TEXT) -> None:
-    """List the strategies with what they declare."""
+    """List the strategies with their properties."""
     from fedkd import registry
     from fedkd.cli import results
 
@@ -149,32 +149,33 @@ def check(
     ] = "none",
     engines: Annotated[
         bool,
-        Parameter(group=WORK, negative="", help="compare both engines as well, which starts Ray"),
+        Parameter(group=WORK, negative="", help="also compare both engines, which starts Ray"),
     ] = False,
     output: AnyOutput = TEXT,
 ) -> None:
-    """Check what is true of every strategy, and say what to change in this one."""
+    """Check a strategy against what all strategies must satisfy, and show what to change."""
     from fedkd import registry, testing
     from fedkd.cli import preview, results
 
-    found = registry.find(strategy, strategy_config)
-    findings = []
-    with output.progress(lambda: preview.check_plan(found)) as steps:
+    instance = registry.find(strategy, strategy_config)
+    outcomes = []
+    with output.progress(lambda: preview.check_preview(instance)) as steps:
         steps.show("starting", 0)
-        for finding in testing.examine(found, engines=engines):
-            findings.append(finding)
-            steps.show(f"{finding.check}: {finding.result}", len(findings) / len(testing.CHECKS))
-    report = testing.CheckResults(found.name(), tuple(findings))
-    brief = [f"{found.name()}: {results.check_line(report)}", *map(str, report.failures)]
+        for outcome in testing.examine(instance, engines=engines):
+            outcomes.append(outcome)
+            steps.show(f"{outcome.check}: {outcome.result}", len(outcomes) / len(testing.CHECKS))
+    checked = testing.CheckResults(instance.name(), tuple(outcomes))
+    brief = [f"{instance.name()}: {results.check_line(checked)}", *map(str, checked.failures)]
     output.result(
-        report.as_json(), brief, [results.findings_table(report), results.check_line(report)]
+        checked.as_json(), brief, [results.checks_table(checked), results.check_line(checked)]
     )
-    if report.failures:
-        raise FedkdError(f"{found.name()} fails {', '.join(f.check for f in report.failures)}")
+    if checked.failures:
+        failed = ", ".join(failure.check for failure in checked.failures)
+        raise FedkdError(f"{instance.name()} fails {failed}")
 
 
 def data(
-    name: Annotated[str | None, Parameter(help="load this one, downloading it if needed")] = None,
+    name: Annotated[str | None, Parameter(help="data set to load, downloaded if needed")] = None,
     /,
     *,
     data_dir: Annotated[

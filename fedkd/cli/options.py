@@ -1,7 +1,7 @@
-"""What every command of the command line takes: where the experiment comes from, and what is printed.
+"""Options shared by all commands: where the experiment comes from, and what is printed.
 
-Flags are derived from `Experiment`, taken as text and validated by it alone, together with a preset
-and a file, so that an error is worded once and names the flag or file behind each value.
+Flags are derived from `Experiment` and taken as text. `Experiment` alone validates them, together with a
+preset and a file, so that an error is worded once and names the flag or file behind each value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedkd.cli.console import ProgressDisplay
 
 Source = tuple[str, Mapping[str, object]]
-"""Where keys came from, and the keys."""
+"""Where keys come from, and the keys."""
 
 WORK = Group("What to run", sort_key=0)
 _START = Group(
@@ -61,35 +61,35 @@ Resume = Annotated[
         name="--resume",
         group=WORK,
         metavar="FOLDER",
-        help="go on in this folder with what was cut off, instead of anything new",
+        help="resume what was interrupted in this folder, instead of starting a new run",
     ),
 ]
 
 
 def begun_run(folder: str) -> Experiment:
-    """Return the experiment of a folder in which a run or sweep has begun."""
+    """Return the experiment of the folder of a run or sweep that has begun."""
     from fedkd.records.folder import RunFolder
 
     return RunFolder.existing(folder).relocated_experiment()
 
 
 def refuse_beside(resumed: str | None, **options: object) -> None:
-    """Refuse options beside ``--resume``, which goes on with what was asked for in the beginning.
+    """Raise an error for options given with ``--resume``, which uses the original ones.
 
     Raises:
-        FedkdError: one of them is not `None`; the text names it.
+        FedkdError: one of them is not `None`; the message names it.
     """
-    given = [name for name, value in options.items() if value is not None]
-    if resumed is not None and given:
-        named = ", ".join(name if name.startswith("-") else f"--{kebab(name)}" for name in given)
+    names = [name for name, value in options.items() if value is not None]
+    if resumed is not None and names:
+        flags = ", ".join(name if name.startswith("-") else f"--{kebab(name)}" for name in names)
         raise FedkdError(
-            f"--resume {resumed} goes on with what was begun there, which {named} cannot change"
+            f"--resume {resumed} uses the options that the run was started with; remove {flags}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """Where an experiment comes from; the flags themselves are added below."""
+    """Where an experiment comes from; a flag for each key is added below."""
 
     preset: Annotated[
         str | None,
@@ -105,30 +105,32 @@ class _Start:
     ] = None
     smoke: Annotated[
         bool,
-        Parameter(group=_START, negative="", help="shrink all sizes: seconds, on the same data"),
+        Parameter(
+            group=_START, negative="", help="shrink all sizes, to take seconds on the same data"
+        ),
     ] = False
 
     def sources(self) -> list[Source]:
         """Return the preset, the file and each flag with its keys; later ones win."""
-        found: list[Source] = []
+        sources: list[Source] = []
         if self.preset is not None:
             keys = preset(self.preset).model_dump(exclude_unset=True)
-            found.append((f"--preset {self.preset}", keys))
+            sources.append((f"--preset {self.preset}", keys))
         if self.config is not None:
-            found.append(read_toml(self.config))
+            sources.append(read_toml(self.config))
         for name in Experiment.model_fields:
             if (text := getattr(self, name)) is not None:
-                found.append((f"--{kebab(name)}", {name: text}))
-        return found
+                sources.append((f"--{kebab(name)}", {name: text}))
+        return sources
 
     @contextmanager
     def experiment(
         self, resumed: str | None = None, begun: Callable[[str], Experiment] = begun_run
     ) -> Iterator[Experiment]:
-        """Validate the experiment for the block; errors in it name the source of each value.
+        """Yield the validated experiment; errors in the block name the source of each value.
 
         Args:
-            resumed: a folder, in which something goes on, whose experiment it is then.
+            resumed: a folder to resume in, whose experiment is yielded.
             begun: returns the experiment of such a folder.
         """
         sources = self.sources()
@@ -145,7 +147,7 @@ class _Start:
 
 
 def _flags() -> Iterator[tuple[str, object, Any]]:
-    """Turn each key into a flag that takes text: `Experiment` alone says what is right."""
+    """Yield each key as a flag that takes text: `Experiment` alone validates it."""
     section = _SECTIONS["dataset"]
     for name, key in Experiment.model_fields.items():
         section = _SECTIONS.get(name, section)
@@ -171,20 +173,21 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What is printed."""
+    """Options of what is printed."""
 
     json: Annotated[
         bool, Parameter(group=OUTPUT, negative="", help="the result as JSON, no text on stdout")
     ] = False
     quiet: Annotated[
-        bool, Parameter(group=OUTPUT, negative="", help="the result in a line, no progress")
+        bool, Parameter(group=OUTPUT, negative="", help="the result in one line, no progress")
     ] = False
 
-    def progress(self, plan: Callable[[], Mapping[str, str]]) -> ProgressDisplay:
-        """Return a display of progress, which begins with the plan."""
+    def progress(self, preview: Callable[[], Mapping[str, str]]) -> ProgressDisplay:
+        """Return a display of progress, which begins with the preview."""
         from fedkd.cli.console import ProgressDisplay
 
-        return ProgressDisplay(shown=not self.quiet, plan=None if self.json or self.quiet else plan)
+        is_brief = self.json or self.quiet
+        return ProgressDisplay(shown=not self.quiet, preview=None if is_brief else preview)
 
     def result(
         self,
@@ -192,7 +195,7 @@ class Output:
         brief: Iterable[str],
         full: Iterable[RenderableType | Mapping[str, object]],
     ) -> None:
-        """Print the result in the form asked for."""
+        """Print the result in the chosen form."""
         from fedkd.cli.console import write
 
         if self.json:
@@ -213,7 +216,7 @@ TEXT = Output()
 
 
 def _origins(sources: Sequence[Source]) -> dict[str, tuple[object, str]]:
-    """Return the value that each key was given and where it came from; later sources win."""
+    """Return the value of each key and where it comes from; later sources win."""
     origins: dict[str, tuple[object, str]] = {
         kebab(name): (key.default, "the default") for name, key in Experiment.model_fields.items()
     }
@@ -223,30 +226,30 @@ def _origins(sources: Sequence[Source]) -> dict[str, tuple[object, str]]:
 
 
 def chosen_seeds(text: str | None, experiment: Experiment) -> list[int]:
-    """Read a comma list of seeds, each checked as the key ``seed`` is, which is the default."""
+    """Return the seeds in a text, separated by commas and checked as ``seed``, which is the default."""
     if text is None:
         return [experiment.seed]
     seeds = [Experiment.load(("--seeds", {"seed": part.strip()})).seed for part in text.split(",")]
     if len(set(seeds)) < len(seeds):
-        raise FedkdError(f"seeds = '{text}' (from --seeds): each must be named once")
+        raise FedkdError(f"seeds = '{text}' (from --seeds): give each seed once")
     return seeds
 
 
 def chosen_accuracy(text: str | None) -> float | None:
-    """Read an accuracy, as a fraction or in percent."""
+    """Return the accuracy in a text, a fraction or in percent, as a fraction."""
     if text is None:
         return None
     try:
         return float(text.rstrip("% ")) / (100 if "%" in text else 1)
     except ValueError:
         raise FedkdError(
-            f"target = '{text}' (from --target): must be such as 0.85 or 85%"
+            f"target = '{text}' (from --target): must be an accuracy such as 0.85 or 85%"
         ) from None
 
 
 def chosen_count(text: str | None) -> int:
-    """Read how many runs are made at once."""
+    """Return how many runs are made at once."""
     try:
         return 1 if text is None else int(text)
     except ValueError:
-        raise FedkdError(f"jobs = '{text}' (from --jobs): must be whole number ≥ 1") from None
+        raise FedkdError(f"jobs = '{text}' (from --jobs): must be a whole number ≥ 1") from None

@@ -9,9 +9,9 @@ from fedkd.experiment import Experiment
 
 
 def mnist_mlp() -> Experiment:
-    """Return the mission's own recipe: a large regularised MLP teaches one of 20 units a layer.
+    """Return the default recipe: a large regularised MLP teaches one of 20 units per layer.
 
-    Its text: MNIST normalised by 0.1307 / 0.3081, batches of 64, Adam at its defaults, 10 epochs
+    MNIST normalised by 0.1307 / 0.3081, batches of 64, Adam at its defaults, 10 epochs
     each, τ = 5, α = 0.7. The recipe is not tuned.
     """
     return Experiment(
@@ -68,10 +68,10 @@ def preset(name: str) -> Experiment:
     """Return a preset by name.
 
     Raises:
-        FedkdError: there is none of that name.
+        FedkdError: no preset has that name.
     """
     if name not in PRESETS:
         raise FedkdError(
-            f"preset = '{name}': no such preset{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}"
+            f"preset = '{name}': no such preset{nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
         )
     return PRESETS[name]()

@@ -1,4 +1,4 @@
-"""What is about to happen, as facts: the plan of a run, a baseline, a comparison or a sweep."""
+"""Previews of runs, baselines, comparisons, sweeps and checks, as facts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedkd.training.models import num_parameters
 from fedkd.training.tuning import choose_plans
 
 
-def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
-    """Say what a federation is about to do."""
+def run_preview(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
+    """Return what a federation is about to do."""
     settings = ", ".join(f"{kebab(key)}={value}" for key, value in strategy.settings().items())
     return {
-        **compare_plan(experiment),
+        **compare_preview(experiment),
         **_whose_accuracy(experiment, strategy),
         "strategy": f"{strategy.name()}{f' ({settings})' if settings else ''}, "
         f"{experiment.num_server_rounds} rounds",
@@ -29,17 +29,17 @@ def run_plan(experiment: Experiment, strategy: DistillationStrategy) -> dict[str
 
 
 def _whose_accuracy(experiment: Experiment, strategy: DistillationStrategy) -> dict[str, str]:
-    """Say what a local teacher does, as accuracies after revisit are then its own."""
+    """Return what a local teacher does; accuracies after revisit are then the teacher's."""
     if experiment.teacher == "none":
         return {}
     fits = [phase for phase in strategy.phases(2) if isinstance(phase, Fit)]
     if not any(phase.model == "teacher" for phase in fits):
         return {"teacher": f"not used by {strategy.name()}"}
-    return {"teacher": "revisits the private data: accuracies after revisit are its own"}
+    return {"teacher": "revisits the private data: accuracies after revisit are the teacher's"}
 
 
-def compare_plan(experiment: Experiment) -> dict[str, str]:
-    """Say what is the same for all methods of a comparison."""
+def compare_preview(experiment: Experiment) -> dict[str, str]:
+    """Return what is the same for all methods of a comparison."""
     data = federated_data(experiment)
     sizes = [len(shard) for shard in data.shards]
     drawn = experiment.clients_per_round
@@ -59,8 +59,8 @@ def compare_plan(experiment: Experiment) -> dict[str, str]:
     }
 
 
-def central_plan(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]:
-    """Say what the central baseline is about to do."""
+def central_preview(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]:
+    """Return what the central baseline is about to do."""
     data = federated_data(experiment)
     return {
         "data": _images(experiment, len(data.pooled), len(data.test)),
@@ -74,12 +74,12 @@ def central_plan(experiment: Experiment, seeds: Sequence[int]) -> dict[str, str]
     }
 
 
-def sweep_plan(
+def sweep_preview(
     experiment: Experiment, what: str, seeds: Sequence[int], folds: int, of: str
 ) -> dict[str, str]:
-    """Say what a sweep is about to do."""
+    """Return what a sweep is about to do."""
     held_out = experiment.replace(fold=f"1/{folds}")
-    shared = central_plan(held_out, seeds) if of == "central" else compare_plan(held_out)
+    shared = central_preview(held_out, seeds) if of == "central" else compare_preview(held_out)
     strategy = {} if of == "central" else {"strategy": experiment.strategy}
     return {
         **{name: text for name, text in shared.items() if name != "seeds"},
@@ -88,8 +88,8 @@ def sweep_plan(
     }
 
 
-def check_plan(strategy: DistillationStrategy) -> dict[str, str]:
-    """Say what is about to be checked."""
+def check_preview(strategy: DistillationStrategy) -> dict[str, str]:
+    """Return what is about to be checked."""
     settings = ", ".join(f"{kebab(key)}={value}" for key, value in strategy.settings().items())
     return {"strategy": strategy.name(), "settings": settings or "none"}
 
@@ -124,7 +124,7 @@ def _models(names: str, data: FederatedData) -> str:
 
 
 def _losses(experiment: Experiment, strategy: DistillationStrategy, data: FederatedData) -> str:
-    """Spell out the loss of each training phase of a usual round."""
+    """Return the loss of each training phase of a usual round as text."""
     values = {"alpha": experiment.alpha, "1-alpha": 1 - experiment.alpha}
     losses = []
     for phase in strategy.phases(2):
@@ -144,7 +144,7 @@ def _losses(experiment: Experiment, strategy: DistillationStrategy, data: Federa
 
 
 def _weighted(name: str, weight: float, phase: Fit, experiment: Experiment) -> str:
-    """Write a term with its weight; that of the soft term includes τ²."""
+    """Return a term with its weight as text; that of the soft term includes τ²."""
     if name != "kl":
         return f"{weight:g} × {name.upper() if name == 'ce' else name.rpartition(':')[2]}"
     tau = phase.numbers.get("tau", experiment.tau)

@@ -1,4 +1,4 @@
-"""What there is, and what came of it: lines, facts and tables of runs, strategies and data sets."""
+"""Lines, facts and tables of runs, strategies and data sets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SHOWN_ROUNDS = 5
 """Rounds in the table at the end; all are in the run folder."""
 
 STRATEGIES_LEGEND = {
-    "sends": "what crosses the wire; weights are shared by those that send them, and by no other",
-    "up, down": "payload bytes of a client in a round, at most where ≤ stands",
+    "sends": "what crosses the network; only strategies that send weights share them",
+    "up, down": "payload bytes per client and round; ≤ marks upper bounds",
     "P": "public images asked for",
-    "I": "bytes of the list of these: 0 for the whole public set, else 4 P or a bit a public image",
+    "I": "bytes of the list of these: 0 for the whole public set, else 4 P or one bit per public image",
     "C, K, D": "classes, clients, width of the student's features",
     "S": "bytes of the student's parameters and buffers",
 }
@@ -39,7 +39,7 @@ STRATEGIES_LEGEND = {
 
 
 def round_line(row: Row, rounds: int) -> str:
-    """Say in a line what a round gave."""
+    """Return a round's results in one line."""
     parts = [f"{percent(row[name])} {label}" for name, label in _accuracies([row]).items()]
     if row["dropped"]:
         reasons = "; ".join(sorted(set(row["dropped"].values())))
@@ -66,18 +66,18 @@ def rounds_table(done: Run) -> Table:
 
 def _accuracies(rows: Sequence[Row]) -> dict[str, str]:
     """Return the accuracies that the rows hold, with labels, in the order of a usual round."""
-    found: dict[str, str] = {}
-    for row in reversed(rows):  # the first round may have phases of its own
+    labels: dict[str, str] = {}
+    for row in reversed(rows):  # the first round may have other phases
         for name, value in row.items():
             if name.startswith("accuracy_after_") and value is not None:
-                found[name] = name.removeprefix("accuracy_").replace("_", " ")
+                labels[name] = name.removeprefix("accuracy_").replace("_", " ")
     if any(row["server_accuracy"] is not None for row in rows):
-        found["server_accuracy"] = "server"
-    return found
+        labels["server_accuracy"] = "server"
+    return labels
 
 
 def run_facts(done: Run) -> dict[str, str]:
-    """Say what a federation gave."""
+    """Return the results of a federation."""
     tested = [accuracy for accuracy in done.client_accuracy if accuracy is not None]
     server = done.server_accuracy
     return {
@@ -91,7 +91,7 @@ def run_facts(done: Run) -> dict[str, str]:
 
 
 def run_profile(done: Run) -> Table:
-    """Return where the time of all rounds went, part by part."""
+    """Return the time of all rounds by part as a table."""
     spent: dict[str, float] = {}
     for row in done.rounds:
         for name, seconds in row["seconds"].items():
@@ -106,7 +106,7 @@ def run_profile(done: Run) -> Table:
 
 
 def run_line(done: Run) -> str:
-    """Say the same in a line."""
+    """Return the same results in one line."""
     facts = run_facts(done)
     return f"{facts['accuracy']}; bytes {facts['bytes']}; {facts['seconds']} s; {done.path}"
 
@@ -124,11 +124,11 @@ def central_table(done: CentralRun) -> Table:
 
 
 def central_facts(done: CentralRun) -> dict[str, str]:
-    """Say what else a central baseline gave."""
+    """Return the other results of a central baseline."""
     several = " (mean ± standard deviation)" if len(done.seeds) > 1 else ""
     return {
         "gap closed": _gap(done),
-        "agreement": f"{spread(done.agreements)} of test images alike by teacher and student distilled",
+        "agreement": f"{spread(done.agreements)} of test images get the same class from teacher and student distilled",
         "test set": f"{done.test_size:,} images",
         "seeds": f"{', '.join(str(seed) for seed in done.seeds)}{several}",
         "seconds": ", ".join(f"{what} {spent:.1f}" for what, spent in done.seconds.items()),
@@ -137,7 +137,7 @@ def central_facts(done: CentralRun) -> dict[str, str]:
 
 
 def central_line(done: CentralRun) -> str:
-    """Say the same in a line."""
+    """Return the same results in one line."""
     parts = [f"{label} {spread(values)}" for label, _, values in _central_rows(done)]
     return f"{', '.join(parts)}; gap closed {_gap(done)}; {done.path}"
 
@@ -162,7 +162,7 @@ _SENDS = [in_words(kind) for kind in (*KINDS, None)]
 
 
 def strategy_row(cls: type[DistillationStrategy]) -> dict[str, Any]:
-    """Return what a strategy declares."""
+    """Return the properties that a strategy declares."""
     strategy = cls()
     return {
         "name": cls.name(),
@@ -205,22 +205,22 @@ def strategies_settings(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def findings_table(report: CheckResults) -> Table:
-    """Return what was found as a table: what each check shows, or what to change."""
+def checks_table(checked: CheckResults) -> Table:
+    """Return check results as a table: what each check shows, or what to change."""
     table = table_of("check", "result", "what it shows, or what to change", right=False)
-    for finding in report.results:
-        table.add_row(finding.check, finding.result, finding.detail or finding.shows)
+    for outcome in checked.findings:
+        table.add_row(outcome.check, outcome.result, outcome.detail or outcome.shows)
     return table
 
 
-def check_line(report: CheckResults) -> str:
-    """Count the results."""
-    counts = Counter(finding.result for finding in report.results)
+def check_line(checked: CheckResults) -> str:
+    """Return the number of check results of each kind in one line."""
+    counts = Counter(outcome.result for outcome in checked.findings)
     return ", ".join(f"{count} {result}" for result, count in counts.items())
 
 
 def dataset_row(name: str, folder: Path) -> dict[str, Any]:
-    """Say what is known of a data set without loading it, and whether it is in the folder."""
+    """Return what is known of a data set without loading it, and whether it is in the folder."""
     info = DATASETS[name]
     file = folder / f"{name}.safetensors"
     return {
@@ -254,7 +254,7 @@ def datasets_table(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def dataset_facts(dataset: Dataset) -> dict[str, Any]:
-    """Say what a loaded data set holds."""
+    """Return what a loaded data set holds."""
     return {
         "name": dataset.name,
         "train": len(dataset.train_images),
@@ -270,7 +270,7 @@ def dataset_facts(dataset: Dataset) -> dict[str, Any]:
 
 
 def spread(fractions: Sequence[float]) -> str:
-    """Write fractions in percent: the mean and, from two on, the standard deviation."""
+    """Return fractions in percent as text: the mean and, from two on, the standard deviation."""
     return f"{_mean_std([100 * fraction for fraction in fractions])} %"
 
 

@@ -1,4 +1,4 @@
-"""The commands that run experiments; what each needs is imported when it runs."""
+"""The commands that run experiments; each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def run(
         Parameter(
             group=OUTPUT,
             metavar="NAME",
-            help="follow the run in tensorboard, wandb, or both separated by a comma [default neither]",
+            help="log the run to tensorboard, wandb, or both separated by a comma [default neither]",
         ),
     ] = None,
     resume: Resume = None,
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
-    """Run a federation and write its run folder, or go on with one that was cut off."""
+    """Run a federation and write its run folder, or resume one that was interrupted."""
     with start.experiment(resume) as experiment:
         from fedkd.cli import preview, results
         from fedkd.engines import preflight
@@ -49,22 +49,22 @@ def run(
         followers = [] if track is None else trackers.trackers(track)
         strategy = preflight.check(experiment, is_new=resume is None)
         rounds = experiment.num_server_rounds
-        with output.progress(lambda: preview.run_plan(experiment, strategy)) as steps:
+        with output.progress(lambda: preview.run_preview(experiment, strategy)) as steps:
             steps.show("starting", 0)
             shown = callbacks.EachRound(
                 lambda row: steps.show(results.round_line(row, rounds), row["round"] / rounds)
             )
-            told = [shown, *followers]
-            done = runner.resume(resume, told) if resume else runner.run(experiment, told)
-    found = findings(done)
+            listeners = [shown, *followers]
+            done = runner.resume(resume, listeners) if resume else runner.run(experiment, listeners)
+    causes = findings(done)
     output.result(
-        {"path": str(done.path), **done.result, "findings": [each.as_json() for each in found]},
+        {"path": str(done.path), **done.result, "findings": [each.as_json() for each in causes]},
         [results.run_line(done)],
         [
             results.rounds_table(done),
             *([results.run_profile(done)] if experiment.profile else []),
             results.run_facts(done),
-            *map(str, found),
+            *map(str, causes),
         ],
     )
 
@@ -77,17 +77,17 @@ def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutpu
         from fedkd.studies.central import central as run_central
 
         chosen = chosen_seeds(seeds, experiment)
-        with output.progress(lambda: preview.central_plan(experiment, chosen)) as steps:
+        with output.progress(lambda: preview.central_preview(experiment, chosen)) as steps:
             done = run_central(experiment, chosen, progress=steps.show)
-    found = findings(done)
+    causes = findings(done)
     output.result(
         {
             "path": str(done.path),
             **done.as_json(),
-            "findings": [each.as_json() for each in found],
+            "findings": [each.as_json() for each in causes],
         },
         [results.central_line(done)],
-        [results.central_table(done), results.central_facts(done), *map(str, found)],
+        [results.central_table(done), results.central_facts(done), *map(str, causes)],
     )
 
 
@@ -117,8 +117,8 @@ def compare(
         Parameter(
             group=WORK,
             metavar="ACCURACY",
-            help="accuracy of which to say when it is reached [0.85 or 85%; default what all that send "
-            "something reach]",
+            help="target for which rounds and bytes are shown [0.85 or 85%; default what all methods that "
+            "send data reach]",
         ),
     ] = None,
     jobs: Annotated[
@@ -126,7 +126,7 @@ def compare(
         Parameter(
             group=WORK,
             metavar="N",
-            help="runs made at once, in processes of their own, when they fit [whole number ≥ 1; "
+            help="runs made at once, each in its own process, when they fit [whole number ≥ 1; "
             "default 1]",
         ),
     ] = None,
@@ -143,7 +143,7 @@ def compare(
         names = None if methods is None else methods.split(",")
         chosen = chosen_seeds(seeds, experiment)
         share, at_once = chosen_accuracy(target), chosen_count(jobs)
-        with output.progress(lambda: preview.compare_plan(experiment)) as steps:
+        with output.progress(lambda: preview.compare_preview(experiment)) as steps:
             if resume is not None:
                 done = comparison.resume(resume, jobs=at_once, progress=steps.show)
             else:
@@ -157,8 +157,8 @@ def compare(
                     progress=steps.show,
                 )
     brief = [f"{entry.label}: {results.spread(entry.accuracies)}" for entry in done.entries]
-    said = ["\n".join(lines) for lines in (done.notes, done.sentences) if lines]
-    output.result(done.as_json(), brief, [done.table(), *said, {"folder": str(done.path)}])
+    texts = ["\n".join(lines) for lines in (done.notes, done.sentences) if lines]
+    output.result(done.as_json(), brief, [done.table(), *texts, {"folder": str(done.path)}])
 
 
 def _begun_comparison(folder: str) -> Experiment:
@@ -193,7 +193,7 @@ def sweep(
             group=WORK,
             metavar="F",
             help="parts of the training images, each held out once and measured on; the test set is "
-            "never touched [whole number ≥ 2; default 3]",
+            "never used [whole number ≥ 2; default 3]",
         ),
     ] = None,
     trials: Annotated[
@@ -217,16 +217,18 @@ def sweep(
         from fedkd.studies.sweep.request import SweepRequest
 
         if resume is not None:
-            asked = SweepRequest.in_folder(resume)
+            request = SweepRequest.in_folder(resume)
         else:
             grid = parse(vary, is_search=trials is not None)
             chosen = chosen_seeds(seeds, experiment)
             parts = 3 if folds is None else folds
-            asked = SweepRequest(grid, trials, chosen, parts, of or "federation")
+            request = SweepRequest(grid, trials, chosen, parts, of or "federation")
         with output.progress(
-            lambda: preview.sweep_plan(experiment, str(asked), asked.seeds, asked.folds, asked.of)
+            lambda: preview.sweep_preview(
+                experiment, str(request), request.seeds, request.folds, request.of
+            )
         ) as steps:
-            done = asked.make(experiment, steps.show)
+            done = request.make(experiment, steps.show)
     output.result(
         done.as_json(), [f"{done.best}: {done.accuracy_text}"], [done.table(), done.facts()]
     )

@@ -1,4 +1,4 @@
-"""What is wrong with the arguments, in one line."""
+"""Errors in command-line arguments, in one line."""
 
 from __future__ import annotations
 
@@ -18,35 +18,37 @@ from fedkd.keys import accepted, kebab, snake
 
 
 def usage(error: CycloptsError, commands: Iterable[str]) -> str:
-    """Say in one line what is wrong with the arguments of one of the commands."""
+    """Return in one line what is wrong with the arguments of one of the commands."""
     command = " ".join(["fedkd", *(error.command_chain or ())])
     word = (error.unused_tokens or [""])[0]
     if isinstance(error, UnknownCommandError):
-        there = [name for name in commands if not name.startswith("-")]
-        return f"unknown command '{word}'{nearest(word, there)}; there are {', '.join(there)}"
+        names = [name for name in commands if not name.startswith("-")]
+        return (
+            f"unknown command '{word}'{nearest(word, names)}; the commands are {', '.join(names)}"
+        )
     if isinstance(error, UnknownOptionError):
         return _unknown_option(error, command)
     if isinstance(error, MissingArgumentError) and error.argument is not None:
         flag = error.keyword or error.argument.name
         field = Experiment.model_fields.get(snake(flag.removeprefix("--")))
-        must = f"must be {accepted(field)}" if field else f"`{command} --help` says what it takes"
+        must = f"must be {accepted(field)}" if field else f"`{command} --help` lists its values"
         return f"{flag} has no value: {must}"
     if isinstance(error, UnusedCliTokensError):
         key, equals, value = word.partition("=")
         hint = f" (did you mean '--{key} {value}'?)" if equals else ""
         hint = f" (did you mean '--config {word}'?)" if word.endswith(".toml") else hint
-        return f"unexpected argument '{word}'{hint}; `{command} --help` lists what it takes"
+        return f"unexpected argument '{word}'{hint}; `{command} --help` lists its options"
     return str(error)
 
 
 def _unknown_option(error: UnknownOptionError, command: str) -> str:
-    """Answer an unknown flag as an unknown key is answered, where the command takes keys."""
+    """Return the error for an unknown flag: that of an unknown key, where the command takes keys."""
     flag, _, value = (error.token.keyword or error.token.value).partition("=")
     options = [name for a in error.argument_collection for name in a.names if name[:1] == "-"]
     keys = [f"--{kebab(name)}" for name in Experiment.model_fields]
-    own = [option for option in options if option not in keys]
+    other = [option for option in options if option not in keys]
     hint = nearest(flag, options)
-    if len(own) == len(options) or any(f"'{option}'" in hint for option in own):
+    if len(other) == len(options) or any(f"'{option}'" in hint for option in other):
         return f"unknown option {flag}{hint or f'; `{command} --help` lists them'}"
     try:
         Experiment.load((flag, {flag.lstrip("-"): value}))

@@ -1,4 +1,4 @@
-"""What a run writes down, what it tells as it goes, and how it is read back."""
+"""Run folders: writing, reading, callbacks and trackers."""
 
 from fedkd.records.files import Row
 from fedkd.records.results import Run

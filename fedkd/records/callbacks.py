@@ -1,18 +1,18 @@
-"""Callbacks: what is told of a run as it goes.
+"""Callbacks: hooks called while a run progresses.
 
-A callback is told of four moments, in this order: `on_run_start` once; `on_round_end` after every round;
+A callback has four hooks, called in this order: `on_run_start` once; `on_round_end` after every round;
 at the end either `on_run_end` or, if anything went wrong, `on_error`. Derive from `Callback` and override
-what you need; hand instances to ``fedkd.run(experiment, callbacks=[...])``.
+those you need; pass instances to ``fedkd.run(experiment, callbacks=[...])``.
 
 **Order and thread.** Callbacks are called one after another, in the order of the list, in the thread of
-the federation's server, which waits for them: a slow callback lengthens the run (its `seconds`, no
-round's).
+the federation's server, which waits for them: a slow callback lengthens the run (its `seconds`, not
+a round's).
 
-**When a callback raises.** The others are still told of that moment; then the run ends with the very
-exception, with a note that names the callback and the round. All finished rounds are on disk. A callback
-with ``essential = False``, such as a tracker, does not end a run that has begun: its exception is logged
-once, and it goes on being called. From `on_run_start` every exception ends the run: nothing has been
-trained yet.
+**When a callback raises.** The others are still called; then the run ends with that exception, with a
+note that names the callback and the round. All finished rounds are on disk. A callback with
+``essential = False``, such as a tracker, does not end a run that has begun: its first exception is
+logged, and it is still called. In `on_run_start` every exception ends the run: nothing has been trained
+yet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Callback:
-    """What is told of a run; every method does nothing until it is overridden.
+    """Hooks called while a run progresses; each does nothing until it is overridden.
 
     Attributes:
         essential: whether an exception in a round, or at the end, ends the run; see the module.
@@ -42,27 +42,27 @@ class Callback:
     essential: ClassVar[bool] = True
 
     def on_run_start(self, experiment: Experiment, path: Path) -> None:
-        """Take note that a run begins.
+        """Called when a run begins.
 
         Args:
-            experiment: what is run, complete: with its name, device and plan.
+            experiment: what is run, with its name, device and plan filled in.
             path: the run folder, which holds ``experiment.toml``.
         """
 
     def on_round_end(self, row: Row) -> None:
-        """Take note of a round.
+        """Called after each round.
 
         Args:
             row: its record (`docs/records.md`), a copy; the line is in ``rounds.jsonl`` already.
         """
 
     def on_run_end(self, run: Run) -> None:
-        """Take note of the finished run, read back from its folder: ``result.json`` is there."""
+        """Called with the finished run, read back from its folder: ``result.json`` exists."""
 
     def on_error(self, error: BaseException) -> None:
-        """Take note that the run ended early, and let go of what is open.
+        """Called when the run ended early: close what is open.
 
-        Called instead of `on_run_end`, of every callback whose `on_run_start` was called.
+        Called instead of `on_run_end`, for every callback whose `on_run_start` was called.
 
         Args:
             error: what ended it; also ``KeyboardInterrupt``. It is raised again afterwards.
@@ -80,20 +80,20 @@ class EachRound(Callback):
         self._function = function
 
     def on_round_end(self, row: Row) -> None:
-        """Hand the record on."""
+        """Call the function with the record."""
         self._function(row)
 
 
 class Callbacks(Callback):
     """All callbacks of one run, as one; as a context it calls `on_error`.
 
-    ``with Callbacks(...) as told:`` around everything from `on_run_start` to `on_run_end`.
+    ``with Callbacks(...) as called:`` around everything from `on_run_start` to `on_run_end`.
 
     Args:
         callbacks: in the order in which they are called.
 
     Raises:
-        FedkdError: one of them is no callback.
+        FedkdError: one of them is not a callback.
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
@@ -105,7 +105,7 @@ class Callbacks(Callback):
                 raise FedkdError(_no_callback(callback))
 
     def on_run_start(self, experiment: Experiment, path: Path) -> None:
-        """Tell all, up to the first that raises."""
+        """Call all, up to the first that raises."""
         for callback in self._callbacks:
             self._begun.append(callback)
             try:
@@ -115,20 +115,20 @@ class Callbacks(Callback):
                 raise
 
     def on_round_end(self, row: Row) -> None:
-        """Tell all, each with a copy of its own."""
+        """Call all, each with its own copy."""
         when = f"on_round_end of {{}}, after round {row['round']},"
-        self._tell(lambda callback: callback.on_round_end(deepcopy(row)), when)
+        self._call_all(lambda callback: callback.on_round_end(deepcopy(row)), when)
 
     def on_run_end(self, run: Run) -> None:
-        """Tell all; nothing that happens from here on is an error of the run."""
-        told, self._begun = self._begun, []
+        """Call all; no later exception counts as an error of the run."""
+        begun, self._begun = self._begun, []
         when = f"on_run_end of {{}}, with {run.path} finished,"
-        self._tell(lambda callback: callback.on_run_end(run), when, told)
+        self._call_all(lambda callback: callback.on_run_end(run), when, begun)
 
     def on_error(self, error: BaseException) -> None:
-        """Tell all that have begun; what they raise is logged, as `error` is what matters."""
-        told, self._begun = self._begun, []
-        for callback in told:
+        """Call all that have begun; what they raise is logged, so that `error` is raised."""
+        begun, self._begun = self._begun, []
+        for callback in begun:
             try:
                 callback.on_error(error)
             except Exception as second:
@@ -143,12 +143,15 @@ class Callbacks(Callback):
         if error is not None:
             self.on_error(error)
 
-    def _tell(
-        self, call: Callable[[Callback], None], when: str, told: Iterable[Callback] | None = None
+    def _call_all(
+        self,
+        call: Callable[[Callback], None],
+        when: str,
+        callbacks: Iterable[Callback] | None = None,
     ) -> None:
-        """Call all, then raise the first exception of an essential one."""
+        """Call all, then raise the first exception of an essential one, if any."""
         first: Exception | None = None
-        for callback in self._callbacks if told is None else told:
+        for callback in self._callbacks if callbacks is None else callbacks:
             try:
                 call(callback)
             except Exception as error:
@@ -162,22 +165,22 @@ class Callbacks(Callback):
             raise first
 
     def _log(self, callback: Callback, text: str) -> None:
-        """Log a callback's first exception: a thousand rounds without network are one line."""
+        """Log a callback's first exception only: a thousand rounds without network give one line."""
         if callback not in self._failed:
             self._failed.append(callback)
-            _logger.warning("%s; said once", text)
+            _logger.warning("%s; logged once", text)
 
 
 def replay(run: Run, callbacks: Iterable[Callback]) -> None:
-    """Tell callbacks of a finished run as if it were going on now.
+    """Call callbacks for a finished run as if it were running now.
 
-    For trackers that were not there when it ran.
+    For trackers that were not used when it ran.
     """
-    with Callbacks(callbacks) as told:
-        told.on_run_start(run.experiment, run.path)
+    with Callbacks(callbacks) as called:
+        called.on_run_start(run.experiment, run.path)
         for row in run.rounds:
-            told.on_round_end(row)
-        told.on_run_end(run)
+            called.on_round_end(row)
+        called.on_run_end(run)
 
 
 def _name(callback: Callback) -> str:
@@ -185,7 +188,7 @@ def _name(callback: Callback) -> str:
 
 
 def _no_callback(value: object) -> str:
-    text = "callbacks: {} is no fedkd.Callback"
+    text = "callbacks: {} is not a fedkd.Callback"
     if isinstance(value, type):
         return text.format(f"the class {value.__qualname__}") + f"; write {value.__qualname__}()"
     if callable(value):

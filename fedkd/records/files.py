@@ -1,4 +1,4 @@
-"""Files of a run folder: written whole or not at all, read with an error that names the file."""
+"""Files of a run folder: written atomically, read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Force the names in a folder to the disk, where the system can: a renamed file is two writes."""
-    with suppress(PermissionError, IsADirectoryError):  # Windows opens no folders
+    """Force a folder's entries to disk where the system can: renaming writes the folder as well."""
+    with suppress(PermissionError, IsADirectoryError):  # Windows cannot open folders
         folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -44,13 +44,13 @@ def flush_folder(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, atomically; NaN and infinity are refused, as JSON knows neither."""
+    """Write `value` as JSON, atomically; NaN and infinity raise `ValueError`, as JSON has neither."""
     replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager
 def _reading(path: Path, what: str) -> Iterator[None]:
-    """Say what is wrong with a file of a run folder that cannot be read."""
+    """Raise an error that names a file of a run folder that cannot be read in the block."""
     try:
         yield
     except OSError:
@@ -60,11 +60,11 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 
 
 def read_json(path: Path, what: str = "finished run") -> dict[str, Any]:
-    """Read an object of a run folder.
+    """Return the object in a file of a run folder.
 
     Args:
         path: the file.
-        what: a folder that has such a file holds.
+        what: what a folder with such a file holds.
 
     Raises:
         FedkdError: the file is missing or damaged.
@@ -74,7 +74,7 @@ def read_json(path: Path, what: str = "finished run") -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Read a file of one object a line of a run folder.
+    """Return the objects in a file of a run folder, one per line.
 
     Raises:
         FedkdError: the file is missing or damaged.
@@ -84,6 +84,6 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def read_shards(folder: Path | None) -> dict[str, Any] | None:
-    """Read who holds how many images of which class, or return `None` where a run does not say."""
+    """Return how many images of each class each client holds, or `None` where a run has no record."""
     path = None if folder is None else folder / "shards.json"
     return read_json(path) if path is not None and path.is_file() else None

@@ -1,7 +1,7 @@
-"""Run folders: what a run was, what each round gave, and how it ended.
+"""Run folders: the experiment, the record of each round and the result of a run.
 
 ``runs/<name>/`` holds ``experiment.toml`` (every key, itself a valid ``--config``), ``rounds.jsonl`` (one
-object a round, on disk before the next round begins) and ``result.json``. Only text and safetensors,
+object per round, on disk before the next round begins) and ``result.json``. Only text and safetensors,
 never pickle. Files are written under a temporary name and renamed.
 """
 
@@ -28,14 +28,14 @@ _PACKAGES = ("fedkd", "torch", "torchvision", "flwr", "ray", "numpy")
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
-    """Say what a run depends on besides its experiment: versions, device, threads."""
-    found = {}
+    """Return what a run depends on besides its experiment: versions, device, threads."""
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return {"python": platform.python_version(), **found, "device": device, "threads": threads}
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), **versions, "device": device, "threads": threads}
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class RunFolder:
 
     @classmethod
     def check(cls, experiment: Experiment) -> None:
-        """Refuse a folder that exists already, before any work.
+        """Raise an error if the run folder exists already, before any work.
 
         Raises:
-            FedkdError: the folder of a named run is there.
+            FedkdError: the folder of a named run exists.
         """
         if experiment.name is None:
             return
@@ -62,7 +62,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, experiment: Experiment, default_name: str) -> Self:
-        """Make the folder named by the experiment, or else the next free one after `default_name`.
+        """Return a new folder: named by the experiment, or else the next free one after `default_name`.
 
         Raises:
             FedkdError: the folder exists already, or cannot be made.
@@ -81,22 +81,21 @@ class RunFolder:
             except OSError as error:
                 raise FedkdError(
                     Setting("run-dir", parent),
-                    f": the folder cannot be made ({error.strerror}); name one that you "
-                    "may write to",
+                    f": the folder cannot be made ({error.strerror}); choose one that is writable",
                 ) from error
             return cls(parent / name)
         raise AssertionError("names never end")
 
     @classmethod
     def existing(cls, path: str | Path) -> Self:
-        """Open the folder of a run that has begun.
+        """Return the folder of a run that has begun.
 
         Raises:
-            FedkdError: there is none.
+            FedkdError: the path is not one.
         """
         folder = Path(path)
         if not (folder / "experiment.toml").is_file():
-            raise FedkdError(f"{folder} is no run folder: it has no experiment.toml")
+            raise FedkdError(f"{folder} is not a run folder: it has no experiment.toml")
         return cls(folder)
 
     @property
@@ -106,42 +105,42 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run is finished."""
         return (self.path / "result.json").is_file()
 
     def relocated_experiment(self) -> Experiment:
-        """Return what was run, with the place where its folder is now: it may have been moved."""
+        """Return what was run, with the current place of its folder, which may have been moved."""
         experiment = self.experiment
         written = Path(experiment.run_dir) / (experiment.name or "")
         if written.exists() and written.samefile(self.path):
-            return experiment  # in the words that messages were counted with
+            return experiment  # unchanged, as its text is part of messages whose bytes are counted
         path = self.path.absolute()
         return experiment.replace(run_dir=str(path.parent), name=path.name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from running this run in the block; a process that dies lets go.
+        """Keep other processes from running this run in the block; the lock ends with the process.
 
         Raises:
             FedkdError: another process runs it.
         """
         with (self.path / ".lock").open("ab") as file:
-            with suppress(ImportError):  # Windows: nobody is kept out
+            with suppress(ImportError):  # Windows has no such lock
                 import fcntl
 
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise FedkdError(
-                        f"{self.path} is being run by another process: wait until it is done, or end it"
+                        f"{self.path} is being run by another process: wait until it is done, or stop it"
                     ) from None
                 except OSError:
-                    pass  # some network file systems know no locks
+                    pass  # some network file systems have no locks
             yield
 
     @property
     def is_running(self) -> bool:
-        """Whether a process is running it just now."""
+        """Whether a process is running it now."""
         try:
             with self.locked():
                 return False
@@ -150,19 +149,19 @@ class RunFolder:
 
     @property
     def version(self) -> str | None:
-        """The version of fedkd that wrote it, if it says so."""
-        return self._said("fedkd")
+        """The version of fedkd that wrote it, if recorded."""
+        return self._header("fedkd")
 
     @property
     def sources(self) -> str | None:
-        """The fingerprint of the code that wrote it, if it says so; see `fedkd.user_code`."""
-        return self._said("sources")
+        """The fingerprint of the code that wrote it, if recorded; see `fedkd.user_code`."""
+        return self._header("sources")
 
-    def _said(self, name: str) -> str | None:
-        """Read one of the comments at the head of ``experiment.toml``."""
+    def _header(self, name: str) -> str | None:
+        """Return one of the comments at the head of ``experiment.toml``."""
         text = (self.path / "experiment.toml").read_text(encoding="utf-8")
-        found = re.search(rf"^# {name}: (\S+)$", text, re.MULTILINE)
-        return found[1] if found else None
+        match = re.search(rf"^# {name}: (\S+)$", text, re.MULTILINE)
+        return match[1] if match else None
 
     def write_experiment(self, experiment: Experiment, surroundings: Mapping[str, Any]) -> None:
         """Write ``experiment.toml``: versions as comments, then every key."""
@@ -183,7 +182,7 @@ class RunFolder:
         line = json.dumps(value, allow_nan=False).encode() + b"\n"
         try:
             with (self.path / name).open("ab+") as file:
-                if file.tell() and not _ends_a_line(file):  # whoever wrote it last was cut off
+                if file.tell() and not _ends_a_line(file):  # the last write was interrupted
                     file.write(b"\n")
                 file.write(line)
                 file.flush()
@@ -192,7 +191,7 @@ class RunFolder:
             raise FedkdError(f"{self.path}/{name} cannot be written: {error.strerror}") from error
 
     def keep(self, last: int) -> list[Row]:
-        """Drop whatever is there of rounds after `last`, as a run leaves it that was cut off.
+        """Remove the records of rounds after `last`, as an interrupted run leaves them.
 
         Returns:
             The records of rounds 1 to `last`.
@@ -211,22 +210,22 @@ class RunFolder:
         return rows
 
     def _cut(self, name: str, last: int) -> list[Row]:
-        """Drop what a file of JSON lines holds of rounds after `last`, and whole lines alone stay."""
+        """Remove incomplete lines and rounds after `last` from a file of JSON lines; return the rest."""
         path = self.path / name
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept, rows = [], []
+        complete, rows = [], []
         for line in lines:
-            with suppress(ValueError):  # cut off
+            with suppress(ValueError):  # incomplete
                 row = json.loads(line)
                 if line.endswith(b"\n") and row["round"] <= last:
-                    kept.append(line)
+                    complete.append(line)
                     rows.append(row)
-        if kept != lines:
-            replace_file(path, b"".join(kept))
+        if complete != lines:
+            replace_file(path, b"".join(complete))
         return rows
 
     def write_shards(self, counts: Mapping[str, Any]) -> None:
-        """Write ``shards.json``: who holds how many images of which class."""
+        """Write ``shards.json``: how many images of each class each client holds."""
         write_json(self.path / "shards.json", dict(counts))
 
     def write_result(self, result: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""What trained models answered on the test images: the file from which all figures about them come.
+"""Predictions of trained models on the test images, kept in a file.
 
-Kept of the models at the end of a run, so that a report or a test of two methods on the same images
-needs neither the data nor the models.
+Written at the end of a run, so that a report or a test of two methods on the same images needs neither
+the data nor the models.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fedkd.records.files import replace_file
 FILE = "tested.safetensors"
 
 MOST_ANSWERS = 100_000_000
-"""Models × images kept of a run; 4 bytes each. Of larger populations the first models are kept."""
+"""Models × images kept per run, 4 bytes each. In larger populations only the first models are kept."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What M models of one kind answered on N test images.
+    """Predictions of M models of one kind on N test images.
 
     Attributes:
         classes: predicted, int64 ``[M, N]``.
-        confidences: probability of that class, float32 ``[M, N]``; NaN where a model has none.
+        confidences: probability of the predicted class, float32 ``[M, N]``; NaN where a model has none.
         owners: the models' clients (partition ids) or seeds.
     """
 
@@ -41,7 +41,7 @@ class Predictions:
 
 @dataclass(frozen=True, eq=False)
 class Tested:
-    """What the models of a run answered on the test images.
+    """Predictions of a run's models on the test images.
 
     Attributes:
         labels: the true classes, int64 ``[N]``.
@@ -54,7 +54,7 @@ class Tested:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tested | None:
-        """Read the file in a run folder, or return `None` where the run left none.
+        """Return what the file in a run folder holds, or `None` where there is none.
 
         Raises:
             FedkdError: the file cannot be read.
@@ -96,5 +96,5 @@ class Tested:
         replace_file(folder / FILE, save(tensors))
 
     def correct(self, kind: str) -> Tensor:
-        """Say who was right: bool ``[M, N]``."""
+        """Return which predictions are right: bool ``[M, N]``."""
         return self.models[kind].classes == self.labels

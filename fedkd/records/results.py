@@ -19,8 +19,8 @@ class Run:
 
     Attributes:
         path: the run folder.
-        rounds: one dict a round, as in ``rounds.jsonl``.
-        result: what ``result.json`` holds.
+        rounds: one dict per round, as in ``rounds.jsonl``.
+        result: the content of ``result.json``.
     """
 
     path: Path
@@ -29,10 +29,10 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a run folder.
+        """Return the run in a folder.
 
         Raises:
-            FedkdError: there is no finished run in it.
+            FedkdError: the folder holds no finished run.
         """
         folder = Path(path)
         rows = read_lines(folder / "rounds.jsonl")
@@ -74,13 +74,13 @@ class CentralRun:
     """The pooled teacher → student baseline, for one or more seeds.
 
     Attributes:
-        path: the run folder, or ``None`` where none was asked for.
+        path: the run folder, or ``None`` where the run was not saved.
         seeds: S seeds.
         teacher_accuracies: test accuracy per seed, 0..1.
         student_alone_accuracies: the student trained on hard labels only.
         student_accuracies: the same student distilled from the teacher.
         agreements: share of test images on which distilled student and teacher agree.
-        parameters: of ``{"teacher": ..., "student": ...}``.
+        parameters: number of parameters, ``{"teacher": ..., "student": ...}``.
         test_size: test images behind every accuracy.
         seconds: by phase, all seeds together.
         training: by model (``teacher``, ``student-alone``, ``student-distilled``): mean ``loss`` and
@@ -106,22 +106,22 @@ class CentralRun:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a run folder.
+        """Return the run in a folder.
 
         Raises:
-            FedkdError: there is no finished central run in it.
+            FedkdError: the folder holds no finished central run.
         """
         folder = Path(path)
         result = read_json(folder / "result.json")
         names = [each.name for each in fields(cls) if each.name != "path"]
         missing = [name for name in names if name not in result]
         if missing:
-            raise FedkdError(f"{folder} holds no central run: no {missing[0]} in result.json")
+            raise FedkdError(f"{folder} holds no central run: result.json has no {missing[0]}")
         return cls(folder, **{name: result[name] for name in names})
 
     @property
     def experiment(self) -> Experiment:
-        """What was run; its seed is none of `seeds`."""
+        """What was run; its seed need not be one of `seeds`."""
         if self.path is None:
             raise FedkdError("this central run was not saved")
         return RunFolder(self.path).experiment
@@ -143,11 +143,11 @@ class CentralRun:
 
     @property
     def gap_closed(self) -> float | None:
-        """(distilled − alone) / (teacher − alone) of the means; `None` where it means nothing."""
+        """(distilled − alone) / (teacher − alone) of the means; `None` where the gap is not positive."""
         return gap_closed(self.student_accuracy, self.student_alone_accuracy, self.teacher_accuracy)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what ``result.json`` holds."""
+        """Return the content of ``result.json``."""
         plural = {
             each.name: getattr(self, each.name) for each in fields(self) if each.name != "path"
         }

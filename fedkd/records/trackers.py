@@ -1,7 +1,7 @@
-"""Trackers: callbacks that show a run in TensorBoard or on Weights & Biases as it goes.
+"""Trackers: callbacks that log a run to TensorBoard or Weights & Biases while it progresses.
 
-They log what ``rounds.jsonl`` and ``result.json`` hold, under ``<group>/<field>`` with the fields of
-`docs/records.md`; the groups are only there because both tools make a section of each. A tracker that
+They log the content of ``rounds.jsonl`` and ``result.json`` under ``<group>/<field>`` with the fields of
+`docs/records.md`; both tools show each group as a section. A tracker that
 fails in a round does not end the run (`fedkd.records.callbacks`).
 """
 
@@ -31,28 +31,28 @@ _GROUPS = {
     "agreement": "accuracy",
     "accepted": "clients",
 }
-"""Groups by a part of the field's name: the first that fits; `other` where none does."""
+"""Groups by a part of the field's name: the first that matches; `other` where none does."""
 
 _COUNTED = ("sampled", "answered", "dropped")
-"""Fields that list clients: how many there are is logged."""
+"""Fields that list clients: their length is logged."""
 
 
 def scalars(row: Row) -> dict[str, float]:
     """Return the numbers in a round's record under their names: ``accuracy/accuracy_after_digest``.
 
-    Mappings are taken apart (``seconds/digest``, ``bytes/bytes_up_by_tensor/<tensor>``), of lists of
-    clients there is the length (``clients/dropped``). Lists by client are left to `by_client`.
+    Mappings give one number per key (``seconds/digest``, ``bytes/bytes_up_by_tensor/<tensor>``), lists of
+    clients their length (``clients/dropped``). Lists by client are left to `by_client`.
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for field, value in row.items():
         name = _name(field)
         if field in _COUNTED:
-            found[f"clients/{field}"] = len(value)
+            numbers[f"clients/{field}"] = len(value)
         elif isinstance(value, Mapping):
-            found |= {f"{name}/{key}": number for key, number in value.items()}
+            numbers |= {f"{name}/{key}": number for key, number in value.items()}
         elif isinstance(value, int | float) and field != "round":
-            found[name] = +value  # True as 1
-    return found
+            numbers[name] = +value  # True as 1
+    return numbers
 
 
 def by_client(record: Mapping[str, Any], group: str = "clients") -> dict[str, list[float]]:
@@ -76,7 +76,7 @@ class TensorBoard(Callback):
     ``rounds.jsonl`` only.
 
     Args:
-        folder: gets a folder named as the run; default ``tensorboard`` in the run folder, so that
+        folder: where a folder with the run's name is made; default ``tensorboard`` in the run folder, so that
             ``tensorboard --logdir runs`` shows all runs.
 
     Raises:
@@ -91,7 +91,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
 
     def on_run_start(self, experiment: Experiment, path: Path) -> None:
-        """Open the event file; what a run of that name has logged there before is hidden."""
+        """Open the event file; earlier logs of a run of that name are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         folder = path / "tensorboard" if self._folder is None else Path(self._folder) / path.name
@@ -102,7 +102,7 @@ class TensorBoard(Callback):
         self._writer.flush()
 
     def on_round_end(self, row: Row) -> None:
-        """Log a round, to be seen at once."""
+        """Log a round and flush it."""
         assert self._writer is not None
         for name, value in scalars(row).items():
             self._writer.add_scalar(name, value, row["round"])
@@ -116,7 +116,7 @@ class TensorBoard(Callback):
         assert self._writer is not None
         last, result = int(run.result["rounds"]), of_result(run.result)
         try:
-            # Not by add_hparams: its file of its own may be read first, and then be hidden by ours.
+            # Not by add_hparams: its separate file may be read first, and then be hidden by ours.
             for summary in hparams(run.experiment.flat(), result):
                 self._writer._get_file_writer().add_summary(summary)
             for name, value in result.items():
@@ -126,7 +126,7 @@ class TensorBoard(Callback):
             self._writer.close()
 
     def on_error(self, error: BaseException) -> None:
-        """Close: what is in memory is written."""
+        """Write what is in memory, and close."""
         if self._writer is not None:
             self._writer.close()
 
@@ -164,7 +164,7 @@ class WeightsAndBiases(Callback):
         """Open a run on Weights & Biases.
 
         Raises:
-            FedkdError: wandb refuses, for want of a key or of a network.
+            FedkdError: wandb fails, for example without a key or network.
         """
         import wandb
 
@@ -184,7 +184,7 @@ class WeightsAndBiases(Callback):
         self._run.log({**scalars(row), **histograms}, step=row["round"])
 
     def on_run_end(self, run: Run) -> None:
-        """Make the result the summary."""
+        """Log the result as the summary."""
         try:
             self._run.summary.update(of_result(run.result))
         finally:
@@ -204,21 +204,21 @@ TRACKERS: dict[str, type[TensorBoard] | type[WeightsAndBiases]] = {
 
 
 def trackers(names: str) -> list[Callback]:
-    """Return trackers by their names, separated by commas, as they are without arguments.
+    """Return trackers by their names, separated by commas, with default arguments.
 
     Raises:
         FedkdError: there is no such tracker, one is named twice, or its package is not installed.
     """
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
         if name not in TRACKERS:
             raise FedkdError(
                 f"track = '{name}': must be {' or '.join(TRACKERS)}, or both separated by a comma"
                 f"{nearest(name, TRACKERS)}"
             )
-    if len(set(wanted)) < len(wanted):
-        raise FedkdError(f"track = '{names}': each must be named once")
-    return [TRACKERS[name]() for name in wanted]
+    if len(set(chosen)) < len(chosen):
+        raise FedkdError(f"track = '{names}': give each at most once")
+    return [TRACKERS[name]() for name in chosen]
 
 
 def _name(field: str) -> str:
@@ -227,7 +227,7 @@ def _name(field: str) -> str:
 
 
 def _require(package: str, what: str) -> None:
-    """Refuse to begin without a package; a folder of that name, such as W&B leaves, is none."""
+    """Raise an error if a package is missing; a folder of that name, as W&B makes, does not count."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise FedkdError(f"{what} needs {package}: pip install 'fedkd[{package}]'")

@@ -1,4 +1,4 @@
-"""What every study takes: its seeds, and a function that is told how far it is."""
+"""Arguments that all studies share: seeds and a progress function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 
 Progress = Callable[[str, float], None]
-"""Called with what is going on and how far it is, 0..1."""
+"""Called with a description of the current work and the share that is done, 0..1."""
 
 
 def silent(_: str, __: float) -> None:
@@ -16,10 +16,10 @@ def silent(_: str, __: float) -> None:
 
 
 def seeds_of(experiment: Experiment, seeds: Sequence[int] | None) -> list[int]:
-    """Return the seeds of a study: those asked for, by default the experiment's.
+    """Return the seeds of a study: those given, by default the experiment's.
 
     Raises:
-        FedkdError: there is none, or one is there twice.
+        FedkdError: the list is empty, or has repeats.
     """
     chosen = [experiment.seed] if seeds is None else list(seeds)
     refuse_repeats("seeds", chosen)
@@ -27,11 +27,11 @@ def seeds_of(experiment: Experiment, seeds: Sequence[int] | None) -> list[int]:
 
 
 def refuse_repeats(what: str, values: Sequence[object]) -> None:
-    """Refuse a list that is empty or names something twice.
+    """Raise an error if a list is empty or has repeats.
 
     Raises:
-        FedkdError: it does.
+        FedkdError: see above.
     """
     if not values or len(set(values)) < len(values):
         listed = ",".join(map(str, values))
-        raise FedkdError(f"{what} = '{listed}': at least one, and none of them twice")
+        raise FedkdError(f"{what} = '{listed}': give at least one, without repeats")

@@ -53,10 +53,10 @@ def central(
         experiment: data, models and training; federated keys are not used.
         seeds: run as one cohort; default the experiment's.
         save: whether to write a run folder.
-        progress: told how far the work is.
+        progress: called with the share of the work that is done.
 
     Raises:
-        FedkdError: a key, the data or a model is not right; nothing has been trained then.
+        FedkdError: a key, the data or a model is invalid; nothing has been trained then.
     """
     seeds = seeds_of(experiment, seeds)
     check_central(experiment)
@@ -76,7 +76,7 @@ def central(
 
 
 def check_central(experiment: Experiment) -> None:
-    """Refuse an experiment that has no central baseline.
+    """Raise an error for an experiment that has no central baseline.
 
     Raises:
         FedkdError: there is no teacher, or several students or teachers.
@@ -122,30 +122,30 @@ def _trained(pooled: Pooled) -> tuple[CentralRun, Tested]:
         soft_label_entropy=_finite(pooled.soft_label_entropies(at_tau=False)[count:]),
         soft_label_entropy_at_tau=_finite(pooled.soft_label_entropies(at_tau=True)[count:]),
     )
-    kept = {
+    predictions = {
         model: Predictions(each.classes.cpu(), each.confidences.cpu(), seeds)
         for model, each in answers.items()
     }
     assert test.labels is not None
-    return run, Tested(test.labels.cpu(), kept)
+    return run, Tested(test.labels.cpu(), predictions)
 
 
 def _training(pooled: Pooled, teaching: Fitted, learning: Fitted) -> dict[str, dict[str, Any]]:
-    """Say how the training of each model went, epoch by epoch."""
+    """Return the training curves of each model, epoch by epoch."""
     experiment, count = pooled.experiment, len(teaching.losses)
-    own = pooled.training_accuracies(pooled.students)
+    student_accuracies = pooled.training_accuracies(pooled.students)
     alone, distilled = slice(count), slice(count, None)
     students = experiment.distill_epochs
-    taught = pooled.training_accuracies(pooled.teachers)
+    teacher_accuracies = pooled.training_accuracies(pooled.teachers)
     return {
-        "teacher": _course(teaching, slice(None), experiment.local_epochs, taught),
-        "student-alone": _course(learning, alone, students, own[alone]),
-        "student-distilled": _course(learning, distilled, students, own[distilled]),
+        "teacher": _course(teaching, slice(None), experiment.local_epochs, teacher_accuracies),
+        "student-alone": _course(learning, alone, students, student_accuracies[alone]),
+        "student-distilled": _course(learning, distilled, students, student_accuracies[distilled]),
     }
 
 
 def _course(fitted: Fitted, rows: slice, epochs: int, accuracy: list[float]) -> dict[str, Any]:
-    """Say how the training of some rows of a fit went, and where it led on their own images."""
+    """Return the training curves of some rows of a fit, and their accuracy on their training images."""
     steps = fitted.loss_by_step.shape[1] // epochs
     return {
         "loss": _by_epoch(fitted.loss_by_step[rows], steps, epochs, 1),
@@ -155,7 +155,7 @@ def _course(fitted: Fitted, rows: slice, epochs: int, accuracy: list[float]) -> 
 
 
 def _by_epoch(values: Tensor, steps: int, epochs: int, every: int) -> list[list[float | None]]:
-    """Average over each epoch of `steps` what was measured at every `every`-th step, ``[S, M]``.
+    """Return epoch means of what was measured at every `every`-th of `steps` an epoch, ``[S, M]``.
 
     `None` stands for what is not finite, and for an epoch too short to have a measurement.
     """
@@ -165,7 +165,7 @@ def _by_epoch(values: Tensor, steps: int, epochs: int, every: int) -> list[list[
 
 
 def _finite(values: Iterable[float]) -> list[float | None]:
-    """Replace what JSON cannot say."""
+    """Return the values with `None` for those that JSON cannot hold."""
     return [value if isfinite(value) else None for value in values]
 
 

@@ -1,13 +1,12 @@
-"""What soft labels give away: two attacks of an honest but curious server, to be measured.
+"""Measures what soft labels reveal, by two attacks of an honest but curious server.
 
-The server follows the protocol, sees what every client answers about the public samples, and wants to
-know more. It *distils proxies* of the clients from their answers, and asks a proxy about candidate
-images: those on which it is surer than on others were perhaps the client's (membership inference by the
+The server follows the protocol and sees every client's answers about the public samples. It *distils proxies* of the clients from their answers, and evaluates a proxy on candidate
+images: those on which it is more confident than on others were perhaps the client's (membership inference by the
 loss: Yeom, Giacomelli, Fredrikson and Jha 2018, arXiv:1709.01604; by a distilled copy of a client:
-Shi, Ouyang and Wang 2025, arXiv:2502.08001). And it reads how common each class is with a client from
+Shi, Ouyang and Wang 2025, arXiv:2502.08001). It also estimates how common each class is with a client from
 how often the client predicts it.
 
-Baselines, not the strongest attacks there are: what they find is a lower bound of what leaks.
+These are baselines, not the strongest known attacks: their success is a lower bound of what leaks.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from fedkd.training.optimizers import OptimizerSettings
 
 
 def averaged(heard: Sequence[SoftLabels], num_public: int) -> SoftLabels:
-    """Average each client's answers over the rounds, which takes noise off as well.
+    """Return each client's answers averaged over the rounds, which also reduces noise.
 
     Args:
         heard: the answers of a round each, of the same space.
         num_public: P.
 
     Returns:
-        ``[K, P, C]`` for the whole public set; what a client never answered is masked.
+        ``[K, P, C]`` for the whole public set; samples that a client never answered are masked.
     """
     clients = torch.cat([labels.clients for labels in heard]).unique()
     classes = heard[0].values.shape[-1]
@@ -57,13 +56,13 @@ def averaged(heard: Sequence[SoftLabels], num_public: int) -> SoftLabels:
 def distilled_proxies(
     labels: SoftLabels, data: FederatedData, experiment: Experiment, epochs: int
 ) -> Cohort:
-    """Distil a copy of every client from its answers, by KL(client ‖ proxy) at temperature 1.
+    """Return a copy of every client, distilled from its answers by KL(client ‖ proxy) at temperature 1.
 
     Args:
-        labels: of K clients, each of which answered some sample.
-        data: its public images alone are looked at.
+        labels: of K clients, each of which answered at least one sample.
+        data: only its public images are used.
         experiment: its optimiser, batch size and seed, and the architecture of its (first) student.
-        epochs: passes over what a client answered.
+        epochs: passes over the samples that a client answered.
 
     Returns:
         A cohort of K.
@@ -93,7 +92,7 @@ def distilled_proxies(
 
 @dataclass(frozen=True)
 class Detection:
-    """How well scores tell members from others.
+    """How well scores separate members from others.
 
     Attributes:
         auc: probability that a member scores above another image, a tie being half; 0.5 is guessing.
@@ -107,7 +106,7 @@ class Detection:
 
 
 def detection(members: Tensor, others: Tensor) -> Detection:
-    """Measure how well scores tell members ``[M]`` from others ``[N]``: higher means member.
+    """Return how well scores separate members ``[M]`` from others ``[N]``: higher means member.
 
     Raises:
         FedkdError: one of the two is empty.
@@ -115,13 +114,13 @@ def detection(members: Tensor, others: Tensor) -> Detection:
     if not len(members) or not len(others):
         raise FedkdError(f"{len(members)} members and {len(others)} others: both need a score")
     thresholds = torch.cat([members, others]).unique()
-    # How many score at least so much.
+    # The share with a score at or above each threshold.
     caught, wrong = (
         1 - torch.searchsorted(scores.sort().values, thresholds).double() / len(scores)
         for scores in (members, others)
     )
-    nobody = torch.zeros(1, dtype=torch.float64)
-    tpr, fpr = torch.cat([caught, nobody]), torch.cat([wrong, nobody])  # from (1, 1) to (0, 0)
+    origin = torch.zeros(1, dtype=torch.float64)
+    tpr, fpr = torch.cat([caught, origin]), torch.cat([wrong, origin])  # from (1, 1) to (0, 0)
     auc = float(torch.trapezoid(tpr.flip(0), fpr.flip(0)))
     return Detection(auc, float((tpr - fpr).max()), float(tpr[fpr <= 0.01].max()))
 
@@ -138,7 +137,7 @@ def log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def calibrated(scores: Tensor) -> Tensor:
-    """Subtract from each client's scores ``[K, N]`` the mean of the other clients'.
+    """Return each client's scores ``[K, N]`` minus the mean of the other clients'.
 
     An image that is easy for all says little about one (difficulty calibration: Watson et al. 2022,
     arXiv:2111.08440); the others stand in for models trained without it.
@@ -148,9 +147,9 @@ def calibrated(scores: Tensor) -> Tensor:
 
 
 def matched(members: Tensor, others: Tensor, *stream: int | str) -> tuple[Tensor, Tensor]:
-    """Choose as many of each class among members and others, at random.
+    """Return random positions with equally many of each class among members and others.
 
-    So an attack cannot tell them apart by their classes, which are few in a client's shard.
+    So an attack cannot separate them by class alone: a client's shard holds few classes.
 
     Args:
         members: classes int64 ``[M]``.
@@ -165,8 +164,8 @@ def matched(members: Tensor, others: Tensor, *stream: int | str) -> tuple[Tensor
     for label in members.unique():
         rows = [(classes == label).nonzero().flatten() for classes in (members, others)]
         count = min(map(len, rows))
-        for kept, of_class in zip(chosen, rows, strict=True):
-            kept.append(of_class[torch.randperm(len(of_class), generator=draw)[:count]])
+        for positions, of_class in zip(chosen, rows, strict=True):
+            positions.append(of_class[torch.randperm(len(of_class), generator=draw)[:count]])
     return torch.cat(chosen[0]), torch.cat(chosen[1])
 
 
@@ -174,7 +173,7 @@ def matched(members: Tensor, others: Tensor, *stream: int | str) -> tuple[Tensor
 
 
 def label_distributions(labels: SoftLabels, public: Tensor) -> Tensor:
-    """Estimate how common each class is with each client, ``[K, C]``.
+    """Return an estimate of how common each class is with each client, ``[K, C]``.
 
     A client predicts its frequent classes too often: its mean probability of a class, over the share of
     that class in the public set, normalised.

@@ -1,7 +1,7 @@
 """Teachers and students on the pooled data, any number of them side by side.
 
-Each student belongs to an experiment of its own: its seed, α, τ, step size and epochs. Teachers are
-trained once for all students whose experiments do not differ in what a teacher depends on.
+Each student has its own experiment: seed, α, τ, step size and epochs. A teacher is trained once for all
+students whose experiments agree in everything that a teacher depends on.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Pooled:
     (Hinton et al. 2015, section 3: the transfer set contains no translations).
 
     Args:
-        experiments: one a student; they share data, architectures, optimiser and batch size.
-        progress: told how far the work is.
+        experiments: one per student; they share data, architectures, optimiser and batch size.
+        progress: called with the share of the work that is done.
 
     Attributes:
         teachers: a cohort of T.
         students: a cohort of K.
-        teacher_of: of each student, which teacher it has: int64 ``[K]``.
+        teacher_of: the teacher of each student: int64 ``[K]``.
         seconds: by phase.
     """
 
@@ -53,8 +53,8 @@ class Pooled:
         self.data = federated_data(self.experiment)
         self.seconds: dict[str, float] = {}
         self._progress = progress
-        students_own = Experiment.keys("distillation")  # no teacher depends on them
-        kinds = [experiment.at_default(*students_own) for experiment in experiments]
+        student_keys = Experiment.keys("distillation")  # no teacher depends on them
+        kinds = [experiment.at_default(*student_keys) for experiment in experiments]
         self._teachers_experiments = list(dict.fromkeys(kinds))
         place = {kind: n for n, kind in enumerate(self._teachers_experiments)}
         self.teacher_of = torch.tensor([place[kind] for kind in kinds])
@@ -80,19 +80,19 @@ class Pooled:
 
     def soft_label_entropies(self, at_tau: bool) -> list[float]:
         """Return the mean entropy in nats of each student's soft labels, at τ or at 1."""
-        found = []
+        entropies = []
         for teacher, experiment in zip(self.teacher_of.tolist(), self.experiments, strict=True):
             tau = experiment.tau if at_tau else 1.0
-            found.append(float(entropy(self.soft_labels[teacher] / tau).double().mean()))
-        return found
+            entropies.append(float(entropy(self.soft_labels[teacher] / tau).double().mean()))
+        return entropies
 
     def training_accuracies(self, cohort: Cohort) -> list[float]:
         """Return each model's accuracy on the pooled images that it was trained on."""
         train = self.data.train
         assert train.labels is not None
         predicted, labels = cohort.classify(train).cpu(), train.labels.cpu()
-        mine = self.experiments if cohort is self.students else self._teachers_experiments
-        rows = [federated_data(experiment).pooled for experiment in mine]
+        owners = self.experiments if cohort is self.students else self._teachers_experiments
+        rows = [federated_data(experiment).pooled for experiment in owners]
         return [
             float(accuracy(each[chosen].unsqueeze(0), labels[chosen]))
             for each, chosen in zip(predicted, rows, strict=True)
@@ -104,7 +104,7 @@ class Pooled:
         return architectures.cohort(self.experiment, name, stacked(states))
 
     def _soft_labels(self) -> Tensor:
-        """Let each teacher label its own pooled images, ``[T, N, C]`` in the order of its rows."""
+        """Return each teacher's logits of its own pooled images, ``[T, N, C]`` in the order of its rows."""
         rows = [federated_data(experiment).pooled for experiment in self._teachers_experiments]
         if all(torch.equal(rows[0], each) for each in rows):
             return self.teachers.predict(self.data.train, rows[0])

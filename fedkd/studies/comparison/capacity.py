@@ -1,4 +1,4 @@
-"""How much memory this process has taken and how much is left, on the machine and on its GPU."""
+"""Memory used by this process and memory left, on the machine and on its GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 _CUDA_CONTEXT = 600 << 20
-"""Bytes of a GPU that a process takes besides its tensors, about."""
+"""Approximate bytes of a GPU that a process uses besides its tensors."""
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has held so far."""
+    """Return the peak memory of this process in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) << 10
@@ -25,17 +25,17 @@ def peak_bytes() -> int:
 
 
 def free_bytes() -> int | None:
-    """Return the memory that new processes can have, or `None` where the system does not say."""
+    """Return the bytes available to new processes, or `None` where the system does not report them."""
     try:
-        told = Path("/proc/meminfo").read_text()
+        meminfo = Path("/proc/meminfo").read_text()
     except OSError:
         return None
-    free = int(re.findall(r"MemAvailable:\s*(\d+) kB", told)[0]) << 10
+    free = int(re.findall(r"MemAvailable:\s*(\d+) kB", meminfo)[0]) << 10
     return min([free, *_control_group_bytes()])
 
 
 def _control_group_bytes() -> list[int]:
-    """Return what the control groups around this process leave it, where there are limits."""
+    """Return the bytes that the limits of this process' control groups leave it."""
     try:
         groups = Path("/proc/self/cgroup").read_text()
     except OSError:
@@ -45,24 +45,24 @@ def _control_group_bytes() -> list[int]:
         ("/sys/fs/cgroup", "", "memory.max", "memory.current"),
         ("/sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        found = re.findall(rf"^\d+:{controller}:/?(.*)$", groups, re.MULTILINE)
-        left += left_in(Path(base, *found[:1]), most, now)
+        paths = re.findall(rf"^\d+:{controller}:/?(.*)$", groups, re.MULTILINE)
+        left += left_in(Path(base, *paths[:1]), most, now)
     return left
 
 
 def left_in(group: Path, most: str, now: str) -> list[int]:
-    """Return the bytes that a control group and those around it have left, of those with a limit.
+    """Return the bytes left in a control group and its parents, for those with a limit.
 
     Args:
         group: its folder.
         most: the file with its limit.
-        now: the file with what it holds.
+        now: the file with its current use.
     """
     left = []
     for folder in (group, *group.parents):
         limit, taken = _number(folder / most), _number(folder / now)
         if limit is not None and taken is not None:
-            # What the kernel would give back when asked is not taken.
+            # Cache that the kernel can reclaim does not count as used.
             left.append(limit - taken + _cache(folder))
     return left
 
@@ -76,21 +76,21 @@ def _number(path: Path) -> int | None:
 
 def _cache(group: Path) -> int:
     try:
-        told = (group / "memory.stat").read_text()
+        stat = (group / "memory.stat").read_text()
     except OSError:
         return 0
-    return sum(map(int, re.findall(r"^inactive_file (\d+)$", told, re.MULTILINE)))
+    return sum(map(int, re.findall(r"^inactive_file (\d+)$", stat, re.MULTILINE)))
 
 
 def gpu_peak_bytes() -> int:
-    """Return the most memory of its GPU that this process has held so far, 0 if it uses none."""
+    """Return the peak memory of this process on its GPU in bytes; 0 if it uses none."""
     if not torch.cuda.is_initialized():
         return 0
     return torch.cuda.max_memory_reserved() + _CUDA_CONTEXT
 
 
 def gpu_free_bytes() -> int:
-    """Return the memory of its GPU that is free, this process' own included; 0 if it uses none."""
+    """Return the free bytes of its GPU plus those of this process; 0 if it uses none."""
     if not torch.cuda.is_initialized():
         return 0
     free, _ = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""How a method of a comparison differs from another, and how sure that is."""
+"""Differences between the methods of a comparison, with intervals and tests."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def with_differences(
 
     Args:
         entries: all methods.
-        reference: the one that the others are compared with.
+        reference: the method that the others are compared with.
         target: of the sentences.
-        answers: by method what `right` returns.
+        answers: by method, what `right` returns.
     """
     theirs = next(entry for entry in entries if entry.method == reference)
-    found = []
+    compared = []
     for entry in entries:
         if entry is not theirs:
             between = difference(entry, theirs, answers[entry.method], answers[reference])
-            said = sentence(entry, theirs, between, target)
-            entry = replace(entry, difference=between, sentence=said)
-        found.append(entry)
-    return found
+            text = sentence(entry, theirs, between, target)
+            entry = replace(entry, difference=between, sentence=text)
+        compared.append(entry)
+    return compared
 
 
 def difference(
     ours: Entry, theirs: Entry, our_right: Bools | None, their_right: Bools | None
 ) -> Difference:
-    """Return one method minus another, with the interval and the test that there can be."""
+    """Return one method minus another, with its interval and test where they can be computed."""
     paired = significance.paired(_by_client(ours), _by_client(theirs))
     paired = [each for each in paired if len(each)]
     if not paired:  # no client answered in both
@@ -67,7 +67,7 @@ def _by_client(entry: Entry) -> list[significance.Floats]:
 
 
 def right(method: str, runs: Sequence[Run], central: Mapping[int, Path]) -> Bools | None:
-    """Say which models of a method, of all seeds, are right on which test images.
+    """Return which models of a method, of all seeds, are right on which test images.
 
     Args:
         method: its name.
@@ -75,14 +75,14 @@ def right(method: str, runs: Sequence[Run], central: Mapping[int, Path]) -> Bool
         central: folders of the central baseline by seed, if it is one of its methods.
 
     Returns:
-        ``[M, N]``, or `None` where a run did not keep its answers.
+        ``[M, N]``, or `None` where a run did not keep its predictions.
     """
     if method in CENTRAL:
-        found = [_right(path, method, seed) for seed, path in central.items()]
+        rows = [_right(path, method, seed) for seed, path in central.items()]
     else:
-        found = [_right(run.path, "student") for run in runs]
-    there = [each for each in found if each is not None]
-    return np.concatenate(there) if len(there) == len(found) else None
+        rows = [_right(run.path, "student") for run in runs]
+    known = [each for each in rows if each is not None]
+    return np.concatenate(known) if len(known) == len(rows) else None
 
 
 def _right(path: Path, kind: str, owner: int | None = None) -> Bools | None:

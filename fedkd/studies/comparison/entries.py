@@ -1,8 +1,8 @@
 """The numbers of one method in a comparison, taken from its runs.
 
-To say when a method reached an accuracy, and what it had cost by then, its rounds need one accuracy that
-means the same for all methods: that of the clients' students once they have taken in what the round
-gave, as in the closing exchange. `Counted` says where a method's records hold it.
+When a method reached an accuracy, and what it had cost by then, is measured by one accuracy per round that
+means the same for all methods: that of the clients' students after they have applied the round's result,
+as in the closing exchange. `Counted` names the field of a method's records that holds it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fedkd.studies.comparison.methods import CENTRAL, DISTILLED, LOCAL, label
 
 @dataclass(frozen=True)
 class Counted:
-    """Which field of ``rounds.jsonl`` tells what the students can do after a round.
+    """The field of ``rounds.jsonl`` that holds the students' accuracy after a round.
 
     Attributes:
         field: its name.
-        later: whether it stands in the next row, where the round's knowledge is taken in.
-        delivered: whether the next row's bytes down belong to it: they carry that knowledge.
+        later: whether it is in the next row, where the round's knowledge is applied.
+        delivered: whether the next row's bytes down count as well: they carry that knowledge.
     """
 
     field: str
@@ -35,7 +35,7 @@ class Counted:
 
 
 def counted(strategy: DistillationStrategy, *, has_teacher: bool) -> Counted:
-    """Say which accuracy after a round is that of the closing exchange, for a strategy.
+    """Return which accuracy after a round is that of the closing exchange, for a strategy.
 
     A student that digests is tested after the digest in the next round (after its own training too if
     the closing exchange includes that), shared weights at the server, anything else where it trained.
@@ -52,19 +52,19 @@ def counted(strategy: DistillationStrategy, *, has_teacher: bool) -> Counted:
 
 
 def _student_fits(phases: Sequence[Phase], has_teacher: bool) -> list[str]:
-    """Return the names of the phases that train the student, who is the teacher if there is no other."""
+    """Return the names of the phases that train the student, which is the teacher if there is no other."""
     fits = (phase for phase in phases if isinstance(phase, Fit))
     return [fit.name for fit in fits if fit.model == "student" or not has_teacher]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a federation had after a round.
+    """The state of a federation after a round.
 
     Attributes:
         round: from 1.
         accuracy: mean over clients, 0..1.
-        payload: bytes of all clients until then, both ways, with what brought the accuracy about.
+        payload: bytes of all clients until then, both ways, including what led to this accuracy.
     """
 
     round: int
@@ -96,10 +96,10 @@ class Difference:
 
     Attributes:
         mean: of accuracies 0..1, over seeds of the mean over clients.
-        low: lower end of the 95 % interval, or `None` where nothing says how sure the mean is.
+        low: lower end of the 95 % interval, or `None` where it cannot be computed.
         high: upper end.
         images_won: test images on which a larger share of the method's models is right; `None` where
-            runs did not keep their answers.
+            runs did not keep their predictions.
         images_lost: on which a larger share of the reference's is.
         p_value: of the exact test on these two counts.
     """
@@ -128,13 +128,13 @@ class Entry:
         bytes_up: payload bytes of all clients over a run, mean over seeds, or `None`.
         bytes_down: likewise.
         seconds: of a run, mean over seeds.
-        counted: which accuracy tells when the target is reached, or `None` for a central model.
+        counted: which accuracy decides when the target is reached, or `None` for a central model.
         rounds_to_target: by seed, `None` where it is never reached; `None` for a central model or
             without a target.
         bytes_to_target: bytes up and down until then, likewise.
         gap_closed: (method − local only) / (student distilled − local only), or `None`.
         difference: to the reference, or `None` for the reference itself.
-        sentence: what the comparison with the reference comes to, likewise.
+        sentence: the comparison with the reference in words, likewise.
     """
 
     method: str
@@ -155,7 +155,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What it is called in tables."""
+        """Its name in tables."""
         return label(self.method)
 
     @property
@@ -208,7 +208,7 @@ def federated_entry(name: str, runs: Sequence[Run], field: Counted) -> Entry:
 def default_target(
     entries: Sequence[Entry], curves: Mapping[str, Sequence[Sequence[Point]]]
 ) -> tuple[float, str] | None:
-    """Choose an accuracy of which it is worth knowing when it was reached, in whole percent, and say why.
+    """Return a target accuracy in whole percent, and the reason for it.
 
     The highest that every method that sends anything reaches with every seed; where that is no more
     than clients reach on their own, nine tenths of the best such method's; `None` if none sends.
@@ -220,9 +220,15 @@ def default_target(
     alone = [entry.accuracy for entry in entries if entry.method == LOCAL]
     common = _whole_percent(min(tops))
     if common > max(alone, default=0.0):
-        return common, "the highest whole percent that all who send something reach with every seed"
+        return (
+            common,
+            "the highest whole percent that all methods that send data reach with every seed",
+        )
     best = _whole_percent(0.9 * max(entry.accuracy for entry in sending))
-    return best, "nine tenths of the best, as not all who send something are better than local only"
+    return (
+        best,
+        "nine tenths of the best, as not all methods that send data are better than local only",
+    )
 
 
 def _whole_percent(share: float) -> float:
@@ -232,14 +238,14 @@ def _whole_percent(share: float) -> float:
 def with_target(
     entry: Entry, points: Sequence[Sequence[Point]] | None, target: float | None
 ) -> Entry:
-    """Return an entry that says when it reached the target."""
+    """Return an entry with the rounds and bytes at which it reached the target."""
     if points is None or target is None:
         return entry
-    found = [reached(each, target) for each in points]
+    first = [reached(each, target) for each in points]
     return replace(
         entry,
-        rounds_to_target=[None if point is None else point.round for point in found],
-        bytes_to_target=[None if point is None else point.payload for point in found],
+        rounds_to_target=[None if point is None else point.round for point in first],
+        bytes_to_target=[None if point is None else point.payload for point in first],
     )
 
 
@@ -258,7 +264,7 @@ def with_gaps(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def as_row(entry: Entry) -> dict[str, Any]:
-    """Return an entry as a plain dict, for JSON and tables of others."""
+    """Return an entry as a plain dict, for JSON and external tables."""
     plain = {
         name: vars(value) if isinstance(value, Counted | Difference) else value
         for name, value in vars(entry).items()

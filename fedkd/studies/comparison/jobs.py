@@ -1,8 +1,8 @@
-"""Make several runs at once, each in a process of its own, when they fit.
+"""Makes several runs at once, each in its own process, when they fit into memory.
 
-Processes are told what to do in lines of JSON and answer likewise, so that nothing is pickled and the
-caller's script is not run again. A run is the same run whoever makes it: its numbers depend on the
-experiment and its plan, not on its neighbours.
+Processes receive jobs as lines of JSON and answer likewise, so that nothing is pickled and the caller's
+script is not run again. A run is the same in any process: its numbers depend on the experiment and its
+plan, not on other runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Job:
         what: its name in progress and errors.
         experiment: the run.
         seeds: those of a central baseline; none of a federated run.
-        begun: the folder of the federated run, where it was cut off and goes on.
+        begun: the folder of an interrupted federated run, which is resumed.
     """
 
     what: str
@@ -55,13 +55,13 @@ class Job:
 
 
 def threads_each(at_once: int) -> int:
-    """Return the threads of each of so many processes: all that this one has, dealt out."""
+    """Return the threads of each of `at_once` processes: an equal share of this one's."""
     return max(1, torch.get_num_threads() // at_once)
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Have PyTorch use so many threads in the block."""
+    """Set the number of PyTorch's threads for the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -71,27 +71,27 @@ def threads(count: int) -> Iterator[None]:
 
 
 def check_jobs(experiment: Experiment, at_once: int) -> None:
-    """Refuse several runs at once where each would start its own Ray, or could not be repeated.
+    """Raise an error where runs at once would each start Ray, or could not import the user's code.
 
     Raises:
-        FedkdError: see above, or the number is not right.
+        FedkdError: see above, or the number is invalid.
     """
     if type(at_once) is not int or at_once < 1:
-        raise FedkdError(f"jobs = {at_once!r}: must be whole number ≥ 1")
+        raise FedkdError(f"jobs = {at_once!r}: must be a whole number ≥ 1")
     if at_once == 1:
         return
     uses_ray = experiment.engine == "flower" or experiment.num_workers > 0
     if uses_ray:
         key = "engine = 'flower'" if experiment.engine == "flower" else "num-workers"
         raise FedkdError(
-            f"jobs = {at_once} contradicts {key}: that starts Ray, of which one at a time runs on a "
+            f"jobs = {at_once} contradicts {key}: it starts Ray, and only one Ray at a time can run on a "
             "machine; set jobs = 1"
         )
     for key, value in experiment.flat().items():
         if "__main__:" in str(value):
             raise FedkdError(
                 f"jobs = {at_once} contradicts {key} = '{value}': other processes cannot import what "
-                "stands in the script or notebook; move it to a file of its own, or set jobs = 1"
+                "is defined in the script or notebook; move it to its own file, or set jobs = 1"
             )
 
 
@@ -102,17 +102,18 @@ def make(jobs: Sequence[Job], at_once: int, progress: Progress) -> tuple[list[Pa
         jobs: the runs.
         at_once: 1 makes them one by one in this process. Else the first is made alone, to measure its
             memory, and then as many at once as fit.
-        progress: told how far all of them are.
+        progress: called with the share of all of them that is done.
 
     Returns:
-        Their folders, and how many were made at once, and why, where `at_once` asks for several.
+        Their folders; and how many were made at once and why, or `None` unless `at_once` and the jobs
+        are several.
 
     Raises:
-        FedkdError: a run went wrong; it names the run. Those under way are finished first, and no
-            others are begun. Finished ones stay.
+        FedkdError: a run failed; the message names it. Runs under way are finished first, and no
+            others are started. Finished ones stay.
     """
     if at_once == 1 or len(jobs) < 2:
-        return [_here(jobs, number, progress) for number in range(len(jobs))], None
+        return [_in_this_process(jobs, number, progress) for number in range(len(jobs))], None
     makers = _Makers(jobs, at_once, progress)
     try:
         return makers.make(), makers.remark
@@ -120,7 +121,7 @@ def make(jobs: Sequence[Job], at_once: int, progress: Progress) -> tuple[list[Pa
         makers.end()
 
 
-def _here(jobs: Sequence[Job], number: int, progress: Progress) -> Path:
+def _in_this_process(jobs: Sequence[Job], number: int, progress: Progress) -> Path:
     job, count = jobs[number], len(jobs)
     text = f"{job.what} ({number + 1} of {count})"
     try:
@@ -129,21 +130,21 @@ def _here(jobs: Sequence[Job], number: int, progress: Progress) -> Path:
         raise FedkdError(f"{job.what}: {error}") from error
 
 
-def _made(job: Job, told: Callable[[float], None]) -> Path:
+def _made(job: Job, report: Callable[[float], None]) -> Path:
     """Make one run and return its folder."""
-    told(0.0)
+    report(0.0)
     if job.seeds:
         begun: dict[str, None] = {}
 
         def part(what: str, share: float) -> None:  # teachers, then students
             begun[what] = None
-            told((len(begun) - 1 + share) / 2)
+            report((len(begun) - 1 + share) / 2)
 
         path = central(job.experiment, job.seeds, progress=part).path
         assert path is not None
         return path
     rounds = job.experiment.num_server_rounds
-    following = [EachRound(lambda row: told(row["round"] / rounds))]
+    following = [EachRound(lambda row: report(row["round"] / rounds))]
     done = resume(job.begun, following) if job.begun else run(job.experiment, following)
     return done.path
 
@@ -154,10 +155,10 @@ def _made(job: Job, told: Callable[[float], None]) -> Path:
 def serve() -> None:
     """Make the runs that come in as lines on stdin, and answer on stdout, until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed must not come between the answers
+    os.dup2(2, 1)  # other output must not mix with the answers
 
-    def say(**what: Any) -> None:
-        answers.write(json.dumps(what) + "\n")
+    def answer(**fields: Any) -> None:
+        answers.write(json.dumps(fields) + "\n")
         answers.flush()
 
     for line in sys.stdin:
@@ -166,16 +167,16 @@ def serve() -> None:
         begun = task["begun"] and Path(task["begun"])
         job = Job("", Experiment.load(("jobs", task["experiment"])), tuple(task["seeds"]), begun)
         try:
-            path = _made(job, lambda share: say(share=share))
-        except BrokenPipeError:  # who asked has gone
+            path = _made(job, lambda share: answer(share=share))
+        except BrokenPipeError:  # the parent process has ended
             os._exit(1)
         except FedkdError as error:
-            say(failed=str(error))
+            answer(failed=str(error))
         except Exception as error:
             traceback.print_exc()
-            say(failed=one_line(error))
+            answer(failed=one_line(error))
         else:
-            say(path=str(path), peak=capacity.peak_bytes(), gpu_peak=capacity.gpu_peak_bytes(),
+            answer(path=str(path), peak=capacity.peak_bytes(), gpu_peak=capacity.gpu_peak_bytes(),
                 gpu_free=capacity.gpu_free_bytes())  # fmt: skip
 
 
@@ -185,12 +186,12 @@ _SERVE = (
 )
 
 Answers = SimpleQueue[tuple["_Maker", dict[str, Any] | None]]
-"""What processes say, and `None` when one has ended."""
+"""Answers by process; `None` when it has ended."""
 
 
 @dataclass(eq=False)
 class _Maker:
-    """A process that makes runs, as seen from here."""
+    """A process that makes runs, seen from the parent."""
 
     threads: int
     answers: Answers
@@ -212,13 +213,13 @@ class _Maker:
     def _listen(self, lines: IO[str]) -> None:
         with lines:
             for line in lines:
-                if not line.endswith("\n"):  # it died while it spoke
+                if not line.endswith("\n"):  # it died while writing
                     break
                 self.answers.put((self, json.loads(line)))
         self.answers.put((self, None))
 
-    def ask(self, job: Job) -> None:
-        """Have it make a run."""
+    def send(self, job: Job) -> None:
+        """Send it a run to make."""
         self.share = 0.0
         task = {
             "experiment": job.experiment.flat(),
@@ -227,22 +228,22 @@ class _Maker:
             "threads": self.threads,
         }
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died, as its last answer says
+        with suppress(BrokenPipeError):  # it has died; its last answer is `None`
             self.process.stdin.write(json.dumps(task) + "\n")
             self.process.stdin.flush()
 
     def death(self) -> str:
-        """Say how the process ended."""
+        """Return how the process ended, in words."""
         try:
             code = self.process.wait(_PATIENCE_S)
-        except subprocess.TimeoutExpired:  # it has closed its answers, and does not end
+        except subprocess.TimeoutExpired:  # it closed its output but did not exit
             self.process.kill()
             code = self.process.wait()
-        why = ", as it does when memory runs out" if code == -9 else ""
+        why = ", probably out of memory" if code == -9 else ""
         return f"its process ended with exit code {code}{why}"
 
     def end(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, even while it works."""
         self.process.terminate()
         with suppress(OSError):
             assert self.process.stdin is not None
@@ -255,7 +256,7 @@ class _Maker:
 
 
 class _Makers:
-    """All processes of a number of runs, and who is at which."""
+    """The processes that make a number of runs, and which run each is making."""
 
     def __init__(self, jobs: Sequence[Job], at_once: int, progress: Progress) -> None:
         self._jobs = jobs
@@ -275,7 +276,7 @@ class _Makers:
 
     def make(self) -> list[Path]:
         """Make all runs and return their folders in the order of the jobs."""
-        self._begin()
+        self._start()
         while self._busy:
             maker, answer = self._answers.get()
             if maker in self._busy:
@@ -289,20 +290,20 @@ class _Makers:
         for maker in (*self._busy, *self._idle):
             maker.end()
 
-    def _begin(self) -> None:
-        """Begin as many runs as there is room for."""
+    def _start(self) -> None:
+        """Start as many runs as there is room for."""
         while self._waiting and self._failure is None and len(self._busy) < self._room:
             maker = self._idle.pop() if self._idle else _Maker(self._threads, self._answers)
             number = self._waiting.popleft()
             self._busy[maker] = number
-            maker.ask(self._jobs[number])
-        self._tell()
+            maker.send(self._jobs[number])
+        self._show_progress()
 
     def _take(self, maker: _Maker, answer: dict[str, Any] | None) -> None:
-        """Take note of what a process says of its run."""
+        """Handle a process' answer about its run."""
         if answer is not None and "share" in answer:
             maker.share = answer["share"]
-            self._tell()
+            self._show_progress()
             return
         number = self._busy.pop(maker)
         if answer is None:
@@ -315,14 +316,14 @@ class _Makers:
             else:
                 self._paths[number] = Path(answer["path"])
                 self._measure(answer)
-        self._begin()
+        self._start()
 
     def _fail(self, number: int, why: str) -> None:
         if self._failure is None:
             self._failure = FedkdError(f"{self._jobs[number].what}: {why}")
 
     def _measure(self, answer: dict[str, Any]) -> None:
-        """Make room for as many runs as fit, if all are as large as the largest so far."""
+        """Set how many runs fit, assuming that all are as large as the largest so far."""
         self._peak = max(self._peak, answer["peak"])
         room, why = fitting(self._at_once, self._peak, self._free, "memory")
         if answer["gpu_peak"]:
@@ -335,7 +336,7 @@ class _Makers:
         self.remark = f"{room} runs at once" if room > 1 else "one run at a time"
         self.remark += f", each with {each}: {why}"
 
-    def _tell(self) -> None:
+    def _show_progress(self) -> None:
         count = len(self._jobs)
         names = [self._jobs[number].what for number in self._busy.values()]
         share = (len(self._paths) + sum(maker.share for maker in self._busy)) / count
@@ -343,16 +344,16 @@ class _Makers:
         self._progress(f"{'; '.join(names)} ({done})" if names else done, share)
 
 
-def fitting(wanted: int, each: int, free: int | None, what: str) -> tuple[int, str]:
-    """Return how many runs fit at once, at least one and at most `wanted`, and why.
+def fitting(most: int, each: int, free: int | None, what: str) -> tuple[int, str]:
+    """Return how many runs fit at once, at least one and at most `most`, and why.
 
     Args:
-        wanted: the most.
+        most: the largest number.
         each: bytes that a run takes.
-        free: bytes that there are, `None` if that is not known.
-        what: what is counted.
+        free: free bytes, `None` if unknown.
+        what: the kind of memory.
     """
     if free is None:
-        return wanted, f"a run takes {each / 1e9:.1f} GB of {what}; how much is free is not known"
-    fits = max(1, min(wanted, int(_SPARE * free / max(1, each))))
+        return most, f"a run takes {each / 1e9:.1f} GB of {what}; how much is free is unknown"
+    fits = max(1, min(most, int(_SPARE * free / max(1, each))))
     return fits, f"a run takes {each / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"

@@ -1,4 +1,4 @@
-"""The methods of a comparison: their names, and what each of them is as an experiment."""
+"""The methods of a comparison: their names, and the experiment that each of them runs."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ Method = str | type[DistillationStrategy]
 
 
 def label(method: str) -> str:
-    """Return what a method is called in tables."""
+    """Return a method's name in tables."""
     return _LABELS.get(method, method.split(":")[-1])
 
 
 def subject(method: str) -> str:
-    """Return the same as the first word of a sentence."""
+    """Return the same name as it begins a sentence."""
     name = label(method)
     return name[0].upper() + name[1:] if method in _LABELS else name
 
 
 def canonical(method: Method) -> str:
-    """Return a method's one name, by which records know it.
+    """Return a method's canonical name, as in records.
 
     Raises:
         FedkdError: there is no such method.
     """
     if isinstance(method, type):
-        own = method.__module__.partition(".")[0] == "strategies"
-        method = method.__name__ if own else f"{method.__module__}:{method.__qualname__}"
+        is_built_in = method.__module__.partition(".")[0] == "strategies"
+        method = method.__name__ if is_built_in else f"{method.__module__}:{method.__qualname__}"
     if not isinstance(method, str):
         raise FedkdError(
-            f"methods: {method!r} is no name and no strategy's class; settings go to strategy-config"
+            f"methods: {method!r} is neither a name nor a strategy class; settings go to strategy-config"
         )
     plain = method.strip().lower().replace(" ", "-").replace("_", "-")
     if plain in CENTRAL:
@@ -68,22 +68,22 @@ def canonical(method: Method) -> str:
         return find(plain).name()
     except FedkdError:
         raise FedkdError(
-            f"methods: no method '{method}'{nearest(plain, known)}; there are {', '.join(sorted(known))}"
+            f"methods: no method '{method}'{nearest(plain, known)}; the methods are {', '.join(sorted(known))}"
         ) from None
 
 
 def default_methods(experiment: Experiment) -> list[str]:
-    """Return what is compared unless asked otherwise: the central baseline only where there is one."""
+    """Return the default methods; the central baseline is among them only where there is one."""
     federated = [LOCAL, "FedAvg", "FedMD", "DSFL"]
     single = experiment.teacher != "none" and "," not in experiment.teacher + experiment.student
     return [*CENTRAL, *federated] if single else federated
 
 
 def check_all(experiment: Experiment, names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Check every run of a comparison before the first.
+    """Raise an error if any run of a comparison is invalid, before the first.
 
     Raises:
-        FedkdError: one of them could not be run, or there is nothing to compare.
+        FedkdError: a run is invalid, or there is nothing to compare.
     """
     refuse_repeats("methods", [_folder_word(name) for name in names])
     refuse_repeats("seeds", seeds)
@@ -118,7 +118,7 @@ def variant(experiment: Experiment, method: str, seed: int) -> Experiment:
     return experiment.replace(
         strategy=method,
         plan=without(experiment.plan, experiment.server_model) if drops else experiment.plan,
-        # Settings and the server's model belong to the methods that know them.
+        # Settings and the server's model belong to the methods that use them.
         strategy_config=experiment.strategy_config
         if canonical(experiment.strategy) == method
         else "none",
@@ -140,5 +140,5 @@ def pooled(experiment: Experiment) -> Experiment:
 
 
 def _folder_word(method: str) -> str:
-    """Return what run folders of a method are called by."""
+    """Return a method's name in run folders."""
     return method.split(":")[-1].lower()

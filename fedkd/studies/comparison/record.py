@@ -1,4 +1,4 @@
-"""A comparison's own record: which runs it is made of, and what was asked of them."""
+"""The record of a comparison: its settings and the folders of its runs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _BESIDES = {"seed", *Experiment.keys("bookkeeping")}
 
 @dataclass(frozen=True)
 class ComparisonRecord:
-    """What ``comparison.json`` holds.
+    """The content of ``comparison.json``.
 
     Attributes:
-        experiment: what all methods share, as it was asked for.
+        experiment: what all methods share, as given by the user.
         methods: their names.
         seeds: of every method.
         reference: the method that the others are compared with.
-        target: as it was asked for, or `None` for the default.
+        target: as given by the user, or `None` for the default.
         runs: folders by strategy, one a seed.
         central: folders of the central baseline by seed.
-        reused: runs that were there already; a central baseline counts once a seed.
-        remark: what there is to say of runs made at once.
-        counted: by strategy, which accuracy tells when the target is reached.
+        reused: runs that existed already; a central baseline counts once a seed.
+        remark: how many runs were made at once and why, or `None`.
+        counted: by strategy, which accuracy decides when the target is reached.
         path: the comparison's folder.
     """
 
@@ -60,10 +60,10 @@ class ComparisonRecord:
 
     @staticmethod
     def check(experiment: Experiment) -> None:
-        """Refuse a name of something else; the same comparison may be written again.
+        """Raise an error if the name belongs to something else; the same comparison may be written again.
 
         Raises:
-            FedkdError: the folder is there, and holds no comparison of this experiment.
+            FedkdError: the folder exists and holds no comparison of this experiment.
         """
         if experiment.name is None:
             return
@@ -80,43 +80,43 @@ class ComparisonRecord:
             )
 
     def written(self) -> ComparisonRecord:
-        """Fill in what the methods say of themselves, write it to its folder, and return it."""
+        """Return the record with `counted` and `path` filled in, written to its folder."""
         experiment = self.experiment
         has_teacher = experiment.teacher != "none"
-        found = {n: counted(_strategy(experiment, n), has_teacher=has_teacher) for n in self.runs}
-        known = Path(experiment.run_dir) / (experiment.name or "")
+        fields = {n: counted(_strategy(experiment, n), has_teacher=has_teacher) for n in self.runs}
+        folder = Path(experiment.run_dir) / (experiment.name or "")
         if experiment.name is None and (earlier := self._earlier()) is not None:
-            known = earlier
-        elif experiment.name is None or not known.exists():
+            folder = earlier
+        elif experiment.name is None or not folder.exists():
             default = f"compare-{experiment.dataset.replace(':', '.')}"
-            known = RunFolder.create(experiment, default).path
-        record = replace(self, counted=found, path=known)
-        write_json(known / FILE, record.as_json())
+            folder = RunFolder.create(experiment, default).path
+        record = replace(self, counted=fields, path=folder)
+        write_json(folder / FILE, record.as_json())
         return record
 
     def _earlier(self) -> Path | None:
         """Return the folder of the same comparison, if it was made before."""
 
-        def asked(record: ComparisonRecord) -> tuple[Any, ...]:
+        def settings(record: ComparisonRecord) -> tuple[Any, ...]:
             shared = record.experiment.model_dump(exclude=_BESIDES)
             return shared, record.methods, record.seeds, record.reference, record.target
 
         for path in sorted(Path(self.experiment.run_dir).glob(f"*/{FILE}")):
-            with suppress(FedkdError):  # of another version
-                if asked(ComparisonRecord.read(path.parent)) == asked(self):
+            with suppress(FedkdError):  # written by another version
+                if settings(ComparisonRecord.read(path.parent)) == settings(self):
                     return path.parent
         return None
 
     def as_json(self) -> dict[str, Any]:
-        """Return the record, with paths as seen from its folder."""
-        seen = {m: [relpath(path, self.path) for path in paths] for m, paths in self.runs.items()}
+        """Return the record, with paths relative to its folder."""
+        runs = {m: [relpath(path, self.path) for path in paths] for m, paths in self.runs.items()}
         return {
             "experiment": self.experiment.flat(),
             "methods": self.methods,
             "seeds": self.seeds,
             "reference": self.reference,
             "target": self.target,
-            "runs": seen,
+            "runs": runs,
             "central": {str(s): relpath(path, self.path) for s, path in self.central.items()},
             "counted": {method: vars(each) for method, each in self.counted.items()},
             "reused": self.reused,
@@ -125,29 +125,33 @@ class ComparisonRecord:
 
     @classmethod
     def read(cls, folder: Path) -> ComparisonRecord:
-        """Read a comparison's folder.
+        """Return the record in a comparison's folder.
 
         Raises:
-            FedkdError: there is none in it.
+            FedkdError: the folder holds none.
         """
-        found = read_json(folder / FILE, "comparison")
+        values = read_json(folder / FILE, "comparison")
         try:
-            return cls._of(found, folder)
+            return cls._of(values, folder)
         except (AttributeError, KeyError, TypeError) as error:
-            raise FedkdError(f"{folder / FILE} is no record of this version ({error!r})") from None
+            raise FedkdError(
+                f"{folder / FILE} was not written by this version ({error!r})"
+            ) from None
 
     @classmethod
-    def _of(cls, found: dict[str, Any], folder: Path) -> ComparisonRecord:
-        def seen(path: str) -> Path:
+    def _of(cls, values: dict[str, Any], folder: Path) -> ComparisonRecord:
+        def absolute(path: str) -> Path:
             return Path(normpath(folder / path))
 
-        found["experiment"] = Experiment.load((str(folder / FILE), found["experiment"]))
-        found["runs"] = {m: [seen(path) for path in paths] for m, paths in found["runs"].items()}
-        found["central"] = {int(seed): seen(path) for seed, path in found["central"].items()}
-        found["counted"] = {m: Counted(**each) for m, each in found["counted"].items()}
-        return cls(**found, path=folder)
+        values["experiment"] = Experiment.load((str(folder / FILE), values["experiment"]))
+        values["runs"] = {
+            m: [absolute(path) for path in paths] for m, paths in values["runs"].items()
+        }
+        values["central"] = {int(seed): absolute(path) for seed, path in values["central"].items()}
+        values["counted"] = {m: Counted(**each) for m, each in values["counted"].items()}
+        return cls(**values, path=folder)
 
 
 def _strategy(experiment: Experiment, method: str) -> DistillationStrategy:
-    given = variant(experiment, method, experiment.seed)
-    return find(method, given.strategy_config)
+    varied = variant(experiment, method, experiment.seed)
+    return find(method, varied.strategy_config)

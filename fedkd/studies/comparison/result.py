@@ -38,19 +38,19 @@ class Comparison:
 
     Attributes:
         path: its folder, which holds ``comparison.json``.
-        experiment: what all methods share, as it was asked for.
-        entries: one a method, in the order asked for.
+        experiment: what all methods share, as given by the user.
+        entries: one per method, in the order given.
         seeds: of every method.
         test_size: test images behind every accuracy.
-        runs: the federated runs by method, one a seed.
-        central: the central baseline, if any of its methods was asked for; its path is `None` where
-            its seeds lie in several folders.
-        central_folders: by seed, where it lies.
+        runs: the federated runs by method, one per seed.
+        central: the central baseline, if any of its methods is compared; its path is `None` where
+            its seeds are in several folders.
+        central_folders: of the central baseline, by seed.
         reference: the method that the others are compared with.
-        target: accuracy 0..1 of which the entries say when it was reached, or `None`.
-        target_reason: why it is that one, or `None` if it was asked for.
-        reused: runs that were there already; a central baseline counts once a seed.
-        remark: how many runs were made at once, and why, where several were asked for.
+        target: accuracy 0..1 for which the entries give rounds and bytes, or `None`.
+        target_reason: why it was chosen, or `None` if the user gave it.
+        reused: runs that existed already; a central baseline counts once a seed.
+        remark: how many runs were made at once and why, or `None` if one at a time was requested.
     """
 
     path: Path
@@ -69,25 +69,25 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a comparison's folder and the run folders that it names, beside it or elsewhere.
+        """Return the comparison in a folder, read from the run folders that its record names.
 
         Raises:
-            FedkdError: there is no comparison, or one of its runs is gone.
+            FedkdError: there is no comparison, or one of its runs is missing.
         """
         return cls.from_record(ComparisonRecord.read(Path(path)))
 
     @classmethod
     def from_record(cls, record: ComparisonRecord) -> Self:
-        """Compute everything from a comparison's record and the run folders that it names.
+        """Return the comparison computed from a record and the run folders that it names.
 
         Raises:
-            FedkdError: it is unfinished, or one of its runs is gone.
+            FedkdError: it is unfinished, or one of its runs is missing.
         """
         return cls(**_assembled(record))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One plain dict a method."""
+        """One plain dict per method."""
         return [as_row(entry) for entry in self.entries]
 
     def __getitem__(self, method: Method) -> Entry:
@@ -95,32 +95,32 @@ class Comparison:
         for entry in self.entries:
             if entry.method == name:
                 return entry
-        there = ", ".join(entry.method for entry in self.entries)
-        raise FedkdError(f"method = '{name}' is not compared here; there are {there}")
+        names = ", ".join(entry.method for entry in self.entries)
+        raise FedkdError(f"method = '{name}' is not compared here; the methods are {names}")
 
     @property
     def sentences(self) -> list[str]:
-        """What it comes to: a sentence a method, and one on the two methods that matter most.
+        """The results in words: a sentence per method, and one on the two main rivals.
 
         See `fedkd.studies.comparison.verdicts.rivals`.
         """
-        found = [entry.sentence for entry in self.entries if entry.sentence is not None]
+        sentences = [entry.sentence for entry in self.entries if entry.sentence is not None]
         if (pair := rivals(self.entries, self.reference)) is not None:
             ours, theirs = self[pair[0]], self[pair[1]]
-            found.append(sentence(ours, theirs, self.difference(*pair), self.target))
-        return found
+            sentences.append(sentence(ours, theirs, self.difference(*pair), self.target))
+        return sentences
 
     @property
     def notes(self) -> list[str]:
-        """What has to be known to read the tables."""
-        found = tables.notes(self.entries, len(self.seeds), self.target, self.target_reason)
+        """Notes on the tables."""
+        notes = tables.notes(self.entries, len(self.seeds), self.target, self.target_reason)
         count = len(self.seeds) * (len(self.runs) + (self.central is not None))
         if self.reused:
-            found.append(f"{self.reused} of {count} runs were there already.")
-        return [*found, self.remark + "."] if self.remark is not None else found
+            notes.append(f"{self.reused} of {count} runs existed already.")
+        return [*notes, self.remark + "."] if self.remark is not None else notes
 
     def difference(self, method: Method, reference: Method) -> Difference:
-        """Return one method minus another, with how sure that is; the docs say what it covers."""
+        """Return one method minus another, with its interval and test; see the docs for what they cover."""
         ours, theirs = self[method], self[reference]
         return difference(ours, theirs, *map(self._right, (ours, theirs)))
 
@@ -171,7 +171,7 @@ def _assembled(record: ComparisonRecord) -> dict[str, Any]:
     """Compute a comparison's attributes from its record and run folders."""
     if not record.is_finished:
         raise FedkdError(
-            f"{record.path} is unfinished: fedkd compare --resume {record.path} goes on"
+            f"{record.path} is unfinished; resume it with: fedkd compare --resume {record.path}"
         )
     runs = {name: [Run.load(path) for path in paths] for name, paths in record.runs.items()}
     baseline = joined(record.central) if record.central else None

@@ -1,4 +1,4 @@
-"""Find runs that need not be made again, or not from the beginning: of the same experiment and code."""
+"""Finds runs of the same experiment and code that can be reused or resumed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from fedkd.registry import reproducible_keys, strategy_of
 from fedkd.user_code import fingerprint, is_importable
 
 _NOT_CENTRAL = ("seed", *Experiment.keys("federation", "evaluation", "clients"))
-"""Keys that the central baseline does not read; its seeds stand in the result."""
+"""Keys that the central baseline does not read; its seeds are in the result."""
 
 
 @dataclass(frozen=True)
-class _Found:
+class _ExistingRun:
     """A run.
 
     Attributes:
         path: its folder.
-        experiment: what was run, with the device that was found.
-        is_finished: whether it has come to its end.
+        experiment: what was run, with the device that was used.
+        is_finished: whether it is finished.
         central_seeds: of a finished central baseline, else none.
     """
 
@@ -43,10 +43,10 @@ class _Found:
 
 
 class ExistingRuns:
-    """The runs in a folder that could have been made by this code here and now.
+    """The runs in a folder that this code would reproduce.
 
     The fingerprint of the sources and the version of PyTorch must be the same. A run is left out where
-    it does not tell whether a user's own code is still the same: a strategy in a script or
+    it does not record whether a user's own code is unchanged: a strategy in a script or
     notebook, and data sets and models whose modules ``client-code`` does not name.
     """
 
@@ -54,35 +54,35 @@ class ExistingRuns:
         folders = sorted(p.parent for p in Path(run_dir).glob("*/experiment.toml"))
         self._runs = [run for folder in folders if (run := _read(folder)) is not None]
 
-    def federated(self, wanted: Experiment) -> list[Path]:
+    def federated(self, experiment: Experiment) -> list[Path]:
         """Return the folders of finished runs of a federated experiment."""
-        return [run.path for run in self._of(wanted) if run.is_finished]
+        return [run.path for run in self._of(experiment) if run.is_finished]
 
-    def unfinished(self, wanted: Experiment) -> Path | None:
-        """Return the folder of a federated run that was cut off after a round or more, if any."""
-        found = (run.path for run in self._of(wanted) if not run.is_finished)
-        begun = (path for path in found if (path / CHECKPOINT).is_file())
+    def unfinished(self, experiment: Experiment) -> Path | None:
+        """Return the folder of a federated run that was interrupted after at least one round, if any."""
+        unfinished = (run.path for run in self._of(experiment) if not run.is_finished)
+        begun = (path for path in unfinished if (path / CHECKPOINT).is_file())
         return next((path for path in begun if not RunFolder(path).is_running), None)
 
-    def _of(self, wanted: Experiment) -> Iterator[_Found]:
-        asked = wanted.replace(**reproducible_keys(wanted, strategy_of(wanted)))
-        found = (run for run in self._runs if not run.central_seeds)
-        return (run for run in found if _same(asked, run.experiment, ()))
+    def _of(self, experiment: Experiment) -> Iterator[_ExistingRun]:
+        complete = experiment.replace(**reproducible_keys(experiment, strategy_of(experiment)))
+        federated = (run for run in self._runs if not run.central_seeds)
+        return (run for run in federated if _same(complete, run.experiment, ()))
 
-    def central(self, wanted: Experiment) -> dict[int, Path]:
+    def central(self, experiment: Experiment) -> dict[int, Path]:
         """Return the folder of each seed for which there is a central baseline."""
         return {
             seed: run.path
             for run in reversed(self._runs)
-            if _same(wanted, run.experiment, _NOT_CENTRAL)
+            if _same(experiment, run.experiment, _NOT_CENTRAL)
             for seed in run.central_seeds
         }
 
 
 def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
-    """Return the experiment with the plan of most runs that it goes on from.
+    """Return the experiment with the plan that most of the reused runs have.
 
-    A plan decides the last bits: runs that are still to be made take the plan of those that are there.
+    A plan decides the last bits: new runs use the plan of existing ones.
     """
     if experiment.plan != AUTO:
         return experiment
@@ -90,21 +90,23 @@ def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
     return experiment.replace(plan=plans.most_common(1)[0][0]) if plans else experiment
 
 
-def _read(folder: Path) -> _Found | None:
-    """Return a run, or `None` for what is none or was made by other code."""
+def _read(folder: Path) -> _ExistingRun | None:
+    """Return a run, or `None` for a folder that holds none or was made by other code."""
     try:
         text = (folder / "experiment.toml").read_text(encoding="utf-8")
         is_finished = RunFolder(folder).is_finished
         result = read_json(folder / "result.json") if is_finished else {}
-        said = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
-        if said.get("torch") != version("torch") or "sources" not in said:
+        header = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
+        if header.get("torch") != version("torch") or "sources" not in header:
             return None
         experiment = RunFolder(folder).experiment
-        if not _is_covered(experiment) or said["sources"] != fingerprint(experiment.client_modules):
+        if not _is_covered(experiment) or header["sources"] != fingerprint(
+            experiment.client_modules
+        ):
             return None
         seeds = tuple(result["seeds"]) if "seeds" in result else ()
-        return _Found(folder, experiment.replace(device=said["device"]), is_finished, seeds)
-    except (OSError, ValueError, KeyError):  # half a record, or keys of another version
+        return _ExistingRun(folder, experiment.replace(device=header["device"]), is_finished, seeds)
+    except (OSError, ValueError, KeyError):  # an incomplete record, or keys of another version
         return None
 
 
@@ -112,20 +114,20 @@ def _is_covered(experiment: Experiment) -> bool:
     """Whether the fingerprint covers all code of the user that the experiment names."""
     named = f"{experiment.dataset},{experiment.public},{experiment.student},{experiment.teacher},"
     parts = [part.strip() for part in (named + experiment.server_model).split(",")]
-    own = {part.partition(":")[0] for part in parts if ":" in part}
+    user_modules = {part.partition(":")[0] for part in parts if ":" in part}
     modules = experiment.client_modules
-    return own <= set(modules) and all(is_importable(module) for module in modules)
+    return user_modules <= set(modules) and all(is_importable(module) for module in modules)
 
 
-def _same(wanted: Experiment, found: Experiment, besides: Sequence[str]) -> bool:
-    """Compare what may change numbers; a plan that was left open may be any."""
-    wanted = wanted.replace(device=str(resolve_device(wanted.device)))
+def _same(experiment: Experiment, existing: Experiment, besides: Sequence[str]) -> bool:
+    """Whether two experiments agree in all that may change numbers; an automatic plan matches any."""
+    experiment = experiment.replace(device=str(resolve_device(experiment.device)))
     left_out = {
         *Experiment.keys("bookkeeping"),
         *besides,
-        *(("plan",) if wanted.plan == AUTO else ()),
+        *(("plan",) if experiment.plan == AUTO else ()),
     }
-    return wanted.model_dump(exclude=left_out) == found.model_dump(exclude=left_out)
+    return experiment.model_dump(exclude=left_out) == existing.model_dump(exclude=left_out)
 
 
 # --- The central baseline, which holds several seeds ----------------------------------------------
@@ -134,7 +136,7 @@ def _same(wanted: Experiment, found: Experiment, besides: Sequence[str]) -> bool
 def joined(folders: Mapping[int, Path]) -> CentralRun:
     """Return one central baseline from the folders that hold its seeds, in the order of the seeds.
 
-    Its path is that of the folder if there is but one, else `None`.
+    Its path is that of the folder if there is only one, else `None`.
 
     Raises:
         FedkdError: a folder holds no finished central baseline, or not of that seed.
@@ -155,23 +157,23 @@ _WHOLE = ("parameters", "test_size")
 
 
 def _part(run: CentralRun, seed: int) -> dict[str, Any]:
-    """Return what a central baseline says of one of its seeds, all others left out."""
+    """Return the fields of a central baseline for one of its seeds."""
     number, count = run.seeds.index(seed), len(run.seeds)
     values = {field.name: getattr(run, field.name) for field in fields(run)}
     values["seconds"] = {what: spent / count for what, spent in run.seconds.items()}
-    kept = ("path", "seconds", *_WHOLE)
-    return {n: v if n in kept else _entry(v, number) for n, v in values.items()}
+    whole = ("path", "seconds", *_WHOLE)
+    return {n: v if n in whole else _entry(v, number) for n, v in values.items()}
 
 
 def _entry(value: Any, number: int) -> Any:
-    """Keep one seed of a list by seed, also where such lists lie in dicts."""
+    """Return one seed's part of a list by seed, also for such lists in dicts."""
     if isinstance(value, Mapping):
         return {name: _entry(each, number) for name, each in value.items()}
     return None if value is None else value[number : number + 1]
 
 
 def _appended(values: Sequence[Any]) -> Any:
-    """Put seeds together again: lists one after another, seconds added up, the rest as in the first."""
+    """Return the seeds' values combined: lists concatenated, seconds added, the rest from the first."""
     first = values[0]
     if isinstance(first, dict) and first:
         return {name: _appended([value[name] for value in values]) for name in first}

@@ -1,8 +1,7 @@
 """Central and federated methods side by side, on the same shards, public set and initial weights.
 
-Runs that are there already are not made again, and those that were cut off go on, so that one with
-another method or seed costs that method or seed. The comparison's own record only says which
-runs it is made of: every number is computed from their folders.
+Finished runs are reused and interrupted ones are resumed, so that another method or seed costs only
+its own runs. The comparison's record only names its runs: every number is computed from their folders.
 """
 
 from __future__ import annotations
@@ -45,26 +44,26 @@ def compare(
 ) -> Comparison:
     """Run methods on the same shards, public set, client samples and initial weights.
 
-    Finished runs in ``run-dir`` are taken where the same code made them of the same experiment, and
-    unfinished ones go on.
+    Finished runs in ``run-dir`` are reused where the same code made them from the same experiment, and
+    unfinished ones are resumed.
 
     Args:
         experiment: what all methods share. Its strategy is not used, its ``strategy-config`` only by
-            the method that it names. Its name is the comparison's, and the beginning of its runs'.
+            the method that it names. Its name is that of the comparison and the prefix of its runs'.
         methods: names or classes of strategies, and ``teacher``, ``student-alone``,
             ``student-distilled``; see `fedkd.studies.comparison.methods.default_methods`.
         seeds: of all methods; default the experiment's.
         reference: the method that the others are compared with; default LocalOnly if it is compared,
             else the first.
-        target: accuracy, 0..1 or in percent, of which to say when it is reached; default see
+        target: accuracy, 0..1 or in percent, for which rounds and bytes are given; for the default see
             `fedkd.studies.comparison.entries.default_target`.
-        jobs: runs made at once, in processes of their own, when they fit into memory. The numbers are
-            those of one after another.
-        progress: told what is going on and how far it is, 0..1.
+        jobs: runs made at once, each in its own process, when they fit into memory. The numbers are
+            the same as one after another.
+        progress: called with a description of the current work and the share that is done, 0..1.
 
     Raises:
-        FedkdError: a method or key is not right, and nothing has been run then; or a run went wrong:
-            finished ones stay, and the same call goes on from them.
+        FedkdError: a method or key is invalid, and nothing has been run; or a run failed: finished
+            ones stay, and the same call continues from them.
     """
     seeds = seeds_of(experiment, seeds)
     names = [canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
@@ -80,9 +79,9 @@ def compare(
 
 
 def resume(path: str | Path, *, jobs: int = 1, progress: Progress = silent) -> Comparison:
-    """Go on with a comparison that was cut off; see `compare`.
+    """Return the comparison in a folder, resumed where it was interrupted; see `compare`.
 
-    Runs that were cut off go on after their last finished round.
+    Interrupted runs are resumed after their last finished round.
 
     Args:
         path: its folder, which may have been moved together with those of its runs.
@@ -108,17 +107,17 @@ def resume(path: str | Path, *, jobs: int = 1, progress: Progress = silent) -> C
     )
 
 
-def _reference(names: Sequence[str], wanted: Method | None) -> str:
-    if wanted is None:
+def _reference(names: Sequence[str], method: Method | None) -> str:
+    if method is None:
         return LOCAL if LOCAL in names else names[0]
-    name = canonical(wanted)
+    name = canonical(method)
     if name not in names:
-        raise FedkdError(f"reference = '{wanted}': must be one of the methods: {', '.join(names)}")
+        raise FedkdError(f"reference = '{method}': must be one of the methods: {', '.join(names)}")
     return name
 
 
 def _share(target: float | None) -> float | None:
-    """Read an accuracy that is given as a fraction or, above 1, in percent."""
+    """Return a target, given as a fraction or, above 1, in percent, as a fraction."""
     if target is None:
         return None
     share = target / 100 if target > 1 else target
@@ -128,38 +127,45 @@ def _share(target: float | None) -> float | None:
 
 
 def _made(record: ComparisonRecord, at_once: int, progress: Progress) -> ComparisonRecord:
-    """Make the runs that are not there; return the record with all folders and the jobs' remark."""
+    """Make the missing runs; return the record with all folders and the jobs' remark."""
     experiment, seeds = record.experiment, record.seeds
     methods = list(federated(record.methods))
-    shelf = ExistingRuns(experiment.run_dir)
-    wanted = [(name, seed) for name in methods for seed in seeds]
-    there = {key: found for key in wanted if (found := shelf.federated(variant(experiment, *key)))}
+    existing = ExistingRuns(experiment.run_dir)
+    keys = [(name, seed) for name in methods for seed in seeds]
+    finished = {
+        key: paths for key in keys if (paths := existing.federated(variant(experiment, *key)))
+    }
     has_central = len(methods) < len(record.methods)
-    pools = shelf.central(pooled(experiment)) if has_central else {}
+    pools = existing.central(pooled(experiment)) if has_central else {}
     central = {seed: pools[seed] for seed in seeds if seed in pools}
-    begun = {key: shelf.unfinished(variant(experiment, *key)) for key in wanted if key not in there}
+    begun = {
+        key: existing.unfinished(variant(experiment, *key)) for key in keys if key not in finished
+    }
     jobs = _central_jobs(experiment, seeds, central) if has_central else []
-    known = [*(path for paths in there.values() for path in paths), *filter(None, begun.values())]
+    known = [
+        *(path for paths in finished.values() for path in paths),
+        *filter(None, begun.values()),
+    ]
     jobs += _federated_jobs(experiment, begun, known, at_once)
     paths, remark = make(jobs, at_once, progress)
     central |= {seed: path for job, path in zip(jobs, paths, strict=True) for seed in job.seeds}
-    folders = {key: found[0] for key, found in there.items()}
+    folders = {key: paths[0] for key, paths in finished.items()}
     folders |= zip(begun, paths[len(paths) - len(begun) :], strict=True)
     return replace(
         record,
         runs={name: [folders[name, seed] for seed in seeds] for name in methods},
         central={seed: central[seed] for seed in seeds if has_central},
-        reused=len(there) + len(central) - sum(len(job.seeds) for job in jobs),
+        reused=len(finished) + len(central) - sum(len(job.seeds) for job in jobs),
         remark=remark,
     )
 
 
 def _central_jobs(
-    experiment: Experiment, seeds: Sequence[int], there: Mapping[int, Path]
+    experiment: Experiment, seeds: Sequence[int], existing: Mapping[int, Path]
 ) -> list[Job]:
-    """Return the central baseline of the seeds that there is none of: one cohort."""
-    missing = tuple(seed for seed in seeds if seed not in there)
-    shared = common_plan(pooled(experiment), there.values())
+    """Return the job of the central baseline of the missing seeds, one cohort, if any."""
+    missing = tuple(seed for seed in seeds if seed not in existing)
+    shared = common_plan(pooled(experiment), existing.values())
     return [Job("central baseline", _free(shared), missing)] if missing else []
 
 
@@ -169,9 +175,9 @@ def _federated_jobs(
     known: Sequence[Path],
     at_once: int,
 ) -> list[Job]:
-    """Return the federations that are missing, by method and seed, with the folders of those cut off.
+    """Return the jobs of the missing federations by method and seed, resuming interrupted ones.
 
-    One plan for all: its bits are not the method's.
+    All use one plan, so that rounding does not differ by method.
     """
     if not begun:
         return []
@@ -184,7 +190,7 @@ def _federated_jobs(
 
 
 def _free(experiment: Experiment) -> Experiment:
-    """Number the name of a run whose folder is taken, as by one that was interrupted."""
+    """Return the experiment with a number after its name if that folder exists."""
     name, number = experiment.name, 1
     while experiment.name and (Path(experiment.run_dir) / experiment.name).exists():
         number += 1

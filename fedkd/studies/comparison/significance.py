@@ -1,6 +1,6 @@
-"""How sure a difference of two methods is: a bootstrap over seeds and clients, and an exact test.
+"""Uncertainty of the difference of two methods: a bootstrap over seeds and clients, and an exact test.
 
-Pure functions of numbers; `docs/compare.md` says what they cover and what not.
+Pure functions of numbers; `docs/compare.md` states what they cover and what they do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 
 
 def paired(ours: Sequence[Floats], theirs: Sequence[Floats]) -> list[Floats]:
-    """Subtract two methods client by client, of which each has the data of the same number.
+    """Return the differences of two methods client by client: equal numbers have the same data.
 
     Args:
         ours: by seed the accuracies ``[K]`` of a federation's clients, NaN of one that did not answer,
@@ -47,15 +47,15 @@ def mean_difference(differences: Sequence[Floats]) -> float:
 def bootstrap(differences: Sequence[Floats]) -> tuple[float, float] | None:
     """Return the percentile interval of `mean_difference` under a two-stage bootstrap.
 
-    Seeds are drawn with replacement, then, anew for every seed drawn, as many of its clients as it has
-    (Davison and Hinkley 1997, section 3.8). As differences are drawn, both methods see the same draws.
+    Seeds are drawn with replacement, then, independently for each drawn seed, as many of its clients as
+    it has (Davison and Hinkley 1997, section 3.8). As differences are drawn, both methods see the same draws.
     The same numbers give the same interval: the draws have a fixed seed.
 
     Args:
         differences: `paired` ones by seed; each seed has at least one.
 
     Returns:
-        The ends, or `None` for one seed whose differences are all equal: that says nothing about chance.
+        The ends, or `None` for one seed whose differences are all equal: they show nothing about chance.
     """
     if len(differences) == 1 and np.ptp(differences[0]) == 0:
         return None
@@ -83,16 +83,16 @@ def _resampled_means(chance: np.random.Generator, values: Floats, count: int) ->
 
 
 def images_won(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> tuple[int, int]:
-    """Count the test images on which a larger share of one method's models is right.
+    """Return on how many test images a larger share of one method's models is right.
 
     Args:
         ours: whether each model is right on each image, ``[M, N]``; models of all seeds and clients.
         theirs: the other method's, ``[L, N]``, of the same images.
 
     Returns:
-        How many images we win, and how many they win; the others are ties.
+        How many images `ours` wins, and how many `theirs` wins; the others are ties.
     """
-    # Of whole numbers, so that equal shares are equal.
+    # Integers, so that equal shares compare as equal.
     margin = ours.sum(0) * len(theirs) - theirs.sum(0) * len(ours)
     return int((margin > 0).sum()), int((margin < 0).sum())
 

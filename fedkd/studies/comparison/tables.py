@@ -1,4 +1,4 @@
-"""A comparison as two tables that fit into 100 columns, and what one has to know to read them."""
+"""A comparison as two tables that fit into 100 columns, with notes on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedkd.studies.comparison.methods import CENTRAL, DISTILLED, LOCAL, label
 from fedkd.studies.comparison.verdicts import percent, size
 
 Cells = Mapping[str, str | None]
-"""A row by column; `None` where the column means nothing for it."""
+"""A row by column; `None` where the column does not apply."""
 
 
 def accuracy_table(entries: Sequence[Entry], title: str, reference: str) -> Table:
-    """Return accuracies in percent and differences in percentage points; a method a row.
+    """Return accuracies in percent and differences in percentage points, one row per method.
 
     ``clients`` spans the worst and the best client, ``gap`` is the gap closed. The server has a column
     where its model differs from the clients'.
@@ -34,7 +34,7 @@ def accuracy_table(entries: Sequence[Entry], title: str, reference: str) -> Tabl
 
 
 def cost_table(entries: Sequence[Entry], title: str, target: float | None) -> Table:
-    """Return payload bytes, rounds and bytes to the target, and seconds; a method a row."""
+    """Return payload bytes, rounds and bytes to the target, and seconds, one row per method."""
     return _table(title, [_cost_cells(entry, target) for entry in entries])
 
 
@@ -69,7 +69,7 @@ def _difference_cells(difference: Difference | None, column: str) -> dict[str, s
 
 
 def _signed(difference: float) -> str:
-    """Write a difference in percentage points."""
+    """Return a difference in percentage points as text."""
     return f"{100 * difference:+.1f}".replace("-", "−")
 
 
@@ -87,7 +87,7 @@ def _cost_cells(entry: Entry, target: float | None) -> dict[str, str | None]:
 
 
 def _reach_cells(entry: Entry) -> tuple[str | None, str | None]:
-    """Write rounds and bytes to the target, means over the seeds if all reach it."""
+    """Return rounds and bytes to the target as text, means over the seeds if all reach it."""
     if entry.rounds_to_target is None or entry.bytes_to_target is None:
         return None, None
     rounds = [count for count in entry.rounds_to_target if count is not None]
@@ -100,7 +100,7 @@ def _reach_cells(entry: Entry) -> tuple[str | None, str | None]:
 
 
 def _table(title: str, rows: Sequence[Cells]) -> Table:
-    """Return a table of the columns that say something."""
+    """Return a table of the columns that are not empty."""
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     for name in columns:
@@ -113,11 +113,11 @@ def _table(title: str, rows: Sequence[Cells]) -> Table:
 def notes(
     entries: Sequence[Entry], seeds: int, target: float | None, target_reason: str | None
 ) -> list[str]:
-    """Say what has to be known to read the tables: what is n/a and why, and what intervals are over."""
-    found = [_about_interval(entries, seeds), _about_tests(entries), _about_gap(entries)]
+    """Return notes on the tables: what is n/a and why, and what the intervals cover."""
+    remarks = [_about_interval(entries, seeds), _about_tests(entries), _about_gap(entries)]
     if target is not None and target_reason is not None:
-        found.append(f"Target {percent(target)}: {target_reason}.")
-    return [note for note in found if note is not None]
+        remarks.append(f"Target {percent(target)}: {target_reason}.")
+    return [note for note in remarks if note is not None]
 
 
 def _about_interval(entries: Sequence[Entry], seeds: int) -> str | None:
@@ -127,7 +127,7 @@ def _about_interval(entries: Sequence[Entry], seeds: int) -> str | None:
     if all(difference.low is None for difference in differences):
         return "No interval: one seed, and no clients that differ."
     if seeds == 1:
-        return "Intervals are over clients only, with one seed: how much a seed matters is not in them."
+        return "Intervals are over clients only, with one seed: variation between seeds is not included."
     few = (
         f"; with {seeds} seeds they are too narrow where seeds matter more than clients"
         if seeds < 5
@@ -141,8 +141,8 @@ def _about_tests(entries: Sequence[Entry]) -> str | None:
     if not differences:
         return None
     if any(difference.p_value is None for difference in differences):
-        return "p is n/a where runs did not keep their answers on the test images."
-    return "p: exact sign test over the test images; it takes the trained models as given."
+        return "p is n/a where runs did not keep their predictions on the test images."
+    return "p: exact sign test over the test images; it treats the trained models as fixed."
 
 
 def _about_gap(entries: Sequence[Entry]) -> str | None:

@@ -1,4 +1,4 @@
-"""What a comparison of two methods comes to, in one sentence."""
+"""A comparison of two methods in one sentence."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from fedkd.studies.comparison.methods import DISTILLED, LOCAL, label, subject
 
 
 def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float | None) -> str:
-    """Say how one method compares with another: bytes to the target, and where it ends.
+    """Return a sentence that compares two methods: bytes to the target, and final accuracy.
 
     Args:
         ours: the method that the sentence is about.
-        theirs: the one it is compared with.
+        theirs: the method it is compared with.
         difference: ours minus theirs.
         target: accuracy 0..1, or `None` where there is none.
     """
     cost = _cost(ours, theirs, target)
     named = cost is not None and theirs.label in cost
     end = _end(difference, "" if named else f" than {theirs.label}", theirs.label)
-    said = f"{subject(ours.method)} {'' if cost is None else f'{cost} and '}{end}"
-    return f"{said} ({_certainty(difference, len(ours.accuracies))}){_gap(ours, theirs)}."
+    text = f"{subject(ours.method)} {'' if cost is None else f'{cost} and '}{end}"
+    return f"{text} ({_certainty(difference, len(ours.accuracies))}){_gap(ours, theirs)}."
 
 
-# --- What it costs --------------------------------------------------------------------------------
+# --- Cost -----------------------------------------------------------------------------------------
 
 
 def _cost(ours: Entry, theirs: Entry, target: float | None) -> str | None:
-    """Compare bytes, where there are some: to the target if both send, else in all."""
+    """Return a comparison of bytes, if any: to the target if both send, else in total."""
     if ours.sent is None:
         return None
     if ours.sent and theirs.sent and target is not None:
@@ -40,7 +40,7 @@ def _cost(ours: Entry, theirs: Entry, target: float | None) -> str | None:
 
 
 def _race(ours: Entry, theirs: Entry, target: str) -> str:
-    """Compare when two methods that both send something reach the target."""
+    """Return a comparison of the bytes to the target of two methods that both send something."""
     mine, their = _successes(ours), _successes(theirs)
     count, name = len(ours.accuracies), theirs.label
     if mine == count and their == count:
@@ -64,7 +64,7 @@ def _bytes(entry: Entry) -> float:
 
 
 def _ratio(ours: float, theirs: float, name: str) -> str:
-    """Put bytes beside another method's, of which there are some."""
+    """Return bytes relative to another method's, which are not 0."""
     ratio = ours / theirs
     if ours == theirs:
         return f"as many bytes as {name}"
@@ -77,7 +77,7 @@ def _ratio(ours: float, theirs: float, name: str) -> str:
     return f"{ratio:,.{0 if ratio >= 9.95 else 1}f} times {name}'s bytes"
 
 
-# --- Where it ends --------------------------------------------------------------------------------
+# --- Accuracy -------------------------------------------------------------------------------------
 
 
 def _end(difference: Difference, than: str, name: str) -> str:
@@ -88,7 +88,7 @@ def _end(difference: Difference, than: str, name: str) -> str:
 
 
 def _certainty(difference: Difference, seeds: int) -> str:
-    """Write the interval in the direction of the difference, and over what it is."""
+    """Return the interval in the direction of the difference, and what it is taken over."""
     over = f"{seeds} seeds" if seeds > 1 else "1 seed"
     if difference.low is None or difference.high is None:
         return f"{over}, no interval"
@@ -103,7 +103,7 @@ def _certainty(difference: Difference, seeds: int) -> str:
 
 
 def _gap(ours: Entry, theirs: Entry) -> str:
-    """Add the gap closed where the sentence begins at local only."""
+    """Return the gap closed, where the reference is local only."""
     gap = ours.gap_closed
     if theirs.method != LOCAL or gap is None or gap <= 0:
         return ""
@@ -111,9 +111,9 @@ def _gap(ours: Entry, theirs: Entry) -> str:
 
 
 def rivals(entries: Sequence[Entry], reference: str) -> tuple[str, str] | None:
-    """Return the two methods of which the reader wants to know, besides the reference, who is better.
+    """Return the two most interesting methods besides the reference.
 
-    The most accurate that sends something, and FedAvg, or else the next most accurate.
+    These are the most accurate one that sends something, and FedAvg or else the next most accurate.
     """
     sending = [e for e in entries if e.sent and e.method != reference]
     ranked = [e.method for e in sorted(sending, key=lambda e: -e.accuracy)]
@@ -127,12 +127,12 @@ def rivals(entries: Sequence[Entry], reference: str) -> tuple[str, str] | None:
 
 
 def percent(share: float) -> str:
-    """Write a share in percent, with the decimals that it has (at most two)."""
+    """Return a share in percent, with the decimals that it has (at most two)."""
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
 
 
 def size(count: float) -> str:
-    """Write a number of bytes with a unit (powers of 1000)."""
+    """Return a number of bytes with a unit (powers of 1000)."""
     if count < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB"):

@@ -1,4 +1,4 @@
-"""The folder of a sweep: what is swept, and the accuracies that are known."""
+"""The folder of a sweep: its settings and the accuracies measured so far."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Cell:
 
     @property
     def name(self) -> tuple[Any, ...]:
-        """What tells it from others."""
+        """What identifies it."""
         return (*sorted(self.keys.items()), self.seed, self.fold)
 
 
 class Done:
-    """Accuracies by cell."""
+    """Measured accuracies by cell."""
 
     def __init__(self) -> None:
         self._accuracies: dict[tuple[Any, ...], float] = {}
@@ -56,34 +56,34 @@ class Done:
         return cell.name in self._accuracies
 
     def add(self, cell: Cell, accuracy: float) -> None:
-        """Take note of a cell."""
+        """Add a cell's accuracy."""
         self._accuracies[cell.name] = accuracy
 
     def table(self, keys: Keys, seeds: Sequence[int], folds: int) -> list[list[float]]:
         """Return a point's accuracies ``[S][F]``.
 
         Raises:
-            FedkdError: not all are known.
+            FedkdError: not all are measured yet.
         """
         cells = [[Cell(keys, seed, fold) for fold in range(1, folds + 1)] for seed in seeds]
         if not all(cell in self for row in cells for cell in row):
-            raise FedkdError("the sweep is unfinished: run it again, and it goes on")
+            raise FedkdError("the sweep is unfinished: run it again to continue")
         return [[self._accuracies[cell.name] for cell in row] for row in cells]
 
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """The folder of a sweep: ``sweep.json`` says what is swept, ``points.jsonl`` what is done."""
+    """The folder of a sweep: ``sweep.json`` holds its settings, ``points.jsonl`` what is done."""
 
     path: Path
 
     @classmethod
     def begin(cls, experiment: Experiment, record: Mapping[str, Any]) -> Self:
-        """Make the folder of a sweep, or open that of the same sweep, of these or other points and seeds.
+        """Return the folder of a new sweep, or that of the same sweep with these or other points and seeds.
 
         Args:
             experiment: what its points share.
-            record: what is swept, which is written there.
+            record: the sweep's settings, which are written there.
 
         Raises:
             FedkdError: the folder that the experiment names belongs to something else.
@@ -104,7 +104,7 @@ class SweepFolder:
             if name is not None:
                 raise FedkdError(
                     Setting("name", name),
-                    f": {path} exists and holds another sweep, or one of other code; "
+                    f": {path} exists and holds another sweep, or one made by other code; "
                     "choose another name, or remove the folder",
                 )
         return None
@@ -112,13 +112,13 @@ class SweepFolder:
     def _is_of(self, experiment: Experiment, record: Mapping[str, Any]) -> bool:
         """Whether it holds this sweep, made by the same code."""
         try:
-            said, folder = self.record(), RunFolder.existing(self.path)
+            settings, folder = self.record(), RunFolder.existing(self.path)
             before = folder.experiment
-        except FedkdError:  # no sweep, or one of another version
+        except FedkdError:  # no sweep, or one written by another version
             return False
-        same = all(said.get(key) == record[key] for key in ("of", "folds", "is_search"))
-        own = {"name": None, "run_dir": "runs", "seed": 0}
-        is_equal = before.replace(**own) == experiment.replace(**own)
+        same = all(settings.get(key) == record[key] for key in ("of", "folds", "is_search"))
+        ignored = {"name": None, "run_dir": "runs", "seed": 0}
+        is_equal = before.replace(**ignored) == experiment.replace(**ignored)
         return same and is_equal and folder.sources == fingerprint(experiment.client_modules)
 
     @classmethod
@@ -128,35 +128,35 @@ class SweepFolder:
         return cls(folder.path)
 
     def record(self) -> dict[str, Any]:
-        """Return what is swept.
+        """Return the sweep's settings.
 
         Raises:
-            FedkdError: nothing is, here.
+            FedkdError: the folder holds no sweep.
         """
-        found = read_json(self.path / _RECORD, "sweep")
-        missing = {"of", "grid", "is_search", "trials", "seeds", "folds", "points"} - set(found)
+        settings = read_json(self.path / _RECORD, "sweep")
+        missing = {"of", "grid", "is_search", "trials", "seeds", "folds", "points"} - set(settings)
         if missing:
-            raise FedkdError(f"{self.path / _RECORD} says nothing of {', '.join(sorted(missing))}")
-        return found
+            raise FedkdError(f"{self.path / _RECORD} lacks {', '.join(sorted(missing))}")
+        return settings
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Say what is swept."""
+        """Write the sweep's settings."""
         write_json(self.path / _RECORD, dict(record))
 
     def done(self) -> Done:
-        """Return what is done; a line that was cut off is not."""
-        found, path = Done(), self.path / _POINTS
+        """Return what is done; incomplete lines are ignored."""
+        done, path = Done(), self.path / _POINTS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:
             try:
-                said = json.loads(line)
-                cell = Cell(said["keys"], said["seed"], int(said["fold"].partition("/")[0]))
-                found.add(cell, said["accuracy"])
+                point = json.loads(line)
+                cell = Cell(point["keys"], point["seed"], int(point["fold"].partition("/")[0]))
+                done.add(cell, point["accuracy"])
             except (ValueError, KeyError):
                 continue
-        return found
+        return done
 
     def append(self, cell: Cell, folds: int, accuracy: float, failure: str | None) -> None:
-        """Write down that a cell is done, and what ended it early."""
-        said = {"keys": cell.keys, "seed": cell.seed, "fold": f"{cell.fold}/{folds}"}
-        RunFolder(self.path).append(_POINTS, {**said, "accuracy": accuracy, "failure": failure})
+        """Append a finished cell with its accuracy, and what ended it early, if anything."""
+        fields = {"keys": cell.keys, "seed": cell.seed, "fold": f"{cell.fold}/{folds}"}
+        RunFolder(self.path).append(_POINTS, {**fields, "accuracy": accuracy, "failure": failure})

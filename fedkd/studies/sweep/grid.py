@@ -1,4 +1,4 @@
-"""What is varied: a grid of values, or ranges for a search."""
+"""The values that a sweep varies: a grid of values, or ranges for a search."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ _FIXED = {"fold", *Experiment.keys("seed", "clients", "machine", "bookkeeping")}
 
 
 def typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[str, list[Scalar]]:
-    """Validate each value by itself, and give it its type: it may be text, as on the command line."""
-    found: dict[str, list[Scalar]] = {}
-    for name, given in grid.items():
+    """Return the grid with each value validated and typed: it may be text, as on the command line."""
+    values_by_key: dict[str, list[Scalar]] = {}
+    for name, options in grid.items():
         key = snake(name)
         if key in _FIXED:
             raise FedkdError(
                 f"{kebab(key)} cannot be swept: a sweep sets it, or it changes no accuracy"
             )
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise FedkdError(f"{kebab(key)} = {given!r} (from the grid): must be a list of values")
+        if isinstance(options, str) or not isinstance(options, Sequence):
+            raise FedkdError(
+                f"{kebab(key)} = {options!r} (from the grid): must be a list of values"
+            )
         base = ("the experiment", experiment.flat())
-        values = [getattr(Experiment.load(base, ("the grid", {name: v})), key) for v in given]
+        values = [getattr(Experiment.load(base, ("the grid", {name: v})), key) for v in options]
         if not values or len(set(values)) < len(values):
-            raise FedkdError(f"{kebab(key)} = {list(given)}: at least one value, and none twice")
-        found[key] = values
-    if not found:
+            raise FedkdError(
+                f"{kebab(key)} = {list(options)}: give at least one value, without repeats"
+            )
+        values_by_key[key] = values
+    if not values_by_key:
         raise FedkdError("the grid is empty: name keys and values, as in alpha=0.3,0.7 tau=1,5")
-    return found
+    return values_by_key
 
 
 def typed_ranges(
     experiment: Experiment, ranges: Mapping[str, Sequence[Scalar]]
 ) -> dict[str, list[Scalar]]:
-    """Validate the bounds of each range as `typed` does values, and that they are a range.
+    """Return the ranges with their bounds validated as by `typed`.
 
     Raises:
-        FedkdError: a key, a bound or a range is not right.
+        FedkdError: a key, a bound or a range is invalid.
     """
     values = typed(experiment, ranges)
     for key, bounds in values.items():
@@ -51,21 +55,21 @@ def typed_ranges(
 
 
 def parse(text: str | None, *, is_search: bool) -> dict[str, list[Scalar]]:
-    """Read a grid such as ``alpha=0.3,0.7 tau=1,5``, or ranges such as ``alpha=0.1..0.9``.
+    """Return the grid in a text such as ``alpha=0.3,0.7 tau=1,5``, or ranges such as ``alpha=0.1..0.9``.
 
     Args:
-        text: of either.
-        is_search: whether it has to be ranges.
+        text: a grid or ranges.
+        is_search: whether ranges are required.
 
     Returns:
         Values (or bounds) by key, as text.
 
     Raises:
-        FedkdError: it is neither, or the other.
+        FedkdError: the text is neither, or not the required one.
     """
     if text is None:
         raise FedkdError("--vary is missing: name keys and values, as in 'alpha=0.3,0.7 tau=1,5'")
-    found: dict[str, list[Scalar]] = {}
+    values_by_key: dict[str, list[Scalar]] = {}
     ranges = set()
     for pair in text.split():
         key, equals, values = pair.partition("=")
@@ -73,14 +77,14 @@ def parse(text: str | None, *, is_search: bool) -> dict[str, list[Scalar]]:
             raise FedkdError(
                 f"vary = '{pair}': must be KEY=VALUE,VALUE,... or KEY=LOW..HIGH, with spaces between keys"
             )
-        if snake(key) in found:
-            raise FedkdError(f"vary = '{text}': {key} stands there twice")
-        found[snake(key)] = list(values.split(".." if ".." in values else ","))
+        if snake(key) in values_by_key:
+            raise FedkdError(f"vary = '{text}': {key} is given twice")
+        values_by_key[snake(key)] = list(values.split(".." if ".." in values else ","))
         ranges.add(".." in values)
     if len(ranges) > 1:
-        raise FedkdError(f"vary = '{text}': either values or ranges, not both")
+        raise FedkdError(f"vary = '{text}': use values or ranges, not both")
     if ranges != {is_search}:
         raise FedkdError(
-            f"vary = '{text}': values make a grid, ranges (LOW..HIGH) a search, which needs --trials"
+            f"vary = '{text}': values make a grid, ranges (LOW..HIGH) make a search, which needs --trials"
         )
-    return found
+    return values_by_key

@@ -1,4 +1,4 @@
-"""What is asked of a sweep, by a caller or by the folder of one that was cut off."""
+"""The settings of a sweep, given by a caller or read from the folder of an interrupted one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fedkd.studies.sweep.tables import counted
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What was asked of a sweep, beside the experiment; see `sweep` and `search`.
+    """The settings of a sweep besides the experiment; see `sweep` and `search`.
 
     Attributes:
         grid: values by key; of a search, the bounds of each.
         trials: of a search, the points to try.
         seeds: S seeds.
         folds: F.
-        of: whose accuracy.
+        of: whose accuracy, as for `sweep`.
     """
 
     grid: dict[str, list[Scalar]]
@@ -36,13 +36,13 @@ class SweepRequest:
 
     @classmethod
     def in_folder(cls, path: str | Path) -> Self:
-        """Read it in a sweep's folder.
+        """Return the settings in a sweep's folder.
 
         Raises:
-            FedkdError: there is no sweep in it.
+            FedkdError: the folder holds no sweep.
         """
-        said = SweepFolder(Path(path)).record()
-        return cls(**{each.name: said[each.name] for each in fields(cls)})
+        settings = SweepFolder(Path(path)).record()
+        return cls(**{each.name: settings[each.name] for each in fields(cls)})
 
     def __str__(self) -> str:
         between = "," if self.trials is None else ".."
@@ -50,7 +50,7 @@ class SweepRequest:
         return f"{' '.join(grid)}, {counted(self.seeds, 'seed')}, {self.folds} folds"
 
     def make(self, experiment: Experiment, progress: Progress = silent) -> Sweep:
-        """Make the sweep, or go on with it.
+        """Return the sweep, made or resumed.
 
         Raises:
             FedkdError: see `sweep` and `search`.
@@ -62,14 +62,14 @@ class SweepRequest:
 
 
 def resume(path: str | Path, *, progress: Progress = silent) -> Sweep:
-    """Go on with a sweep or search that was cut off, after the rounds that are done.
+    """Return a sweep or search, resumed after the rounds that are done.
 
     Args:
         path: its folder.
         progress: see `sweep`.
 
     Raises:
-        FedkdError: there is no sweep of this code in it.
+        FedkdError: the folder holds no sweep made by this code.
     """
     return SweepRequest.in_folder(path).make(
         RunFolder.existing(path).relocated_experiment(), progress

@@ -1,4 +1,4 @@
-"""A finished sweep: its points, the best of them, and where it hardly matters."""
+"""A finished sweep: its points, the best one, and the flat region around it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Sweep:
     Attributes:
         path: its folder.
         experiment: what all points share.
-        of: whose accuracy.
+        of: whose accuracy, as for `sweep`.
         grid: values by key; of a search, the (low, high) of each.
         is_search: whether the points were drawn from ranges, by Optuna.
         seeds: S seeds.
@@ -72,47 +72,46 @@ class Sweep:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a sweep's folder.
+        """Return the sweep in a folder.
 
         Raises:
-            FedkdError: there is no finished sweep in it.
+            FedkdError: the folder holds no finished sweep.
         """
         folder = SweepFolder(Path(path))
-        said, done = folder.record(), folder.done()
-        if not said["points"]:
-            raise FedkdError(
-                f"{folder.path}: the search is unfinished; run it again and it goes on"
-            )
+        settings, done = folder.record(), folder.done()
+        if not settings["points"]:
+            raise FedkdError(f"{folder.path}: the search is unfinished; run it again to continue")
         points = [
-            Point(keys, done.table(keys, said["seeds"], said["folds"])) for keys in said["points"]
+            Point(keys, done.table(keys, settings["seeds"], settings["folds"]))
+            for keys in settings["points"]
         ]
         return cls(
             folder.path,
             RunFolder.existing(folder.path).experiment,
-            said["of"],
-            said["grid"],
-            said["is_search"],
-            said["seeds"],
-            said["folds"],
+            settings["of"],
+            settings["grid"],
+            settings["is_search"],
+            settings["seeds"],
+            settings["folds"],
             points,
         )
 
     @property
     def best(self) -> Point:
-        """The point of the highest accuracy; the first of equals."""
+        """The point with the highest accuracy; the first of equals."""
         return max(self.points, key=lambda point: point.accuracy)
 
     @property
     def flat(self) -> list[Point]:
-        """The region around the best point in which it hardly matters where one is.
+        """The region around the best point in which the choice hardly matters.
 
-        Points that are worse than the best by no more than one standard error of the difference,
-        paired over seeds and folds, and that are joined to it by steps from one value of one key to
-        the next. (Folds share training images, so that the standard error is too small rather than
-        too large.) Of a search, points in no order: all that are not worse.
+        These points are worse than the best by at most one standard error of the difference, paired
+        over seeds and folds, and are connected to it by steps from one value of one key to the next.
+        (Folds share training images, so that the standard error is too small rather than too large.)
+        For a search, whose points have no neighbours: all that are not worse.
         """
         good = [point for point in self.points if self._is_as_good(point)]
-        return good if self.is_search else _joined_to(self.best, good, self.grid)
+        return good if self.is_search else _connected_to(self.best, good, self.grid)
 
     def _is_as_good(self, point: Point) -> bool:
         pairs = zip(self.best.accuracies, point.accuracies, strict=True)
@@ -126,7 +125,7 @@ class Sweep:
         return _percent(self.best)
 
     def table(self) -> Table:
-        """Return held-out accuracies in %: by two keys as a map, else the best points in order.
+        """Return held-out accuracies in %: a map for two keys, else the best points in order.
 
         ``*`` marks the best point, ``~`` those of the flat region around it.
         """
@@ -142,7 +141,7 @@ class Sweep:
         return as_list(title, [(p.keys, self._marked(p)) for p in best], list(self.grid))
 
     def facts(self) -> dict[str, str]:
-        """Say what was chosen, and how to go on."""
+        """Return what was chosen and what to do next, by name."""
         flags = " ".join(f"--{kebab(key)} {value}" for key, value in self.best.keys.items())
         others = len(self.flat) - 1
         return {
@@ -150,7 +149,7 @@ class Sweep:
             "flat": f"{others} other point{'s' * (others != 1)} within one standard error of it"
             + (f": {'; '.join(map(str, self.flat_others[:3]))}" if others else "")
             + (" …" if others > 3 else ""),
-            "go on": f"with {flags} and all other keys as they are, on the test set",
+            "next": f"use {flags}, with all other keys unchanged, on the test set",
             "folder": str(self.path),
         }
 
@@ -167,9 +166,9 @@ class Sweep:
         """Return everything that ``--json`` prints."""
         flat = self.flat
 
-        def said(point: Point) -> dict[str, Any]:
-            kept = {"accuracy": point.accuracy, "spread": point.spread}
-            return {"keys": point.keys, **kept, "accuracies": point.accuracies}
+        def row(point: Point) -> dict[str, Any]:
+            scores = {"accuracy": point.accuracy, "spread": point.spread}
+            return {"keys": point.keys, **scores, "accuracies": point.accuracies}
 
         return {
             "path": str(self.path),
@@ -177,8 +176,8 @@ class Sweep:
             "grid": self.grid,
             "seeds": self.seeds,
             "folds": self.folds,
-            "points": [said(point) for point in self.points],
-            "best": said(self.best),
+            "points": [row(point) for point in self.points],
+            "best": row(self.best),
             "flat": [point.keys for point in flat],
         }
 
@@ -188,10 +187,10 @@ def _percent(point: Point) -> str:
     return plus_minus(100 * point.accuracy, spread)
 
 
-def _joined_to(
+def _connected_to(
     best: Point, points: Sequence[Point], grid: Mapping[str, Sequence[Scalar]]
 ) -> list[Point]:
-    """Return the points that single steps along the grid join to the best, by way of each other."""
+    """Return the points connected to the best by single steps along the grid."""
 
     def in_order(values: Sequence[Scalar]) -> list[Scalar]:
         return sorted(
@@ -204,9 +203,9 @@ def _joined_to(
     def are_neighbours(a: Point, b: Point) -> bool:
         return sum(abs(x - y) for x, y in zip(place(a), place(b), strict=True)) == 1
 
-    found, left = [best], [point for point in points if point is not best]
-    for point in found:  # grows on the way
+    connected, left = [best], [point for point in points if point is not best]
+    for point in connected:  # grows on the way
         near = [other for other in left if are_neighbours(point, other)]
-        found += near
+        connected += near
         left = [other for other in left if other not in near]
-    return [point for point in points if point in found]
+    return [point for point in points if point in connected]

@@ -1,9 +1,9 @@
-"""Choosing α, τ and the like by cross-validation on training data, never on the test set.
+"""Chooses α, τ and other keys by cross-validation on training data, never on the test set.
 
-Every point of a grid is trained for every seed and fold: on the training images without the fold, and
-measured on the fold. Points that differ in α, τ, step size or epochs alone are more models in one stack,
-so that a grid costs little more than its largest part. What is finished is on disk: a sweep that was
-interrupted, or is asked for more seeds or points, goes on.
+Every point of a grid is trained for every seed and fold, on the training images without the fold, and
+measured on the fold. Points that differ only in α, τ, step size or epochs are trained in one stack, so
+that a grid costs little more than its largest part. Results are on disk: a sweep that was interrupted,
+or gets more seeds or points, continues from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedkd.studies.sweep.result import Point, Sweep
 from fedkd.studies.sweep.training import Trials
 
 AT_ONCE = 8
-"""Points of a search that are chosen before any of them is known: enough for a stack."""
+"""Points of a search that are chosen before any of them is measured: enough for a stack."""
 
 
 def sweep(
@@ -34,7 +34,7 @@ def sweep(
     of: str = "federation",
     progress: Progress = silent,
 ) -> Sweep:
-    """Train every point of a grid for every seed and fold, and measure it on the fold.
+    """Return a sweep: every point of a grid, trained for every seed and fold and measured on the fold.
 
     Args:
         experiment: what all points share.
@@ -43,10 +43,10 @@ def sweep(
         folds: F ≥ 2, parts of the training images, each held out once.
         of: ``"federation"``: the mean over its clients; ``"central"``: the student distilled from
             the pooled teacher.
-        progress: told what is going on and how far it is, 0..1.
+        progress: called with a description of the current work and the share that is done, 0..1.
 
     Raises:
-        FedkdError: a key or value is not right; nothing has been trained then.
+        FedkdError: a key or value is invalid; nothing has been trained then.
     """
     values = typed(experiment, grid)
     trials = Trials(experiment, of, seeds_of(experiment, seeds), folds, progress)
@@ -67,15 +67,15 @@ def search(
     of: str = "federation",
     progress: Progress = silent,
 ) -> Sweep:
-    """Let Optuna choose the points: for more keys than a grid can hold.
+    """Return a sweep whose points Optuna chooses, for more keys than a grid can cover.
 
-    The sampler (TPE, Watanabe 2023) is seeded, so that an interrupted search asks for the same points
-    again and finds them done. Points are asked for eight at a time, which train in one stack.
+    The sampler (TPE, Watanabe 2023) is seeded, so that an interrupted search chooses the same points
+    again and reuses those that are done. Points are chosen eight at a time, which train in one stack.
 
     Args:
         experiment: what all points share.
-        ranges: (low, high) by key; on a logarithmic scale where high ≥ 10 low > 0; whole numbers where
-            the key is one.
+        ranges: (low, high) by key; on a logarithmic scale where high ≥ 10 low > 0; integers where
+            the key is an integer.
         trials: points to try.
         seeds: see `sweep`.
         folds: see `sweep`.
@@ -83,7 +83,7 @@ def search(
         progress: see `sweep`.
 
     Raises:
-        FedkdError: a key or range is not right, or Optuna is not installed.
+        FedkdError: a key or range is invalid, or Optuna is not installed.
     """
     if trials < 1:
         raise FedkdError(f"trials = {trials}: must be ≥ 1")
@@ -94,10 +94,12 @@ def search(
     work.begin(values, [], trials)
     points: list[Keys] = []
     while len(points) < trials:
-        asked = [study.ask() for _ in range(min(AT_ONCE, trials - len(points)))]
-        new = [{key: _suggested(trial, key, b) for key, b in values.items()} for trial in asked]
+        suggestions = [study.ask() for _ in range(min(AT_ONCE, trials - len(points)))]
+        new = [
+            {key: _suggested(trial, key, b) for key, b in values.items()} for trial in suggestions
+        ]
         work.evaluate(new, len(points) / trials, len(new) / trials)
-        for trial, keys in zip(asked, new, strict=True):
+        for trial, keys in zip(suggestions, new, strict=True):
             study.tell(trial, Point(keys, work.table(keys)).accuracy)
         points += new
     distinct = [keys for n, keys in enumerate(points) if keys not in points[:n]]
@@ -114,7 +116,7 @@ def _study(seed: int) -> Any:
 
 
 def _suggested(trial: Any, key: str, bounds: Sequence[Any]) -> Scalar:
-    """Ask for a value of a key between its bounds."""
+    """Return a value of a key that a trial suggests between the bounds."""
     low, high = bounds
     is_log = 0 < 10 * low <= high
     suggest = trial.suggest_int if type(low) is int else trial.suggest_float

@@ -1,4 +1,4 @@
-"""A sweep as a table: two keys as a map, more of them as a list of the best points."""
+"""A sweep as a table: a map for two keys, a list of the best points otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkd.keys import Scalar, kebab
 from fedkd.studies.sweep.folder import Keys
 
 SHOWN = 10
-"""Points in a table that is no map; all are in the folder."""
+"""Points in a list; all are in the folder."""
 
 Rows = Sequence[tuple[Keys, str]]
 """Points with the text of each."""
@@ -32,7 +32,7 @@ def as_map(title: str, rows: Rows, down: Axis, across: Axis) -> Table:
 
 
 def as_list(title: str, rows: Rows, keys: Sequence[str]) -> Table:
-    """Return a table of points, one a row."""
+    """Return a table of points, one per row."""
     table = _empty(title)
     for key in keys:
         table.add_column(kebab(key), justify="right")
@@ -43,7 +43,7 @@ def as_list(title: str, rows: Rows, keys: Sequence[str]) -> Table:
 
 
 def counted(values: Sequence[object], what: str) -> str:
-    """Return how many there are, in words: ``3 seeds``."""
+    """Return the number of values in words: ``3 seeds``."""
     return f"{len(values)} {what}{'s' * (len(values) != 1)}"
 
 

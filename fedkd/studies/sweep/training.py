@@ -1,4 +1,4 @@
-"""Points of a sweep in training: each for every seed and fold, many in one stack, all of it resumable."""
+"""Trains the points of a sweep for every seed and fold, many in one stack, resumably."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from fedkd.training.architectures import check_models
 from fedkd.training.tuning import Counts, clients_at_once, with_plan
 
 MODELS_AT_ONCE = 500
-"""Models of an architecture in one stack: enough to fill a device, few enough for its memory."""
+"""Models of an architecture in one stack: enough to use a device fully, few enough for its memory."""
 
 _RUNS = "runs"
-"""Folder of federations that were cut off."""
+"""Folder of federations in progress."""
 
 
 class Trials:
-    """Points in training.
+    """Trains and measures the points of a sweep.
 
     Args:
         experiment: what they share.
-        of: whose accuracy.
+        of: whose accuracy, as for `sweep`.
         seeds: S seeds.
         folds: F.
-        progress: told how far the work is.
+        progress: called with the share of the work that is done.
 
     Raises:
-        FedkdError: too few folds, or a fold was asked for already.
+        FedkdError: too few folds, or the experiment has a fold already.
     """
 
     def __init__(
@@ -55,9 +55,7 @@ class Trials:
         if of not in ("federation", "central"):
             raise FedkdError(f"of = '{of}': must be federation or central")
         if experiment.fold != "none":
-            raise FedkdError(
-                Setting("fold", experiment.fold), ": a sweep sets it itself, fold by fold"
-            )
+            raise FedkdError(Setting("fold", experiment.fold), ": a sweep sets it itself")
         self._experiment, self._of = experiment, of
         self._seeds, self._folds = list(seeds), folds
         self._progress = progress
@@ -65,10 +63,10 @@ class Trials:
         self._done = Done()
 
     def check(self, points: Sequence[Keys]) -> None:
-        """Check everything that can be, before any work.
+        """Raise an error for an invalid point, before any work.
 
         Raises:
-            FedkdError: a point is not right.
+            FedkdError: a point is invalid.
         """
         for seed in self._seeds:
             self._check(Cell(points[0], seed, 1))
@@ -91,17 +89,17 @@ class Trials:
         points: Sequence[Keys],
         trials: int | None = None,
     ) -> None:
-        """Make the folder, or go on in that of the same sweep.
+        """Make the folder, or open that of the same sweep.
 
         Args:
             grid: values by key, or bounds.
-            points: all there will be, or none that is known yet.
-            trials: of a search, how many points are chosen on the way.
+            points: all points; empty for a search.
+            trials: of a search, how many points are chosen.
 
         Raises:
             FedkdError: the folder belongs to something else.
         """
-        self._said = {
+        self._settings = {
             "of": self._of,
             "grid": {key: list(values) for key, values in grid.items()},
             "is_search": trials is not None,
@@ -110,16 +108,16 @@ class Trials:
             "folds": self._folds,
             "points": list(points),
         }
-        self.folder = SweepFolder.begin(self._experiment, self._said)
+        self.folder = SweepFolder.begin(self._experiment, self._settings)
         self._done = self.folder.done()
 
     def evaluate(self, points: Sequence[Keys], start: float = 0.0, share: float = 1.0) -> None:
-        """Train what is not done yet of some points, and write down each accuracy.
+        """Train some points for all seeds and folds that are not done yet, and record each accuracy.
 
         Args:
-            points: all seeds and folds of them.
+            points: values by key.
             start: share of the whole work that is done, 0..1.
-            share: of the whole work that these points are.
+            share: share of the whole work that these points make up.
         """
         keep_freed_memory()
         cells = [
@@ -134,7 +132,7 @@ class Trials:
         for batch in self._batches(missing):
             self._share = (start + share * finished / len(cells), share * len(batch) / len(cells))
             for cell, outcome in zip(batch, self._measured(batch), strict=True):
-                # Nothing is learnt at a step size at which numbers are no longer finite.
+                # A model whose numbers are no longer finite has learnt nothing.
                 failure = str(outcome) if isinstance(outcome, DivergedError) else None
                 accuracy = 0.0 if isinstance(outcome, DivergedError) else outcome
                 self.folder.append(cell, self._folds, accuracy, failure)
@@ -146,8 +144,8 @@ class Trials:
         return self._done.table(keys, self._seeds, self._folds)
 
     def finish(self, points: Sequence[Keys]) -> Path:
-        """Write down that these points are all, and return the folder."""
-        self.folder.write({**self._said, "points": list(points)})
+        """Record that these points are all, and return the folder."""
+        self.folder.write({**self._settings, "points": list(points)})
         return self.folder.path
 
     # --- Training ---
@@ -157,7 +155,7 @@ class Trials:
         return self._experiment.replace(**cell.keys, seed=cell.seed, fold=fold)
 
     def _batches(self, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
-        """Deal cells into stacks: those that differ in what may differ in one, on the same shards."""
+        """Yield cells by stack: cells on the same shards that may be trained together."""
         groups: dict[Experiment, list[Cell]] = {}
         for cell in cells:
             groups.setdefault(self._kind(cell), []).append(cell)
@@ -171,72 +169,72 @@ class Trials:
                 yield group[first : first + size]
 
     def _kind(self, cell: Cell) -> Experiment:
-        """Return what a stack's cells have in common."""
+        """Return the experiment that the cells of a stack have in common."""
         experiment = self._cell_experiment(cell)
         kind = alike(experiment)
-        if self._of == "central":  # where seeds may have images of their own
+        if self._of == "central":  # where images may differ by seed
             return kind.replace(partition_seed=experiment.partition_seed)
         return kind
 
     def _measured(self, cells: Sequence[Cell]) -> Sequence[float | DivergedError]:
         if self._of == "central":
             return self._centrally(cells)
-        return [self._accuracy(found) for found in self._in_federations(cells)]
+        return [self._accuracy(outcome) for outcome in self._in_federations(cells)]
 
-    def _accuracy(self, found: Run | Exception) -> float | DivergedError:
-        if isinstance(found, Run):
-            return found.accuracy
-        if isinstance(found, DivergedError):
-            return found
-        raise found
+    def _accuracy(self, outcome: Run | Exception) -> float | DivergedError:
+        if isinstance(outcome, Run):
+            return outcome.accuracy
+        if isinstance(outcome, DivergedError):
+            return outcome
+        raise outcome
 
-    def _tell(self, what: str, done: float) -> None:
+    def _show(self, description: str, done: float) -> None:
         start, share = self._share
-        self._progress(what, start + share * done)
+        self._progress(description, start + share * done)
 
     def _centrally(self, cells: Sequence[Cell]) -> list[float]:
-        """Distil all cells' students side by side."""
+        """Return the accuracies of all cells' students, distilled side by side."""
         experiments = [self._cell_experiment(cell) for cell in cells]
         first = self._kind(cells[0])
         plan = self._plan(
             cells[0], ((first.teacher, len(self._seeds)), (first.student, len(cells)))
         )
-        what = f"fold {cells[0].fold} of {self._folds}: {len(cells)} students"
+        description = f"fold {cells[0].fold} of {self._folds}: {len(cells)} students"
 
-        def told(phase: str, done: float) -> None:
-            self._tell(what, done / 2 if phase == "teacher" else 0.5 + done / 2)
+        def show(phase: str, done: float) -> None:
+            self._show(description, done / 2 if phase == "teacher" else 0.5 + done / 2)
 
-        pooled = Pooled([experiment.replace(plan=plan) for experiment in experiments], told)
+        pooled = Pooled([experiment.replace(plan=plan) for experiment in experiments], show)
         pooled.train_teachers()
         pooled.train_students()
         test = pooled.data.test
         return accuracies(pooled.students.classify(test), test)
 
     def _in_federations(self, cells: Sequence[Cell]) -> list[Run | Exception]:
-        """Run all cells' federations, side by side where there are several."""
+        """Return the runs of all cells' federations, made side by side where there are several."""
         at_once = clients_at_once(self._kind(cells[0]))
-        runs_folder = self.folder.path / _RUNS  # where those of a sweep that was cut off are
+        runs_folder = self.folder.path / _RUNS  # an interrupted sweep has left some here
         counts = tuple((name, n * len(cells)) for name, n in at_once)
         plan = _begun_plan(runs_folder / "0")
         placed = [] if plan is None else self._placed(cells, plan)
         if not placed or not all(is_begun(each) for each in placed):
             rmtree(runs_folder, ignore_errors=True)
             placed = self._placed(cells, self._plan(cells[0], counts))
-        told = _Rounds(
+        rounds = _Rounds(
             f"fold {cells[0].fold} of {self._folds}: {len(cells)} federations",
             sum(experiment.num_server_rounds for experiment in placed),
-            self._tell,
+            self._show,
         )
-        found = (
-            run_side_by_side(placed, [told], is_new=False)
+        outcomes = (
+            run_side_by_side(placed, [rounds], is_new=False)
             if len(placed) > 1
-            else [_alone(placed[0], told)]
+            else [_alone(placed[0], rounds)]
         )
         rmtree(runs_folder, ignore_errors=True)
-        return found
+        return outcomes
 
     def _placed(self, cells: Sequence[Cell], plan: str) -> list[Experiment]:
-        """Return the cells' experiments with a folder each."""
+        """Return the cells' experiments, each with its own folder."""
         place = {"plan": plan, "run_dir": str(self.folder.path / _RUNS)}
         return [
             self._cell_experiment(cell).replace(name=f"{number}", **place)
@@ -244,32 +242,32 @@ class Trials:
         ]
 
     def _plan(self, cell: Cell, counts: Counts) -> str:
-        """Choose one plan for a whole stack, of models by architecture, measured once for all folds."""
+        """Return one plan for a whole stack, given models by architecture; measured once for all folds."""
         return with_plan(self._kind(Cell(cell.keys, cell.seed, 1)), counts).plan
 
 
 def _begun_plan(path: Path) -> str | None:
-    """Return the plan of a run that was cut off, which decides its last bits, if there is one."""
+    """Return the plan of an interrupted run, which decides its last bits, if there is one."""
     with suppress(FedkdError):
         return RunFolder.existing(path).experiment.plan
     return None
 
 
-def _alone(experiment: Experiment, told: Callback) -> Run | Exception:
+def _alone(experiment: Experiment, rounds: Callback) -> Run | Exception:
     try:
-        return run_or_resume(experiment, [told])
+        return run_or_resume(experiment, [rounds])
     except DivergedError as error:
         return error
 
 
 class _Rounds(Callback):
-    """Tells how many rounds of all federations are done."""
+    """Shows how many rounds of all federations are done."""
 
-    def __init__(self, what: str, total: int, tell: Progress) -> None:
-        self._what, self._total, self._tell = what, total, tell
-        self._seen = 0
+    def __init__(self, description: str, total: int, progress: Progress) -> None:
+        self._description, self._total, self._progress = description, total, progress
+        self._finished = 0
 
     def on_round_end(self, row: Row) -> None:
         """Count a round."""
-        self._seen += 1
-        self._tell(self._what, self._seen / self._total)
+        self._finished += 1
+        self._progress(self._description, self._finished / self._total)
