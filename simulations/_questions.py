@@ -1,4 +1,4 @@
-"""What the scripts of the questions share: measure a grid, write table, numbers, figure and index.
+"""Shared parts of the question scripts: measure a grid, write table, numbers, figure and index.
 
 A question has a *grid*: lines (methods) over points (what varies), each cell an experiment and the
 method that `fedkd.compare` runs on it, with the same seeds everywhere. All cells are reported. The
@@ -43,23 +43,23 @@ BASE = fedkd.Experiment(
     evaluate_every=8,
     device="cpu",
 )
-"""What the questions start from; each says what it changes."""
+"""The experiment that all questions start from; each changes some keys."""
 
 
 class Cell(NamedTuple):
-    """What one cell measures: an experiment, a method of `fedkd.compare`, and what counts.
+    """One cell of a grid: an experiment, a method of `fedkd.compare`, and which accuracy counts.
 
     Attributes:
         experiment: all keys but strategy and seed.
         method: of `fedkd.compare`.
-        clients: those whose mean it is.
-        own: whether each is tested on its own mix of classes, not on all alike.
+        clients: the clients that are averaged.
+        own_mix: whether each is tested on its own mix of classes, not on all alike.
     """
 
     experiment: fedkd.Experiment
     method: str
     clients: slice = slice(None)
-    own: bool = False
+    own_mix: bool = False
 
 
 Grid = Mapping[str, Mapping[str, Cell]]
@@ -76,12 +76,12 @@ class Result:
         setting: what was measured, in words.
         x: what varies from point to point.
         points: its values, in order.
-        lines: test accuracies by line: ``[points][seeds]``, 0..1; no seeds where nothing was measured.
-        bytes_up: payload of all clients over a run by line ``[points]``, mean over seeds; 0 where none.
+        lines: test accuracies by line: ``[points][seeds]``, 0..1; no seeds where a cell is missing.
+        bytes_up: payload of all clients over a run by line ``[points]``, mean over seeds; 0 for none.
         seeds: of every cell.
         test_size: test images behind every accuracy.
-        at: where a line's points lie on a logarithmic axis ``[points]``, if they do not stand in a row.
-        place: what that axis is.
+        at: positions of a line's points on a logarithmic axis ``[points]``, if not evenly spaced.
+        place: the label of that axis.
         ordered: whether a line may join the points.
         measured: date, machine, versions and CPU minutes.
     """
@@ -101,7 +101,7 @@ class Result:
     measured: str = ""
 
     def cell(self, line: str, point: str) -> list[float]:
-        """Return the accuracies of one cell, one a seed."""
+        """Return the accuracies of one cell, one per seed."""
         return self.lines[line][self.points.index(point)]
 
     def mean(self, line: str, point: str) -> float:
@@ -138,7 +138,7 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """One script: what it asks, what it measures, and how the cells become a sentence."""
+    """One script: its question, its grid, and the function that turns cells into an answer."""
 
     name: str
     question: str
@@ -151,7 +151,7 @@ class Question:
     finish: Callable[[Result], Result] = field(default_factory=lambda: _same)
 
     def main(self, about: str | None, arguments: Sequence[str] | None = None) -> None:
-        """Measure, print, and write if asked."""
+        """Measure, print, and write with ``--write``."""
         parser = argparse.ArgumentParser(description=about)
         parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
         parser.add_argument("--write", type=Path, metavar="FOLDER", help="where the results go")
@@ -163,16 +163,16 @@ class Question:
             write(chosen.write, result, self.answer(result))
 
     def measure(self, *, smoke: bool) -> Result:
-        """Run every cell (`smoke`: what `self.smoke` keeps, shrunk, one seed)."""
+        """Return the result of all cells (`smoke`: those that `self.smoke` keeps, shrunk, one seed)."""
         grid, seeds = (
             (self.grid(), SEEDS) if not smoke else (_shrunk(self.smoke(self.grid())), (0,))
         )
         points = list(dict.fromkeys(point for row in grid.values() for point in row))
         started = process_time()
-        found = _measure(grid, seeds, self.name)
-        (test_size,) = {outcome.test_size for outcome in found.values()}
-        nothing = Outcome([], 0.0, test_size)
-        rows = {line: [found.get((line, point), nothing) for point in points] for line in grid}
+        outcomes = _measure(grid, seeds, self.name)
+        (test_size,) = {outcome.test_size for outcome in outcomes.values()}
+        missing = Outcome([], 0.0, test_size)
+        rows = {line: [outcomes.get((line, point), missing) for point in points] for line in grid}
         result = Result(
             self.name,
             self.question,
@@ -194,7 +194,7 @@ def _same(result: Result) -> Result:
 
 
 class Outcome(NamedTuple):
-    """What a cell gave: an accuracy a seed, bytes up (mean over seeds), and the test images."""
+    """The result of a cell: an accuracy per seed, bytes up (mean over seeds), and the test images."""
 
     accuracies: list[float]
     bytes_up: float
@@ -202,8 +202,8 @@ class Outcome(NamedTuple):
 
 
 def _measure(grid: Grid, seeds: Sequence[int], name: str) -> dict[tuple[str, str], Outcome]:
-    """Run what the cells need, each federation once."""
-    found: dict[tuple[str, str], Outcome] = {}
+    """Return the outcomes by line and point, running each federation once."""
+    outcomes: dict[tuple[str, str], Outcome] = {}
     done: dict[tuple[str, fedkd.Experiment], fedkd.Comparison] = {}
     cells = [(line, point) for line, row in grid.items() for point in row]
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -212,15 +212,17 @@ def _measure(grid: Grid, seeds: Sequence[int], name: str) -> dict[tuple[str, str
             same = (cell.method, cell.experiment)
             if same not in done:
                 done[same] = fedkd.compare(cell.experiment, [cell.method], seeds)
-            found[line, point] = _outcome(done[same], cell)
-    return found
+            outcomes[line, point] = _outcome(done[same], cell)
+    return outcomes
 
 
 def _outcome(comparison: fedkd.Comparison, cell: Cell) -> Outcome:
     runs = [run for each in comparison.runs.values() for run in each]
     accuracies = comparison.entries[0].accuracies
-    if cell.own or cell.clients != slice(None):
-        tested = [r.result["client_own_accuracy"] if cell.own else r.client_accuracy for r in runs]
+    if cell.own_mix or cell.clients != slice(None):
+        tested = [
+            r.result["client_own_accuracy"] if cell.own_mix else r.client_accuracy for r in runs
+        ]
         chosen = [each[cell.clients] for each in tested]
         accuracies = [mean(a for a in each if a is not None) for each in chosen]
     sent = mean(run.bytes_up for run in runs) if runs else 0.0
@@ -228,24 +230,24 @@ def _outcome(comparison: fedkd.Comparison, cell: Cell) -> Outcome:
 
 
 def outer(grid: Grid) -> Grid:
-    """Keep the first and the last point of every line."""
+    """Return the first and the last point of every line."""
     return {
         n: {p: row[p] for p in dict.fromkeys([*row][:1] + [*row][-1:])} for n, row in grid.items()
     }
 
 
 def whole(grid: Grid) -> Grid:
-    """Keep everything."""
+    """Return the whole grid."""
     return grid
 
 
 def only(*points: str) -> Callable[[Grid], Grid]:
-    """Keep these points."""
+    """Return a function that keeps these points."""
     return lambda grid: {n: {p: row[p] for p in points} for n, row in grid.items()}
 
 
 def _shrunk(grid: Grid) -> Grid:
-    """Return the same cells, seconds each."""
+    """Return the same cells, shrunk to take seconds."""
     return {
         line: {p: cell._replace(experiment=cell.experiment.smoke()) for p, cell in row.items()}
         for line, row in grid.items()
@@ -269,7 +271,7 @@ def measured_on(started: float) -> str:
 
 
 def where(points: Sequence[str], chosen: Sequence[bool]) -> str:
-    """Say at which points something holds: at each of them, at none, or at those named."""
+    """Return in words at which points something holds."""
     named = [point for point, holds in zip(points, chosen, strict=True) if holds]
     if not named:
         return "nowhere in the grid"
@@ -279,7 +281,7 @@ def where(points: Sequence[str], chosen: Sequence[bool]) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """Join words: ``a``, ``a and b``, ``a, b and c``."""
+    """Return words as a list: ``a``, ``a and b``, ``a, b and c``."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
@@ -319,12 +321,12 @@ def page(result: Result, answer: str) -> str:
 
 
 def command(name: str) -> str:
-    """Return what repeats a question."""
+    """Return the command that repeats a question."""
     return f"python simulations/{name}.py --write docs/questions"
 
 
 def index(folder: Path) -> str:
-    """Return the list of all questions that were answered in `folder`."""
+    """Return the index of all questions answered in `folder`."""
     lines = [
         "# Questions of the field, measured\n",
         "Each is one script of `simulations/`; the answers are computed from the tables, differences are "
@@ -346,7 +348,7 @@ def index(folder: Path) -> str:
 
 
 def load(path: Path) -> tuple[Result, str]:
-    """Read a result and its answer back from JSON."""
+    """Return a result and its answer from JSON."""
     values = json.loads(path.read_text(encoding="utf-8"))
     answer = values.pop("answer")
     return Result(**values), answer
@@ -364,7 +366,7 @@ def write(folder: Path, result: Result, answer: str) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw every line with a marker of its own and the standard deviation over seeds, as SVG."""
+    """Write a figure as SVG: every line with its own marker and the standard deviation over seeds."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

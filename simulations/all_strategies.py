@@ -33,7 +33,7 @@ COMMON = fedkd.Experiment(
     evaluate_every=10,
 )
 SETTINGS = {
-    # Steps enough for students that begin anew in every round (CFD's), and as many for all others.
+    # Enough steps for students that start from scratch in every round (CFD's), and as many for all.
     "mnist-5k": COMMON.replace(dataset="mnist-5k", local_epochs=5, distill_epochs=20),
     "mnist": COMMON.replace(dataset="mnist", public_size=5000, local_epochs=1, distill_epochs=5),
 }
@@ -42,8 +42,8 @@ SEEDS = (0, 1, 2)
 Table = dict[str, dict[str, Any]]
 
 
-def measure(base: fedkd.Experiment, seeds: Sequence[int], told: Any) -> Table:
-    """Run every strategy with every seed; return accuracies and bytes by strategy."""
+def measure(base: fedkd.Experiment, seeds: Sequence[int], progress: Any) -> Table:
+    """Return accuracies and bytes by strategy, each run with every seed."""
     table: Table = {}
     for name, cls in strategies().items():
         facts = cls.facts
@@ -51,11 +51,11 @@ def measure(base: fedkd.Experiment, seeds: Sequence[int], told: Any) -> Table:
             public_labels=facts.public_labels,
             server_model="mlp-64" if facts.server_model == "required" else "none",
         )
-        (entry,) = fedkd.compare(experiment, [name], seeds, progress=told).entries
-        reported = entry.server_accuracies if facts.headline == "server" else None
+        (entry,) = fedkd.compare(experiment, [name], seeds, progress=progress).entries
+        server = entry.server_accuracies if facts.headline == "server" else None
         table[name] = {
             "clients": entry.accuracies,
-            "server": reported,
+            "server": server,
             "bytes_up": entry.bytes_up,
             "bytes_down": entry.bytes_down,
             "labelled": facts.public_labels,
@@ -118,7 +118,7 @@ def write(folder: Path, tables: Mapping[str, Table], about: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write if asked."""
+    """Measure, print, and write with ``--write``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of an hour")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="where README.md goes")

@@ -19,7 +19,7 @@ TAUS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
 def grid() -> Grid:
-    """FedMD at every pair."""
+    """Return FedMD at every pair."""
     return {
         f"α = {alpha:g}": {
             f"{tau:g}": Cell(BASE.replace(alpha=alpha, tau=tau), "FedMD") for tau in TAUS
@@ -29,7 +29,7 @@ def grid() -> Grid:
 
 
 def answer(result: Result) -> str:
-    """Say how far apart the pairs are, and which are within a point of the best."""
+    """Return how far apart the pairs are, and which are within a point of the best."""
     pairs = [(line, point) for line in result.lines for point in result.points]
     means = {pair: result.mean(*pair) for pair in pairs}
     best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
@@ -50,7 +50,7 @@ def _named(pair: tuple[str, str]) -> str:
 
 
 def _which(pairs: Sequence[tuple[str, str]], near: Sequence[bool]) -> str:
-    """Name the pairs where they are few."""
+    """Return the pairs in words where they are few."""
     named = [_named(pair) for pair, holds in zip(pairs, near, strict=True) if holds]
     return f" ({'; '.join(named)})" if len(named) <= 4 else ""
 

@@ -35,7 +35,7 @@ def codec(number: str, *, packed: bool) -> str:
 
 
 def grid() -> Grid:
-    """Every line with every number."""
+    """Return every line with every number format."""
     return {
         line: {n: Cell(BASE.replace(codec=codec(n, packed=packed)), method) for n in NUMBERS}
         for line, (method, packed) in LINES.items()
@@ -43,14 +43,14 @@ def grid() -> Grid:
 
 
 def bits(result: Result) -> Result:
-    """Place every cell at its bits: plain float32 is 32 bits a class, whatever the sizes were."""
+    """Return the result with each cell at its bits; plain float32 is 32 bits per class."""
     unit = result.bytes_up["DS-FL"][0] / PLAIN
     at = {line: [sent / unit for sent in row] for line, row in result.bytes_up.items()}
     return replace(result, at=at, place="bits of one soft label")
 
 
 def answer(result: Result) -> str:
-    """Say for each method the fewest bits within one point of float32."""
+    """Return for each method the fewest bits within one point of float32."""
     sentences = []
     for line in list(LINES)[1:]:
         gains = [result.gain(line, line, point, result.points[0]) for point in result.points]

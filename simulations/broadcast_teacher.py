@@ -1,12 +1,12 @@
 """A teacher at the server that broadcasts its labels, or teachers at the clients?
 
 2,000 private images of mnist-5k among ten clients (Dirichlet 0.3), students `mlp-20`, and 50 to 800
-*labelled* public images, which a teacher at the server needs. Who teaches a student:
+*labelled* public images, which a teacher at the server needs. The teacher of a student is:
 
-- the server: an `mlp-64` trained on the public set alone; its logits go to all, nothing comes back;
+- the server: an `mlp-64` trained on the public set alone; its logits go to all, no replies;
 - local teachers: an `mlp-64` on each shard, whose labels DS-FL combines (students see no private image);
-- the students themselves (DS-FL), or both (FedGEMS, the published neighbour), or nobody (labels alone);
-- out of reach: `mlp-64` on the pooled data, distilled into an `mlp-20` there.
+- the students themselves (DS-FL), or both (FedGEMS, the published neighbour), or none (labels alone);
+- as an upper bound: `mlp-64` on the pooled data, distilled into an `mlp-20` there.
 
 Eight rounds, about 60 public steps a round for every size, three seeds. No download; three minutes on
 one core:
@@ -24,32 +24,32 @@ from simulations.labelled_or_unlabelled import sizes
 
 TEACHER = "mlp-64"
 SERVER, LOCAL = "server's teacher", "local teachers"
-NOBODY, PUBLIC = "labels alone", "simulations.labelled_or_unlabelled:PublicLabels"
+UNTAUGHT, PUBLIC = "labels alone", "simulations.labelled_or_unlabelled:PublicLabels"
 
 
 class Broadcast(fedkd.DistillationStrategy):
-    """The server's model learns the labelled public set and tells its logits; nothing is uploaded."""
+    """The server's model learns the labelled public set and sends its logits; nothing is uploaded."""
 
     facts = Facts(
         paper="none", up="0", down="P*C*4 + I", public_labels=True, server_model="required"
     )
 
     def phases(self, round: int) -> list[Phase]:
-        """Digest what the teacher says, then train on the own shard."""
+        """Return: digest the teacher's labels, then train on the shard."""
         return [Digest(), Revisit(model="student")]
 
     def update(self, replies: Replies, server: Server) -> fedkd.SoftLabels:
-        """Train the teacher on (`distill-epochs` more) and label the round's public images."""
+        """Return the teacher's labels of the round's public images after `distill-epochs` more epochs."""
         drawn = server.draw()
         server.fit(Fit("teach", public={"ce": 1.0}), samples=drawn)
         return server.predict(drawn)
 
 
 def grid() -> Grid:
-    """Every arrangement with every size of the public set."""
+    """Return every arrangement with every size of the public set."""
     lines = {
         "local only": ("LocalOnly", {}),
-        NOBODY: (PUBLIC, {}),
+        UNTAUGHT: (PUBLIC, {}),
         SERVER: ("simulations.broadcast_teacher:Broadcast", {"server_model": TEACHER}),
         LOCAL: ("DSFL", {"teacher": TEACHER}),
         "students (DS-FL)": ("DSFL", {}),
@@ -68,10 +68,10 @@ def grid() -> Grid:
 
 
 def answer(result: Result) -> str:
-    """Say where the server's teacher beats local teachers, and what it adds to the labels alone."""
+    """Return where the server's teacher beats local teachers, and what it adds to the labels."""
     points = result.points
     gains = [result.gain(SERVER, LOCAL, point) for point in points]
-    extra = [result.gain(SERVER, NOBODY, point) for point in points]
+    extra = [result.gain(SERVER, UNTAUGHT, point) for point in points]
     few, many = points[0], points[-1]
     return (
         "Students of a teacher at the server end above students of local teachers "

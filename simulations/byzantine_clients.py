@@ -1,10 +1,10 @@
-"""How many liars does each robust rule bear?
+"""How many malicious clients does each robust rule tolerate?
 
 mnist-5k, DS-FL's round (Dirichlet 1.0, ten clients with 200 private images each on average, 400
 unlabelled public images, students `mlp-20`, five rounds), soft labels combined by mean, median,
 trimmed mean, geometric median, Cronus and the exponential-weights guard, against 0 to 40 % malicious
-clients and each attack of `fedkd.clients.attacks`. What counts is the mean test accuracy of the *honest*
-clients. Cronus also trains in its own way, on both sets at once. Three seeds. No download; a quarter of
+clients and each attack of `fedkd.clients.attacks`. The measure is the mean test accuracy of the *honest*
+clients. Cronus also trains differently, on both sets at once. Three seeds. No download; a quarter of
 an hour on one core:
 
     python simulations/byzantine_clients.py --write docs
@@ -64,12 +64,12 @@ Table = dict[str, dict[str, list[list[float]]]]
 
 
 def honest_accuracy(experiment: fedkd.Experiment) -> tuple[float, int]:
-    """Run one federation; return the mean accuracy of its honest clients, and the test images."""
+    """Return the mean accuracy of a federation's honest clients, and the number of test images."""
     with tempfile.TemporaryDirectory() as folder:
         run = fedkd.run(experiment.replace(run_dir=folder))
-    liars = malicious_clients(experiment)
-    told = [a for k, a in enumerate(run.client_accuracy) if k not in liars and a is not None]
-    return mean(told), int(run.result["test_size"])
+    malicious = malicious_clients(experiment)
+    honest = [a for k, a in enumerate(run.client_accuracy) if k not in malicious and a is not None]
+    return mean(honest), int(run.result["test_size"])
 
 
 def measure(
@@ -77,9 +77,9 @@ def measure(
     attacks: Sequence[str],
     shares: Sequence[float],
     seeds: Sequence[int],
-    told: Callable[[], object],
+    advance: Callable[[], object],
 ) -> tuple[Table, int]:
-    """Run every attack, rule, share and seed; without liars all attacks are one."""
+    """Return the table of every attack, rule, share and seed; without attackers all attacks are one."""
     table: Table = {attack: {} for attack in attacks}
     size = 0
     for rule, (strategy, settings) in RULES.items():
@@ -90,12 +90,12 @@ def measure(
             for share in shares:
                 row = []
                 for seed in seeds:
-                    told()
+                    advance()
                     if share == 0 and seed in without:
                         row.append(without[seed])
                         continue
-                    named = {"attack": attack, "attackers": share} if share else {}
-                    accuracy, size = honest_accuracy(ours.replace(seed=seed, **named))
+                    keys = {"attack": attack, "attackers": share} if share else {}
+                    accuracy, size = honest_accuracy(ours.replace(seed=seed, **keys))
                     if share == 0:
                         without[seed] = accuracy
                     row.append(accuracy)
@@ -122,7 +122,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def answer(table: Table, shares: Sequence[float]) -> str:
-    """Say what the rules cost without liars, and attack by attack what the most liars do to them."""
+    """Return what the rules cost without attackers, and by attack what the most attackers cost."""
     most, sentences = f"{100 * shares[-1]:.0f} %", []
     without = {rule: 100 * mean(cells[0]) for rule, cells in next(iter(table.values())).items()}
     costs = [f"{r} {without['mean'] - a:.1f}" for r, a in without.items() if r != "mean"]
@@ -141,7 +141,7 @@ def answer(table: Table, shares: Sequence[float]) -> str:
 
 
 def page(table: Table, shares: Sequence[float], size: int, seeds: int, measured: str) -> str:
-    """Return the page that the figure stands on."""
+    """Return the page with the figure."""
     tables = "\n\n".join(markdown(attack, rows, shares) for attack, rows in table.items())
     return _PAGE.format(
         answer=answer(table, shares), size=size, seeds=seeds, tables=tables, measured=measured
@@ -196,7 +196,7 @@ Measured {measured}. Every seed's numbers: [byzantine.json](byzantine.json).
 
 
 def draw(table: Table, shares: Sequence[float], path: Path) -> None:
-    """Draw a panel for each attack, a line for each rule, as SVG."""
+    """Write a figure as SVG: a panel for each attack, a line for each rule."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -224,7 +224,7 @@ def draw(table: Table, shares: Sequence[float], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write if asked."""
+    """Measure, print, and write with ``--write``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="where page and figure go")

@@ -2,7 +2,7 @@
 
 CIFAR-10, six clients of which two each have a small CNN, a LeNet and a ResNet-8 (Dirichlet 0.5), and
 5,000 unlabelled public images. FedMD exchanges logits, and is compared with every client alone; FedAvg
-could only average like with like. Needs CIFAR-10 (downloaded once, or in $FEDKD_DATA_DIR); hours on two
+could only average equal networks. Needs CIFAR-10 (downloaded once, or in $FEDKD_DATA_DIR); hours on two
 cores, minutes on a GPU.
 """
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = EXPERIMENT.smoke() if parser.parse_args(arguments).smoke else EXPERIMENT
     console = Console()
 
-    def say(row: Row) -> None:
+    def show(row: Row) -> None:
         console.print(
             f"round {row['round']}: {100 * row['accuracy_after_revisit']:.1f} % on average"
         )
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = {}
     for label, strategy in (("local only", "LocalOnly"), ("FedMD", "FedMD")):
         console.print(f"{label} ...")
-        runs[label] = fedkd.run(experiment.replace(strategy=strategy), [EachRound(say)])
+        runs[label] = fedkd.run(experiment.replace(strategy=strategy), [EachRound(show)])
     console.print(_table(experiment, runs))
 
 

@@ -25,7 +25,7 @@ FEDERATED = {"DS-FL": "DSFL", "FedMD": "FedMD"}
 
 
 def noise(folder: Path | None = None) -> Dataset:
-    """Return images that show nothing: independent uniform pixels, 1×28×28, with no true labels."""
+    """Return images without content: independent uniform pixels, 1×28×28, with no true labels."""
     drawn = torch.randint(
         256, (1_010, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -36,7 +36,7 @@ def noise(folder: Path | None = None) -> Dataset:
 
 
 def grid() -> Grid:
-    """Every method on both data sets with three public sets each."""
+    """Return every method on both data sets with three public sets each."""
     points = {}
     for name, dataset in PRIVATE.items():
         base = BASE.replace(dataset=dataset, public_size=800, test_size=1_000)
@@ -50,19 +50,19 @@ def grid() -> Grid:
 
 
 def answer(result: Result) -> str:
-    """Say what each public set gains over local training, and how much of the best kind's gain."""
+    """Return what each public set gains over local training, and its share of the best kind's gain."""
     names = list(dict.fromkeys(point.split(", ")[0] for point in result.points))
     return " ".join(_sentence(result, m, name) for m in FEDERATED for name in names)
 
 
 def _sentence(result: Result, method: str, name: str) -> str:
-    own = result.gain(method, LOCAL, f"{name}, own")
-    parts = [f"{own.words} local training with public images of its own kind"]
-    for public, said in (("other", "those of the other data set"), ("noise", "noise")):
+    same = result.gain(method, LOCAL, f"{name}, own")
+    parts = [f"{same.words} local training with public images of its own kind"]
+    for public, text in (("other", "those of the other data set"), ("noise", "noise")):
         if (point := f"{name}, {public}") in result.points:
             gain = result.gain(method, LOCAL, point)
-            share = f" ({100 * gain.mean / own.mean:.0f} % of that)" if own.mean > 0 else ""
-            parts.append(f"{gain.words} it with {said}{share}")
+            share = f" ({100 * gain.mean / same.mean:.0f} % of that)" if same.mean > 0 else ""
+            parts.append(f"{gain.words} it with {text}{share}")
     return f"{method} on {name} ends {listed(parts)}."
 
 

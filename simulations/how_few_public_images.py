@@ -21,7 +21,7 @@ FEDERATED = {"DS-FL": "DSFL", "FedMD": "FedMD"}
 
 
 def grid() -> Grid:
-    """Every method with every public set."""
+    """Return every method with every public set."""
     points = {
         f"{size:,}": BASE.replace(
             train_size=PRIVATE + size,
@@ -37,7 +37,7 @@ def grid() -> Grid:
 
 
 def answer(result: Result) -> str:
-    """Say how few come within 2 points of the most, and where that is 10 points above local."""
+    """Return how few come within 2 points of the most, and where that is 10 points above local."""
     return " ".join(_sentence(result, method) for method in FEDERATED)
 
 

@@ -20,31 +20,31 @@ METHODS = {LOCAL: "LocalOnly", **FEDERATED, "FedAvg": "FedAvg"}
 
 
 def grid() -> Grid:
-    """Every method at every skew."""
+    """Return every method at every skew."""
     points = {"IID": BASE.replace(partition="iid")}
     points |= {f"α = {alpha:g}": BASE.replace(partition_alpha=alpha) for alpha in ALPHAS}
     lines = {n: {p: Cell(e, m) for p, e in points.items()} for n, m in METHODS.items()}
     for line in (LOCAL, *FEDERATED):
-        lines[line + OWN] = {p: cell._replace(own=True) for p, cell in lines[line].items()}
+        lines[line + OWN] = {p: cell._replace(own_mix=True) for p, cell in lines[line].items()}
     return lines
 
 
 def answer(result: Result) -> str:
-    """Say where each of the two gains 10 points, and what is left of that on a client's own mix."""
+    """Return where each of the two gains 10 points, and how much of it on a client's own mix."""
     return " ".join(_sentence(result, method) for method in FEDERATED)
 
 
 def _sentence(result: Result, method: str) -> str:
     points = result.points
     gains = [result.gain(method, LOCAL, point) for point in points]
-    own = [result.gain(method + OWN, LOCAL + OWN, point) for point in points]
+    on_own_mix = [result.gain(method + OWN, LOCAL + OWN, point) for point in points]
     return (
         f"{method} beats local training by 10 points or more "
         f"{where(points, [gain.mean >= 10 for gain in gains])} "
         f"({gains[0]} points at {points[0]}, {gains[-1]} at {points[-1]}); tested on its own mix of "
         f"classes a client is a point or more worse off than alone "
-        f"{where(points, [gain.mean <= -1 for gain in own])} "
-        f"({own[0]} points at {points[0]}, {own[-1]} at {points[-1]})."
+        f"{where(points, [gain.mean <= -1 for gain in on_own_mix])} "
+        f"({on_own_mix[0]} points at {points[0]}, {on_own_mix[-1]} at {points[-1]})."
     )
 
 

@@ -19,7 +19,7 @@ from fedkd.phases import Fit, Phase, Revisit
 from fedkd.strategy import Facts
 from simulations._questions import BASE, Cell, Grid, Question, Result, where
 
-HERE = "simulations.labelled_or_unlabelled"
+MODULE = "simulations.labelled_or_unlabelled"
 SIZES = (50, 200, 800)
 METHODS = {"DS-FL": "DSFL", "FedMD": "FedMD"}
 CONTROLS = {"DS-FL": "labels alone", "FedMD": "labels alone, shard last"}
@@ -31,7 +31,7 @@ class PublicLabels(fedkd.DistillationStrategy):
     facts = Facts(paper="none", up="0", down="0", public_labels=True)
 
     def phases(self, round: int) -> list[Phase]:
-        """Public labels, then private ones."""
+        """Return training on public labels, then on private ones."""
         return [Fit("public", public={"ce": 1.0}), Revisit(model="student")]
 
 
@@ -55,10 +55,10 @@ def sizes(**keys: object) -> dict[str, fedkd.Experiment]:
 
 
 def grid() -> Grid:
-    """Each method with and without labels, and what has the labels or the shards alone."""
+    """Return each method with and without labels, and controls with the labels or shards alone."""
     lines = {"local only": ("LocalOnly", False)}
-    lines[CONTROLS["DS-FL"]] = (f"{HERE}:PublicLabels", True)
-    lines[CONTROLS["FedMD"]] = (f"{HERE}:ShardLast", True)
+    lines[CONTROLS["DS-FL"]] = (f"{MODULE}:PublicLabels", True)
+    lines[CONTROLS["FedMD"]] = (f"{MODULE}:ShardLast", True)
     for name, method in METHODS.items():
         lines |= {name: (method, False), f"{name}, labels": (method, True)}
     return {
@@ -68,7 +68,7 @@ def grid() -> Grid:
 
 
 def answer(result: Result) -> str:
-    """Say what labels add at the outer sizes, and where an exchange beats labels alone."""
+    """Return what labels add at the outer sizes, and where an exchange beats labels alone."""
     return " ".join(_sentence(result, name) for name in METHODS)
 
 

@@ -15,8 +15,12 @@ from torch import nn
 from fedkd.training.models import Classifier, InputShape
 from simulations._questions import BASE, Cell, Grid, Question, Result, listed, whole
 
-HERE = "simulations.mixed_architectures"
-NETWORKS = {"linear": f"{HERE}:linear", "mlp-20": "mlp-20", "convolutional": f"{HERE}:small_cnn"}
+MODULE = "simulations.mixed_architectures"
+NETWORKS = {
+    "linear": f"{MODULE}:linear",
+    "mlp-20": "mlp-20",
+    "convolutional": f"{MODULE}:small_cnn",
+}
 FEDERATED = {"DS-FL": "DSFL", "FedMD": "FedMD"}
 MIXED = "mixed"
 
@@ -34,7 +38,7 @@ def small_cnn(shape: InputShape, num_classes: int) -> nn.Module:
 
 
 def grid() -> Grid:
-    """Every method with each network for all and with all three, and by a third of the clients."""
+    """Return every method with each network for all and with all three, also by third of clients."""
     base = BASE.replace(num_clients=9)
     mixed = base.replace(student=",".join(NETWORKS.values()))
     alike = {name: base.replace(student=student) for name, student in NETWORKS.items()}
@@ -51,7 +55,7 @@ def grid() -> Grid:
 
 
 def answer(result: Result) -> str:
-    """Say how the mixture stands beside each network for all, and what its thirds gain or lose."""
+    """Return how the mixture compares with each network for all, and what its thirds gain or lose."""
     return " ".join(_sentence(result, method) for method in FEDERATED)
 
 

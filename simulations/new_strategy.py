@@ -31,16 +31,16 @@ EXPERIMENT = fedkd.Experiment(
 
 
 class Confident(fedkd.DistillationStrategy):
-    """The surer a client is of a sample, the more it counts: weights max_c p_c ^ power."""
+    """Clients count more for samples they are more confident of: weights max_c p_c ^ power."""
 
     facts = Facts(paper="none", up="P*C*4", down="P*C*4 + 2*I")
 
     power: Positive = 1.0
 
     def aggregate(self, labels: fedkd.SoftLabels) -> Tensor:
-        """Average logits, [K, N, C] -> [N, C]; who did not answer a sample has no say in it."""
-        sure = labels.probabilities.amax(-1, keepdim=True) ** self.power
-        weight = sure * labels.mask.unsqueeze(-1)
+        """Return weighted mean logits, [K, N, C] -> [N, C]; clients without an answer have weight 0."""
+        confidence = labels.probabilities.amax(-1, keepdim=True) ** self.power
+        weight = confidence * labels.mask.unsqueeze(-1)
         return (weight * labels.values).sum(0) / weight.sum(0)
 
 

@@ -1,11 +1,11 @@
-"""What do soft labels give away, and what does noise on them cost?
+"""What do soft labels reveal, and what does noise on them cost?
 
 mnist-5k, DS-FL, Dirichlet 0.5, in two settings: five clients that overfit (some 200 private images each,
 students `mlp-256`, five rounds of 300 public images), and a hundred clients that answer once (some 30
 images each, `mlp-64`, 100 public images), which suits noise: few rows, averaged over many clients. For
-every `dp-noise` σ: ε at δ = 1e-5, accuracy, and what a curious server finds out
-(`fedkd.studies.leakage`) from the mean of a client's answers over the rounds. Members are told
-from test images of the same classes. Three seeds. No download;
+every `dp-noise` σ: ε at δ = 1e-5, accuracy, and what a curious server infers
+(`fedkd.studies.leakage`) from the mean of a client's answers over the rounds. Members are compared
+with test images of the same classes. Three seeds. No download;
 a quarter of an hour on one core (`pip install 'fedkd[privacy]'`):
 
     python simulations/privacy_audit.py --write docs
@@ -78,43 +78,43 @@ COLUMNS = {
     "labels": "label distribution: TV",
 }
 Table = dict[str, dict[str, list[Any]]]
-"""By noise: what was measured, one number a seed; an infinite ε is `None`."""
+"""Measurements by noise, one number per seed; an infinite ε is `None`."""
 
-_heard: dict[str, list[fedkd.SoftLabels]] = {}
-"""What the curious server kept, by the name of the run."""
+_received: dict[str, list[fedkd.SoftLabels]] = {}
+"""Soft labels that the curious server kept, by the name of the run."""
 
 
 class Curious(DSFL):
-    """DS-FL by a server that keeps what it hears."""
+    """DS-FL with a server that keeps the soft labels it receives."""
 
     def update(self, replies: Replies, server: Server) -> fedkd.SoftLabels | None:
-        """Keep the clients' answers, and go on as the protocol says."""
+        """Return the knowledge of DS-FL, keeping the clients' answers."""
         assert replies.labels is not None
-        _heard.setdefault(str(server.experiment.name), []).append(replies.labels)
+        _received.setdefault(str(server.experiment.name), []).append(replies.labels)
         knowledge = super().update(replies, server)
         assert isinstance(knowledge, fedkd.SoftLabels)
         return knowledge
 
 
 def audit(experiment: fedkd.Experiment, proxy_epochs: int) -> dict[str, Any]:
-    """Run one federation, attack it, and return what came out, means over its clients."""
+    """Return the measurements of one federation under attack, means over its clients."""
     with tempfile.TemporaryDirectory() as folder:
         run = fedkd.run(experiment.replace(strategy=f"{__name__}:Curious", run_dir=folder))
-        data, heard = federated_data(experiment), _heard.pop(run.path.name)
-        labels = leakage.averaged(heard, data.sizes.num_public)
+        data, received = federated_data(experiment), _received.pop(run.path.name)
+        labels = leakage.averaged(received, data.sizes.num_public)
         proxies = leakage.distilled_proxies(labels, data, experiment, proxy_epochs)
         students = _students(run, data)
-    rows = sum(len(each.samples) for each in heard)
+    rows = sum(len(each.samples) for each in received)
     assert data.public_truth is not None
     public = data.public_truth.bincount(minlength=data.num_classes)
     truth = data.private_label_counts / data.private_label_counts.sum(1, keepdim=True)
     estimate = leakage.label_distributions(labels, public)
-    found = _membership(experiment, data, proxies, students)
+    membership = _membership(experiment, data, proxies, students)
     spent = epsilon(noise=experiment.dp_noise, rows=rows, delta=experiment.dp_delta)
     return {
         "epsilon": spent if math.isfinite(spent) else None,
         "accuracy": run.accuracy,
-        **found,
+        **membership,
         "labels": float(leakage.total_variation(estimate, truth).mean()),
         "labels_guess": float(leakage.total_variation(public / public.sum(), truth).mean()),
         "test_size": float(run.result["test_size"]),
@@ -122,17 +122,17 @@ def audit(experiment: fedkd.Experiment, proxy_epochs: int) -> dict[str, Any]:
 
 
 def _students(run: fedkd.Run, data: FederatedData) -> Cohort:
-    """Return the students as they were when they answered for the last time."""
+    """Return the students in their state when they last answered."""
     experiment = run.experiment
     last = dict.fromkeys(range(experiment.num_clients), experiment.num_server_rounds)
-    kept = StateFiles(run.path / "clients", experiment.architecture_period).load(last)
-    return architectures_of(data).cohort(experiment, experiment.student, kept.models["student"])
+    states = StateFiles(run.path / "clients", experiment.architecture_period).load(last)
+    return architectures_of(data).cohort(experiment, experiment.student, states.models["student"])
 
 
 def _membership(
     experiment: fedkd.Experiment, data: FederatedData, proxies: Cohort, students: Cohort
 ) -> dict[str, float]:
-    """Tell each client's private images from as many test images of the same classes."""
+    """Return how well private images are separated from as many test images of the same classes."""
     assert data.train.labels is not None
     assert data.test.labels is not None
     scores = {"proxy": _scores(proxies, data), "model": _scores(students, data)}
@@ -140,15 +140,15 @@ def _membership(
     aucs: dict[str, list[float]] = {name: [] for name in scores}
     pooled: list[tuple[Tensor, Tensor]] = []
     for client, shard in enumerate(data.shards):
-        mine, theirs = leakage.matched(
+        inside, outside = leakage.matched(
             data.train.labels[shard], data.test.labels, experiment.seed, client
         )
         for name, (on_train, on_test) in scores.items():
-            members, others = on_train[client, shard[mine]], on_test[client, theirs]
+            members, others = on_train[client, shard[inside]], on_test[client, outside]
             aucs[name].append(leakage.detection(members, others).auc)
             if name == "calibrated":
                 pooled.append((members, others))
-    # One threshold for all clients: a shard of 30 images knows no rate of 1 %.
+    # One threshold for all clients: with 30 images per shard there is no rate of 1 %.
     members, others = (torch.cat(each) for each in zip(*pooled, strict=True))
     at_once = leakage.detection(members, others)
     means = {name: mean(each) for name, each in aucs.items()}
@@ -156,7 +156,7 @@ def _membership(
 
 
 def _scores(cohort: Cohort, data: FederatedData) -> tuple[Tensor, ...]:
-    """Return how likely models find the true classes of the training and the test images."""
+    """Return the log-likelihoods of the true classes of the training and the test images."""
     scores = []
     for images in (data.train, data.test):
         assert images.labels is not None
@@ -169,15 +169,15 @@ def measure(
     noises: Sequence[float],
     seeds: Sequence[int],
     proxy_epochs: int,
-    told: Any,
+    advance: Any,
 ) -> Table:
-    """Audit every noise with every seed."""
+    """Return the audit of every noise with every seed."""
     table: Table = {}
     for noise in noises:
         for seed in seeds:
-            told()
-            found = audit(base.replace(dp_noise=noise, seed=seed), proxy_epochs)
-            for name, value in found.items():
+            advance()
+            measured = audit(base.replace(dp_noise=noise, seed=seed), proxy_epochs)
+            for name, value in measured.items():
                 table.setdefault(f"{noise:g}", {}).setdefault(name, []).append(value)
     table[ALONE] = {"accuracy": [_alone(base.replace(seed=seed)) for seed in seeds]}
     return table
@@ -197,10 +197,10 @@ def markdown(title: str, table: Table) -> str:
         f"| σ | ε | {' | '.join(COLUMNS.values())} |",
         "|---" * (2 + len(COLUMNS)) + "|",
     ]
-    audited = {noise: found for noise, found in table.items() if noise != ALONE}
-    for noise, found in audited.items():
-        cells = [_cell(name, found[name]) for name in COLUMNS]
-        lines.append(f"| {noise} | {_epsilon(found['epsilon'][0])} | {' | '.join(cells)} |")
+    audited = {noise: row for noise, row in table.items() if noise != ALONE}
+    for noise, row in audited.items():
+        cells = [_cell(name, row[name]) for name in COLUMNS]
+        lines.append(f"| {noise} | {_epsilon(row['epsilon'][0])} | {' | '.join(cells)} |")
     guess = _cell("labels_guess", audited["0"]["labels_guess"])
     alone = _cell("accuracy", table[ALONE]["accuracy"])
     lines.append(f"| {ALONE} | 0 | {alone} | 0.50 | 0.50 | 0.00 | 1.0 | 0.50 | {guess} |")
@@ -227,7 +227,7 @@ PANELS = {
 
 
 def draw(tables: Mapping[str, Table], path: Path) -> None:
-    """Draw accuracy, membership and label distribution by ε, as SVG."""
+    """Write a figure as SVG: accuracy, membership and label distribution by ε."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -245,13 +245,13 @@ def draw(tables: Mapping[str, Table], path: Path) -> None:
 
 
 def _draw_line(axes: Any, name: str, table: Table, number: int, title: str) -> None:
-    """Draw one setting's line of a panel, and its two ends beside it."""
+    """Draw one setting's line of a panel, and its two limits as horizontal lines."""
     colour, scale = ("#0072b2", "#d55e00")[number], 100 if name == "accuracy" else 1
-    cells = [found for noise, found in table.items() if noise not in ("0", ALONE)]
+    cells = [row for noise, row in table.items() if noise not in ("0", ALONE)]
     axes.errorbar(
-        [found["epsilon"][0] for found in cells],
-        [scale * mean(found[name]) for found in cells],
-        [scale * _spread(found[name]) for found in cells],
+        [row["epsilon"][0] for row in cells],
+        [scale * mean(row[name]) for row in cells],
+        [scale * _spread(row[name]) for row in cells],
         color=colour, marker="os"[number], ms=5, capsize=3, label=title,
     )  # fmt: skip
     without = {"accuracy": table[ALONE]["accuracy"], "labels": table["0"]["labels_guess"]}
@@ -264,7 +264,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and write if asked."""
+    """Measure, print, and write with ``--write``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="where figure and numbers go")

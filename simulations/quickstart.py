@@ -56,7 +56,7 @@ def main() -> None:
     cohort = comparison.runs["DSFL"][0]
     console.print("The same federation as Flower clients on Ray ...")
     started = monotonic()
-    # By the plan that was measured for the first engine: another one rounds differently.
+    # With the plan that was measured for the first engine: another one rounds differently.
     flower = fedkd.run(experiment.replace(engine="flower", plan=cohort.experiment.plan))
     seconds = monotonic() - started
 
@@ -82,16 +82,16 @@ def _introduction(experiment: fedkd.Experiment) -> str:
 
 
 class _Progress:
-    """Says what is running, once for each thing."""
+    """Prints each description of the current work once."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last = ""
 
-    def __call__(self, what: str, share: float) -> None:
-        if what != self._last:
-            self._last = what
-            self._console.print(f"Training: {what} ...")
+    def __call__(self, description: str, share: float) -> None:
+        if description != self._last:
+            self._last = description
+            self._console.print(f"Training: {description} ...")
 
 
 def _engines(cohort: Run, flower: Run, flower_seconds: float) -> Table:
@@ -115,7 +115,7 @@ def _engines(cohort: Run, flower: Run, flower_seconds: float) -> Table:
 
 
 def _curves(comparison: Comparison) -> dict[str, list[tuple[int, float]]]:
-    """Return a curve a federated method, by the round whose knowledge the students hold."""
+    """Return a curve per federated method, by the round whose knowledge the students hold."""
     ds_fl, fed_avg, local = (comparison.runs[m][0] for m in ("DSFL", "FedAvg", "LocalOnly"))
     digested = [row for row in ds_fl.rounds if row["knowledge_round"]]
     return {

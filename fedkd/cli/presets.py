@@ -72,6 +72,7 @@ def preset(name: str) -> Experiment:
     """
     if name not in PRESETS:
         raise FedkdError(
-            f"preset = '{name}': no such preset{nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
+            f"preset = '{name}': no such preset{nearest(name, PRESETS)}; "
+            f"the presets are {', '.join(PRESETS)}"
         )
     return PRESETS[name]()

@@ -128,7 +128,7 @@ def central_facts(done: CentralRun) -> dict[str, str]:
     several = " (mean ± standard deviation)" if len(done.seeds) > 1 else ""
     return {
         "gap closed": _gap(done),
-        "agreement": f"{spread(done.agreements)} of test images get the same class from teacher and student distilled",
+        "agreement": f"{spread(done.agreements)} of test images: teacher and student distilled agree",
         "test set": f"{done.test_size:,} images",
         "seeds": f"{', '.join(str(seed) for seed in done.seeds)}{several}",
         "seconds": ", ".join(f"{what} {spent:.1f}" for what, spent in done.seconds.items()),
@@ -177,7 +177,7 @@ def strategies_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Return rows of `strategy_row` as a table; `STRATEGIES_LEGEND` explains it."""
     table = table_of(
         "strategy", "paper", "sends", "up", "down", "public labels", "server model",
-        "mixed models", "reports", right=False,
+        "mixed models", "headline", right=False,
     )  # fmt: skip
     for column in table.columns:
         column.overflow = "fold"

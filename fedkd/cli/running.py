@@ -117,8 +117,8 @@ def compare(
         Parameter(
             group=WORK,
             metavar="ACCURACY",
-            help="target for which rounds and bytes are shown [0.85 or 85%; default what all methods that "
-            "send data reach]",
+            help="target for which rounds and bytes are shown [0.85 or 85%; default what all methods "
+            "that send data reach]",
         ),
     ] = None,
     jobs: Annotated[

@@ -40,8 +40,8 @@ _COUNTED = ("sampled", "answered", "dropped")
 def scalars(row: Row) -> dict[str, float]:
     """Return the numbers in a round's record under their names: ``accuracy/accuracy_after_digest``.
 
-    Mappings give one number per key (``seconds/digest``, ``bytes/bytes_up_by_tensor/<tensor>``), lists of
-    clients their length (``clients/dropped``). Lists by client are left to `by_client`.
+    Mappings give one number per key (``seconds/digest``, ``bytes/bytes_up_by_tensor/<tensor>``), lists
+    of clients their length (``clients/dropped``). Lists by client are left to `by_client`.
     """
     numbers: dict[str, float] = {}
     for field, value in row.items():
@@ -76,8 +76,8 @@ class TensorBoard(Callback):
     ``rounds.jsonl`` only.
 
     Args:
-        folder: where a folder with the run's name is made; default ``tensorboard`` in the run folder, so that
-            ``tensorboard --logdir runs`` shows all runs.
+        folder: where a folder with the run's name is made; default ``tensorboard`` in the run folder,
+            so that ``tensorboard --logdir runs`` shows all runs.
 
     Raises:
         FedkdError: TensorBoard is not installed.

@@ -1,8 +1,8 @@
-r"""What to cite: the BibTeX of what a run was made of.
+r"""BibTeX entries for everything that a run used.
 
-A strategy's entry stands in its own file, with its facts; all others stand here. They were compared with
-the publishers' or arXiv's own pages, or with the full text; what could not be confirmed is left out,
-never guessed. Accents are LaTeX's, so that every BibTeX can read them.
+A strategy's entry is in its own file, with its facts; all others are here. They were checked against the
+publishers' or arXiv's pages, or the full text; what could not be confirmed is left out. Accents are
+LaTeX's, so that every BibTeX can read them.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ _BIBTEX = r"""
 
 @cache
 def entries() -> Mapping[str, str]:
-    """Return all entries by their key: those above, and those that our strategies declare."""
+    """Return all entries by their key: those above, and those of the built-in strategies."""
     declared = [facts.bibtex for facts in _ours() if facts.bibtex]
     return {
         re.match(r"@\w+\{(.+),", entry)[1]: entry  # type: ignore[index]
@@ -162,7 +162,7 @@ _DATASETS: Mapping[str, tuple[str, ...]] = {
     "cifar10": ("krizhevsky2009cifar",),
     "cifar100": ("krizhevsky2009cifar",),
 }
-"""What to cite for a data set: who made it, then the package that ships it."""
+"""What to cite for a data set: its source, then the package that ships it."""
 
 _CODECS: Mapping[str, str] = {
     "simplex": "sattler2022cfd",  # the constrained quantiser
@@ -183,24 +183,24 @@ def citations(experiment: Experiment, facts: Facts, version: str | None = None) 
     """Return what to cite for a run of `experiment`, each once.
 
     In this order: fedkd, the strategy, its robust rule, knowledge distillation where soft labels are
-    learnt from, Flower, the data set, a public set from elsewhere, the codec.
+    used for training, Flower, the data set, a public set from elsewhere, the codec.
 
     Args:
         experiment: what was run.
-        facts: what its strategy declares. Without BibTeX of its own, that of the same `paper` is
-            taken, if there is any here.
-        version: of fedkd when it ran.
+        facts: what its strategy declares. If they have no BibTeX, the entry here with the same
+            `paper` is used, if any.
+        version: fedkd's when it ran.
 
     Returns:
         BibTeX entries, and BibTeX comments (a line that begins with %) for what has no entry here: the
-        paper of somebody else's strategy, a data set by ``module:function``.
+        paper of a third party's strategy, a data set by ``module:function``.
     """
-    found = [_of_fedkd(version), *_of_strategy(experiment, facts), entries()["beutel2020flower"]]
-    found += _of_data(experiment.dataset)
+    used = [_of_fedkd(version), *_of_strategy(experiment, facts), entries()["beutel2020flower"]]
+    used += _of_data(experiment.dataset)
     if experiment.public != "train":
-        found += _of_data(experiment.public)
-    found += _of_words(_CODECS, experiment.codec)
-    return list(dict.fromkeys(found))
+        used += _of_data(experiment.public)
+    used += _of_words(_CODECS, experiment.codec)
+    return list(dict.fromkeys(used))
 
 
 def _of_fedkd(version: str | None) -> str:
@@ -210,15 +210,15 @@ def _of_fedkd(version: str | None) -> str:
 
 def _of_strategy(experiment: Experiment, facts: Facts) -> list[str]:
     entry = facts.bibtex or _by_paper().get(facts.paper)
-    distils = facts.distils and entry not in [own.bibtex for own in _ours() if not own.distils]
-    if entry is None and facts.paper == "none" and not distils:  # nothing but local training
+    distils = facts.distils and entry not in [each.bibtex for each in _ours() if not each.distils]
+    if entry is None and facts.paper == "none" and not distils:  # only local training
         return []
     comment = (
         f"% strategy {experiment.strategy}: fedkd has no entry for what it declares, "
         f"paper = {facts.paper!r}"
     )
-    found = [entry or comment, *_of_words(_RULES, experiment.strategy_config)]
-    return [*found, entries()["hinton2015distilling"]] if distils else found
+    used = [entry or comment, *_of_words(_RULES, experiment.strategy_config)]
+    return [*used, entries()["hinton2015distilling"]] if distils else used
 
 
 def _of_data(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A report: one HTML file that shows what runs gave, made from their folders alone.
+"""Reports: one HTML file that shows the results of runs, made from their folders alone.
 
 No script, no network, no date: the same folders give the same file.
 """
@@ -23,14 +23,14 @@ from fedkd.reports.page import svg as report_svg
 from fedkd.reports.page import sweeps as report_sweeps
 from fedkd.reports.page import tables as report_tables
 from fedkd.reports.page.central import of_central
-from fedkd.reports.page.collect import Federations, Sources, dealt, find
+from fedkd.reports.page.collect import Federations, Sources, find, partition_text
 from fedkd.reports.page.figures import of_federations
 from fedkd.reports.page.parts import (
     Drawing,
     Missing,
     Shown,
     privacy,
-    seeds_said,
+    seeds_text,
     slug,
     tested_on,
 )
@@ -48,7 +48,7 @@ LIGHT = {
     "on_heat": ON_HEAT,
     "curves": COLOURS,
 }
-"""Colours of the page on white: those of the figures."""
+"""Colours of the page on white, as in the figures."""
 
 
 def report(
@@ -59,7 +59,7 @@ def report(
     """Write a report on runs, baselines, comparisons and sweeps as one HTML file.
 
     Args:
-        folders: their folders, or folders of such, or one; all that is in ``runs/`` if none is named.
+        folders: their folders, or folders that contain such, or one; by default all in ``runs/``.
         output: the file, which is replaced.
         figures: a folder for every figure as SVG and PNG, and the tables as Markdown and LaTeX.
 
@@ -67,15 +67,15 @@ def report(
         `output`.
 
     Raises:
-        FedkdError: a folder that was named holds nothing finished, or nothing is there, or a file
-            cannot be written.
+        FedkdError: a given folder holds nothing finished, nothing is found, or a file cannot be
+            written.
     """
     several = (folders,) if isinstance(folders, str | Path) else folders
     return write(find(several), output, figures)
 
 
 def write(sources: Sources, output: str | Path, figures: str | Path | None = None) -> Path:
-    """Write a report on what `fedkd.reports.page.collect.find` found; see `report`."""
+    """Write a report on the sources from `fedkd.reports.page.collect.find`; see `report`."""
     path = Path(output)
     if not path.parent.is_dir():
         raise FedkdError(f"output = {path}: there is no folder {path.parent}")
@@ -91,7 +91,7 @@ def write(sources: Sources, output: str | Path, figures: str | Path | None = Non
 
 @dataclass(frozen=True)
 class Section:
-    """What is shown of one comparison, group of runs, baseline or sweep."""
+    """The part of the page on one comparison, group of runs, baseline or sweep."""
 
     title: str
     facts: str
@@ -105,12 +105,12 @@ class Section:
 
     @property
     def drawings(self) -> list[Drawing]:
-        """The figures that there are."""
+        """The figures that could be drawn."""
         return [each for each in self.shown if isinstance(each, Drawing)]
 
     @property
     def missing(self) -> list[str]:
-        """A line for each reason why figures are not there."""
+        """One line per reason why figures are missing."""
         reasons: dict[str, list[str]] = {}
         for each in self.shown:
             if isinstance(each, Missing):
@@ -127,7 +127,7 @@ def _sections(sources: Sources) -> list[Section]:
 
 
 def _of_federations(group: Federations) -> Section:
-    runs = [run for found in group.runs.values() for run in found]
+    runs = [run for seeds in group.runs.values() for run in seeds]
     comparison = group.comparison
     folders = [*group.central_folders, *(run.path for run in runs)]
     return Section(
@@ -141,23 +141,23 @@ def _of_federations(group: Federations) -> Section:
         if comparison
         else [report_tables.of_runs(group)],
         sentences=comparison.sentences if comparison else [],
-        findings=_found(group),
+        findings=_findings_of(group),
     )
 
 
 def _facts(group: Federations) -> str:
-    """Say in a line what the runs have in common."""
+    """Return in one line what the runs have in common."""
     first = next(iter(group.runs.values()))[0]
     experiment = first.experiment
     seeds = sorted({run.experiment.seed for runs in group.runs.values() for run in runs})
     names = {"student": experiment.student, "teacher": experiment.teacher}
     parts = [
         experiment.dataset,
-        f"{experiment.num_clients} clients, {dealt(experiment)}",
+        f"{experiment.num_clients} clients, {partition_text(experiment)}",
         _public(first),
         ", ".join(f"{role} {name}" for role, name in names.items() if name != "none"),
         _counted(sorted({len(r.rounds) for rs in group.runs.values() for r in rs}), "round"),
-        seeds_said(seeds),
+        seeds_text(seeds),
         tested_on(experiment, first.result["test_size"]),
         *privacy(group.runs),
     ]
@@ -166,8 +166,8 @@ def _facts(group: Federations) -> str:
 
 def _public(run: Run) -> str:
     experiment = run.experiment
-    said = read_shards(run.path)
-    counts = said["public"] if said else None
+    shards = read_shards(run.path)
+    counts = shards["public"] if shards else None
     count = f"{sum(counts):,} " if counts else f"{experiment.public_size or ''} ".lstrip()
     where = "" if experiment.public == "train" else f" of {experiment.public}"
     return f"{count}public images{where} {'with' if experiment.public_labels else 'without'} labels"
@@ -179,7 +179,7 @@ def _counted(values: Sequence[int], what: str) -> str:
 
 
 def _compare_command(comparison: Comparison) -> list[str]:
-    """Return the command that makes a comparison again."""
+    """Return the command that repeats a comparison."""
     options = {
         "methods": ",".join(entry.method for entry in comparison.entries),
         "seeds": ",".join(map(str, comparison.seeds)),
@@ -191,7 +191,7 @@ def _compare_command(comparison: Comparison) -> list[str]:
 
 
 def _run_commands(group: Federations) -> list[list[str]]:
-    runs = [run for found in group.runs.values() for run in found]
+    runs = [run for seeds in group.runs.values() for run in seeds]
     central = [] if group.central is None else [_central_command(group.central)]
     return [*central, *(report_experiment.command("run", run.experiment, {}) for run in runs)]
 
@@ -210,7 +210,7 @@ def _of_central(run: CentralRun) -> Section:
         experiment.dataset,
         f"teacher {experiment.teacher} ({run.parameters['teacher']:,} parameters)",
         f"student {experiment.student} ({run.parameters['student']:,} parameters)",
-        seeds_said(run.seeds),
+        seeds_text(run.seeds),
         tested_on(experiment, run.test_size),
     ]
     return Section(
@@ -221,7 +221,7 @@ def _of_central(run: CentralRun) -> Section:
         commands=[_central_command(run)],
         folders=[run.path],
         tables=[report_tables.of_central(run)],
-        findings=_joined([("", run)]),
+        findings=_merged([("", run)]),
     )
 
 
@@ -235,7 +235,7 @@ def _of_sweep(sweep: Sweep) -> Section:
         whose,
         f"{len(sweep.points)} points",
         f"{sweep.folds} folds",
-        seeds_said(sweep.seeds),
+        seeds_text(sweep.seeds),
     ]
     grid = " ".join(
         f"{kebab(key)}={('..' if sweep.is_search else ',').join(map(str, values))}"
@@ -259,20 +259,20 @@ def _of_sweep(sweep: Sweep) -> Section:
 # --- Findings -------------------------------------------------------------------------------------
 
 
-def _found(group: Federations) -> list[dict[str, str]]:
+def _findings_of(group: Federations) -> list[dict[str, str]]:
     central: list[tuple[str, Run | CentralRun]] = []
     if group.central is not None:
         central = [("central", group.central)]
-    return _joined([*central, *((name, run) for name, runs in group.runs.items() for run in runs)])
+    return _merged([*central, *((name, run) for name, runs in group.runs.items() for run in runs)])
 
 
-def _joined(runs: Iterable[tuple[str, Run | CentralRun]]) -> list[dict[str, str]]:
-    """Return what was found, once for all runs of a method that have the same problem."""
-    found: dict[tuple[str, str, str], list[tuple[Finding, str]]] = {}
+def _merged(runs: Iterable[tuple[str, Run | CentralRun]]) -> list[dict[str, str]]:
+    """Return the findings, each once for all runs of a method that have the same problem."""
+    alike: dict[tuple[str, str, str], list[tuple[Finding, str]]] = {}
     for name, run in runs:
         for each in findings(run):
             seed = str(run.experiment.seed) if isinstance(run, Run) else ""
-            found.setdefault((name, each.problem, each.suggestion), []).append((each, seed))
+            alike.setdefault((name, each.problem, each.suggestion), []).append((each, seed))
     return [
         {
             "problem": problem,
@@ -280,20 +280,20 @@ def _joined(runs: Iterable[tuple[str, Run | CentralRun]]) -> list[dict[str, str]
             "evidence": each[0][0].evidence,
             "suggestion": suggestion,
         }
-        for (name, problem, suggestion), each in found.items()
+        for (name, problem, suggestion), each in alike.items()
     ]
 
 
 def _of_seeds(seeds: Sequence[str]) -> str:
-    there = [seed for seed in seeds if seed]
-    if not there:
+    known = [seed for seed in seeds if seed]
+    if not known:
         return ""
-    first = f", evidence of seed {there[0]}" if len(there) > 1 else ""
-    return f"seed{'s' * (len(there) > 1)} {', '.join(there)}{first}"
+    first = f", evidence of seed {known[0]}" if len(known) > 1 else ""
+    return f"seed{'s' * (len(known) > 1)} {', '.join(known)}{first}"
 
 
 def _sentence(text: str) -> str:
-    """Begin with a capital letter, but leave τ what it is."""
+    """Return a text with a capital first letter, except for letters such as τ."""
     return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
 
@@ -331,7 +331,7 @@ def _lead(sections: Sequence[Section]) -> str:
 
 
 def _numbered(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """Return sections as the template takes them, the figures numbered through."""
+    """Return sections as the template uses them, with figures numbered consecutively."""
     number = 0
     ready = []
     for anchor, section in zip(_slugs(sections), sections, strict=True):
@@ -339,8 +339,8 @@ def _numbered(sections: Sequence[Section]) -> list[dict[str, Any]]:
         for each in section.drawings:
             number += 1
             name = f"{anchor}-{each.key}"
-            said = f"{each.caption} {each.described}".strip()
-            svg = report_svg.inline(each.figure, f"{name}-svg", each.title, said)
+            description = f"{each.caption} {each.described}".strip()
+            svg = report_svg.inline(each.figure, f"{name}-svg", each.title, description)
             drawn.append({"anchor": name, "number": number, "title": each.title,
                           "caption": each.caption, "svg": svg})  # fmt: skip
         ready.append(
@@ -350,41 +350,41 @@ def _numbered(sections: Sequence[Section]) -> list[dict[str, Any]]:
                 "differing": report_experiment.differing(section.experiments),
                 "all_keys": report_experiment.keys(section.experiments),
                 "versions": _versions(section.folders),
-                **{name: getattr(section, name) for name in _AS_THEY_ARE},
+                **{name: getattr(section, name) for name in _UNCHANGED},
             }
         )
     return ready
 
 
-_AS_THEY_ARE = (
+_UNCHANGED = (
     "title", "facts", "sentences", "tables", "findings", "missing", "commands", "folders",
 )  # fmt: skip
 
 
 def _versions(folders: Iterable[Path]) -> str:
-    """Say what the runs were made with: one text for all of the same, else one each."""
-    said: dict[str, list[str]] = {}
+    """Return the versions that runs were made with: one text if they agree, else one per version."""
+    folders_by_versions: dict[str, list[str]] = {}
     for folder in folders:
         if (folder / "experiment.toml").is_file():
             versions = report_experiment.versions(folder)
             text = ", ".join(f"{name} {value}" for name, value in versions.items())
-            said.setdefault(text, []).append(folder.name)
-    if len(said) == 1:
-        return next(iter(said))
-    return "; ".join(f"{', '.join(names)}: {text}" for text, names in said.items())
+            folders_by_versions.setdefault(text, []).append(folder.name)
+    if len(folders_by_versions) == 1:
+        return next(iter(folders_by_versions))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in folders_by_versions.items())
 
 
 def _slugs(sections: Sequence[Section]) -> list[str]:
     """Return an anchor for each section."""
-    found: list[str] = []
+    anchors: list[str] = []
     for section in sections:
-        plain = own = slug(section.title)
+        plain = anchor = slug(section.title)
         number = 1
-        while own in found:
+        while anchor in anchors:
             number += 1
-            own = f"{plain}-{number}"
-        found.append(own)
-    return found
+            anchor = f"{plain}-{number}"
+        anchors.append(anchor)
+    return anchors
 
 
 def _write_files(sections: Sequence[Section], folder: Path) -> None:

@@ -1,10 +1,11 @@
 """Measures what soft labels reveal, by two attacks of an honest but curious server.
 
-The server follows the protocol and sees every client's answers about the public samples. It *distils proxies* of the clients from their answers, and evaluates a proxy on candidate
-images: those on which it is more confident than on others were perhaps the client's (membership inference by the
-loss: Yeom, Giacomelli, Fredrikson and Jha 2018, arXiv:1709.01604; by a distilled copy of a client:
-Shi, Ouyang and Wang 2025, arXiv:2502.08001). It also estimates how common each class is with a client from
-how often the client predicts it.
+The server follows the protocol and sees every client's answers about the public samples. It *distils
+proxies* of the clients from their answers, and evaluates a proxy on candidate images: those on which it
+is more confident than on others were perhaps the client's (membership inference by the loss: Yeom,
+Giacomelli, Fredrikson and Jha 2018, arXiv:1709.01604; by a distilled copy of a client: Shi, Ouyang and
+Wang 2025, arXiv:2502.08001). It also estimates how common each class is with a client from how often the
+client predicts it.
 
 These are baselines, not the strongest known attacks: their success is a lower bound of what leaks.
 """

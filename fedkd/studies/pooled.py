@@ -104,7 +104,7 @@ class Pooled:
         return architectures.cohort(self.experiment, name, stacked(states))
 
     def _soft_labels(self) -> Tensor:
-        """Return each teacher's logits of its own pooled images, ``[T, N, C]`` in the order of its rows."""
+        """Return each teacher's logits of its pooled images, ``[T, N, C]`` in the order of its rows."""
         rows = [federated_data(experiment).pooled for experiment in self._teachers_experiments]
         if all(torch.equal(rows[0], each) for each in rows):
             return self.teachers.predict(self.data.train, rows[0])

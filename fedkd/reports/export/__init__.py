@@ -1,1 +1,1 @@
-"""What an export is made of: the program, the forms of its file, latencies, the card."""
+"""Exports of trained models: the program, its file formats, latencies and the card."""

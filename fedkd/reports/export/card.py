@@ -1,6 +1,6 @@
-"""The card of an exported model: what it is, how good, how large, how fast, and what it is not for.
+"""Model cards of exported models: accuracy, size, latency, training and limits.
 
-The JSON is made of what was measured and recorded, the Markdown of the JSON alone.
+The JSON holds what was measured and recorded; the Markdown is made from the JSON alone.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _SETTINGS = (
 """Keys of the experiment that a card shows; the JSON holds them all."""
 
 NOTABLE = 0.01
-"""A difference from the run's own record, as a share of test images, that a card points out."""
+"""Difference from the run's recorded accuracy, 0..1, above which a card mentions it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """What a program and the original make of the same test images.
+    """Outputs of an exported program and of the original for the same test images.
 
     Attributes:
         logits: of the program, ``[N, C]``.
@@ -60,7 +60,7 @@ class Verified:
         return float((self.logits.double() - self.expected.double()).abs().max())
 
     def as_json(self) -> dict[str, Any]:
-        """Return accuracies 0..1 with the file's 95 % interval, and how far file and original agree."""
+        """Return accuracies 0..1, the file's 95 % interval, and the agreement of file and original."""
         predicted, original = self.logits.argmax(1), self.expected.argmax(1)
         correct, images = int((predicted == self.labels).sum()), len(self.labels)
         return {
@@ -104,10 +104,10 @@ def card_of(
         trained: the model.
         to: the form of the export.
         runtime: the package that runs it.
-        file: its name.
-        content: its bytes.
-        verified: with the original, on the test images.
-        calibration: which images it was calibrated on, and how many, if it was.
+        file: name of the exported file.
+        content: bytes of the file.
+        verified: its outputs beside the original's, on the test images.
+        calibration: which images it was calibrated on and how many, or `None`.
         seconds: medians by batch size of ``file``, ``original`` and, where there is one, ``teacher``.
         repeats: calls behind each median.
     """
@@ -213,7 +213,7 @@ def _training(trained: Trained) -> dict[str, Any]:
 
 
 def as_markdown(card: Card) -> str:
-    """Return the card for people; names from outside are escaped."""
+    """Return the card as Markdown; names from outside are escaped."""
     file, model = card["file"], card["model"]
     title = f"# {_escaped(model['architecture'])} on {_escaped(card['data']['name'])}"
     return (
@@ -224,9 +224,8 @@ def as_markdown(card: Card) -> str:
                 f"{file['form']} by fedkd {_escaped(card['software']['fedkd'])}.",
                 _table(("", ""), _facts(card)),
                 f"## Latency\n\n{_latency_text(card)}",
-                f"## How it was trained\n\n{_training_text(card)}",
-                "## What it is for, and what not\n\n"
-                + "\n".join(f"- {text}" for text in limits(card)),
+                f"## Training\n\n{_training_text(card)}",
+                "## Intended use and limits\n\n" + "\n".join(f"- {text}" for text in limits(card)),
             ]
         )
         + "\n"
@@ -234,9 +233,9 @@ def as_markdown(card: Card) -> str:
 
 
 def facts_of(card: Card) -> dict[str, str]:
-    """Return the main lines of a card, for a terminal."""
+    """Return the main facts of a card, for a terminal."""
     ratio, latency = card["latency"]["ratio"], card["latency"]
-    named = "teacher's" if latency["reference"] == "teacher" else "original's"
+    owner = "teacher's" if latency["reference"] == "teacher" else "original's"
     shares = ", ".join(f"{by['file']:.2f} at batch {size}" for size, by in ratio.items())
     facts = {
         "model": f"{card['model']['role']} of {card['model']['owner']}, "
@@ -244,7 +243,7 @@ def facts_of(card: Card) -> dict[str, str]:
         "size": f"{card['file']['bytes']:,} bytes",
         "accuracy": _accuracy(card),
         "the original": _original(card),
-        "latency": f"{shares} of the {named} in PyTorch",
+        "latency": f"{shares} of the {owner} in PyTorch",
     }
     return facts
 
@@ -254,12 +253,12 @@ def _facts(card: Card) -> list[tuple[str, str]]:
     rows = [
         ("parameters", f"{model['parameters']:,}"),
         ("file", f"{_escaped(file['name'])}, {file['bytes']:,} bytes, SHA-256 {file['sha256']}"),
-        ("input", _tensor(card["input"]) + " (pixels 0–255 as they are; normalised inside)"),
+        ("input", _tensor(card["input"]) + " (pixels 0–255; normalised inside)"),
         ("output", _tensor(card["output"]) + " (before the softmax)"),
         ("classes", ", ".join(_escaped(name) for name in card["data"]["classes"])),
         ("accuracy", _accuracy(card)),
-        ("against the original", _original(card)),
-        ("written with", _software(card["software"])),
+        ("compared with the original", _original(card)),
+        ("exported with", _software(card["software"])),
     ]
     if "teacher" in model:
         teacher = f"{_escaped(model['teacher'])}, {model['teacher_parameters']:,} parameters"
@@ -291,7 +290,7 @@ def _test_images(card: Card) -> str:
 def _original(card: Card) -> str:
     accuracy = card["accuracy"]
     return (
-        f"{percent(accuracy['original'])} in PyTorch; same class on "
+        f"{percent(accuracy['original'])} in PyTorch; same class for "
         f"{percent(accuracy['equal_predictions'])} of the images, logits differ by up to "
         f"{accuracy['largest_difference']:.2g} (the largest is {accuracy['largest_logit']:.3g})"
     )
@@ -316,8 +315,8 @@ def _latency_text(card: Card) -> str:
         if key in latency["seconds"][sizes[0]]
     ]
     return (
-        f"{_table(head, rows)}\n\nMedian of {latency['repeats']} calls, taken in turns, on "
-        f"{_escaped(latency['machine'])}, {latency['threads']} thread(s). In brackets the ratio to "
+        f"{_table(head, rows)}\n\nMedian of {latency['repeats']} alternating calls on "
+        f"{_escaped(latency['machine'])}, {latency['threads']} thread(s). In brackets: ratio to "
         f"{names[latency['reference']]}."
     )
 
@@ -331,12 +330,12 @@ def _training_text(card: Card) -> str:
     experiment = training["experiment"]
     keys = (*_FEDERATED, *_SETTINGS) if training["kind"] == "federated" else _SETTINGS
     rows = [(key, _escaped(experiment[key])) for key in keys]
-    who = "Its client holds" if training["kind"] == "federated" else "There were"
+    subject = "Its client holds" if training["kind"] == "federated" else "There were"
     command = training["command"]
     return (
-        f"{_how(card)} {who} {held['labelled_images']:,} labelled images of "
+        f"{_how(card)} {subject} {held['labelled_images']:,} labelled images of "
         f"{held['labelled_classes']} of {len(held['classes'])} classes. Trained by fedkd "
-        f"{_escaped(training['fedkd'])}; again with\n\n    {' '.join(command.split())}\n\n"
+        f"{_escaped(training['fedkd'])}; repeat with\n\n    {' '.join(command.split())}\n\n"
         f"{_table(('key', 'value'), rows)}"
     )
 
@@ -353,22 +352,22 @@ def _how(card: Card) -> str:
 
 
 def limits(card: Card) -> list[str]:
-    """Say what the numbers of a card do not promise, as Markdown."""
+    """Return the limits of a card's numbers, as Markdown."""
     held, accuracy = card["data"], card["accuracy"]
     shape, classes = card["input"]["shape"][1:], len(held["classes"])
     texts = [
         f"For images like those of {_escaped(held['name'])}, of exactly {'×'.join(map(str, shape))} "
-        f"(channels × height × width). Any other image gets one of the {classes} classes as well.",
-        f"The accuracy is an average over {_test_images(card)}: it says nothing of other images, of "
-        "a single class, or of how far a softmax of the logits can be trusted as a probability.",
-        "The weights can tell about the images they were trained on: give the file to those who may "
-        "see these.",
-        "The latency is that of the machine named here; on others the ratio differs too.",
+        f"(channels × height × width). Any other image also gets one of the {classes} classes.",
+        f"The accuracy is an average over {_test_images(card)}: it does not apply to other images or "
+        "to a single class, nor does it show whether a softmax of the logits is calibrated.",
+        "The weights can reveal information about their training images: share the file only with people "
+        "who may see these.",
+        "The latency is that of the machine named here; on other machines the ratio differs too.",
     ]
     if held["labelled_classes"] < classes:
         texts.append(
-            f"The labelled images behind it show only {held['labelled_classes']} of the {classes} "
-            "classes; what it knows of the others, if anything, came from soft labels or shared weights."
+            f"Its labelled images show only {held['labelled_classes']} of the {classes} classes; "
+            "anything it learnt about the others came from soft labels or shared weights."
         )
     if card["calibration"] is not None:
         texts.append(
@@ -378,9 +377,9 @@ def limits(card: Card) -> list[str]:
     recorded = accuracy["recorded"]
     if recorded is not None and abs(recorded - accuracy["original"]) > NOTABLE:
         texts.append(
-            f"The run's own record says {percent(recorded)}, and the logits of the original give "
-            f"{percent(accuracy['original'])}: the strategy classifies otherwise than by them (as "
-            "FedProto does, by class means), or data or code have changed since."
+            f"The run recorded {percent(recorded)}, but the logits of the original give "
+            f"{percent(accuracy['original'])}: the strategy does not classify by logits (FedProto "
+            "uses class means), or data or code have changed since."
         )
     return texts
 
@@ -392,6 +391,6 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _escaped(value: object) -> str:
-    """Return a text in one line in which Markdown and HTML see nothing but characters."""
+    """Return a value as one line of text, with Markdown and HTML escaped."""
     text = str(value).lower() if isinstance(value, bool) else " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>()#!|~&$])", r"\\\1", text)

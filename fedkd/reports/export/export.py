@@ -1,7 +1,7 @@
-"""Deploying: a trained model of a run as one file that works without fedkd, verified, with a card.
+"""Exports a trained model of a run as one verified file that works without fedkd, with a card.
 
-The file is written, loaded again and run on all test images beside the original before it gets its
-name, so that a file that is there is one that works.
+The file is written, loaded again and compared with the original on all test images before it gets its
+name, so that every existing file works.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TOLERANCE = 1e-4
 networks of 20 layers stay below a tenth of it."""
 
 CALIBRATION = 512
-"""Images that the ranges of 8-bit activations are taken from, or fewer where there are fewer."""
+"""Images that the ranges of 8-bit activations are taken from, at most."""
 
 BATCHES = (1, 64)
-"""Images at a time of which the latency is measured."""
+"""Batch sizes for which the latency is measured."""
 
 REPEATS = 31
-"""Calls of each model that count."""
+"""Timed calls of each model."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Export:
 
     Attributes:
         path: of the file.
-        card: what the JSON beside it holds; the Markdown says the same.
+        card: the content of the JSON beside it; the Markdown shows the same.
     """
 
     path: Path
@@ -61,7 +61,7 @@ class Export:
 
     @property
     def accuracy(self) -> float:
-        """Of the file on the run's test images, 0..1."""
+        """Accuracy of the file on the run's test images, 0..1."""
         return float(self.card["accuracy"]["file"])
 
     @property
@@ -71,7 +71,7 @@ class Export:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The card in a few lines, for a terminal."""
+        """The main facts of the card, for a terminal."""
         return {"file": str(self.path), "card": str(self.card_path), **facts_of(self.card)}
 
 
@@ -86,8 +86,8 @@ def export(
 ) -> Export:
     """Export a trained model of a finished run.
 
-    The program takes images as they are, uint8 ``[B, c, h, w]`` for any B, and gives logits
-    ``[B, C]``; scaling and normalisation are inside.
+    The program takes raw images, uint8 ``[B, c, h, w]`` for any B, and returns logits ``[B, C]``;
+    scaling and normalisation are inside.
 
     Args:
         run_folder: of a federated or central run.
@@ -98,11 +98,11 @@ def export(
         client: of a federated run; by default the first that took part in the closing exchange.
         seed: of a central run; by default the first.
         output: the file; by default ``<run folder>/exports/<model>-<owner>`` and the form's ending.
-            What is there is replaced. The card goes beside it (``.md``, ``.json``).
+            An existing file is replaced. The card is written beside it (``.md``, ``.json``).
 
     Raises:
         FedkdError: the run has no such model, a package is missing, the model cannot be exported, or
-            the file does not give what the original gives. There is no new file then.
+            the file's outputs differ from the original's. No file is written then.
     """
     form = _form(to)
     trained = find(run_folder, model, client, seed)
@@ -133,10 +133,10 @@ def export(
 
 
 def calibration_images(trained: Trained) -> tuple[Tensor, str]:
-    """Draw training and public images, uint8 ``[M, c, h, w]``, and say which; never test images.
+    """Return random training and public images, uint8 ``[M, c, h, w]``, and a description of them.
 
-    A client holds its own and the public ones. Those of another data set are left out: they would
-    stretch the ranges.
+    Test images are never used. A client holds its private and the public images. Public images of
+    another data set are left out: they would widen the ranges.
     """
     data, experiment = trained.data, trained.experiment
     held, of = [data.train.pixels[trained.rows]], "training images"
@@ -151,10 +151,10 @@ def calibration_images(trained: Trained) -> tuple[Tensor, str]:
 
 
 def verify(trained: Trained, predictor: Predictor) -> Verified:
-    """Run a program and the original on all test images of the run.
+    """Return the outputs of a program and of the original for all test images of the run.
 
-    The original is the cohort that tested it in the run, and normalises by itself. The first image
-    goes alone, the others in hundreds: batches of several sizes.
+    The original is evaluated as in the run, with its own normalisation. The first image is a batch
+    of its own, the others come in hundreds: batches of several sizes.
     """
     test = trained.data.test
     assert test.labels is not None
@@ -177,7 +177,7 @@ def _path(trained: Trained, form: Form, output: str | Path | None) -> Path:
     if not path.name.endswith(form.ending) or path.name == form.ending:
         raise FedkdError(f"output = '{output}': the file's name must end in {form.ending}")
     if path.is_dir():
-        raise FedkdError(f"output = '{output}': is a folder; name a file in it")
+        raise FedkdError(f"output = '{output}': is a folder; give a file in it")
     return path
 
 
@@ -186,7 +186,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _scratch(path: Path) -> TemporaryDirectory[str]:
-    """Make a folder on the file's own disk, from which it moves to its place in one step."""
+    """Return a temporary folder on the file's disk, from which it can be moved atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return TemporaryDirectory(prefix=".export-", dir=path.parent)
@@ -202,15 +202,15 @@ def _write(
         form.write(model, trained.data.input_shape, path, pixels)
     except FedkdError as error:
         raise FedkdError(f"{what}: {error}") from error
-    except Exception as error:  # an exporter may choke on anything that a user's model does
+    except Exception as error:  # an exporter may fail in any way on a user's model
         raise FedkdError(f"{what} cannot be exported: {one_line(error)}") from error
 
 
 def _refuse_difference(verified: Verified, form: Form, to: str) -> None:
-    """Refuse a program that does not compute what the original does.
+    """Raise an error for a program that does not compute what the original does.
 
     Raises:
-        FedkdError: its logits are others, or the original's are not numbers.
+        FedkdError: its logits differ, or the original's are not finite.
     """
     if not bool(verified.expected.isfinite().all()):
         raise FedkdError("the model's logits are not all finite: its training diverged")
@@ -220,15 +220,14 @@ def _refuse_difference(verified: Verified, form: Form, to: str) -> None:
     ):
         raise FedkdError(
             f"to = '{to}': the logits of the file differ from the original's by up to "
-            f"{verified.largest_difference:.3g}, and {allowed:.3g} would be rounding; the file is "
-            "removed"
+            f"{verified.largest_difference:.3g}, and rounding explains {allowed:.3g}; the file is removed"
         )
 
 
 def _seconds(
     trained: Trained, predictor: Predictor, original: FromPixels
 ) -> dict[int, dict[str, float]]:
-    """Measure the file, the original and the teacher's architecture in PyTorch, by batch size."""
+    """Return seconds of the file, the original and the teacher's architecture, by batch size."""
     contenders: dict[str, Predictor] = {"file": predictor, "original": _in_pytorch(original)}
     if trained.teacher != "none" and trained.model != "teacher":
         test = trained.data.test

@@ -1,6 +1,6 @@
-"""The forms that a trained model can be exported to: how each is written and how it is loaded.
+"""The forms of exported models: how each is written and loaded.
 
-All of them take images as they are, uint8 ``[B, c, h, w]`` for any B, and give logits ``[B, C]``.
+All of them take raw images, uint8 ``[B, c, h, w]`` for any B, and return logits ``[B, C]``.
 PyTorch reads ``torch-export``; ONNX Runtime, which also runs on phones, reads ``onnx`` and ``int8``.
 """
 
@@ -21,7 +21,7 @@ INPUT, OUTPUT, BATCH = "pixels", "logits", "batch"
 """Names of the program's input and output, and of their first axis."""
 
 Predictor = Callable[[Tensor], Tensor]
-"""Gives logits ``[B, C]`` for images uint8 ``[B, c, h, w]``."""
+"""Returns logits ``[B, C]`` for images uint8 ``[B, c, h, w]``."""
 
 
 class FromPixels(nn.Module):
@@ -40,7 +40,7 @@ class FromPixels(nn.Module):
         super().__init__()
         self.model = model
         means, deviations = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-        # The very numbers of `fedkd.data.images.Images.normalise`.
+        # The same numbers as in `fedkd.data.images.Images.normalise`.
         self.register_buffer("scale", 1 / (255 * deviations))
         self.register_buffer("shift", means / deviations)
         self.eval().requires_grad_(False)
@@ -58,7 +58,7 @@ class Form:
     Attributes:
         ending: of its files' names.
         runtime: the package that runs it.
-        is_exact: whether its logits are those of the original up to rounding in float32.
+        is_exact: whether its logits equal the original's up to rounding in float32.
         write: writes a model to a path, for images of a shape ``(c, h, w)``; the last argument are
             images to calibrate with, uint8 ``[M, c, h, w]``.
         load: reads it.
@@ -75,10 +75,10 @@ class Form:
 
 
 def traced(model: FromPixels, shape: Sequence[int]) -> torch.export.ExportedProgram:
-    """Trace a model for any number of images, without anything about this machine.
+    """Return a model traced for any number of images, without any data about this machine.
 
     Raises:
-        FedkdError: it does something that cannot be traced.
+        FedkdError: the model cannot be traced.
     """
     example = torch.zeros((2, *shape), dtype=torch.uint8)
     sizes = {INPUT: {0: torch.export.Dim(BATCH, min=1)}}
@@ -115,10 +115,10 @@ def _load_torch(path: Path) -> Predictor:
 
 
 def _package(name: str) -> Any:
-    """Import what the extra ``onnx`` installs.
+    """Return a package of the extra ``onnx``.
 
     Raises:
-        FedkdError: it is not there.
+        FedkdError: it is not installed.
     """
     try:
         return import_module(name)
@@ -130,10 +130,10 @@ def _package(name: str) -> Any:
 
 
 def check_packages(to: str) -> None:
-    """Refuse a form whose packages are not installed, before any work.
+    """Raise an error for a form whose packages are not installed, before any work.
 
     Raises:
-        FedkdError: says what to install.
+        FedkdError: a package is missing; the message names what to install.
     """
     if to != "torch-export":
         for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -148,7 +148,7 @@ def _write_onnx(model: FromPixels, shape: Sequence[int], path: Path, _: Tensor) 
     assert exported is not None
     proto = exported.model_proto
     _name_batch(proto.graph)
-    _forget_origin(proto)
+    _remove_metadata(proto)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
 
@@ -159,10 +159,10 @@ def _name_batch(graph: Any) -> None:
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
 
 
-def _forget_origin(proto: Any) -> None:
-    """Drop the metadata: they hold the paths of this machine, and half of a small file."""
+def _remove_metadata(proto: Any) -> None:
+    """Remove the metadata: they hold paths of this machine and are half of a small file."""
     graph = proto.graph
-    del graph.value_info[:]  # their axes have the exporter's name for a batch
+    del graph.value_info[:]  # their axes use the exporter's name for the batch
     for item in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph, proto):
         del item.metadata_props[:]
 
@@ -182,14 +182,14 @@ def _load_onnx(path: Path) -> Predictor:
 # --- int8 -----------------------------------------------------------------------------------------
 
 QUANTISED = ("Conv", "Gemm", "MatMul", "Add", "MaxPool", "Relu")
-"""Operators in 8 bits: convolutions and products, and what stands between them."""
+"""Operators in 8 bits: convolutions, products, and the operators between them."""
 
 
 def _write_int8(model: FromPixels, shape: Sequence[int], path: Path, calibration: Tensor) -> None:
-    """Quantise after training: weights int8 by output channel, activations uint8 by tensor.
+    """Write a quantised model: weights int8 by output channel, activations uint8 by tensor.
 
     The ranges of activations are the smallest and largest over the calibration images. Logits stay
-    float32: quantised they would tie.
+    float32: quantised ones would have ties.
     """
     tools = _package("onnxruntime.quantization")
     shapes = _package("onnxruntime.quantization.shape_inference")
@@ -210,7 +210,7 @@ def _write_int8(model: FromPixels, shape: Sequence[int], path: Path, calibration
 
 
 def _batches(reader: Any, pixels: Tensor) -> Any:
-    """Make a calibration reader of images uint8 ``[M, c, h, w]``."""
+    """Return a calibration reader of images uint8 ``[M, c, h, w]``."""
     left: Iterator[Tensor] = iter(pixels.split(64))
 
     class Batches(reader):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""How long models take for a batch, measured side by side."""
+"""Latency of models for a batch, measured side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from time import perf_counter
 from torch import Tensor
 
 WARM_UP = 3
-"""Calls of each before the first that counts."""
+"""Calls of each before the first timed one."""
 
 
 def latencies(
@@ -20,12 +20,12 @@ def latencies(
 ) -> dict[str, float]:
     """Return the median seconds of each contender for one batch.
 
-    They take turns, so that what else the machine does meets all of them alike.
+    They take turns, so that other load on the machine affects all of them alike.
 
     Args:
         contenders: by name, called with the batch.
         batch: images.
-        repeats: calls of each that count, odd.
+        repeats: timed calls of each, odd.
     """
     spent: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(WARM_UP + repeats):
@@ -38,7 +38,7 @@ def latencies(
 
 
 def machine() -> str:
-    """Name this machine's processor, its number of cores and its system."""
+    """Return this machine's processor, number of cores and system as text."""
     name = platform.processor() or platform.machine()
     table = Path("/proc/cpuinfo")
     if table.is_file():

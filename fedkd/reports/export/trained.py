@@ -1,6 +1,6 @@
-"""The trained models of a finished run, read back from its folder.
+"""Reads the trained models of a finished run from its folder.
 
-Which one is taken never depends on an accuracy: that would be choosing on the test set.
+The choice of a model never depends on an accuracy: that would be selection on the test set.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Trained:
     """A trained model of a finished run, on the CPU.
 
     Attributes:
-        folder: of the run.
+        folder: the run's.
         kind: ``"federated"`` or ``"central"``.
-        model: which it is: student, teacher, student-alone or student-distilled.
-        owner: whose it is, such as ``"client 3"`` or ``"seed 0"``.
-        chosen: why this owner's.
+        model: its role: student, teacher, student-alone or student-distilled.
+        owner: its owner, such as ``"client 3"`` or ``"seed 0"``.
+        chosen: why this owner was chosen.
         architecture: its name.
         teacher: the architecture of the teacher of the run or of this client, or ``"none"``.
         state: parameters and buffers by name.
         experiment: of the run, on the CPU, with the owner's seed.
         data: its data.
-        rows: the training images that its owner holds labels of, int64 indices into ``data.train``.
+        rows: the training images whose labels its owner holds, int64 indices into ``data.train``.
         recorded: its accuracy in the run's result, 0..1.
-        seeds: of a central run, all of them.
+        seeds: all seeds of a central run.
     """
 
     folder: RunFolder
@@ -73,22 +73,22 @@ class Trained:
         """Return the model in evaluation mode.
 
         Raises:
-            FedkdError: the architecture has other parameters than the ones kept.
+            FedkdError: the architecture's parameters differ from the saved ones.
         """
         module = architectures_of(self.data).model(self.architecture).eval().requires_grad_(False)
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        found = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-        if found != {name: tuple(tensor.shape) for name, tensor in named.items()}:
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise FedkdError(
                 f"{self.folder.path}: the {self.model} of {self.owner} has other parameters than "
                 f"'{self.architecture}' has now; its code has changed since the run"
             )
-        for name, tensor in named.items():  # tied ones are named once, as in the state
+        for name, tensor in tensors.items():  # tied ones occur once, as in the state
             tensor.copy_(self.state[name])
         return module
 
     def cohort(self) -> Cohort:
-        """Return the model as the run itself would test it, in float32."""
+        """Return the model as the run tested it, in float32."""
         return Cohort.of(
             architectures_of(self.data).model(self.architecture), [self.state], Plan(stacked=False)
         )
@@ -100,15 +100,15 @@ def find(
     client: int | None = None,
     seed: int | None = None,
 ) -> Trained:
-    """Find a trained model in the folder of a finished run.
+    """Return a trained model from the folder of a finished run.
 
     Args:
         run_folder: of a federated or a central run.
         model: of a federated run ``"student"`` (default) or the client's own ``"teacher"``; of a
             central run ``"student-distilled"`` (default), ``"student-alone"`` or ``"teacher"``.
-        client: of a federated run, whose; by default the first that took part in the closing
+        client: of a federated run; by default the first that took part in the closing
             exchange.
-        seed: of a central run, which; by default the first.
+        seed: of a central run; by default the first.
 
     Raises:
         FedkdError: the run is not finished, has no such model, or its files cannot be read.
@@ -119,13 +119,13 @@ def find(
     if "client_accuracy" in result:
         if seed is not None:
             raise FedkdError(
-                Setting("seed", seed), ": a federated run has one seed; name a client instead"
+                Setting("seed", seed), ": a federated run has one seed; give a client instead"
             )
         return _of_client(folder, experiment, result, model or "student", client)
     if "seeds" not in result:
         raise FedkdError(f"{folder.path} holds neither a federated nor a central run")
     if client is not None:
-        raise FedkdError(f"client = {client}: a central run has no clients; name a seed instead")
+        raise FedkdError(f"client = {client}: a central run has no clients; give a seed instead")
     return _of_seed(folder, experiment, result, model or "student-distilled", seed)
 
 
@@ -146,12 +146,10 @@ def _of_client(
     model: str,
     client: int | None,
 ) -> Trained:
-    chosen = "asked for"
+    chosen = "chosen by the user"
     if client is None:
         client = next(k for k, a in enumerate(result["client_accuracy"]) if a is not None)
-        chosen = (
-            "the first client that took part in the closing exchange; no accuracy was looked at"
-        )
+        chosen = "the first client that took part in the closing exchange, regardless of accuracy"
     if not 0 <= client < experiment.num_clients:
         last = experiment.num_clients - 1
         raise FedkdError(f"client = {client}: this run has clients 0 to {last}")
@@ -175,7 +173,7 @@ def _of_client(
 
 
 def _has_teachers(folder: Path) -> bool:
-    """Whether a run's local teachers learnt anything: some strategies have no use for them."""
+    """Whether a run's local teachers were trained: some strategies do not use them."""
     tested = Tested.load(folder)
     return tested is None or "teacher" in tested.models
 
@@ -183,16 +181,16 @@ def _has_teachers(folder: Path) -> bool:
 def _last_state(
     folder: Path, experiment: Experiment, result: dict[str, Any], client: int, model: str
 ) -> State:
-    """Return what a client had after the closing exchange, which is one round more than the others."""
+    """Return a client's model after the closing exchange, which counts as one more round."""
     closing = experiment.num_server_rounds + 1
-    kept = StateFiles(folder / "clients", experiment.architecture_period).load({client: closing})
+    states = StateFiles(folder / "clients", experiment.architecture_period).load({client: closing})
     reason = result["dropped"].get(str(client))
-    if reason is not None or not len(kept):
-        why = reason or f"{folder}/clients holds no state of it"
+    if reason is not None or not len(states):
+        why = reason or f"{folder}/clients holds no state of this client"
         raise FedkdError(
-            f"client = {client}: it took no part in the closing exchange ({why}); name another"
+            f"client = {client}: it took no part in the closing exchange ({why}); choose another"
         )
-    return {name: tensor[0] for name, tensor in kept.models[model].items()}
+    return {name: tensor[0] for name, tensor in states.models[model].items()}
 
 
 # --- A central run --------------------------------------------------------------------------------
@@ -203,9 +201,9 @@ def _of_seed(
 ) -> Trained:
     _check_model(model, list(_RECORDED))
     seeds: list[int] = result["seeds"]
-    chosen = "asked for"
+    chosen = "chosen by the user"
     if seed is None:
-        seed, chosen = seeds[0], "the first seed; no accuracy was looked at"
+        seed, chosen = seeds[0], "the first seed, regardless of accuracy"
     if seed not in seeds:
         raise FedkdError(
             Setting("seed", seed), f": this run has seeds {', '.join(map(str, seeds))}"
@@ -230,11 +228,11 @@ def _of_seed(
 
 
 def _saved_state(path: Path, prefix: str) -> State:
-    """Read the tensors of one model out of a central run's file."""
+    """Return the tensors of one model from a central run's file."""
     if not path.is_file():
         raise FedkdError(
-            f"{path.parent} holds no {path.name}: the fedkd that ran it did not keep models yet; run "
-            "`fedkd central` again"
+            f"{path.parent} holds no {path.name}: the version of fedkd that made it did not save models; "
+            "run `fedkd central` again"
         )
     state: State = {}
     with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:

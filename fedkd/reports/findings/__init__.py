@@ -1,1 +1,1 @@
-"""What kept a run from converging, and a key to change."""
+"""Findings: why a run did not converge, and a key to change."""

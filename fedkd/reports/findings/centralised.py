@@ -1,4 +1,4 @@
-"""What kept the models of a central run from converging: a rule for each cause."""
+"""Rules for why the models of a central run did not converge, one per cause."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from fedkd.reports.findings.learning import (
 from fedkd.wording import percent
 
 UNLEARNED_CENTRALLY = 0.5
-"""`UNLEARNED` for models that see all data, in whose way no shard stands."""
+"""`UNLEARNED` for models that see all data and are not limited by shards."""
 
 HARM = 0.15
-"""Accuracy on own training images that distillation may cost a student, against itself alone."""
+"""Accuracy on its training images that a student may lose by distillation, against training alone."""
 
 
 def learning_of(run: CentralRun, model: str, labels: Sequence[int]) -> Learning:
-    """Read how a model trained on hard labels, on average over seeds."""
-    said, h = run.training[model], label_entropy(labels)
-    losses = [mean_of(epoch) for epoch in zip(*said["loss"], strict=True)]
+    """Return how a model trained on hard labels, on average over seeds."""
+    course, h = run.training[model], label_entropy(labels)
+    losses = [mean_of(epoch) for epoch in zip(*course["loss"], strict=True)]
     norms = [
-        [n for n in epoch if n is not None] for epoch in zip(*said["gradient_norm"], strict=True)
+        [n for n in epoch if n is not None] for epoch in zip(*course["gradient_norm"], strict=True)
     ]
     return Learning(
         [loss / h for loss in losses],
         [mean_of(epoch) for epoch in norms if epoch],
         losses[0] / log(len(labels)),
         ceil(sum(labels) / run.experiment.batch_size),
-        gain(mean_of(said["accuracy"]), max(labels) / sum(labels)),
+        gain(mean_of(course["accuracy"]), max(labels) / sum(labels)),
     )
 
 
 def not_learning(experiment: Experiment, model: str, learning: Learning) -> Finding | None:
-    """Explain a model that has not learnt its own training images from hard labels."""
+    """Return why a model has not learnt its training images from hard labels, or `None` if it has."""
     if learning.late <= UNLEARNED_CENTRALLY:
         return None
     nothing = learning.gain < LITTLE
     evidence = (
-        f"{spoken(model)}: {learning.evidence}, {percent(learning.gain)} of the way to all own "
+        f"{spoken(model)}: {learning.evidence}, {percent(learning.gain)} of the way to all "
         "training images right"
     )
     if learning.late > UNLEARNED and nothing and rate_too_high(experiment, learning):
@@ -68,15 +68,15 @@ def not_learning(experiment: Experiment, model: str, learning: Learning) -> Find
             if model == "teacher"
             else ("distill-epochs", experiment.distill_epochs)
         )
-        said = f"{evidence}{learning.falling}"
-        return Finding("too-few-epochs", "too few epochs", said, f"{key} = {4 * epochs}")
+        trend = f"{evidence}{learning.falling}"
+        return Finding("too-few-epochs", "too few epochs", trend, f"{key} = {4 * epochs}")
     low = effective_rate(experiment) < RATES[experiment.optimizer][0]
     small = nothing and model != "teacher"
     return flat(experiment, experiment.student_of(0), evidence) if low or small else None
 
 
 def harmful(run: CentralRun, uniform: float) -> Finding | None:
-    """Find a τ with which distillation costs the student what it can do alone."""
+    """Return the finding of a τ with which distillation makes the student worse, if it does."""
     known = [entropy for entropy in run.soft_label_entropy_at_tau if entropy is not None]
     if len(known) < len(run.seeds):
         return None
@@ -84,12 +84,12 @@ def harmful(run: CentralRun, uniform: float) -> Finding | None:
     alone, distilled = (
         mean_of(run.training[model]["accuracy"]) for model in ("student-alone", "student-distilled")
     )
-    # Distillation also keeps a student from learning its images by heart, which is no harm.
+    # Distillation also reduces overfitting to the training images, which does no harm.
     if alone - distilled < HARM or run.student_accuracy >= run.student_alone_accuracy:
         return None
     evidence = (
         f"entropy of the soft labels {entropy:.2g} at tau = {tau:g} of ln C = {uniform:.2f}, accuracy on "
-        f"own training images {percent(distilled)} distilled and {percent(alone)} alone"
+        f"training images {percent(distilled)} distilled and {percent(alone)} alone"
     )
     if tau < 1 and entropy < SHARP * uniform:
         return too_hard(evidence)

@@ -1,9 +1,9 @@
-"""Why a run did not converge, as far as its own records say.
+"""Finds out from a run's records why it did not converge.
 
 Learning is judged by the training loss on hard labels, divided by the entropy of the labels that the
-model trains on: a model that knows these images' frequencies and nothing else is at 1. That is as true
-of skewed shards as of even ones, so that clients which only lack classes are not taken for failures.
-Thresholds lie between runs that were made to fail and healthy ones; `docs/findings.md` has both.
+model trains on: a model that knows only the class frequencies is at 1. This holds for skewed shards as
+well as for even ones, so that clients which only lack classes do not count as failures. Thresholds lie
+between runs that were made to fail and healthy ones; `docs/findings.md` has both.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from fedkd.reports.findings.learning import Finding, too_high
 
 
 def findings(run: Run | CentralRun) -> list[Finding]:
-    """Say what kept a run from converging: nothing if all is well, or if too little was recorded.
+    """Return why a run did not converge; empty if it did, or if too little was recorded.
 
-    Where one cause explains the symptoms of another, only that cause is named. Only records are read.
+    Where one cause explains the symptoms of another, only that cause is given. Only records are read.
 
     Raises:
         FedkdError: the run has no folder, or one without ``experiment.toml``.
     """
-    found = _of_central(run) if isinstance(run, CentralRun) else _of_federation(run)
-    return [] if found is None else [found]
+    finding = _of_central(run) if isinstance(run, CentralRun) else _of_federation(run)
+    return [] if finding is None else [finding]
 
 
 def _of_federation(run: Run) -> Finding | None:
-    """Try the rules in this order; the first that holds is the answer."""
+    """Return the finding of the first rule that applies, in this order."""
     if (refused := federated.refused(run)) is not None:
         return too_high(run.experiment, refused)
     counts = read_shards(run.path)
@@ -52,13 +52,13 @@ def _of_federation(run: Run) -> Finding | None:
 
 
 def _of_central(run: CentralRun) -> Finding | None:
-    """Likewise, the teacher first: the student distilled learns from it."""
+    """Return the first finding, the teacher's first: the student distilled learns from it."""
     counts = read_shards(run.path)
     if counts is None:
         return None
     experiment = run.experiment
-    for model, said in run.training.items():
-        if any(loss is None for losses in said["loss"] for loss in losses):
+    for model, course in run.training.items():
+        if any(loss is None for losses in course["loss"] for loss in losses):
             return too_high(
                 experiment, f"the loss of the {centralised.spoken(model)} is not finite"
             )

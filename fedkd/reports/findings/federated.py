@@ -1,4 +1,4 @@
-"""What kept a federation from converging: a rule for each cause."""
+"""Rules for why a federation did not converge, one per cause."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ HALFWAY = 0.7
 """`LITTLE` for a federation that is still learning."""
 
 NEAR_CHANCE = 3.0
-"""Test accuracy, in multiples of 1/C, below which a student has learnt nothing for sure."""
+"""Test accuracy, in multiples of 1/C, below which a student has certainly learnt nothing."""
 
 EXPLODED = 5.0
-"""Late gradient norm relative to the first after digests of logits that are far larger than hard
-labels ask for."""
+"""Late gradient norm relative to the first, after digests of logits far larger than hard labels
+require."""
 
 IGNORED, MISSED = 0.7, 0.15
-"""Agreement with what was digested, below; and accuracy by which the knowledge is better, from."""
+"""Agreement with the digested labels (below), and accuracy by which the knowledge is better (from)."""
 
 APART = 0.3
-"""Accuracy on own training images by which one architecture of several lies behind the best."""
+"""Accuracy on training images by which one architecture of several is behind the best."""
 
 NOT_FINITE = ("not finite", "NaN or infinity")
-"""What stands in the reasons for which replies are refused that hold such numbers."""
+"""Texts in the reasons for refusing replies that hold such numbers."""
 
 
 def refused(run: Run) -> str | None:
-    """Say how many replies were not finite, if in some round half of them were not."""
+    """Return how many replies were not finite, if in some round half of them were not."""
     for row in run.rounds:
         reasons = row["dropped"].values()
-        lost = [reason for reason in reasons if any(said in reason for said in NOT_FINITE)]
+        lost = [reason for reason in reasons if any(text in reason for text in NOT_FINITE)]
         if 2 * len(lost) >= len(row["sampled"]):
             return (
                 f"{len(lost)} of {len(row['sampled'])} replies to round {row['round']} were refused "
@@ -62,7 +62,7 @@ def refused(run: Run) -> str | None:
 
 
 def learning_of(run: Run, rows: Sequence[Row], counts: Mapping[str, Any]) -> Learning | None:
-    """Read how the students (or local teachers) trained on private images, if they did to the end."""
+    """Return how students (or local teachers) trained on private images, if they did to the end."""
     entropies = [label_entropy(shard) for shard in counts["counts"]]
     trained = [row for row in rows if row.get("loss_revisit") is not None]
     if not trained or trained[-1] is not rows[-1]:
@@ -70,8 +70,8 @@ def learning_of(run: Run, rows: Sequence[Row], counts: Mapping[str, Any]) -> Lea
     baselines = [mean_of(entropies[k] for k in row["answered"]) for row in trained]
     if min(baselines) < 0.05:  # shards of one class: nothing to learn
         return None
-    told = run.result["client_training_accuracy"]
-    known = [k for k, accuracy in enumerate(told) if accuracy is not None]
+    accuracies = run.result["client_training_accuracy"]
+    known = [k for k, accuracy in enumerate(accuracies) if accuracy is not None]
     frequent = mean_of(max(counts["counts"][k]) / sum(counts["counts"][k]) for k in known)
     return Learning(
         [row["loss_revisit"] / h for row, h in zip(trained, baselines, strict=True)],
@@ -83,7 +83,7 @@ def learning_of(run: Run, rows: Sequence[Row], counts: Mapping[str, Any]) -> Lea
 
 
 def _steps(experiment: Experiment, rows: Sequence[Row], counts: Mapping[str, Any]) -> float:
-    """Count the steps of a client in a usual round."""
+    """Return the mean number of steps of a client in a usual round."""
     batch = experiment.batch_size
     private = mean_of(ceil(sum(shard) / batch) for shard in counts["counts"])
     steps = private * experiment.local_epochs
@@ -96,7 +96,7 @@ def _steps(experiment: Experiment, rows: Sequence[Row], counts: Mapping[str, Any
 def not_learning(
     run: Run, rows: Sequence[Row], learning: Learning, nothing: bool
 ) -> Finding | None:
-    """Explain students that know no more than their labels' frequencies."""
+    """Return why students learnt only their labels' frequencies, or `None` if they learnt more."""
     if learning.late <= UNLEARNED or learning.gain >= LITTLE:
         return None
     experiment = run.experiment
@@ -124,10 +124,10 @@ def not_learning(
 
 
 def left_behind(run: Run, nothing_below: float) -> Finding | None:
-    """Find the architecture whose students learn nothing where others do."""
+    """Return the finding of an architecture whose students learn nothing where others do, if any."""
     experiment = run.experiment
     names = list(dict.fromkeys(names_of(experiment.student)))
-    found: dict[str, tuple[float, float]] = {}
+    accuracies: dict[str, tuple[float, float]] = {}
     for name in names:
         pairs = [
             (trained, tested)
@@ -137,27 +137,28 @@ def left_behind(run: Run, nothing_below: float) -> Finding | None:
             if experiment.student_of(k) == name and trained is not None and tested is not None
         ]
         if pairs:
-            found[name] = (mean_of(p[0] for p in pairs), mean_of(p[1] for p in pairs))
-    if len(found) < 2:
+            accuracies[name] = (mean_of(p[0] for p in pairs), mean_of(p[1] for p in pairs))
+    if len(accuracies) < 2:
         return None
-    worst, best = (choose(found, key=lambda n: found[n][0]) for choose in (min, max))
-    if found[best][0] - found[worst][0] < APART or found[worst][1] >= nothing_below:
+    worst, best = (choose(accuracies, key=lambda n: accuracies[n][0]) for choose in (min, max))
+    if accuracies[best][0] - accuracies[worst][0] < APART or accuracies[worst][1] >= nothing_below:
         return None
     return flat(
         experiment,
         worst,
-        f"accuracy {percent(found[worst][0])} on own training and {percent(found[worst][1])} on test "
-        f"images, of {best} {percent(found[best][0])} and {percent(found[best][1])}",
+        f"accuracy {percent(accuracies[worst][0])} on own training and "
+        f"{percent(accuracies[worst][1])} on test images, of {best} "
+        f"{percent(accuracies[best][0])} and {percent(accuracies[best][1])}",
     )
 
 
 def _participations(rows: Sequence[Row], experiment: Experiment) -> float:
-    """Return in how many rounds a client took part, on average."""
+    """Return the mean number of rounds in which a client took part."""
     return sum(len(row["answered"]) for row in rows) / experiment.num_clients
 
 
 def too_few_rounds(run: Run, rows: Sequence[Row], learning: Learning) -> Finding | None:
-    """Find a run that ended while its loss was still high, and falling or hardly begun."""
+    """Return the finding of a run that ended while its loss was high and falling, if it did."""
     experiment = run.experiment
     took_part = _participations(rows, experiment)
     begun = took_part < FEW or learning.fall >= STILL_FALLING
@@ -166,7 +167,8 @@ def too_few_rounds(run: Run, rows: Sequence[Row], learning: Learning) -> Finding
     return Finding(
         "too-few-rounds",
         "too few rounds",
-        f"{learning.evidence}{learning.falling}, {took_part:.3g} × {learning.steps:.0f} steps a client, "
+        f"{learning.evidence}{learning.falling}, "
+        f"{took_part:.3g} × {learning.steps:.0f} steps per client, "
         f"accuracy {percent(run.result['training_accuracy'])} on own training and "
         f"{percent(run.accuracy)} on test images",
         f"num-server-rounds = {4 * experiment.num_server_rounds}",
@@ -174,7 +176,7 @@ def too_few_rounds(run: Run, rows: Sequence[Row], learning: Learning) -> Finding
 
 
 def no_pupil(run: Run, rows: Sequence[Row], learning: Learning, nothing: bool) -> Finding | None:
-    """Find students that cannot follow local teachers which learn."""
+    """Return the finding of students that cannot follow local teachers which learn, if any."""
     experiment, agreement = run.experiment, _last(rows, "agreement")
     digests = sum(row.get("loss_digest") is not None for row in rows)
     if experiment.teacher == "none" or agreement is None or digests < FEW:
@@ -184,13 +186,14 @@ def no_pupil(run: Run, rows: Sequence[Row], learning: Learning, nothing: bool) -
     return flat(
         experiment,
         experiment.student_of(0),
-        f"teachers' {learning.evidence}; students agree with {percent(agreement)} of what they digest, "
+        f"teachers' {learning.evidence}; "
+        f"students agree with {percent(agreement)} of the digested labels, "
         f"accuracy {percent(run.result['training_accuracy'])} on own training images",
     )
 
 
 def ignores_knowledge(run: Run, rows: Sequence[Row], uniform: float) -> Finding | None:
-    """Find students that do not take in soft labels which τ makes one-hot."""
+    """Return the finding of students that do not learn soft labels made one-hot by τ, if any."""
     tau = run.experiment.tau
     agreement, accuracy = _last(rows, "agreement"), _last(rows, "knowledge_accuracy")
     entropy = _last(rows, "knowledge_entropy_at_tau")
@@ -207,6 +210,6 @@ def ignores_knowledge(run: Run, rows: Sequence[Row], uniform: float) -> Finding 
 
 
 def _last(rows: Sequence[Row], name: str) -> float | None:
-    """Return the newest value of a field, if any row has one."""
+    """Return the last value of a field, if any row has one."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return float(values[-1]) if values else None

@@ -1,4 +1,4 @@
-"""How a model learnt from hard labels, and the findings that a federation and a central run share."""
+"""Learning from hard labels, and the findings shared by federations and central runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedkd.records.results import mean_of
 from fedkd.wording import percent
 
 UNLEARNED = 0.9
-"""Late loss in a federation, relative, above which clients have learnt nothing of their shards."""
+"""Late relative loss in a federation, above which clients have learnt nothing of their shards."""
 
 LITTLE = 0.3
-"""Share of the way from the most frequent class to all right, on own training images; see `gain`."""
+"""Share of the way from the most frequent class to all training images right; see `gain`."""
 
 STILL_FALLING = 0.1
-"""Relative fall of the loss in 100 steps from which there is more to learn."""
+"""Relative fall of the loss in 100 steps, from which more training helps."""
 
 FEW = 3
 """Rounds of a client, or epochs, from which a trend can be read."""
@@ -27,24 +27,24 @@ ABOVE_UNIFORM = 1.5
 """First loss, in multiples of ln C (a uniform guess), that only too large steps reach."""
 
 VANISHED = 0.5
-"""Late gradient norm relative to the first: units that no image reaches any more."""
+"""Late gradient norm relative to the first, below which units are dead."""
 
 SHARP, SOFT = 0.1, 0.7
-"""Entropy of the soft labels at τ, in multiples of ln C, of labels without and with too many hues."""
+"""Entropy of the soft labels at τ, in multiples of ln C, of too hard and too soft labels."""
 
 RATES = {"adam": (1e-4, 0.02, 1e-3), "adamw": (1e-4, 0.02, 1e-3), "sgd": (1e-2, 1.0, 0.1)}
-"""Ordinary learning rates by optimiser, of SGD divided by 1 − momentum: lowest, highest, one to try."""
+"""Usual learning rates by optimiser, for SGD divided by 1 − momentum: lowest, highest, one to try."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What kept a run from converging.
+    """A reason why a run did not converge.
 
     Attributes:
         kind: short and stable: ``student-too-small``, ``learning-rate-too-high``,
             ``learning-rate-too-low``, ``too-few-rounds``, ``too-few-epochs``, ``tau-too-hard`` or
             ``tau-too-soft``.
-        problem: the same in words.
+        problem: the kind in words.
         evidence: the numbers.
         suggestion: a key and a value to try.
     """
@@ -64,13 +64,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Learning:
-    """How training on hard labels went.
+    """The course of training on hard labels.
 
     Attributes:
         losses: mean loss of each round or epoch, divided by the labels' entropy.
-        norms: mean gradient norms of the same.
+        norms: mean gradient norm of each round or epoch.
         first: the first loss in multiples of ln C.
-        steps: between one entry and the next.
+        steps: number of steps from one entry to the next.
         gain: see `gain`.
     """
 
@@ -109,31 +109,31 @@ class Learning:
 
     @property
     def evidence(self) -> str:
-        """Return what all findings about it rest on."""
+        """The evidence of all findings about it, in words."""
         losses, ratio = self.losses, self.norm_ratio
         if len(losses) == 1:
             return f"training loss {losses[0]:.3g} times the entropy of the labels"
         norm = "" if ratio is None else f", gradient norm {ratio:.2g} times the first"
         return (
-            f"training loss {losses[0]:.3g} at first and {losses[-1]:.3g} at last times the entropy of "
-            f"the labels{norm}"
+            f"training loss {losses[0]:.3g} times the entropy of the labels at first, {losses[-1]:.3g} "
+            f"times at the end{norm}"
         )
 
     @property
     def falling(self) -> str:
-        """Say how steeply the loss ends."""
+        """How steeply the loss falls at the end, in words."""
         if len(self.losses) == 1:
             return ""
         return f", falling by {percent(self.fall)} in 100 steps"
 
 
 def effective_rate(experiment: Experiment) -> float:
-    """Return the learning rate, of SGD with what momentum makes of it."""
+    """Return the learning rate, for SGD divided by 1 − momentum."""
     return experiment.learning_rate / (1 - experiment.momentum)
 
 
 def rate_too_high(experiment: Experiment, learning: Learning) -> bool:
-    """Say whether steps are too large for a model that has learnt nothing."""
+    """Whether steps are too large, for a model that has learnt nothing."""
     ratio = learning.norm_ratio
     return (
         effective_rate(experiment) > RATES[experiment.optimizer][1]
@@ -155,7 +155,7 @@ def too_high(experiment: Experiment, evidence: str) -> Finding:
 
 
 def flat(experiment: Experiment, student: str, evidence: str) -> Finding:
-    """Explain a loss that stays where it is: tiny steps, or a model that cannot do better."""
+    """Return the finding of a loss that does not fall: too small steps, or too small a model."""
     low, _, usual = RATES[experiment.optimizer]
     if effective_rate(experiment) < low:
         return Finding(
@@ -185,7 +185,7 @@ def too_hard(evidence: str) -> Finding:
 
 
 def _larger(model: str) -> str:
-    """Name a model of more parameters."""
+    """Return the name of a model with more parameters."""
     width = re.fullmatch(r"mlp-(\d+)", model)
     if width:
         return f"mlp-{min(1000, max(20, 4 * int(width[1])))}"
@@ -199,7 +199,7 @@ def names_of(models: str) -> list[str]:
 
 
 def label_entropy(counts: Sequence[int]) -> float:
-    """Return the entropy in nats of labels that occur so often."""
+    """Return the entropy in nats of labels with these counts."""
     total = sum(counts)
     return -sum(n / total * log(n / total) for n in counts if n)
 

@@ -1,1 +1,1 @@
-"""What a report is made of: sections from run folders, figures, tables, the page."""
+"""Parts of a report: sections from run folders, figures, tables and the page."""

@@ -1,4 +1,4 @@
-"""Reliability diagrams from records: of models that were tested, and of soft labels."""
+"""Reliability diagrams from records, of tested models and of soft labels."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def drawing(panels: Mapping[str, Sequence[Reliability]], whose: str, on: str) ->
 
     Args:
         panels: lines by the panel's title.
-        whose: answers that are taken together, in words.
-        on: images on which models were tested, in words, with what else is to be said.
+        whose: the answers that are pooled, in words.
+        on: images on which models were tested, in words, with further remarks.
     """
     caption = (
         f"Accuracy against confidence in 15 bins of equal width, {whose} together; the dotted diagonal "
-        "is calibrated, below it a model is too sure. A marker's area: the answers in its bin. Numbers: "
-        f"expected calibration error in %; {on}"
+        "is calibrated, below it a model is overconfident. A marker's area shows the answers in its bin. "
+        f"Numbers: expected calibration error in %; {on}"
     )
-    said = [
+    legends = [
         f"{title}: {', '.join(each.label for each in lines)}" for title, lines in panels.items()
     ]
-    label_statistics = f"Expected calibration error in %: {'; '.join(said)}."
+    label_statistics = f"Expected calibration error in %: {'; '.join(legends)}."
     figure = point_plots.reliability(panels)
     return Drawing("reliability", "Reliability", caption, figure, label_statistics)
 
 
 def of_models(folders: Iterable[Path], seeds: Sequence[int] | None = None) -> list[Reliability]:
-    """Return the lines of the models that runs of one method kept the answers of.
+    """Return the lines of the models whose predictions the runs of one method kept.
 
     Args:
         folders: of the runs.
-        seeds: those of a baseline that count; all if not said.
+        seeds: seeds of a baseline to use; default all.
     """
-    kept = [tested for folder in folders if (tested := Tested.load(folder)) is not None]
-    kinds = [kind for kind in _KIND_OF if any(kind in tested.models for tested in kept)]
+    all_tested = [tested for folder in folders if (tested := Tested.load(folder)) is not None]
+    kinds = [kind for kind in _KIND_OF if any(kind in tested.models for tested in all_tested)]
     lines = []
     for kind in kinds:
-        parts = [_answers(tested, kind, seeds) for tested in kept if kind in tested.models]
+        parts = [_answers(tested, kind, seeds) for tested in all_tested if kind in tested.models]
         confidences, correct = (torch.cat(part) for part in zip(*parts, strict=True))
         if len(confidences):
             bins = reliability(confidences, correct)
@@ -68,29 +68,29 @@ def of_models(folders: Iterable[Path], seeds: Sequence[int] | None = None) -> li
 
 def _answers(tested: Tested, kind: str, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """Return confidences and whether they were right, of all answers that have a confidence."""
-    found = tested.models[kind]
-    counts = torch.tensor([seeds is None or owner in seeds for owner in found.owners])
-    there = ~found.confidences.isnan() & counts[:, None]
-    return found.confidences[there], tested.correct(kind)[there]
+    predictions = tested.models[kind]
+    counts = torch.tensor([seeds is None or owner in seeds for owner in predictions.owners])
+    known = ~predictions.confidences.isnan() & counts[:, None]
+    return predictions.confidences[known], tested.correct(kind)[known]
 
 
 def of_aggregate(runs: Sequence[Run]) -> list[Reliability]:
     """Return the line of the last soft labels, all seeds together."""
-    last = [said[-1]["reliability"] for run in runs if (said := knowledge_of(run.path))]
-    kept = [bins for bins in last if bins]
-    return [_line("aggregate", _together(kept), "aggregate")] if kept else []
+    last = [rows[-1]["reliability"] for run in runs if (rows := knowledge_of(run.path))]
+    recorded = [bins for bins in last if bins]
+    return [_line("aggregate", _summed(recorded), "aggregate")] if recorded else []
 
 
-def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Join the bins of several sets of answers."""
+def _summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the bins of several sets of answers together."""
     columns = range(len(parts[0]["count"]))
     count = [sum(part["count"][m] for part in parts) for m in columns]
 
-    def joined(name: str) -> list[float | None]:
+    def average(name: str) -> list[float | None]:
         sums = [sum(p["count"][m] * (p[name][m] or 0) for p in parts) for m in columns]
         return [s / n if n else None for s, n in zip(sums, count, strict=True)]
 
-    return {"count": count, "confidence": joined("confidence"), "accuracy": joined("accuracy")}
+    return {"count": count, "confidence": average("confidence"), "accuracy": average("accuracy")}
 
 
 def _line(label: str, bins: Mapping[str, Any], kind: Any) -> Reliability:

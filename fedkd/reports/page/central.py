@@ -1,4 +1,4 @@
-"""The figures of a central baseline that stands alone."""
+"""The figures of a central baseline that belongs to no other runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fedkd.studies.comparison import methods
 
 
 def of_central(run: CentralRun) -> list[Shown]:
-    """Return the figures of a baseline that stands alone."""
+    """Return the figures of a central baseline."""
     assert run.path is not None
     on = tested_on(run.experiment, run.test_size)
     lines = report_calibration.of_models([run.path])
-    calibration: Shown = Missing("Reliability", "the run kept no answers, in tested.safetensors")
+    calibration: Shown = Missing("Reliability", "the run has no tested.safetensors")
     if lines:
         calibration = report_calibration.drawing({"central": lines}, "all seeds", f"{on}.")
     return [_accuracies(run, on), _losses(run), calibration]
@@ -39,7 +39,7 @@ def _accuracies(run: CentralRun, on: str) -> Drawing:
     return Drawing(
         "accuracy",
         "Accuracy of the central models",
-        f"One marker a seed ({count}), a bar at the mean; {on}.",
+        f"One marker per seed ({count}), a bar at the mean; {on}.",
         points(percent, xlabel="test accuracy in %"),
         ", ".join(f"{label} {sum(v) / len(v):.1f} %" for label, v in percent.items()) + ".",
     )
@@ -50,17 +50,17 @@ def _losses(run: CentralRun) -> Shown:
     drawn = [
         Curve(
             methods.label(kind),
-            range(1, len(said["loss"][0]) + 1),
-            [[nan if loss is None else loss for loss in row] for row in said["loss"]],
+            range(1, len(course["loss"][0]) + 1),
+            [[nan if loss is None else loss for loss in row] for row in course["loss"]],
             slot,
         )
-        for slot, (kind, said) in enumerate(run.training.items())
+        for slot, (kind, course) in enumerate(run.training.items())
     ]
     if not drawn:
         return Missing(title, "the run did not record it")
     figure = curves(drawn, {}, xlabel="epoch", ylabel="training loss")
     caption = (
-        f"Mean training loss of each epoch; {spread_over(len(run.seeds))}. The losses are not the same: "
-        "teacher and student alone learn from labels, the student distilled from soft labels too."
+        f"Mean training loss of each epoch; {spread_over(len(run.seeds))}. The losses differ: "
+        "teacher and student alone learn from labels, the student distilled from soft labels as well."
     )
     return Drawing("loss", title, caption, figure)

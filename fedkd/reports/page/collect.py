@@ -1,4 +1,4 @@
-"""From folders to what a report shows: comparisons, federations on the same data, baselines, sweeps."""
+"""Reads folders for a report: comparisons, federations on the same data, baselines, sweeps."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.sweep.result import Sweep
 
 RUNS = "runs"
-"""Where folders are looked for when none is named."""
+"""Where folders are searched by default."""
 
 MOST_LABEL = 26
-"""Characters of a method's label: what a figure has room for."""
+"""Characters of a method's label: a figure has room for this many."""
 
 DATA_KEYS = Experiment.keys("data", "federated data")
-"""What makes test accuracies of two federations comparable."""
+"""Keys that make test accuracies of two federations comparable."""
 
 _TECHNICAL_KEYS = {*Experiment.keys("bookkeeping", "clients", "machine", "evaluation", "seed")} - {
     "engine"
 }
-"""Keys that no method of a report is called after: figures compare engines, and nothing else of these."""
+"""Keys that no label of a method mentions; of the technical keys, figures compare engines only."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Federations:
     """Federated runs on the same data, and the central baseline beside them.
 
     Attributes:
-        title: what they are called.
-        runs: by the method's label, a run a seed.
-        central: the baseline, where there is one.
-        central_folders: where it lies.
-        comparison: the comparison that they are, where they are one.
-        notes: what the labels leave unsaid.
+        title: their title.
+        runs: by the method's label, one run per seed.
+        central: the baseline, if any.
+        central_folders: its folders.
+        comparison: their comparison, if they form one.
+        notes: what the labels omit.
     """
 
     title: str
@@ -55,13 +55,13 @@ class Federations:
 
 @dataclass(frozen=True)
 class Sources:
-    """What was found.
+    """The finished runs, comparisons and sweeps to report on.
 
     Attributes:
         federations: comparisons first, then runs by data.
-        centrals: baselines that stand alone.
+        centrals: baselines that belong to no other runs.
         sweeps: by folder.
-        skipped: what is in the folder and not shown, each with the reason.
+        skipped: other contents of the folders, each with the reason.
     """
 
     federations: list[Federations]
@@ -71,41 +71,41 @@ class Sources:
 
 
 def find(folders: Sequence[str | Path] = ()) -> Sources:
-    """Read folders of runs, baselines, comparisons and sweeps, or all that is in a folder of such.
+    """Return the content of folders of runs, baselines, comparisons and sweeps, or of folders of such.
 
     Raises:
-        FedkdError: a folder that was named is nothing of this or is not finished, or nothing is there.
+        FedkdError: a given folder is none of these or is unfinished, or nothing is found.
     """
     comparisons: list[Comparison] = []
     runs: list[Run] = []
     centrals: list[CentralRun] = []
     sweeps: list[Sweep] = []
     skipped: list[str] = []
-    for path, named in _listed(folders or (RUNS,)):
+    for path, is_given in _listed(folders or (RUNS,)):
         try:
             match _read(path):
-                case Comparison() as found:
-                    comparisons.append(found)
-                case CentralRun() as found:
-                    centrals.append(found)
-                case Run() as found:
-                    runs.append(found)
-                case found:
-                    sweeps.append(found)
+                case Comparison() as comparison:
+                    comparisons.append(comparison)
+                case CentralRun() as central:
+                    centrals.append(central)
+                case Run() as run:
+                    runs.append(run)
+                case sweep:
+                    sweeps.append(sweep)
         except FedkdError as error:
-            if named:
+            if is_given:
                 raise
             skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
     sources = _sorted(comparisons, runs, centrals, sweeps, skipped)
     if not (sources.federations or sources.centrals or sources.sweeps):
-        said = f"; not shown: {'; '.join(skipped)}" if skipped else ""
+        reasons = f"; not shown: {'; '.join(skipped)}" if skipped else ""
         where = ", ".join(map(str, folders)) or f"{RUNS}/"
-        raise FedkdError(f"folders = {where}: no finished run to report on{said}")
+        raise FedkdError(f"folders = {where}: no finished run to report on{reasons}")
     return sources
 
 
 def _listed(folders: Iterable[str | Path]) -> list[tuple[Path, bool]]:
-    """Return each folder with whether it was named, those in a folder of runs in their place."""
+    """Return each run folder with whether it was given itself; folders of runs are expanded."""
     listed: dict[Path, bool] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -116,7 +116,7 @@ def _listed(folders: Iterable[str | Path]) -> list[tuple[Path, bool]]:
         inside = sorted(path for path in folder.iterdir() if path.is_dir())
         if not any(map(_is_ours, inside)):
             raise FedkdError(
-                f"folders: {folder} is no folder of a run, comparison or sweep, and none is in it"
+                f"folders: {folder} is not the folder of a run, comparison or sweep, and contains none"
             )
         for path in inside:
             listed.setdefault(path, False)
@@ -128,10 +128,10 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _read(folder: Path) -> Comparison | CentralRun | Run | Sweep:
-    """Read a folder, whatever it is of.
+    """Return the content of a folder.
 
     Raises:
-        FedkdError: it is of nothing that is known, or not finished.
+        FedkdError: the folder is of no known kind, or unfinished.
     """
     if (folder / "comparison.json").is_file():
         return Comparison.load(folder)
@@ -140,14 +140,14 @@ def _read(folder: Path) -> Comparison | CentralRun | Run | Sweep:
     RunFolder.existing(folder)
     if (folder / "rounds.jsonl").is_file():
         run = Run.load(folder)
-        _ = run.experiment  # of a version that had other keys: say so here
+        _ = run.experiment  # raises here if another version wrote it with other keys
         return run
     if "teacher_accuracies" not in read_json(folder / "result.json"):
         raise FedkdError(f"{folder} holds no finished run: rounds.jsonl is missing")
     return CentralRun.load(folder)
 
 
-# --- What belongs together ------------------------------------------------------------------------
+# --- Grouping -----------------------------------------------------------------------------------
 
 
 def _sorted(
@@ -157,7 +157,7 @@ def _sorted(
     sweeps: list[Sweep],
     skipped: list[str],
 ) -> Sources:
-    """Put runs on the same data together; those of a comparison are shown there."""
+    """Return the sources with runs grouped by data, except those of comparisons."""
     compared = {path.resolve() for comparison in comparisons for path in _folders(comparison)}
     alone = [run for run in runs if run.path.resolve() not in compared]
     baselines = [c for c in centrals if c.path is None or c.path.resolve() not in compared]
@@ -173,7 +173,7 @@ def _folders(comparison: Comparison) -> list[Path]:
 
 
 def _compared(comparison: Comparison) -> Federations:
-    runs = {label(method): list(found) for method, found in comparison.runs.items()}
+    runs = {label(method): list(seeds) for method, seeds in comparison.runs.items()}
     folders = tuple(dict.fromkeys(comparison.central_folders.values()))
     return Federations(comparison.path.name, runs, comparison.central, folders, comparison)
 
@@ -181,7 +181,7 @@ def _compared(comparison: Comparison) -> Federations:
 def _together(
     runs: Sequence[Run], centrals: Sequence[CentralRun]
 ) -> tuple[list[Federations], list[CentralRun]]:
-    """Group runs by their data, each with a baseline on it, and return the baselines left."""
+    """Return runs grouped by data, each group with a baseline if any, and the other baselines."""
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         key = tuple(getattr(run.experiment, name) for name in DATA_KEYS)
@@ -199,7 +199,7 @@ def _together(
 
 
 def _goes_with(central: CentralRun, runs: Sequence[Run]) -> bool:
-    """Say whether a baseline is of the data and the student of runs."""
+    """Whether a baseline has the data and the student of some runs."""
     if central.path is None:
         return False
     first, second = RunFolder(central.path).experiment, runs[0].experiment
@@ -212,13 +212,13 @@ def _title(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return runs[0].path.name
     first = runs[0].experiment
-    return f"{first.dataset}, {first.num_clients} clients, {dealt(first)}"
+    return f"{first.dataset}, {first.num_clients} clients, {partition_text(first)}"
 
 
-def dealt(experiment: Experiment) -> str:
-    """Say how private images were dealt."""
+def partition_text(experiment: Experiment) -> str:
+    """Return in words how private images were partitioned."""
     return {
-        "iid": "dealt at random",
+        "iid": "split at random",
         "dirichlet": f"Dirichlet {experiment.partition_alpha:g}",
         "shard": f"{experiment.classes_per_client} sorted shards each",
         "pathological": f"{experiment.classes_per_client} classes each",
@@ -226,31 +226,33 @@ def dealt(experiment: Experiment) -> str:
 
 
 def by_method(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
-    """Return runs by a label of their method, one a seed, and what the labels leave unsaid.
+    """Return runs by a label of their method, one per seed, and notes on what the labels omit.
 
-    Runs of a strategy that differ in other keys too have the difference in their label; where that is
-    long, a letter in its place, and the difference is said. A repeated run has a label of its own.
+    The label of a strategy's runs includes the other keys in which they differ; where that is long, it
+    has a letter instead, and a note gives the difference. A repeated run has its own label.
     """
-    found: dict[tuple[str, str, int], list[Run]] = {}
+    runs_by_method: dict[tuple[str, str, int], list[Run]] = {}
     for run in runs:
         experiment = run.experiment
         alike = [r.experiment for r in runs if r.experiment.strategy == experiment.strategy]
         which = label(experiment.strategy), _difference(experiment, alike)
         number = 1
-        while any(r.experiment.seed == experiment.seed for r in found.get((*which, number), ())):
+        while any(
+            r.experiment.seed == experiment.seed for r in runs_by_method.get((*which, number), ())
+        ):
             number += 1
-        found.setdefault((*which, number), []).append(run)
-    labels = _labels(list(found))
+        runs_by_method.setdefault((*which, number), []).append(run)
+    labels = _labels(list(runs_by_method))
     notes = [
-        f"{labels[key]}: {difference or 'as by default'}{f', run no. {key[2]}' * (key[2] > 1)}."
-        for key in found
+        f"{labels[key]}: {difference or 'with the defaults'}{f', run no. {key[2]}' * (key[2] > 1)}."
+        for key in runs_by_method
         if (difference := key[1]) not in labels[key]
     ]
-    return {labels[key]: each for key, each in found.items()}, notes
+    return {labels[key]: each for key, each in runs_by_method.items()}, notes
 
 
 def _difference(experiment: Experiment, alike: Sequence[Experiment]) -> str:
-    """Say in which keys an experiment differs from others of the same strategy."""
+    """Return in words in which keys an experiment differs from others of the same strategy."""
     differing = [
         key
         for key in Experiment.model_fields

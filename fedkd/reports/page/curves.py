@@ -1,4 +1,4 @@
-"""Which accuracy a federation had when: the mean, the server's, and each client's."""
+"""Accuracies of a federation by round: the mean, the server's, and each client's."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def students(run: Run) -> list[Point]:
 
 
 def counted_of(run: Run) -> Counted:
-    """Say which accuracy of a round is that of the closing exchange.
+    """Return which accuracy of a round is that of the closing exchange.
 
-    Of a strategy that is not installed, it is taken from what its rounds recorded: a folder may be
-    somebody else's, and code that it names does not run because it is looked at.
+    For a user's strategy it is inferred from the recorded rounds: a folder may come from a third party,
+    and reading it must not run code that it names.
     """
     experiment = run.experiment
     if ":" not in experiment.strategy:
-        with suppress(FedkdError):  # not to be found any more
+        with suppress(FedkdError):  # it no longer exists
             return counted(strategy_of(experiment), has_teacher=experiment.teacher != "none")
     return _recorded(run)
 
 
 def _recorded(run: Run) -> Counted:
-    """Tell from a run's records alone which accuracy of a round is that of the closing exchange."""
+    """Return it from the run's records alone."""
     if _ends_as_the_server(run):
         return Counted("server_accuracy", later=False, delivered=True)
     digests = any("accuracy_after_digest" in row for row in run.rounds)
@@ -43,7 +43,7 @@ def _recorded(run: Run) -> Counted:
 
 
 def _ends_as_the_server(run: Run) -> bool:
-    """Say whether all clients ended with the accuracy of the server's own model, if there is one."""
+    """Whether all clients ended with the accuracy of the server's model, if there is one."""
     final = run.server_accuracy
     return final is not None and all(
         a is None or abs(a - final) < 1e-9 for a in run.client_accuracy
@@ -51,17 +51,17 @@ def _ends_as_the_server(run: Run) -> bool:
 
 
 def server(run: Run) -> Points:
-    """Return the test accuracy of the server's own model by round; empty where clients become it."""
+    """Return the test accuracy of the server's model by round; empty where clients adopt it."""
     final = run.server_accuracy
     if final is None or _ends_as_the_server(run):
         return {}
     points = {row["round"]: row.get("server_accuracy") for row in run.rounds}
-    there = {number: value for number, value in points.items() if value is not None}
-    return {**there, len(run.rounds): final}
+    known = {number: value for number, value in points.items() if value is not None}
+    return {**known, len(run.rounds): final}
 
 
 def each_client(run: Run) -> list[Points]:
-    """Return what `students` is the mean of, by client; empty where all become the server's model."""
+    """Return accuracies by client, whose mean is `students`; empty where all adopt the server's model."""
     field = counted_of(run)
     if field.field == "server_accuracy":
         return []
@@ -78,20 +78,20 @@ def each_client(run: Run) -> list[Points]:
 
 @dataclass(frozen=True)
 class Beginning:
-    """The clients' students in the first round that tested them: accuracies ``[K]``, `None` for some."""
+    """Accuracies ``[K]`` of the clients' students in the first round that tested them, or `None`."""
 
     round: int
     accuracies: list[float | None]
 
 
 def beginning(run: Run) -> Beginning | None:
-    """Return where the clients began, if any round tested their students."""
+    """Return the clients' first accuracies, if any round tested their students."""
     alone = run.experiment.teacher == "none"
     fields = ["accuracy_after_revisit"] if alone else []
     for row in run.rounds:
         for field in [*fields, counted_of(run).field]:
-            if found := _by_client(row, field):
-                each = [found.get(k) for k in range(len(run.client_accuracy))]
+            if accuracies := _by_client(row, field):
+                each = [accuracies.get(k) for k in range(len(run.client_accuracy))]
                 return Beginning(row["round"], each)
     return None
 

@@ -1,4 +1,4 @@
-"""What a report says of the experiment: the resolved keys, the versions, the command that repeats it."""
+"""The experiment in a report: resolved keys, versions, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO, Scalar, kebab
 
-_OWN = ("name", "run_dir")
-"""Keys of where a run's folder is: a repetition has another."""
+_PLACE = ("name", "run_dir")
+"""Keys for the place of a run's folder; a repetition has another."""
 
 _COMMENT = re.compile(r"^# ([\w-]+): (.+)$", re.MULTILINE)
 
 
 def differing(experiments: Sequence[Experiment]) -> list[tuple[str, str, str]]:
-    """Return key, value and default of what differs from the defaults in any of some experiments."""
+    """Return key, value and default of the keys that differ from the defaults in any experiment."""
     rows = []
     for name, field in Experiment.model_fields.items():
         values = _values(experiments, name)
-        if name not in _OWN and values != [field.default]:
+        if name not in _PLACE and values != [field.default]:
             rows.append((kebab(name), _listed(values), _text(field.default)))
     return rows
 
@@ -49,23 +49,23 @@ def _text(value: Scalar | None) -> str:
 def command(
     what: str, experiment: Experiment, options: Mapping[str, str], leave: Sequence[str] = ()
 ) -> list[str]:
-    """Return a command line that repeats an experiment, in parts that belong on a line each.
+    """Return a command line that repeats an experiment, in parts for one line each.
 
     Args:
         what: the command, such as ``run``.
         experiment: its keys that differ from the defaults become flags.
         options: other flags and their values, which come first.
-        leave: keys that the command does not take from the experiment.
+        leave: keys to leave out.
     """
     parts = [["fedkd", what], *([f"--{flag}", value] for flag, value in options.items())]
     for name, field in Experiment.model_fields.items():
         value = getattr(experiment, name)
-        if name not in (*_OWN, *leave) and value != field.default:
+        if name not in (*_PLACE, *leave) and value != field.default:
             parts.append([f"--{kebab(name)}", _text(value)])
     return [shlex.join(part) for part in parts]
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """Return what the comments of a run's ``experiment.toml`` say."""
+    """Return the comments of a run's ``experiment.toml`` by name."""
     text = (folder / "experiment.toml").read_text(encoding="utf-8")
     return dict(_COMMENT.findall(text))

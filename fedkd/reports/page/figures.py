@@ -1,4 +1,4 @@
-"""The figures of federated runs on the same data, each with a caption; or why there is none."""
+"""The figures of federated runs on the same data, each with a caption, or why it is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedkd.records.files import read_shards
 from fedkd.records.results import Run
 from fedkd.reports.page import calibration as report_calibration
 from fedkd.reports.page import curves as report_curves
-from fedkd.reports.page.collect import Federations, dealt
+from fedkd.reports.page.collect import Federations, partition_text
 from fedkd.reports.page.curves import Points
 from fedkd.reports.page.parts import (
     MOST_PANELS,
@@ -49,7 +49,7 @@ def of_federations(group: Federations) -> list[Shown]:
 
 
 class _View:
-    """What several figures of the same runs need."""
+    """The facts that several figures of the same runs use."""
 
     def __init__(self, group: Federations) -> None:
         self.group = group
@@ -64,16 +64,16 @@ class _View:
     @property
     def lines(self) -> dict[str, float]:
         """Constants in percent by label: the central models, and local only."""
-        found = central_accuracies(self.group.central) if self.group.central else {}
+        accuracies = central_accuracies(self.group.central) if self.group.central else {}
         if self.local is not None:
-            found[self.local] = [run.accuracy for run in self.group.runs[self.local]]
-        means = {label: 100 * mean(values) for label, values in found.items()}
+            accuracies[self.local] = [run.accuracy for run in self.group.runs[self.local]]
+        means = {label: 100 * mean(values) for label, values in accuracies.items()}
         return {f"{label} {value:.1f}": value for label, value in means.items()}
 
     @property
     def seeds(self) -> str:
-        """How many seeds a curve is of, and what a band is."""
-        counts = {len(found) for found in self.group.runs.values()}
+        """The number of seeds of a curve, and what a band shows, in words."""
+        counts = {len(runs) for runs in self.group.runs.values()}
         return spread_over(max(counts), exactly=len(counts) == 1)
 
 
@@ -96,12 +96,12 @@ def _by_round(view: _View) -> Shown:
         drawn = [_curve(view.local or "", _students(runs), 0)]
         lines = {}
     figure = curves(drawn, lines, xlabel="round", ylabel="test accuracy in %")
-    thin_said = " Thin lines: single clients." if any(curve.thin for curve in drawn) else ""
+    thin_text = " Thin lines: single clients." if any(curve.thin for curve in drawn) else ""
     dashed = " Dashed: the server's own model." if any(curve.dashed for curve in drawn) else ""
-    level = " Grey lines: methods without rounds, at their end." if lines else ""
+    level = " Grey lines: final accuracies of methods without rounds." if lines else ""
     caption = (
-        "Test accuracy of the students, mean over clients, holding the knowledge of each round; "
-        f"{view.seeds}; {view.on}.{thin_said}{dashed}{level}"
+        "Test accuracy of the students after applying the knowledge of each round, mean over clients; "
+        f"{view.seeds}; {view.on}.{thin_text}{dashed}{level}"
     )
     return Drawing("accuracy-by-round", "Accuracy by round", caption, figure, _ends(drawn, lines))
 
@@ -119,7 +119,7 @@ def _curve(
     *,
     dashed: bool = False,
 ) -> Curve:
-    """Return the curve of accuracies by round, in percent, one a seed."""
+    """Return the curve of accuracies by round, in percent, one row per seed."""
     x = sorted({number for each in points for number in each})
     return Curve(
         label,
@@ -132,7 +132,7 @@ def _curve(
 
 
 def _ends(drawn: Sequence[Curve], lines: Mapping[str, float]) -> str:
-    """Say where curves end, in words."""
+    """Return the final values of curves in words."""
     ends = [f"{c.label} {mean(row[-1] for row in c.values):.1f} %" for c in drawn]
     return f"At the end: {', '.join([*ends, *(f'{name} %' for name in lines)])}."
 
@@ -148,7 +148,7 @@ def _by_bytes(view: _View) -> Shown:
         if all(x):
             drawn.append(Curve(label, x, accuracies.values, accuracies.slot))
     if not drawn:
-        return Missing(title, "no run sends anything")
+        return Missing(title, "no run sends data")
     figure = curves(
         drawn,
         view.lines,
@@ -158,33 +158,33 @@ def _by_bytes(view: _View) -> Shown:
     )
     caption = (
         "The same accuracies against all payload bytes sent until then, both ways and all clients "
-        f"together; one marker a round; {view.seeds}; {view.on}."
+        f"together; one marker per round; {view.seeds}; {view.on}."
     )
-    said = ", ".join(f"{curve.label} {round(curve.x[-1]):,} bytes" for curve in drawn)
-    return Drawing("accuracy-by-bytes", title, caption, figure, f"In all: {said}.")
+    totals = ", ".join(f"{curve.label} {round(curve.x[-1]):,} bytes" for curve in drawn)
+    return Drawing("accuracy-by-bytes", title, caption, figure, f"In total: {totals}.")
 
 
 def _shards(view: _View) -> Shown:
     title = "Label distribution of the shards"
     for run in (run for runs in view.group.runs.values() for run in runs):
-        if (found := read_shards(run.path)) is not None:
+        if (dealt := read_shards(run.path)) is not None:
             break
     else:
-        return Missing(title, "no run left a shards.json")
-    counts, classes = found["counts"], found["classes"]
+        return Missing(title, "no run has a shards.json")
+    counts, classes = dealt["counts"], dealt["classes"]
     sizes = [sum(row) for row in counts]
     figure = shards(counts, classes)
     if len(counts) <= FEW_CLIENTS:
         largest = max(map(max, counts))
-        how = f"Area: private images of a class that a client holds; the largest bubble is {largest:,}"
+        how = f"Area: private images of a class at a client; the largest bubble is {largest:,}"
     else:
         how = (
-            "Shade: share of a client's private images, from none, 0 %, to full, 100 %; below, the sizes "
+            "Shade: share of a client's private images, from 0 % to 100 %; below, the sizes "
             "of the shards"
         )
     caption = (
         f"{how}. {len(sizes)} clients with {min(sizes):,} to {max(sizes):,} images, "
-        f"{dealt(run.experiment)}, seed {run.experiment.seed}."
+        f"{partition_text(run.experiment)}, seed {run.experiment.seed}."
     )
     return Drawing("shards", title, caption, figure)
 
@@ -192,7 +192,7 @@ def _shards(view: _View) -> Shown:
 def _clients(view: _View) -> Shown:
     title = "Clients before and after"
     if not view.methods:
-        return Missing(title, "there is nothing but local training")
+        return Missing(title, "the runs train locally only")
     panels, before = [], ""
     for label, runs in view.methods.items():
         start = None if _is_local(runs) else _before(view, runs[0])
@@ -213,14 +213,14 @@ def _clients(view: _View) -> Shown:
     gains = "; ".join(_gain(panel) for panel in shown)
     caption = (
         f"Each client's test accuracy before (open: {before}) and at the end (filled), sorted by the "
-        f"first; seed {view.first.experiment.seed}; {view.on}. Clients that gain: {gains}."
+        f"former; seed {view.first.experiment.seed}; {view.on}. Clients that gain: {gains}."
         f"{left_out([panel.label for panel in panels[MOST_PANELS:]])}"
     )
     return Drawing("clients", title, caption, point_plots.clients(shown, before=before))
 
 
 def _before(view: _View, run: Run) -> tuple[str, Sequence[float | None]] | None:
-    """Return what a run's clients are compared with, and their accuracies 0..1."""
+    """Return what a run's clients are compared with, and the accuracies 0..1 of that."""
     for local in view.group.runs.get(view.local or "", ()):
         same = len(local.client_accuracy) == len(run.client_accuracy)
         if local.experiment.seed == run.experiment.seed and same:
@@ -237,25 +237,25 @@ def _gain(panel: Clients) -> str:
 
 def _soft_labels(view: _View) -> list[Shown]:
     title = "Mean soft labels"
-    found: list[Shown] = []
+    drawings: list[Shown] = []
     for label, runs in view.methods.items():
-        said = knowledge_of(runs[0].path)
-        if not said or not any(said[-1]["by_class"]):
+        recorded = knowledge_of(runs[0].path)
+        if not recorded or not any(recorded[-1]["by_class"]):
             continue
-        last = said[-1]
+        last = recorded[-1]
         classes = (read_shards(runs[0].path) or {}).get("classes") or [
             str(c) for c in range(len(last["by_class"]))
         ]
         rows = "true class" if last["by"] == "label" else "most probable class"
         caption = (
-            f"What the clients were last taught by {label} (round {last['round']}, seed "
+            f"The last soft labels that clients received from {label} (round {last['round']}, seed "
             f"{runs[0].experiment.seed}): mean probability in % at temperature 1, by the {rows} of the "
-            "public image. Shade: from none, 0 %, to full, 100 %."
+            "public image. Shade: from 0 % to 100 %."
         )
         figure = soft_labels(last["by_class"], classes)
         key = f"soft-labels-{slug(label)}"
-        found.append(Drawing(key, f"{title}: {label}", caption, figure))
-    return found or [Missing(title, "no run left soft labels in a knowledge.jsonl")]
+        drawings.append(Drawing(key, f"{title}: {label}", caption, figure))
+    return drawings or [Missing(title, "no run has soft labels in a knowledge.jsonl")]
 
 
 def _entropy(view: _View) -> Shown:
@@ -274,30 +274,30 @@ def _entropy(view: _View) -> Shown:
     if not drawn:
         return Missing(title, "no run recorded it")
     classes = _class_count(view)
-    lines = {f"ln {classes}, nothing known": log(classes)} if classes else {}
+    lines = {f"ln {classes}, uniform": log(classes)} if classes else {}
     figure = curves(drawn, lines, xlabel="round", ylabel="entropy in nats")
     caption = (
         "Mean entropy of the aggregated soft labels at temperature 1, dashed at the temperature of the "
-        f"loss, τ; {view.seeds}. Low: sure; ln of the number of classes: uniform."
+        f"loss, τ; {view.seeds}. Low: confident; ln of the number of classes: uniform."
     )
     return Drawing("entropy", title, caption, figure)
 
 
 def _class_count(view: _View) -> int | None:
     for runs in view.group.runs.values():
-        if said := read_shards(runs[0].path):
-            return len(said["classes"])
+        if dealt := read_shards(runs[0].path):
+            return len(dealt["classes"])
     return None
 
 
 def _field_by_round(runs: Sequence[Run], field: str) -> tuple[list[float], list[list[float]]]:
     """Return rounds ``[T]`` and a field's values ``[S][T]``."""
-    found = [
+    values = [
         {row["round"]: row[field] for row in run.rounds if row.get(field) is not None}
         for run in runs
     ]
-    x = sorted({number for each in found for number in each})
-    return x, [[each.get(number, nan) for number in x] for each in found]
+    x = sorted({number for each in values for number in each})
+    return x, [[each.get(number, nan) for number in x] for each in values]
 
 
 def _reliability(view: _View) -> Shown:
@@ -311,16 +311,16 @@ def _reliability(view: _View) -> Shown:
         panels[label] = aggregate + report_calibration.of_models([run.path for run in runs])
     panels = {label: lines for label, lines in panels.items() if lines}
     if not panels:
-        return Missing("Reliability", "no run kept its models' answers, in tested.safetensors")
-    kept = _most_telling(panels)
-    left = [label for label in panels if label not in kept]
-    shown = {label: lines for label, lines in panels.items() if label in kept}
+        return Missing("Reliability", "no run has a tested.safetensors")
+    chosen = _most_informative(panels)
+    left = [label for label in panels if label not in chosen]
+    shown = {label: lines for label, lines in panels.items() if label in chosen}
     on = f"the aggregate, the last soft labels, on public images, all others on {view.on}."
     return report_calibration.drawing(shown, "all models and seeds", f"{on}{left_out(left)}")
 
 
-def _most_telling(panels: Mapping[str, Sequence[Reliability]]) -> list[str]:
-    """Choose the panels to show: the baseline's, then those with soft labels."""
+def _most_informative(panels: Mapping[str, Sequence[Reliability]]) -> list[str]:
+    """Return the panels to show: the baseline's, then those with soft labels."""
 
     def rank(label: str) -> int:
         kinds = {line.kind for line in panels[label]}
@@ -330,7 +330,7 @@ def _most_telling(panels: Mapping[str, Sequence[Reliability]]) -> list[str]:
 
 
 def _seconds(view: _View) -> Shown:
-    bars = _worth_a_colour(
+    bars = _without_small(
         {label: _means([_spent(run) for run in runs]) for label, runs in view.group.runs.items()}
     )
     several = max(len(runs) for runs in view.group.runs.values()) > 1
@@ -339,9 +339,9 @@ def _seconds(view: _View) -> Shown:
         f"Seconds in all rounds by phase, {over}summed over clients; encode: messages, both ways; "
         "aggregate: the server."
     )
-    said = ", ".join(f"{label} {sum(bar.values()):.1f}" for label, bar in bars.items())
+    totals = ", ".join(f"{label} {sum(bar.values()):.1f}" for label, bar in bars.items())
     figure = point_plots.seconds(bars)
-    return Drawing("seconds", "Time by phase", caption, figure, f"Seconds in all: {said}.")
+    return Drawing("seconds", "Time by phase", caption, figure, f"Seconds in total: {totals}.")
 
 
 def _spent(run: Run) -> dict[str, float]:
@@ -360,11 +360,11 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: mean(part.get(name, 0.0) for part in parts) for name in names}
 
 
-def _worth_a_colour(bars: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Order the phases, and sum up as "other" those that are nowhere a fiftieth of the longest bar."""
+def _without_small(bars: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return bars with ordered phases; those always below 1/50 of the longest bar become "other"."""
     least = max(sum(bar.values()) for bar in bars.values()) / 50
-    found = dict.fromkeys(phase for bar in bars.values() for phase in bar)
-    phases = sorted(found, key=lambda phase: [*_PHASES, *found].index(phase))
+    names = dict.fromkeys(phase for bar in bars.values() for phase in bar)
+    phases = sorted(names, key=lambda phase: [*_PHASES, *names].index(phase))
     small = {p for p in phases if all(bar.get(p, 0.0) < least for bar in bars.values())}
     if len(small) < 2:
         return {label: {p: bar.get(p, 0.0) for p in phases} for label, bar in bars.items()}

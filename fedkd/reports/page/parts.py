@@ -1,4 +1,4 @@
-"""What the figures of a report have in common: their form, and what their captions say."""
+"""Shared parts of a report's figures: their form and texts in captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 6
-"""Panels of a figure; the methods after those are left out, and the caption says so."""
+"""Panels of a figure; further methods are left out, and the caption names them."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Drawing:
         title: what it shows, in a few words.
         caption: how to read it: units, seeds, test images.
         figure: as drawn by `fedkd.reports.plots`.
-        described: the numbers that are to be seen, for those who cannot see them.
+        described: the numbers that the figure shows, for screen readers.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Missing:
-    """A figure that the records do not give, and why."""
+    """A figure that cannot be made from the records, and why."""
 
     title: str
     reason: str
@@ -51,29 +51,29 @@ Shown = Drawing | Missing
 
 
 def spread_over(seeds: int, *, exactly: bool = True) -> str:
-    """Say in words what is averaged: so many seeds, or at most so many."""
+    """Return in words over how many seeds, or at most how many, is averaged."""
     count = f"{'' if exactly else 'up to '}{seeds} seeds"
     return f"mean ± standard deviation over {count}" if seeds > 1 else "one seed"
 
 
-def seeds_said(seeds: Sequence[int]) -> str:
-    """Name seeds, or count them where they are many."""
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Return the seeds in words, or their number where they are many."""
     if len(seeds) > 8:
         return f"{len(seeds)} seeds"
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def tested_on(experiment: Experiment, count: int) -> str:
-    """Say on which images accuracies were measured."""
+    """Return in words on which images accuracies were measured."""
     if experiment.fold != "none":
         return f"{count:,} held-out training images (fold {experiment.fold})"
     return f"{count:,} test images"
 
 
 def privacy(runs: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Say to what (ε, δ) the soft labels of a client amount, by method; nothing without ``dp-noise``."""
-    noisy = {name: found for name, found in runs.items() if found[0].experiment.dp_noise}
-    deltas = {run.experiment.dp_delta for found in noisy.values() for run in found}
+    """Return the (ε, δ) of a client's soft labels by method in words; empty without ``dp-noise``."""
+    noisy = {name: seeds for name, seeds in runs.items() if seeds[0].experiment.dp_noise}
+    deltas = {run.experiment.dp_delta for seeds in noisy.values() for run in seeds}
     return [
         f"soft labels of a client: {', '.join(_epsilons(noisy, delta))} at δ = {delta:g}"
         for delta in sorted(deltas)
@@ -81,8 +81,8 @@ def privacy(runs: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def _epsilons(runs: Mapping[str, Sequence[Run]], delta: float) -> Iterator[str]:
-    for name, found in runs.items():
-        spent = [run.result["epsilon"] for run in found if run.experiment.dp_delta == delta]
+    for name, seeds in runs.items():
+        spent = [run.result["epsilon"] for run in seeds if run.experiment.dp_delta == delta]
         if spent:
             worst = None if None in spent else max(spent)
             yield f"{name} ε = {'∞' if worst is None else f'{worst:.3g}'}"
@@ -90,18 +90,18 @@ def _epsilons(runs: Mapping[str, Sequence[Run]], delta: float) -> Iterator[str]:
 
 def central_accuracies(run: CentralRun) -> dict[str, list[float]]:
     """Return test accuracies 0..1 per seed by the model's label."""
-    found = (run.teacher_accuracies, run.student_alone_accuracies, run.student_accuracies)
-    return dict(zip(map(methods.label, CENTRAL), found, strict=True))
+    accuracies = (run.teacher_accuracies, run.student_alone_accuracies, run.student_accuracies)
+    return dict(zip(map(methods.label, CENTRAL), accuracies, strict=True))
 
 
 def knowledge_of(folder: Path) -> list[dict[str, Any]]:
-    """Read ``knowledge.jsonl`` of a run, one object a round; empty where it left none."""
+    """Return ``knowledge.jsonl`` of a run, one object per round; empty where there is none."""
     path = folder / "knowledge.jsonl"
     return read_lines(path) if path.is_file() else []
 
 
 def left_out(names: Sequence[str]) -> str:
-    """Say which methods a figure has no room for."""
+    """Return in words which methods a figure leaves out."""
     return f" Left out: {', '.join(names)}." if names else ""
 
 

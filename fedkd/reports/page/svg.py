@@ -1,4 +1,4 @@
-"""A figure as text that stands in a page: small, the same every time, themed, said in words."""
+"""Figures as inline SVG: small, reproducible, themed and described in words."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def inline(figure: Figure, anchor: str, title: str, description: str) -> str:
     """Return a figure as an ``<svg>`` element.
 
     Colours are the page's variables, text has the page's font, and ids begin with `anchor`, so that
-    figures do not meet. The same figure gives the same text.
+    they are unique in the page. The same figure gives the same text.
 
     Args:
         figure: as drawn by `fedkd.reports.plots`.
         anchor: unique in the page; letters, digits and hyphens.
-        title: what a screen reader says first.
-        description: what is to be seen, in words.
+        title: what a screen reader reads first.
+        description: what the figure shows, in words.
     """
     text = _drawn(figure)
     text = text[text.index("<svg") :]
@@ -63,11 +63,11 @@ def inline(figure: Figure, anchor: str, title: str, description: str) -> str:
 
 
 def _tag(tag: str, anchor: str, used: set[str]) -> str:
-    """Rewrite the attributes of a tag; what stands between tags is left alone."""
+    """Return a tag with its attributes rewritten; text between tags is not changed."""
     tag = _FONT.sub("", " ".join(tag.split()))
     tag = _COLOUR.sub(_variable, tag)
     tag = _NUMBER.sub(lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag)
-    tag = _ID.sub(lambda found: f' id="{anchor}-{found[1]}"' if found[1] in used else "", tag)
+    tag = _ID.sub(lambda match: f' id="{anchor}-{match[1]}"' if match[1] in used else "", tag)
     return _REFERENCE.sub(rf"\1#{anchor}-", tag)
 
 

@@ -1,4 +1,4 @@
-"""The figure and table of a sweep: a map over two keys, a curve over one, dots where there is no grid."""
+"""The figure and table of a sweep: a map over two keys, a curve over one, dots for a search."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def of_sweep(sweep: Sweep) -> list[Shown]:
         figure, how = _line(sweep, points, keys[0]), "As good"
     star = "" if how == "As good" else " (★)"
     seeds = len(sweep.seeds)
-    held = f", at {_said(fixed)}" if fixed else ""
+    held = f", at {_in_words(fixed)}" if fixed else ""
     region = (
-        f"{how}: the {len(sweep.flat)} points around it that are not worse by more than one standard "
+        f"{how}: the {len(sweep.flat)} points around it that are worse by at most one standard "
         "error of the paired difference."
         if len(sweep.flat) > 1
         else "No other point around it is as good within one standard error of the paired difference."
     )
     caption = (
         f"Accuracy in % on held-out training images, mean over {sweep.folds} folds and "
-        f"{seeds} seed{'s' * (seeds > 1)}{held}. Best{star}: {_said(sweep.best.keys)} with "
+        f"{seeds} seed{'s' * (seeds > 1)}{held}. Best{star}: {_in_words(sweep.best.keys)} with "
         f"{_accuracy(sweep.best)} %. {region}"
     )
     return [Drawing("sweep", title, caption, figure)]
 
 
 def _varied(sweep: Sweep) -> list[str]:
-    """Return the keys that are drawn: two of a grid, those with most values, or all of a search."""
+    """Return the keys to draw: of a grid the two with most values, of a search all."""
     several = [key for key in sweep.grid if len({p.keys[key] for p in sweep.points}) > 1]
     if sweep.is_search:
         return several
@@ -65,22 +65,27 @@ def _varied(sweep: Sweep) -> list[str]:
 
 def _map(sweep: Sweep, points: Sequence[Point], down: str, across: str) -> Figure:
     rows, columns = (_ordered(sweep.grid[key]) for key in (down, across))
-    found = {(rows.index(p.keys[down]), columns.index(p.keys[across])): p for p in points}
+    points_by_place = {(rows.index(p.keys[down]), columns.index(p.keys[across])): p for p in points}
     flat = [point.keys for point in sweep.flat]
     return grid(
         [
-            [100 * found[y, x].accuracy if (y, x) in found else nan for x in range(len(columns))]
+            [
+                100 * points_by_place[y, x].accuracy if (y, x) in points_by_place else nan
+                for x in range(len(columns))
+            ]
             for y in range(len(rows))
         ],
         rows=(_symbol(down), [_text(value) for value in rows]),
         columns=(_symbol(across), [_text(value) for value in columns]),
-        best=next((at for at, point in found.items() if point.keys == sweep.best.keys), None),
-        flat=[at for at, point in found.items() if point.keys in flat],
+        best=next(
+            (at for at, point in points_by_place.items() if point.keys == sweep.best.keys), None
+        ),
+        flat=[at for at, point in points_by_place.items() if point.keys in flat],
     )
 
 
 def _line(sweep: Sweep, points: Sequence[Point], key: str) -> Figure:
-    """Draw one key: a curve over numbers, markers over names."""
+    """Return the figure of one key: a curve over numbers, markers over names."""
     order = _ordered(sweep.grid[key])
     ordered = sorted(points, key=lambda point: order.index(point.keys[key]))
     by_seed = [[100 * mean(folds) for folds in point.accuracies] for point in ordered]
@@ -112,7 +117,7 @@ def table(sweep: Sweep) -> Table:
     ordered = sorted(sweep.points, key=lambda point: -point.accuracy)
     rows = [
         {
-            "point": _said(point.keys),
+            "point": _in_words(point.keys),
             "held-out accuracy, %": _accuracy(point),
             "in the flat region": "yes" if point.keys in flat else "no",
         }
@@ -124,7 +129,7 @@ def table(sweep: Sweep) -> Table:
         else "All points"
     )
     note = (
-        "Mean over seeds and folds, ± standard deviation over seeds. The test set was not used: measure "
+        "Mean over seeds and folds, ± standard deviation over seeds. The test set was not used: evaluate "
         "the chosen point on it once."
     )
     return from_cells(of, rows, 0, [note])
@@ -135,7 +140,7 @@ def _accuracy(point: Point) -> str:
 
 
 def _ordered(values: Sequence[Scalar]) -> list[Scalar]:
-    """Sort numbers, and leave names in the order in which they were given."""
+    """Return numbers sorted, and names in their given order."""
     numbers = [v for v in values if isinstance(v, int | float)]
     return sorted(numbers) if len(numbers) == len(values) else list(values)
 
@@ -144,7 +149,7 @@ def _number(value: Scalar) -> float:
     return float(value) if isinstance(value, int | float) else nan
 
 
-def _said(keys: Mapping[str, Scalar]) -> str:
+def _in_words(keys: Mapping[str, Scalar]) -> str:
     return ", ".join(f"{_symbol(key)} = {_text(value)}" for key, value in keys.items())
 
 

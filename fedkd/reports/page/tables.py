@@ -1,4 +1,4 @@
-"""A report's table of methods, as cells of text: for the page, Markdown and LaTeX."""
+"""Tables of a report as cells of text, for the page, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells by row, the first of which names the method.
+    """Cells by row; the first names the method.
 
     Attributes:
         key: names its file.
@@ -97,7 +97,7 @@ def _piped(text: str) -> str:
 
 
 def mean_percent(fractions: Sequence[float]) -> str:
-    """Write fractions in percent: the mean and, from two on, the standard deviation."""
+    """Return fractions in percent as text: the mean and, from two on, the standard deviation."""
     spread = 100 * stdev(fractions) if len(fractions) > 1 else None
     return plus_minus(100 * mean(fractions), spread)
 
@@ -107,15 +107,17 @@ def mean_percent(fractions: Sequence[float]) -> str:
 
 COLUMNS = (
     "Accuracy: mean over clients, ± standard deviation over seeds; clients: the worst to the best; "
-    "server: its own model, where that is another; gap: share of the way from local only to student "
+    "server: its own model, where it differs; gap: share of the way from local only to student "
     "distilled; last: difference to the reference in points, its interval, and a test on images."
 )
 
 
 def of_comparison(comparison: Comparison) -> list[Table]:
     """Return the two tables of a comparison, as ``fedkd compare`` prints them."""
-    own = [n for n, entry in enumerate(comparison.entries) if entry.client_accuracies is not None]
-    best = max(own, key=lambda n: comparison.entries[n].accuracy, default=None)
+    federated = [
+        n for n, entry in enumerate(comparison.entries) if entry.client_accuracies is not None
+    ]
+    best = max(federated, key=lambda n: comparison.entries[n].accuracy, default=None)
     return [
         _plain("table-accuracy", comparison.accuracy_table(), best, [COLUMNS, *comparison.notes]),
         _plain("table-cost", comparison.cost_table(), None, []),
@@ -129,7 +131,7 @@ def _plain(key: str, table: RichTable, best: int | None, notes: list[str]) -> Ta
     return Table(key, str(table.title), columns, [list(row) for row in cells], best, notes)
 
 
-# --- Runs that are no comparison ------------------------------------------------------------------
+# --- Other runs ---------------------------------------------------------------------------------
 
 NOTE = (
     "Test accuracy: mean over clients of the students after the closing exchange; mean ± standard "
@@ -139,7 +141,7 @@ NOTE = (
 
 
 def of_runs(group: Federations) -> Table:
-    """Return the table of federated runs that are no comparison."""
+    """Return the table of federated runs outside a comparison."""
     central = central_accuracies(group.central) if group.central else {}
     rows = [
         {"method": name, "test accuracy, %": mean_percent(values), "seeds": str(len(values))}
@@ -151,7 +153,9 @@ def of_runs(group: Federations) -> Table:
     most = max(len(runs) for runs in group.runs.values())
     count = "means over seeds" if most > 1 else "1 seed"
     first = next(iter(group.runs.values()))[0]
-    title = f"What the runs gave, {count}, {tested_on(first.experiment, first.result['test_size'])}"
+    title = (
+        f"Results of the runs, {count}, {tested_on(first.experiment, first.result['test_size'])}"
+    )
     return from_cells(title, rows, best, [NOTE, *group.notes])
 
 
@@ -189,7 +193,7 @@ def of_central(run: CentralRun) -> Table:
 def from_cells(
     title: str, rows: Sequence[Mapping[str, str]], best: int | None, notes: list[str]
 ) -> Table:
-    """Return a table of the columns in which anything stands, in the order in which they come up."""
+    """Return a table of the columns that are not empty, in order of appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     columns = [name for name in columns if any(row.get(name, NONE) != NONE for row in rows)]
     cells = [[row.get(name, NONE) for name in columns] for row in rows]

@@ -1,1 +1,1 @@
-"""Figures from plain numbers, drawn by matplotlib: what papers about federated distillation show."""
+"""Figures from plain numbers, drawn by matplotlib, as in papers on federated distillation."""

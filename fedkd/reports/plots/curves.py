@@ -1,4 +1,4 @@
-"""Curves over rounds, bytes or the values of a key, with what several seeds spread."""
+"""Curves over rounds, bytes or the values of a key, with the spread over seeds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Curve:
     Attributes:
         label: its name.
         x: ``[T]``.
-        values: ``[S][T]``, one row a seed; NaN where there is none.
+        values: ``[S][T]``, one row per seed; NaN where there is none.
         slot: number of the method, which gives colour and marker.
         dashed: whether it is the second curve of its method, which the legend leaves out.
         thin: ``[K][T]``, drawn beneath as thin lines.
@@ -59,7 +59,7 @@ def curves(
     ylabel: str,
     scale: Literal["rounds", "bytes", "numbers"] = "rounds",
 ) -> Figure:
-    """Draw curves, mean ± standard deviation over seeds, and a grey line for each constant."""
+    """Return a figure of curves, mean ± standard deviation over seeds, and grey lines for constants."""
     with style():
         figure, axes = single(3.5)
         for curve in drawn:
@@ -88,7 +88,7 @@ def _curve(axes: Axes, curve: Curve) -> None:
     for row in curve.thin:
         axes.plot(curve.x, row, color=tint, lw=0.7, alpha=0.35, zorder=1.6)
     means, spreads = _over_seeds(curve.values)
-    if len(curve.values) > 1 and not curve.dashed:  # a second band of one colour says nothing
+    if len(curve.values) > 1 and not curve.dashed:  # a second band of the same colour is unreadable
         low = [m - s for m, s in zip(means, spreads, strict=True)]
         high = [m + s for m, s in zip(means, spreads, strict=True)]
         axes.fill_between(curve.x, low, high, color=tint, alpha=0.18, lw=0, zorder=1.8)
@@ -110,9 +110,9 @@ def _over_seeds(values: Sequence[Sequence[float]]) -> tuple[list[float], list[fl
     """Return mean and standard deviation (n − 1) over the seeds, of those that have a value."""
     means, spreads = [], []
     for column in zip(*values, strict=True):
-        there = [value for value in column if isfinite(value)]
-        means.append(mean(there) if there else nan)
-        spreads.append(stdev(there) if len(there) > 1 else 0.0)
+        known = [value for value in column if isfinite(value)]
+        means.append(mean(known) if known else nan)
+        spreads.append(stdev(known) if len(known) > 1 else 0.0)
     return means, spreads
 
 
@@ -130,7 +130,7 @@ def _bytes_axis(axes: Axes) -> None:
 
 
 def tick_of_bytes(count: float) -> str:
-    """Write bytes beside a tick, as short as can be: ``100 kB``, ``1.5 MB`` (powers of 1000)."""
+    """Return bytes as a short label of a tick: ``100 kB``, ``1.5 MB`` (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break
@@ -141,12 +141,12 @@ def tick_of_bytes(count: float) -> str:
 def accuracy_by_round(
     curves_: Mapping[str, Sequence[tuple[int, float]]], lines: Mapping[str, float], path: Path
 ) -> Path:
-    """Draw accuracy against rounds, with horizontal lines for what has no rounds.
+    """Write a figure of accuracy by round, with horizontal lines for methods without rounds.
 
     Args:
         curves_: (round, accuracy 0..1) by label.
         lines: accuracy by label.
-        path: where the SVG goes.
+        path: the SVG file to write.
 
     Returns:
         `path`.

@@ -1,4 +1,4 @@
-"""Maps: who holds how many images of which class, mean soft labels, and accuracies over two keys."""
+"""Maps: images by client and class, mean soft labels, and accuracies over two keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEW_CLIENTS = 50
-"""Clients up to which shards are bubbles, and a map beyond."""
+"""Clients up to which shards are drawn as bubbles; beyond, as a map."""
 
 MOST_COLUMNS = 200
 """Columns of a map of shards; more clients share one."""
@@ -34,7 +34,7 @@ _HEAT_LEVELS = 25
 
 
 def shards(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Draw how many private images of each class each client holds.
+    """Return a figure of how many private images of each class each client holds.
 
     Bubbles up to `FEW_CLIENTS`; beyond, a map of the shares with the clients sorted by their most
     frequent class, and a histogram of the shards' sizes.
@@ -80,7 +80,7 @@ def _shard_map(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figur
     shares = [[n / max(1, sum(counts[k])) for n in counts[k]] for k in order]
     columns, each = _pooled(shares)
     _cells(above, [list(row) for row in zip(*columns, strict=True)], most=1.0)
-    together = f", {each} a column" if each > 1 else ""
+    together = f", {each} per column" if each > 1 else ""
     above.set(xlabel=f"clients, by most frequent class{together}", ylabel="class", xticks=[])
     _class_ticks(above, classes, "y")
     sizes = [sum(row) for row in counts]
@@ -93,20 +93,20 @@ def _shard_map(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Figur
 
 
 def _majority(row: Sequence[int]) -> tuple[int, float]:
-    """Return what clients are sorted by: the most frequent class, then the most of it first."""
+    """Return a sort key: the most frequent class, then its share, largest first."""
     top = max(range(len(row)), key=lambda c: row[c])
     return top, -row[top] / max(1, sum(row))
 
 
 def _pooled(rows: Sequence[Sequence[float]]) -> tuple[list[list[float]], int]:
-    """Return at most `MOST_COLUMNS` means of so many neighbours, and how many."""
+    """Return at most `MOST_COLUMNS` means over neighbours, and how many rows each covers."""
     each = ceil(len(rows) / MOST_COLUMNS)
     groups = [rows[start : start + each] for start in range(0, len(rows), each)]
     return [[mean(column) for column in zip(*group, strict=True)] for group in groups], each
 
 
 def soft_labels(by_class: Sequence[Sequence[float] | None], classes: Sequence[str]) -> Figure:
-    """Draw the mean soft label of each class: rows of probabilities 0..1, `None` for none."""
+    """Return a figure of each class' mean soft label: rows of probabilities 0..1, or `None`."""
     with style():
         many = len(classes) > 12
         figure, axes = single(4.3)
@@ -131,7 +131,7 @@ def grid(
     best: tuple[int, int] | None,
     flat: Iterable[tuple[int, int]],
 ) -> Figure:
-    """Draw accuracies (percent) over two keys, the best point starred and the flat region framed.
+    """Return a figure of accuracies (percent) over two keys, the best starred, the flat region framed.
 
     Args:
         values: ``[rows][columns]``; NaN where there is none.
@@ -143,8 +143,8 @@ def grid(
     with style():
         high = len(rows[1])
         figure, axes = single(min(max(2.2, 0.42 * high + 1.0), 5.5))
-        there = [v for row in values for v in row if isfinite(v)]
-        low, top = min(there), max(there)
+        known = [v for row in values for v in row if isfinite(v)]
+        low, top = min(known), max(known)
         span = (top - low) or 1.0
         shares = [[0.06 + 0.94 * (v - low) / span for v in row] for row in values]
         _cells(axes, shares, most=1.0)
@@ -162,7 +162,7 @@ def grid(
 
 
 def _cells(axes: Axes, rows: Sequence[Sequence[float]], most: float) -> None:
-    """Fill the cells of a map, the opacity being the share of `most`; one path a shade."""
+    """Fill the cells of a map with an opacity of their share of `most`; one path per shade."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Outline
 

@@ -1,4 +1,4 @@
-"""Points and bars: clients before and after, reliability, seconds, a dot a seed or a point of a sweep."""
+"""Points and bars: clients before and after, reliability, seconds, and dots per seed or point."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Clients:
 
 
 def clients(panels: Sequence[Clients], *, before: str) -> Figure:
-    """Draw each client's accuracy before and after, the clients sorted by the first."""
+    """Return a figure of each client's accuracy before and after, sorted by the former."""
     with style():
         few = len(panels) in (1, 2, 4)
         figure, all_axes = in_panels(len(panels), 2 if few else 3, height=2.4)
@@ -83,8 +83,8 @@ class Reliability:
         label: the model, with its error.
         confidence: mean of each bin.
         accuracy: of each bin.
-        share: of the answers that are in each bin, 0..1.
-        kind: whose answers; gives colour and marker.
+        share: share of the answers in each bin, 0..1.
+        kind: the model's kind, which sets colour and marker.
     """
 
     label: str
@@ -98,7 +98,7 @@ _KINDS = {"teacher": (1, "s"), "aggregate": (2, "D"), "student": (0, "o"), "alon
 
 
 def reliability(panels: Mapping[str, Sequence[Reliability]]) -> Figure:
-    """Draw accuracy against confidence, a panel for each run's models."""
+    """Return a figure of accuracy against confidence, one panel per run."""
     with style():
         figure, all_axes = in_panels(len(panels), 2, height=2.9)
         most = max(len(lines) for lines in panels.values())
@@ -117,7 +117,7 @@ def reliability(panels: Mapping[str, Sequence[Reliability]]) -> Figure:
 
 
 def _calibration(axes: Axes, line: Reliability) -> None:
-    """Draw a line, its markers as large as there are answers in their bins."""
+    """Draw a line, its markers sized by the answers in their bins."""
     slot, marker = _KINDS[line.kind]
     bins = zip(line.confidence, line.accuracy, line.share, strict=True)
     shown = [each for each in bins if isfinite(each[0]) and isfinite(each[1])]
@@ -131,7 +131,7 @@ def _calibration(axes: Axes, line: Reliability) -> None:
 
 
 def seconds(bars: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw seconds by phase as stacked bars, the phases in the order of the first that has them."""
+    """Return a figure of seconds by phase as stacked bars, the phases in order of appearance."""
     with style():
         phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar))
         figure, axes = single(max(1.9, 0.36 * len(bars) + 1.1 + 0.2 * ceil(len(phases) / 4)))
@@ -160,7 +160,7 @@ def seconds(bars: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def points(values: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
-    """Draw one dot a seed for each name, and a bar at the mean."""
+    """Return a figure of one dot per seed for each name, and a bar at the mean."""
     with style():
         figure, axes = single(0.36 * len(values) + 1.1)
         for place, row in enumerate(values.values()):
@@ -178,7 +178,7 @@ def points(values: Mapping[str, Sequence[float]], *, xlabel: str) -> Figure:
 def dots(
     keys: Mapping[str, Sequence[float]], values: Sequence[float], *, best: int, flat: Sequence[int]
 ) -> Figure:
-    """Draw accuracies (percent) of points that are no grid against each key, in a panel of its own.
+    """Return a figure of the accuracies (percent) of a search against each key, one panel per key.
 
     Args:
         keys: values of each point by key.
@@ -193,8 +193,8 @@ def dots(
             axes.plot(x, values, "o", ms=5, mfc=PAPER, mec=MUTED)
             axes.plot([x[n] for n in flat], [values[n] for n in flat], "o", ms=5, color=COLOURS[0])
             axes.plot([x[best]], [values[best]], "*", ms=14, color=COLOURS[1], mec=PAPER)
-            there = [value for value in x if isfinite(value)]
-            if there and min(there) > 0 and max(there) >= 10 * min(there):
+            known = [value for value in x if isfinite(value)]
+            if known and min(known) > 0 and max(known) >= 10 * min(known):
                 axes.set_xscale("log")
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.xaxis.set_minor_formatter(lambda *_: "")

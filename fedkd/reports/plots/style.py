@@ -1,9 +1,9 @@
-"""How every figure looks: one width, one size of text, colours and markers, panels and legends.
+"""The style of all figures: width, text size, colours, markers, panels and legends.
 
 Text is readable in a column of a page and on a phone. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart, and never alone: each method has a marker of its own. Cells of maps are one
-colour over the background, more of it where the value is higher, so that a page can show every figure
-in light and in dark.
+readers can tell apart, and never the only distinction: each method has its own marker. Cells of maps are
+one colour over the background, stronger for higher values, so that a page can show every figure in
+light and in dark.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's palette, without black and yellow."""
 
 INK, MUTED, RULE, PAPER = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
-"""Text, text beside the point, grid lines, and what a marker is rimmed with."""
+"""Colours of text, secondary text, grid lines, and marker edges."""
 
 HEAT, ON_HEAT = "#0b4f8a", "#fefefe"
-"""What the cells of a map are filled with, and text on a full one."""
+"""Colours of a map's cells, and of text on a full one."""
 
 WIDTH = 5.6
 """Inches of every figure."""
@@ -34,7 +34,7 @@ SIZE = 11.0
 """Points of all text: 10 px where the figure is 370 px wide, 15 px at 570 px."""
 
 MARKERS = "osD^vPX*"
-"""Of each method one, by its number."""
+"""One per method, by its number."""
 
 _LINE = 1.4 * SIZE / 72
 _RC: Any = {
@@ -77,7 +77,7 @@ _RC: Any = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw and save in the block as all figures look, whatever the user has set."""
+    """Set the common style in the block, independent of the user's settings."""
     import matplotlib as mpl
 
     with mpl.rc_context():
@@ -95,7 +95,7 @@ def colour(slot: int) -> str:
 
 
 def single(height: float) -> tuple[Figure, Axes]:
-    """Return a figure of so many inches with one pair of axes, and these."""
+    """Return a figure of a height in inches, and its only axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -103,14 +103,14 @@ def single(height: float) -> tuple[Figure, Axes]:
 
 
 def in_panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels on the same y axis, so many a row, and their axes."""
+    """Return a figure of panels with a shared y axis, `columns` per row, and their axes."""
     from matplotlib.figure import Figure
 
     rows, columns = ceil(count / columns), min(count, columns)
     tall = 3.4 if count == 1 else height * rows + 0.4
     figure = Figure(figsize=(WIDTH, tall), layout="constrained")
-    found = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    flat = [axes for row in found for axes in row]
+    rows_of_axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    flat = [axes for row in rows_of_axes for axes in row]
     for axes in flat[count:]:
         axes.remove()
     return figure, flat[:count]
@@ -137,7 +137,7 @@ def legend(figure: Figure, axes: Axes, **more: Any) -> None:
 
 
 def key_dot(tint: str, marker: str, *, fill: bool, label: str) -> Any:
-    """Return a key for a legend: a marker without a line, full or rimmed."""
+    """Return an entry for a legend: a marker without a line, filled or open."""
     from matplotlib.lines import Line2D
 
     inside = tint if fill else PAPER

@@ -1,8 +1,8 @@
 """The numbers of one method in a comparison, taken from its runs.
 
-When a method reached an accuracy, and what it had cost by then, is measured by one accuracy per round that
-means the same for all methods: that of the clients' students after they have applied the round's result,
-as in the closing exchange. `Counted` names the field of a method's records that holds it.
+When a method reached an accuracy, and at what cost, is measured by one accuracy per round that means the
+same for all methods: that of the clients' students after they have applied the round's result, as in the
+closing exchange. `Counted` names the field of a method's records that holds it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def counted(strategy: DistillationStrategy, *, has_teacher: bool) -> Counted:
 
 
 def _student_fits(phases: Sequence[Phase], has_teacher: bool) -> list[str]:
-    """Return the names of the phases that train the student, which is the teacher if there is no other."""
+    """Return the names of the phases that train the student (any model without a local teacher)."""
     fits = (phase for phase in phases if isinstance(phase, Fit))
     return [fit.name for fit in fits if fit.model == "student" or not has_teacher]
 

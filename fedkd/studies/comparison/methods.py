@@ -68,7 +68,8 @@ def canonical(method: Method) -> str:
         return find(plain).name()
     except FedkdError:
         raise FedkdError(
-            f"methods: no method '{method}'{nearest(plain, known)}; the methods are {', '.join(sorted(known))}"
+            f"methods: no method '{method}'{nearest(plain, known)}; "
+            f"the methods are {', '.join(sorted(known))}"
         ) from None
 
 

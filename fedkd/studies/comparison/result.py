@@ -120,7 +120,7 @@ class Comparison:
         return [*notes, self.remark + "."] if self.remark is not None else notes
 
     def difference(self, method: Method, reference: Method) -> Difference:
-        """Return one method minus another, with its interval and test; see the docs for what they cover."""
+        """Return one method minus another, with interval and test; the docs state what they cover."""
         ours, theirs = self[method], self[reference]
         return difference(ours, theirs, *map(self._right, (ours, theirs)))
 

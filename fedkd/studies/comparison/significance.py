@@ -47,9 +47,9 @@ def mean_difference(differences: Sequence[Floats]) -> float:
 def bootstrap(differences: Sequence[Floats]) -> tuple[float, float] | None:
     """Return the percentile interval of `mean_difference` under a two-stage bootstrap.
 
-    Seeds are drawn with replacement, then, independently for each drawn seed, as many of its clients as
-    it has (Davison and Hinkley 1997, section 3.8). As differences are drawn, both methods see the same draws.
-    The same numbers give the same interval: the draws have a fixed seed.
+    Seeds are drawn with replacement, then, independently for each drawn seed, as many of its clients
+    as it has (Davison and Hinkley 1997, section 3.8). As differences are drawn, both methods see the
+    same draws. The same numbers give the same interval: the draws have a fixed seed.
 
     Args:
         differences: `paired` ones by seed; each seed has at least one.

@@ -79,7 +79,7 @@ class SweepFolder:
 
     @classmethod
     def begin(cls, experiment: Experiment, record: Mapping[str, Any]) -> Self:
-        """Return the folder of a new sweep, or that of the same sweep with these or other points and seeds.
+        """Return the folder of a new sweep, or that of the same sweep, whatever its points and seeds.
 
         Args:
             experiment: what its points share.

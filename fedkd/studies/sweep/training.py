@@ -242,7 +242,7 @@ class Trials:
         ]
 
     def _plan(self, cell: Cell, counts: Counts) -> str:
-        """Return one plan for a whole stack, given models by architecture; measured once for all folds."""
+        """Return one plan for a stack, given models by architecture; measured once for all folds."""
         return with_plan(self._kind(Cell(cell.keys, cell.seed, 1)), counts).plan
 
 
