@@ -89,20 +89,20 @@ WRONG = {
     "central --seedss 1": "unknown option --seedss (did you mean '--seeds'?)",
     "strategies --alpha 1": "unknown option --alpha; `fedkd strategies --help` lists them",
     "rum --alpha 1": (
-        "unknown command 'rum' (did you mean 'run'?); there are run, central, compare, sweep, report, "
-        "export, strategies, cite, check, data"
+        "unknown command 'rum' (did you mean 'run'?); the commands are run, central, compare, sweep, "
+        "report, export, strategies, cite, check, data"
     ),
     "run alpha=0.5": (
         "unexpected argument 'alpha=0.5' (did you mean '--alpha 0.5'?); `fedkd run --help` lists "
-        "what it takes"
+        "its options"
     ),
     "run a.toml": (
         "unexpected argument 'a.toml' (did you mean '--config a.toml'?); `fedkd run --help` lists "
-        "what it takes"
+        "its options"
     ),
     "run --alpha": "--alpha has no value: must be number ≥ 0 and ≤ 1",
     "run --alpha --json": "--alpha has no value: must be number ≥ 0 and ≤ 1",
-    "run --config": "--config has no value: `fedkd run --help` says what it takes",
+    "run --config": "--config has no value: `fedkd run --help` lists its values",
     "run --alpha 7": "alpha = '7' (from --alpha): must be number ≥ 0 and ≤ 1",
     "run --alpha=-0.1": "alpha = '-0.1' (from --alpha): must be number ≥ 0 and ≤ 1",
     "run --tau 0": "tau = '0' (from --tau): must be number > 0 and ≤ 1000",
@@ -139,7 +139,7 @@ WRONG = {
     "compare --seeds=-1,2": (
         "seed = '-1' (from --seeds): must be whole number ≥ 0 and < 2147483648"
     ),
-    "central --seeds 3,4,3": "seeds = '3,4,3' (from --seeds): each must be named once",
+    "central --seeds 3,4,3": "seeds = '3,4,3' (from --seeds): give each seed once",
 }
 
 

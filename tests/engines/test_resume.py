@@ -328,7 +328,7 @@ def test_nothing_can_be_changed_on_the_way(
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert said == (
-        f"fedkd: --resume {tmp_path} goes on with what was begun there, which --alpha cannot change\n"
+        f"fedkd: --resume {tmp_path} uses the options that the run was started with; remove --alpha\n"
     )
 
 
@@ -456,7 +456,7 @@ def test_a_comparison_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     ):
         fedkd.compare(experiment, methods, seeds, progress=stop)
     assert Checkpoint.load(tmp_path / "both-dsfl-seed3").round == 2
-    with pytest.raises(FedkdError, match="is unfinished: fedkd compare --resume"):
+    with pytest.raises(FedkdError, match="is unfinished; resume it with: fedkd compare --resume"):
         Comparison.load(tmp_path / "both")
     done = resume_comparison(tmp_path / "both")
     assert done.reused == 5

@@ -181,7 +181,7 @@ def test_one_that_is_not_essential_is_logged_once_and_goes_on_being_called(
     assert notes == ["t start", "t round 1", "t round 2", "t end"]
     assert len(run.rounds) == ROUNDS
     assert [record.getMessage() for record in caplog.records] == [
-        "on_round_end of Optional, after round 1, raised ArithmeticError('t at round 1'); said once"
+        "on_round_end of Optional, after round 1, raised ArithmeticError('t at round 1'); logged once"
     ]
 
 
@@ -231,9 +231,9 @@ def test_a_federation_that_loses_its_clients_reaches_on_error(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (print, r"<built-in function print> is no .*Callback; write EachRound\(function\)"),
-        (Callback, r"the class Callback is no .*Callback; write Callback\(\)"),
-        ("tensorboard", r"'tensorboard' is no fedkd\.Callback$"),
+        (print, r"<built-in function print> is not a .*Callback; write EachRound\(function\)"),
+        (Callback, r"the class Callback is not a .*Callback; write Callback\(\)"),
+        ("tensorboard", r"'tensorboard' is not a fedkd\.Callback$"),
     ],
 )
 def test_what_is_no_callback_is_refused_before_anything_is_written(

@@ -377,7 +377,7 @@ def test_trackers_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(t) for t in trackers("wandb, tensorboard")] == [WeightsAndBiases, TensorBoard]
     with pytest.raises(fedkd.FedkdError, match=r"track = 'tensorbord'.*did you mean 'tensorboard'"):
         trackers("tensorbord")
-    with pytest.raises(fedkd.FedkdError, match="'wandb,wandb': each must be named once"):
+    with pytest.raises(fedkd.FedkdError, match="'wandb,wandb': give each at most once"):
         trackers("wandb,wandb")
     with pytest.raises(fedkd.FedkdError, match="track = ''"):
         trackers("")

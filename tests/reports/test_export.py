@@ -556,10 +556,12 @@ def test_central_runs_have_seeds(central: tuple[Path, dict[str, Tensor]]) -> Non
 
 
 def test_only_finished_runs_are_exported(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(fedkd.FedkdError, match="is no run folder"):
+    with pytest.raises(fedkd.FedkdError, match="is not a run folder"):
         export(tmp_path)
     shutil.rmtree(copied / "clients")
-    with pytest.raises(fedkd.FedkdError, match=r"client = 0: .*clients holds no state of it"):
+    with pytest.raises(
+        fedkd.FedkdError, match=r"client = 0: .*clients holds no state of this client"
+    ):
         export(copied)
     (copied / "result.json").write_text("{}")
     with pytest.raises(fedkd.FedkdError, match="neither a federated nor a central run"):
@@ -735,13 +737,13 @@ def test_names_are_text_in_the_card(exported: Export) -> None:
 
 def test_a_record_that_says_otherwise_is_pointed_out(tmp_path: Path, exported: Export) -> None:
     """FedProto classifies by class means, the file by its logits."""
-    assert "own record says" not in exported.card_path.read_text()
+    assert "The run recorded" not in exported.card_path.read_text()
     run = fedkd.run(TINY.replace(strategy="FedProto", teacher="none", run_dir=str(tmp_path)))
     done = export(run.path)
     recorded = run.client_accuracy[0]
     assert recorded is not None
     assert abs(recorded - done.accuracy) > 0.01
-    assert f"own record says {100 * recorded:.1f} %" in done.card_path.read_text()
+    assert f"The run recorded {100 * recorded:.1f} %" in done.card_path.read_text()
 
 
 def test_latency_is_the_median_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,13 +168,13 @@ def test_what_is_not_finished_is_refused_by_name_and_else_skipped_and_said(
     (runs / "notes").mkdir()
     found = Page(report([runs], tmp_path / "report.html"))
     for path in (cut, runs / "notes", runs / "compare-digits"):
-        assert f"{path}" in found.text.partition("Found, and not shown")[2]
+        assert f"{path}" in found.text.partition("Skipped:")[2]
     assert any(name.endswith("accuracy-by-round") for name in found.figures)
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FedkdError, match="photos is no folder of a run"):
+    with pytest.raises(FedkdError, match="photos is not the folder of a run"):
         report([tmp_path / "photos"], tmp_path / "report.html")
     with pytest.raises(FedkdError, match=r"there is no folder .*nowhere"):
         report([tmp_path / "nowhere"], tmp_path / "report.html")
@@ -260,7 +260,7 @@ def test_a_strategy_without_soft_labels_needs_none(runs: Path, tmp_path: Path) -
     found = Page(report([next(runs.glob("localonly-*"))], tmp_path / "report.html"))
     names = {name.split("seed0-")[-1].split("seed3-")[-1] for name in found.figures}
     assert names == {"accuracy-by-round", "shards", "reliability", "seconds"}
-    assert "nothing but local training" in found.text
+    assert "the runs train locally only" in found.text
 
 
 def test_a_baseline_alone(runs: Path, tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_a_whole_script_runs_and_a_third_of_the_clients_is_that_third(
     cells = {
         "all": _questions.Cell(experiment, "LocalOnly"),
         "one": _questions.Cell(experiment, "LocalOnly", slice(1, None, 3)),
-        "own": _questions.Cell(experiment, "LocalOnly", own=True),
+        "own": _questions.Cell(experiment, "LocalOnly", own_mix=True),
     }
     question = Question(
         "x", "?", "", "x", lambda: {"line": cells}, lambda _: "so", smoke=_questions.whole

@@ -552,7 +552,7 @@ def test_a_terminal_obeys_no_name(printer: str, capfd: pytest.CaptureFixture[str
     elif printer == "facts":
         console.write({"name": name})
     elif printer == "progress":
-        with console.ProgressDisplay(shown=True, plan=None) as steps:
+        with console.ProgressDisplay(shown=True, preview=None) as steps:
             steps.show(name, 0.5)
     else:
         with pytest.raises(SystemExit):

@@ -151,7 +151,7 @@ def test_a_method_that_is_none_is_named_before_any_work(
     ("keys", "methods", "seeds", "reason"),
     [
         ({"strategy_config": "sharpening=mean"}, ["DSFL"], [0], "strategy-config.*not compared"),
-        ({}, ["DSFL", "ds-fl"], [0], "methods = 'dsfl,dsfl'.*none of them twice"),
+        ({}, ["DSFL", "ds-fl"], [0], "methods = 'dsfl,dsfl'.*without repeats"),
         ({}, [], [0], "methods = ''"),
         ({}, ["DSFL"], [3, 3], "seeds = '3,3'"),
         ({"teacher": "none"}, ["teacher"], [0], "teacher = 'none'"),
@@ -199,7 +199,7 @@ def test_what_is_no_comparison_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(fedkd.FedkdError, match="both-fedavg-seed3 holds no finished run"):
         Comparison.load(copy / "both")
     (copy / "both" / "comparison.json").write_text('{"experiment": {}}')
-    with pytest.raises(fedkd.FedkdError, match="no record of this version"):
+    with pytest.raises(fedkd.FedkdError, match="was not written by this version"):
         Comparison.load(copy / "both")
 
 
@@ -219,7 +219,7 @@ def test_finished_runs_are_not_made_again(comparison: fedkd.Comparison, copy: Pa
     again = fedkd.compare(BOTH.replace(run_dir=str(copy)), METHODS, [0, 3])
     assert again.rows == comparison.rows
     assert again.reused == 8
-    assert "8 of 8 runs were there already." in again.notes
+    assert "8 of 8 runs existed already." in again.notes
     assert made(copy) == before
 
 
@@ -509,7 +509,7 @@ def test_reference_and_target_are_as_asked(copy: Path) -> None:
         ({}, {"reference": "fedavg"}, "reference = 'fedavg'.*LocalOnly, DSFL"),
         ({}, {"target": 0}, "target = 0: must be"),
         ({}, {"target": 100.5}, r"target = 100\.5: must be"),
-        ({}, {"jobs": 0}, "jobs = 0: must be whole number ≥ 1"),
+        ({}, {"jobs": 0}, "jobs = 0: must be a whole number ≥ 1"),
         ({"engine": "flower"}, {"jobs": 2}, "jobs = 2 contradicts engine = 'flower'.*set jobs = 1"),
         ({"num_workers": 2}, {"jobs": 2}, "jobs = 2 contradicts num-workers"),
         ({"student": "__main__:net"}, {"jobs": 2}, "jobs = 2 contradicts student = '__main__:net'"),

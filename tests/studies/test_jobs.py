@@ -145,7 +145,7 @@ def test_a_process_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     job = Job("DSFL, seed 0", EXPERIMENT.replace(run_dir=str(tmp_path)))
     with pytest.raises(
         fedkd.FedkdError,
-        match=r"DSFL, seed 0: its process ended with exit code -9, as it does when",
+        match=r"DSFL, seed 0: its process ended with exit code -9, probably out of",
     ):
         make([job, job], 2, lambda _, __: None)
 

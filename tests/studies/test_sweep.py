@@ -477,7 +477,7 @@ def test_an_exception_that_is_nobody_s_fault_ends_the_sweep(
     [
         ({}, {}, {}, "grid is empty"),
         ({}, {"alpha": []}, {}, "alpha = .*at least one"),
-        ({}, {"alpha": [0.5, "0.5"]}, {}, "alpha = .*none twice"),
+        ({}, {"alpha": [0.5, "0.5"]}, {}, "alpha = .*without repeats"),
         ({}, {"alpha": [0.5, 1.5]}, {}, r"alpha = 1.5 \(from the grid\): must be"),
         ({}, {"alhpa": [0.5]}, {}, r"unknown key 'alhpa' \(from the grid\).*alpha"),
         ({}, {"seed": [1, 2]}, {}, "seed cannot be swept"),
