@@ -208,14 +208,14 @@ def strategies_settings(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 def checks_table(checked: CheckResults) -> Table:
     """Return check results as a table: what each check shows, or what to change."""
     table = table_of("check", "result", "what it shows, or what to change", right=False)
-    for outcome in checked.findings:
+    for outcome in checked.results:
         table.add_row(outcome.check, outcome.result, outcome.detail or outcome.shows)
     return table
 
 
 def check_line(checked: CheckResults) -> str:
     """Return the number of check results of each kind in one line."""
-    counts = Counter(outcome.result for outcome in checked.findings)
+    counts = Counter(outcome.result for outcome in checked.results)
     return ", ".join(f"{count} {result}" for result, count in counts.items())
 
 

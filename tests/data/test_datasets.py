@@ -165,7 +165,9 @@ def published_files(name: str, dataset: Dataset) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED_MD5)
-def test_the_known_fingerprints_are_those_of_the_published_files(name: str, real_data: Path) -> None:
+def test_the_known_fingerprints_are_those_of_the_published_files(
+    name: str, real_data: Path
+) -> None:
     files = published_files(name, data.load(name, real_data))
     found = [hashlib.md5(file, usedforsecurity=False).hexdigest() for file in files]
     assert found == PUBLISHED_MD5[name].split()
