@@ -65,7 +65,7 @@ def test_each_student_is_the_one_of_a_central_run_of_its_own(keys: dict[str, Any
     found = accuracies(pooled.students.classify(test), test)
     for k, member in enumerate(members):
         alone = fedkd.central(member, save=False)
-        image = 1.5 / alone.test_size  # see CLOSE of test_together.py
+        image = 1.5 / alone.test_size  # see CLOSE of test_side_by_side.py
         assert found[k] == pytest.approx(alone.student_accuracy, abs=image)
         teacher = accuracies(pooled.teachers.classify(test), test)[pooled.teacher_of[k]]
         assert teacher == pytest.approx(alone.teacher_accuracy, abs=image)

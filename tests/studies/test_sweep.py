@@ -31,7 +31,7 @@ from fedkd.studies.sweep.run import search, sweep
 from fedkd.studies.sweep.training import Trials
 
 CLOSE = 1.5 / 40
-"""A test image of a fold of 50 may fall to the other side: see CLOSE of test_together.py."""
+"""A test image of a fold of 50 may fall to the other side: see CLOSE of test_side_by_side.py."""
 
 Grid = dict[str, list[Any]]
 

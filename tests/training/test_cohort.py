@@ -496,7 +496,7 @@ def test_two_sides_in_one_step_equal_a_plain_loop(model: str, plan: Plan) -> Non
 
 
 @pytest.mark.parametrize("plan", [STACKED_ALL, LOOP], ids=plan_name)
-@pytest.mark.parametrize("each", [kl_mean, mae_logits], ids=lambda t: t.reference)
+@pytest.mark.parametrize("each", [kl_mean, mae_logits], ids=lambda t: t.import_path)
 def test_other_digests_equal_a_plain_loop(each: Term, plan: Plan) -> None:
     def loss(model: nn.Module, x: Tensor, y: Tensor, zt: Tensor) -> Tensor:
         if each is mae_logits:
