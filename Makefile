@@ -18,8 +18,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check \
 
 help:
 	@echo "make demo    install, then distil centrally and in a federation on the same images"
-	@echo "make test    install, then run the whole test suite"
-	@echo "make test-slow    tests that take minutes: a deployment, Ray broken on purpose"
+	@echo "make test    install, then run the test suite without the slow tests"
+	@echo "make test-slow    tests that take minutes: every case of the fuzzer, a deployment, Ray broken on purpose"
 	@echo "make check   lint, format, types, layers, dependencies: what CI checks besides the tests"
 	@echo "make format  fix what lint and format can fix automatically"
 	@echo "make lock    write the versions that are in .venv to .ci/constraints.txt, for CI"

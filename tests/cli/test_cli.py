@@ -427,6 +427,16 @@ def test_a_run_folder_is_itself_a_config(cli: Cli) -> None:
 
 def test_a_pipe_gets_no_control_codes_and_ctrl_c_is_one_line() -> None:
     flags = ["--dataset", "digits", "--num-server-rounds", "5000", "--name", "long"]
+    flags += [
+        "--train-size",
+        "200",
+        "--num-clients",
+        "3",
+        "--student",
+        "mlp-5",
+        "--plan",
+        "stacked",
+    ]
     process = subprocess.Popen(
         [*COMMAND, "run", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -247,6 +247,7 @@ def gcs_of_this_process() -> int:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.machines
 @pytest.mark.usefixtures("impatient")
 def test_client_processes_die_hang_dawdle_and_run_out_of_memory_until_ray_goes(
     folder: Path,
@@ -349,6 +350,7 @@ class Machine:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.machines
 @pytest.mark.usefixtures("impatient")
 def test_machines_of_a_cluster_go_away_until_its_head_falls_silent(
     monkeypatch: pytest.MonkeyPatch,
@@ -447,6 +449,7 @@ except FedkdError as error:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.machines
 @pytest.mark.parametrize(
     ("case", "timeout", "said"),
     [

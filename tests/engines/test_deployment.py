@@ -36,7 +36,7 @@ KEYS: dict[str, Any] = {
 }
 TIMEOUT_S = 60.0
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.machines, pytest.mark.timeout(600)]
 
 
 # --- A federation of processes ----------------------------------------------------------------------

@@ -133,12 +133,6 @@ def reference(case: str) -> Told:
         return told(experiment_of(case, "cohort", Path(mkdtemp())), patch)
 
 
-@pytest.fixture(params=["cohort", pytest.param("flower", marks=pytest.mark.ray)])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    name: Engine = request.param
-    return name
-
-
 def assert_same_row(got: Row, expected: Row) -> None:
     assert got.keys() == expected.keys()
     for name in got.keys() - set(ROUGH):
@@ -148,7 +142,24 @@ def assert_same_row(got: Row, expected: Row) -> None:
             assert got[name] == expected[name], name
 
 
-@pytest.mark.parametrize("case", CASES)
+ON_RAY = ("DSFL", "FedMD-mixed", "FedAvg")
+"""Cases that run on Ray in `make test`; `test_strategy_suite.py` has others, `make test-slow` all."""
+
+
+@pytest.mark.parametrize(
+    ("case", "engine"),
+    [
+        ("CFD", "cohort"),
+        ("FedMD-mixed", "cohort"),
+        *(
+            pytest.param(
+                *(case, "flower"),
+                marks=[pytest.mark.ray, *[pytest.mark.slow] * (case not in ON_RAY)],
+            )
+            for case in CASES
+        ),
+    ],
+)
 def test_both_engines_give_the_same_run(
     case: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def _flwr(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("superlink")
 def test_flwr_run_completes_though_a_client_process_dies(

@@ -66,12 +66,26 @@ FEW = "few asked"
 FEW_ASKED = {FEW: {"strategy": "DSFL", "fraction_train": 0.6}}
 
 EACH, FLIPPED, DRAWN, MAIL, CLOSED, HELLOS, ORDERS = 400, 100, 500, 500, 200, 500, 1000
-"""Cases of each test."""
+"""Cases of each test, of which `make test` tries an eighth and `make test-slow` all."""
 
 SEEDS = st.integers(0, 2**32 - 1)
 
 TIMES = int(os.environ.get("FEDKD_FUZZ_TIMES", "1"))
 """How many times as many cases are tried, then with other seeds at every run."""
+
+
+Tries = Callable[[int], int]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(8, id="an eighth"),
+        pytest.param(1, id="all", marks=pytest.mark.slow),
+    ]
+)
+def tries(request: pytest.FixtureRequest) -> Tries:
+    """Return how many cases of a number are tried."""
+    return lambda count: -(-count // request.param)
 
 
 def examples(count: int) -> settings:
@@ -218,10 +232,12 @@ def spoilt(reply: Message, name: str, seed: int) -> Message:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(kind: str) -> None:
+def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(
+    kind: str, tries: Tries
+) -> None:
     honest, seen = waiting(kind).honest, list[str]()
 
-    @examples(EACH)
+    @examples(tries(EACH))
     @given(drawn=bad_clients(sorted(names_of(kind, 0))), instruction=SEEDS)
     def check(drawn: dict[int, tuple[str, int]], instruction: int) -> None:
         bad = {k: how for k, how in drawn.items() if how[0] in names_of(kind, k)}
@@ -238,7 +254,7 @@ def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(kind
             check.hypothesis.inner_test({client: (name, client)}, client)  # type: ignore[attr-defined]
     check()
     print(f"{len(seen)} spoilt replies")
-    assert len(seen) >= EACH
+    assert len(seen) >= tries(EACH)
 
 
 def test_there_are_ten_thousand_cases() -> None:
@@ -306,13 +322,13 @@ def is_sound(values: Numbers, shape: tuple[int, int], is_probability: bool) -> b
 
 
 @pytest.mark.parametrize("kind", ["logits", "probabilities"])
-def test_an_array_counts_exactly_if_it_is_sound(kind: str) -> None:
+def test_an_array_counts_exactly_if_it_is_sound(kind: str, tries: Tries) -> None:
     honest, is_probability = waiting(kind).honest, kind == "probabilities"
     original = {k: fuzzing.arrays_of(reply.content)["values"] for k, reply in honest.items()}
     shape = (11 if kind == "logits" else P, C)
     counted = {True: 0, False: 0}
 
-    @examples(DRAWN)
+    @examples(tries(DRAWN))
     @given(client=st.integers(0, K - 1), seed=SEEDS)
     def check(client: int, seed: int) -> None:
         values = drawn_array(Random(seed), shape, is_probability)
@@ -335,15 +351,15 @@ def test_an_array_counts_exactly_if_it_is_sound(kind: str) -> None:
 
     check()
     print(f"{counted[True]} sound arrays, {counted[False]} refused")
-    assert min(counted.values()) > DRAWN / 8
+    assert min(counted.values()) > tries(DRAWN) / 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_flipped_bytes_are_refused_or_make_another_sound_array(kind: str) -> None:
+def test_flipped_bytes_are_refused_or_make_another_sound_array(kind: str, tries: Tries) -> None:
     """What is accepted NumPy reads as well, and it leads to knowledge that is finite."""
     honest, tried = waiting(kind).honest, list[int]()
 
-    @examples(FLIPPED)
+    @examples(tries(FLIPPED))
     @given(client=st.integers(0, K - 1), seed=SEEDS)
     def check(client: int, seed: int) -> None:
         tried.append(seed)
@@ -369,7 +385,7 @@ def test_flipped_bytes_are_refused_or_make_another_sound_array(kind: str) -> Non
             assert all(np.isfinite(array).all() for array in arrays.values())
 
     check()
-    assert len(tried) >= FLIPPED
+    assert len(tried) >= tries(FLIPPED)
 
 
 # --- Who replies, how often, and to what ---------------------------------------------------------
@@ -432,10 +448,10 @@ def stray(random: Random, reply: Message) -> object:
     return random.choice([None, 7, "reply", b"", RecordDict(), [], stranger, stranger, stranger])
 
 
-def test_who_replies_out_of_turn_is_out_of_the_round() -> None:
+def test_who_replies_out_of_turn_is_out_of_the_round(tries: Tries) -> None:
     acts, tried = [*ACTS, SOUND], list[str]()
 
-    @examples(MAIL)
+    @examples(tries(MAIL))
     @given(
         kind=st.sampled_from(
             ["logits", "deflate", "simplex:1 changed", "means of features", "weights"]
@@ -501,13 +517,13 @@ def closing() -> Waiting:
     return Waiting(federation, [*shared_by(federation, grid, strategy), events], honest, {})
 
 
-def test_a_spoilt_last_reply_leaves_the_result_to_the_others() -> None:
+def test_a_spoilt_last_reply_leaves_the_result_to_the_others(tries: Tries) -> None:
     honest, tried = closing().honest, list[str]()
     names = sorted(cases_for(honest[0].content))
     plain = closing().fork().close(honest.values(), 0.0)
     assert plain["dropped"] == {}
 
-    @examples(CLOSED)
+    @examples(tries(CLOSED))
     @given(bad=bad_clients(names))
     def check(bad: dict[int, tuple[str, int]]) -> None:
         replies = {**honest, **{k: spoilt(honest[k], *how) for k, how in bad.items()}}
@@ -524,6 +540,8 @@ def test_a_spoilt_last_reply_leaves_the_result_to_the_others() -> None:
         for which in ("client_accuracy", "client_own_accuracy", "client_training_accuracy"):
             assert result[which] == [None if k in bad else plain[which][k] for k in range(K)]
 
+    for name in names:  # every way at least once
+        check.hypothesis.inner_test({0: (name, 0)})  # type: ignore[attr-defined]
     check()
     assert set(tried) == set(names)
 
@@ -581,11 +599,11 @@ def junk(random: Random) -> Any:
     )  # fmt: skip
 
 
-def test_a_hello_that_is_none_is_an_error_of_one_line() -> None:
+def test_a_hello_that_is_none_is_an_error_of_one_line(tries: Tries) -> None:
     said = {"client": 3, "num_examples": 41, "student": "mlp-5", "sources": "00ff"}
     tried = {True: 0, False: 0}
 
-    @examples(HELLOS)
+    @examples(tries(HELLOS))
     @given(seed=SEEDS)
     def check(seed: int) -> None:
         random = Random(seed)
@@ -605,10 +623,10 @@ def test_a_hello_that_is_none_is_an_error_of_one_line() -> None:
         assert len(str(caught.value)) < 300
 
     check()
-    assert min(tried.values()) > 10
+    assert min(tried.values()) > tries(HELLOS) / 50
 
 
-def test_a_stranger_cannot_end_a_federation_that_is_under_way() -> None:
+def test_a_stranger_cannot_end_a_federation_that_is_under_way(tries: Tries) -> None:
     """The first time a wrong claim is an error to be mended; later it only costs who makes it."""
     experiment = experiment_of("probabilities")
     speech: list[Callable[[Message, RecordDict], Message]] = []
@@ -619,7 +637,7 @@ def test_a_stranger_cannot_end_a_federation_that_is_under_way() -> None:
 
     clients = Clients(experiment, meddle_hello=say)
 
-    @examples(HELLOS)
+    @examples(tries(HELLOS))
     @given(seed=SEEDS, is_first=st.booleans())
     def check(seed: int, is_first: bool) -> None:
         federation = open_federation(experiment, clients)
@@ -638,7 +656,7 @@ def test_a_stranger_cannot_end_a_federation_that_is_under_way() -> None:
             assert_readable(row["dropped"]["4"])
 
     check()
-    assert min(refused.values()) > HELLOS / 20
+    assert min(refused.values()) > tries(HELLOS) / 20
 
 
 def order_of(message: Message) -> ConfigRecord:
@@ -731,11 +749,11 @@ def phases_of_junk(random: Random) -> str:
     return random.choice([text, text[:-2], "[" * 5000, "{}", "null", f"[{text}]", text * 2])
 
 
-def test_an_order_that_is_none_is_an_error_of_one_line() -> None:
+def test_an_order_that_is_none_is_an_error_of_one_line(tries: Tries) -> None:
     tried = {True: 0, False: 0}
     sizes = federated_data(experiment_of("logits")).sizes
 
-    @examples(ORDERS)
+    @examples(tries(ORDERS))
     @given(kind=st.sampled_from([*KINDS]), seed=SEEDS)
     def check(kind: str, seed: int) -> None:
         random = Random(seed)
@@ -745,14 +763,14 @@ def test_an_order_that_is_none_is_an_error_of_one_line() -> None:
         assert said is None or "\n" not in said
 
     check()
-    assert tried[False] > ORDERS / 2
+    assert tried[False] > tries(ORDERS) / 2
 
 
-def test_an_experiment_that_is_none_is_an_error_of_one_line() -> None:
+def test_an_experiment_that_is_none_is_an_error_of_one_line(tries: Tries) -> None:
     keys = dict(experiment_of("logits").flat())
     tried = {True: 0, False: 0}
 
-    @examples(ORDERS)
+    @examples(tries(ORDERS))
     @given(seed=SEEDS)
     def check(seed: int) -> None:
         random = Random(seed)
@@ -763,4 +781,4 @@ def test_an_experiment_that_is_none_is_an_error_of_one_line() -> None:
         assert said is None or "\n" not in said
 
     check()
-    assert tried[False] > ORDERS / 2
+    assert tried[False] > tries(ORDERS) / 2
