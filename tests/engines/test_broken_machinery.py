@@ -18,10 +18,10 @@ from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
-import broken_models
+import accident_models
 import pytest
 import torch
-from broken_models import FOLDER, NODE, STUDENTS, Forgetful, plan
+from accident_models import FOLDER, NODE, STUDENTS, Forgetful, plan
 from federation_tools import ROUGH, tiny
 from paths import TOOLS
 
@@ -86,7 +86,7 @@ NO_MEMORY = "RuntimeError: [enforce fail at alloc_cpu.cpp"
 
 def assert_no_memory(reason: str) -> None:
     assert reason.startswith(NO_MEMORY), reason
-    assert "broken_models.py" in reason
+    assert "accident_models.py" in reason
 
 
 def assert_same_numbers(run: Run, other: Run) -> None:
@@ -230,7 +230,7 @@ def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
 
 def test_a_real_limit_is_an_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as raised:
-        broken_models.exhaust_memory()
+        accident_models.exhaust_memory()
     assert is_out_of_memory(raised.value)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from federation_tools import array, tiny
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from federation_tools import array, call_client_app, tiny
+from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.run import RunNotRunningException
 from httpx import ConnectError
@@ -22,7 +22,6 @@ from paths import ROOT
 
 from fedkd.clients.instructions import Instruction
 from fedkd.data.federated import federated_data
-from fedkd.engines import client_app
 from fedkd.engines.deployment import DeployedGrid
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.local_grid import FIRST_NODE_ID, LocalGrid, task_identity
@@ -52,17 +51,7 @@ def asked(
     if kind == TRAIN:
         request = encode_request(wanted, federated_data(tiny()).sizes)
         content = encode_instruction(instruction, record, {}, request)
-    context = Context(
-        run_id=1,
-        node_id=11,
-        node_config={"partition-id": 0, **node},
-        state=RecordDict(),
-        run_config={},
-    )
-    with task_identity():
-        message = Message(content, 11, kind, ttl=60)
-        message.metadata.__dict__["_message_id"] = "1"
-        return client_app.app(message, context)
+    return call_client_app(content, kind, node)
 
 
 @pytest.fixture(autouse=True)

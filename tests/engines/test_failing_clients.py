@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from failing_models import FOLDER
+from accident_models import FOLDER
 
 import fedkd
 
@@ -14,7 +14,7 @@ def _experiment(folder: Path, engine: str) -> fedkd.Experiment:
     return fedkd.Experiment(
         dataset="digits",
         num_clients=3,
-        student="mlp-20,failing_models:dying,failing_models:raising",
+        student="mlp-20,accident_models:dying,accident_models:raising",
         strategy="LocalOnly",
         num_server_rounds=5,
         public_size=97,
@@ -39,7 +39,7 @@ def test_a_dead_process_costs_one_round_of_one_client(folder: Path) -> None:
     assert [row["dropped"] for row in run.rounds] == [
         {},
         {"1": "client process died"},
-        {"2": "RuntimeError: out of luck (failing_models.py, line 54)"},
+        {"2": "RuntimeError: out of luck (accident_models.py, line 202)"},
         {},
         {},
     ]
@@ -55,7 +55,7 @@ def test_a_dead_process_costs_one_round_of_one_client(folder: Path) -> None:
 
 
 def test_in_process_a_client_that_raises_costs_nobody_else(folder: Path) -> None:
-    student = "mlp-20,mlp-7,failing_models:raising"
+    student = "mlp-20,mlp-7,accident_models:raising"
     run = fedkd.run(_experiment(folder, "cohort").replace(student=student))
     alone = fedkd.run(
         _experiment(folder, "cohort").replace(student="mlp-20,mlp-7,mlp-7", name="healthy")
@@ -63,7 +63,7 @@ def test_in_process_a_client_that_raises_costs_nobody_else(folder: Path) -> None
     assert [row["dropped"] for row in run.rounds] == [
         {},
         {},
-        {"2": "RuntimeError: out of luck (failing_models.py, line 54)"},
+        {"2": "RuntimeError: out of luck (accident_models.py, line 202)"},
         {},
         {},
     ]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,19 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failing_models import FOLDER
-from paths import ROOT, TOOLS
+from accident_models import FOLDER
+from deployment_tools import BIN, copied_app, free_port
+from paths import TOOLS
 
 from fedkd.records import Run
 
-BIN = Path(sys.executable).parent
 PATIENCE_S = 200
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -37,8 +28,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "FLWR_HOME": str(tmp_path / "flwr"),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FEDKD_DATA_DIR": str(tmp_path / "data"),
         FOLDER: str(tmp_path),
@@ -103,15 +94,11 @@ def _flwr(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
 def test_flwr_run_completes_though_a_client_process_dies(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    app = tmp_path / "app"
-    for package in ("fedkd", "strategies"):
-        shutil.copytree(ROOT / package, app / package)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, app / file)
+    app = copied_app(tmp_path / "app")
     run_config = (
         "dataset='digits' num-clients=3 num-server-rounds=4 strategy='DSFL' public-size=97 "
         # The plan is given: to measure one the server would run the model, which counts its fits.
-        "student='mlp-20,failing_models:dying,mlp-20' plan='loop' "
+        "student='mlp-20,accident_models:dying,mlp-20' plan='loop' "
         f"run-dir='{tmp_path / 'runs'}' name='from-flwr'"
     )
     started = _flwr(

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from accident_models import FOLDER
+from deployment_tools import free_port
 from federation_tools import ROUGH, tiny
 from flwr.app import RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from worker_models import FOLDER
 
 import fedkd
 from fedkd.clients.instructions import Failure, Instruction
@@ -306,13 +307,6 @@ def test_one_worker_on_a_ray_of_its_own(
     assert dict(os.environ) == before
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Start a Ray cluster of one machine that has no data; yield its address."""
@@ -382,10 +376,10 @@ def test_one_of_two_workers_killed_in_mid_round_on_a_machine_without_the_data(
     monkeypatch.setenv("FEDKD_DATA_DIR", str(tmp_path))
     monkeypatch.setenv(FOLDER, str(tmp_path))
     keys: dict[str, Any] = {
-        "dataset": "worker_models:marks",
+        "dataset": "accident_models:marks",
         "data_dir": None,
         "num_clients": 8,
-        "student": "mlp-8,worker_models:killing",
+        "student": "mlp-8,accident_models:killing",
         "plan": "stacked",
         "num_server_rounds": 2,
     }
@@ -409,7 +403,7 @@ def test_what_a_worker_does_costs_its_clients_at_most_a_round(
 ) -> None:
     experiment = tiny(
         num_clients=4,
-        student="mlp-8,worker_models:hanging,mlp-8,worker_models:doomed",
+        student="mlp-8,accident_models:hanging,mlp-8,accident_models:doomed",
         num_workers=2,
         ray_address=cluster,
         name="accidents",

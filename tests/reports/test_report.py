@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from federation_tools import digits_comparison
 from pages import Page
 
 import fedkd
@@ -30,16 +31,7 @@ from fedkd.reports.page.tables import Table
 from fedkd.reports.report import report
 from fedkd.studies.sweep.result import Point, Sweep
 
-BASE = fedkd.Experiment(
-    dataset="digits",
-    public_size=97,
-    public_labels=False,
-    num_clients=3,
-    student="mlp-13",
-    teacher="mlp-37",
-    num_server_rounds=2,
-    device="cpu",
-)
+BASE = digits_comparison()
 FIGURES = {
     "accuracy-by-round", "accuracy-by-bytes", "shards", "clients", "soft-labels-dsfl", "entropy",
     "reliability", "seconds",

@@ -13,18 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from federation_tools import tiny
-from flwr.app import Context, Message, RecordDict
+from federation_tools import call_client_app, tiny
+from flwr.app import Message, RecordDict
 from paths import ROOT
 
 import fedkd
 from fedkd.cli import main
 from fedkd.clients.instructions import Instruction
-from fedkd.engines import client_app
 from fedkd.engines.preflight import check
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.federation.flower_internals.local_grid import task_identity
 from fedkd.federation.flower_internals.replies import failure_reason
 from fedkd.federation.messages import (
     HELLO,
@@ -262,17 +260,7 @@ def asked(experiment: Experiment, kind: str, phases: tuple[Fit, ...] = (), **nod
     content = RecordDict({"experiment": experiment_record(experiment)})
     if kind == TRAIN:
         content = encode_instruction(instruction, experiment_record(experiment), {}, {})
-    context = Context(
-        run_id=1,
-        node_id=11,
-        node_config={"partition-id": 0, **node},
-        state=RecordDict(),
-        run_config={},
-    )
-    with task_identity():
-        message = Message(content, 11, kind, ttl=60)
-        message.metadata.__dict__["_message_id"] = "1"
-        return client_app.app(message, context)
+    return call_client_app(content, kind, node)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from federation_tools import C as CLASSES
 from federation_tools import P, federate, tiny
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
+from loops import mean_loop
 from torch import Tensor
 
 import strategies as package
@@ -149,14 +150,6 @@ def variant_name(strategy: object) -> str:
 def softmax_loop(row: list[float]) -> list[float]:
     exponentials = [math.exp(v - max(row)) for v in row]
     return [e / math.fsum(exponentials) for e in exponentials]
-
-
-def mean_loop(values: Tensor, mask: Tensor) -> list[list[float]]:
-    means = []
-    for n in range(values.shape[1]):
-        rows = [values[k, n].tolist() for k in range(len(values)) if mask[k, n]]
-        means.append([math.fsum(column) / len(rows) for column in zip(*rows, strict=True)])
-    return means
 
 
 @pytest.mark.parametrize("mask", [torch.ones(K, N).bool(), MASK], ids=["all", "some"])

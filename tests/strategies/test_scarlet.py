@@ -21,6 +21,7 @@ from federation_tools import (
 )
 from federation_tools import P as PUBLIC_OF_TINY
 from flwr.app import Array, Message
+from loops import mean_loop
 from torch import Tensor
 from watching import watch
 
@@ -51,14 +52,6 @@ def enhanced_era_loop(row: list[float], beta: float) -> list[float]:
     """p^β / Σ p^β, with the powers taken of ratios to the largest where they would underflow."""
     powers = [math.exp(beta * (math.log(p) - math.log(max(row)))) if p > 0 else 0.0 for p in row]
     return [p / math.fsum(powers) for p in powers]
-
-
-def mean_loop(values: Tensor, mask: Tensor) -> list[list[float]]:
-    means = []
-    for n in range(values.shape[1]):
-        rows = [values[k, n].tolist() for k in range(len(values)) if mask[k, n]]
-        means.append([math.fsum(column) / len(rows) for column in zip(*rows, strict=True)])
-    return means
 
 
 # --- Enhanced ERA --------------------------------------------------------------------------------

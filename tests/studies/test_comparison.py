@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from federation_tools import digits_comparison
 from rich.console import Console
 from scipy.stats import binomtest
 
@@ -30,16 +31,7 @@ from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.tables import notes
 from strategies.dsfl import DSFL
 
-EXPERIMENT = fedkd.Experiment(
-    dataset="digits",
-    public_size=97,
-    public_labels=False,
-    num_clients=3,
-    student="mlp-13",
-    teacher="mlp-37",
-    num_server_rounds=2,
-    device="cpu",
-)
+EXPERIMENT = digits_comparison()
 
 
 @pytest.fixture(scope="module")

@@ -13,22 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from federation_tools import digits_comparison
 
 import fedkd
 from fedkd.studies.comparison import capacity, jobs
 from fedkd.studies.comparison.jobs import Job, fitting, make
 
-EXPERIMENT = fedkd.Experiment(
-    dataset="digits",
-    public_size=97,
-    public_labels=False,
-    num_clients=3,
-    student="mlp-13",
-    teacher="mlp-37",
-    num_server_rounds=2,
-    device="cpu",
-    plan="stacked",
-)
+EXPERIMENT = digits_comparison(plan="stacked")
 METHODS = ["student-distilled", "LocalOnly", "DSFL"]
 
 _TIMES = ("seconds", "environment")

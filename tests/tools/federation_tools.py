@@ -8,20 +8,20 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fedkd.clients.execute import FederationInstructions, execute_together
 from fedkd.clients.instructions import ClientReport, Failure, Instruction
 from fedkd.clients.state_store import ResidentStates
 from fedkd.data.federated import FederatedData, federated_data
-from fedkd.engines import in_process
+from fedkd.engines import client_app, in_process
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.local_grid import LocalGrid, task_identity
 from fedkd.federation.messages import HELLO, decode_instruction, decode_report
@@ -56,6 +56,21 @@ def tiny(**keys: Any) -> Experiment:
         "learning_rate": 0.01,
         "device": "cpu",
         "seed": 5,
+    }
+    return Experiment(**{**small, **keys})
+
+
+def digits_comparison(**keys: Any) -> Experiment:
+    """Return an experiment that compares methods in seconds, central ones among them."""
+    small: dict[str, Any] = {
+        "dataset": "digits",
+        "public_size": 97,
+        "public_labels": False,
+        "num_clients": 3,
+        "student": "mlp-13",
+        "teacher": "mlp-37",
+        "num_server_rounds": 2,
+        "device": "cpu",
     }
     return Experiment(**{**small, **keys})
 
@@ -237,6 +252,21 @@ def federate(
         federation = open_federation(experiment, clients, strategy, grid)
         federation.run()
     return Finished(federation.rows, clients.exchanges)
+
+
+def call_client_app(content: RecordDict, kind: str, node: Mapping[str, Any]) -> Message:
+    """Call the client app as Flower does on a node of some configuration; return its reply."""
+    context = Context(
+        run_id=1,
+        node_id=11,
+        node_config={"partition-id": 0, **node},
+        state=RecordDict(),
+        run_config={},
+    )
+    with task_identity():
+        message = Message(content, 11, kind, ttl=60)
+        message.metadata.__dict__["_message_id"] = "1"
+        return client_app.app(message, context)
 
 
 # --- Replies that are not as they should be ------------------------------------------------------
