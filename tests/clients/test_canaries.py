@@ -300,7 +300,7 @@ SIMULATORS = {"shards.json": {"count", "name"}}
 """What the server of a simulation writes of its own knowledge: it deals the shards."""
 
 
-@pytest.mark.parametrize(("name", "codec"), _with_codecs())
+@pytest.mark.parametrize(("name", "codec"), [*_with_codecs()])
 def test_no_canary_leaves_a_client_of_a_soft_label_strategy(
     leaks: Any, name: str, codec: str
 ) -> None:
@@ -430,7 +430,7 @@ def _fields(message: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
-@pytest.mark.parametrize("name", map(_on_one_worker, strategies()))
+@pytest.mark.parametrize("name", [*map(_on_one_worker, strategies())])
 def test_the_page_lists_every_field_that_leaves_a_client(leaks: Any, name: str) -> None:
     sent = leaks(name).sent
     ((kind, *_),) = _rows("a client's answer", DOCS / f"strategies/{name.lower()}.md")

@@ -71,24 +71,27 @@ FAILING_CENTRALLY: list[tuple[str, dict[str, Any]]] = [
 ]
 HEALTHY: list[dict[str, Any]] = [
     {},
-    {"partition": "iid", "seed": 2, "evaluate_every": 3},
     {"tau": 0.1, "alpha": 0.7, "evaluate_phases": "all"},
-    {"tau": 1000.0},
     {**SGD, "strategy": "FedMD", "seed": 1, "public_labels": True},
     {"strategy": "FedAvg", "num_server_rounds": 10},
-    {"strategy": "FedAvg", "num_server_rounds": 15, "partition_alpha": 0.1, "seed": 2},
     {"strategy": "FD", "partition_alpha": 0.1, "num_server_rounds": 6, "seed": 1},
-    {"strategy": "FedProto", "num_server_rounds": 6},
     {"strategy": "LocalOnly", "partition": "pathological", "num_server_rounds": 6},
-    {"strategy": "Cronus", "partition_alpha": 0.1, "seed": 1, "evaluate_phases": "all"},
     {"strategy": "SelectiveFD", "partition_alpha": 0.1, "seed": 2},
     {"strategy": "SCARLET", "fraction_train": 0.5, "num_server_rounds": 6},
     {**CFD, "tau": 1.0},
     {"teacher": "mlp-64", "evaluate_phases": "all"},
-    {"teacher": "mlp-64", "num_server_rounds": 1, "local_epochs": 5},
     {"student": "mlp-20,mlp-37", "learning_rate": 0.005},
+]
+MORE_HEALTHY: list[dict[str, Any]] = [
+    {"partition": "iid", "seed": 2, "evaluate_every": 3},
+    {"tau": 1000.0},
+    {"strategy": "FedAvg", "num_server_rounds": 15, "partition_alpha": 0.1, "seed": 2},
+    {"strategy": "FedProto", "num_server_rounds": 6},
+    {"strategy": "Cronus", "partition_alpha": 0.1, "seed": 1, "evaluate_phases": "all"},
+    {"teacher": "mlp-64", "num_server_rounds": 1, "local_epochs": 5},
     {"dataset": "digits", "num_server_rounds": 6, "local_epochs": 5, "distill_epochs": 10},
 ]
+"""What is looked at with the slow tests."""
 HEALTHY_CENTRALLY: list[dict[str, Any]] = [
     {},
     {"tau": 1000.0},
@@ -114,11 +117,12 @@ def named(keys: dict[str, Any]) -> str:
 # --- Real runs ------------------------------------------------------------------------------------
 
 
-def _each_seed() -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Three seeds where a run takes a moment, else one."""
+def _each_seed() -> Iterator[Any]:
+    """One seed, and where a run takes a moment two more, which are slow."""
     for kind, keys in FAILING:
-        quick = keys.get("strategy") == "FedAvg" or keys == ONCE
-        yield from ((kind, keys, seed) for seed in ((0, 1, 2) if quick else (0,)))
+        yield pytest.param(kind, keys, 0)
+        if keys.get("strategy") == "FedAvg" or keys == ONCE:
+            yield from (pytest.param(kind, keys, s, marks=pytest.mark.slow) for s in (1, 2))
 
 
 @pytest.mark.parametrize(("kind", "keys", "seed"), [*_each_seed()], ids=str)
@@ -140,7 +144,11 @@ def test_a_central_run_made_to_fail_says_how(
     assert kinds(pooled(tmp_path, keys, (0, 1))) == [kind]
 
 
-@pytest.mark.parametrize("keys", HEALTHY, ids=named)
+@pytest.mark.parametrize(
+    "keys",
+    [*HEALTHY, *(pytest.param(keys, marks=pytest.mark.slow) for keys in MORE_HEALTHY)],
+    ids=named,
+)
 def test_a_healthy_run_says_nothing(keys: dict[str, Any], tmp_path: Path) -> None:
     assert findings(federated(tmp_path, keys)) == []
 
