@@ -14,16 +14,16 @@ from typing import NoReturn
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from fedkd import __version__
 from fedkd.cli import looking, running
 from fedkd.cli.usage import usage
 from fedkd.errors import FedkdError, printable
+from fedkd.records.files import package_version
 
 app = App(
     name="fedkd",
     help="Simulate federated distillation on Flower: students, teachers and soft labels.\n\n"
     "`fedkd COMMAND --help` lists a command's options, with ranges and defaults.",
-    version=__version__,
+    version=lambda: package_version("fedkd"),
     help_format="plaintext",
     default_parameter=Parameter(show_default=False),
     suppress_keyboard_interrupt=False,

@@ -8,7 +8,7 @@ the records of the round: resuming starts from it and drops whatever is newer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedkd.clients.instructions import ClientReport
 from fedkd.errors import FedkdError
-from fedkd.knowledge import Knowledge
+from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.knowledge.codec import KnownRows
 from fedkd.knowledge.kinds import BY_NAME
 from fedkd.records.files import replace_file
@@ -64,6 +65,23 @@ class Checkpoint:
     asked: dict[int, int] = field(default_factory=dict)
     rounds_without_quorum: int = 0
     totals: dict[str, int] = field(default_factory=dict)
+
+    def commit(
+        self, round: int, reports: Iterable[ClientReport], sent: Mapping[int, KnownRows | None]
+    ) -> None:
+        """Note from which state these clients continue, and which rows both ends now know.
+
+        Args:
+            round: the round that they reported on.
+            reports: the good ones.
+            sent: by client, the rows that it knows once it has what it was sent.
+        """
+        for report in reports:
+            self.base[report.client] = round
+            if report.client in sent:
+                self.downlink[report.client] = sent[report.client]
+            if isinstance(report.answer, SoftLabels):
+                self.uplink[report.client] = report.known
 
     def save(self, folder: Path) -> None:
         """Write the file.

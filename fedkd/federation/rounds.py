@@ -278,19 +278,9 @@ class Federation:
     def _accept(self, exchange: Exchange) -> None:
         """Update the knowledge, and note in the checkpoint what the clients now have."""
         new = self._algorithm.update(_replies(exchange.reports, self._server.targets))
-        self._commit(exchange)
+        self._checkpoint.commit(self._server.round, exchange.reports, exchange.sent)
         if new is not None:
             self._renew(new)
-
-    def _commit(self, exchange: Exchange) -> None:
-        """Note from which state these clients continue, and what they have."""
-        for report in exchange.reports:
-            client = report.client
-            self._checkpoint.base[client] = self._server.round
-            if client in exchange.sent:
-                self._checkpoint.downlink[client] = exchange.sent[client]
-            if isinstance(report.answer, SoftLabels):
-                self._checkpoint.uplink[client] = report.known
 
     def _renew(self, new: Knowledge) -> None:
         """Replace the knowledge; an optional server model digests it."""

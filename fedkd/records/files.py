@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from fedkd.errors import FedkdError
 
 Row = dict[str, Any]
 """One round's record; `docs/records.md` is the glossary of its fields."""
+
+
+def package_version(name: str) -> str:
+    """Return an installed package's version, or ``"not installed"``: fedkd itself in a bare checkout."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def replace_file(path: Path, content: bytes) -> None:

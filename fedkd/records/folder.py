@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -22,19 +21,14 @@ import tomli_w
 
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment, read_toml
-from fedkd.records.files import Row, replace_file, write_json
+from fedkd.records.files import Row, package_version, replace_file, write_json
 
 _PACKAGES = ("fedkd", "torch", "torchvision", "flwr", "ray", "numpy")
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Return what a run depends on besides its experiment: versions, device, threads."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {package: package_version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), **versions, "device": device, "threads": threads}
 
 

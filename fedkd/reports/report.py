@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkd import __version__
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
-from fedkd.records.files import read_shards, replace_file
+from fedkd.records.files import package_version, read_shards, replace_file
 from fedkd.records.results import CentralRun, Run
 from fedkd.reports.findings.diagnose import findings
 from fedkd.reports.findings.learning import Finding
@@ -320,7 +319,7 @@ def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
         sections=_numbered(sections),
         skipped=skipped,
         light=LIGHT,
-        version=__version__,
+        version=package_version("fedkd"),
     )
 
 

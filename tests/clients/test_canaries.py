@@ -404,7 +404,7 @@ def test_what_fedkd_says_of_a_client_that_diverged_holds_no_canary(leaks: Any) -
 
 
 def test_what_a_users_own_code_says_in_an_exception_goes_to_the_server(leaks: Any) -> None:
-    """So that its author can mend it; `docs/privacy.md` says so."""
+    """So that its author can fix it; `docs/privacy.md` says so."""
     found = leaks("DSFL", student=f"mlp-8,mlp-8,{__name__}:gossip", teacher="none")
     assert found.up == {"name"}
     told = {"rounds.jsonl": {"name"}, "result.json": {"name"}}

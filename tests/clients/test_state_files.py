@@ -579,7 +579,7 @@ def test_a_client_that_runs_twice_at_a_time_has_one_state_or_the_other(tmp_path:
     assert errors == []
 
 
-# --- What a user can mend ------------------------------------------------------------------------
+# --- What a user can fix ------------------------------------------------------------------------
 
 
 def test_a_file_of_other_models_is_refused(tmp_path: Path) -> None:

@@ -195,8 +195,8 @@ def test_who_is_drawn_again_goes_on_from_its_own_state(many: Seen, tmp_path: Pat
 
         second, report = mine[1]
         fresh = ResidentStates(StateFiles(tmp_path / "fresh"), 0)
-        anew = replace(second, base=INITIAL)
-        (result,) = execute(experiment, federated_data(experiment), [anew], fresh)
+        restarted = replace(second, base=INITIAL)
+        (result,) = execute(experiment, federated_data(experiment), [restarted], fresh)
         assert isinstance(result, ClientReport)
         assert isinstance(result.answer, SoftLabels)
         assert isinstance(report.answer, SoftLabels)

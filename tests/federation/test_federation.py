@@ -1153,7 +1153,7 @@ def test_the_draw_is_a_pure_function_of_seed_and_round() -> None:
 
 
 class Personal(DistillationStrategy):
-    """Everybody receives soft labels of its own, made anew for each."""
+    """Everybody receives soft labels of its own, made for each."""
 
     facts = Facts("none", "P*C*4", "P*C*4 + P*8")
 

@@ -627,7 +627,7 @@ def test_a_hello_that_is_none_is_an_error_of_one_line(tries: Tries) -> None:
 
 
 def test_a_stranger_cannot_end_a_federation_that_is_under_way(tries: Tries) -> None:
-    """The first time a wrong claim is an error to be mended; later it only costs who makes it."""
+    """The first time a wrong claim is an error to fix; later it only costs who makes it."""
     experiment = experiment_of("probabilities")
     speech: list[Callable[[Message, RecordDict], Message]] = []
     refused = {True: 0, False: 0}

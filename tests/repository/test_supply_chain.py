@@ -182,7 +182,7 @@ class Trap:
 def test_a_pickle_that_is_not_cifars_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torchvision compares MD5 sums before it unpickles CIFAR: another file is downloaded anew."""
+    """Torchvision compares MD5 sums before it unpickles CIFAR: another file is downloaded again."""
     asked: list[str] = []
 
     def refuse(url: str, *_: object, **__: object) -> None:
@@ -676,6 +676,6 @@ def test_every_dependency_has_one_version_in_the_lock() -> None:
 
 
 def test_ray_is_past_the_holes_that_are_known() -> None:
-    """CVE-2025-62593 is mended in 2.52.0."""
+    """CVE-2025-62593 is fixed in 2.52.0."""
     assert tuple(int(part) for part in version("ray").split(".")[:2]) >= (2, 52)
     assert "PIP_CONSTRAINT=.ci/constraints.txt" in (ROOT / ".ci/run").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Processes that run experiments and are killed on the way, at a write of their choice or from outside.
 
 Run as a script it serves: it imports fedkd once, and forks a process for each line of JSON on its stdin,
-which takes a twentieth of the time of a process begun anew.
+which takes a twentieth of the time of a process started for each.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Timing = Callable[[Plan], tuple[float, float]]
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    """Choose anew in every test."""
+    """Choose again in every test."""
     choose_plans.cache_clear()
     yield
     choose_plans.cache_clear()

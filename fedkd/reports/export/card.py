@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd import __version__, data
+from fedkd import data
+from fedkd.records.files import package_version
 from fedkd.reports.export.forms import BATCH, INPUT, OUTPUT
 from fedkd.reports.export.latency import machine
 from fedkd.reports.export.trained import Trained
@@ -127,7 +128,7 @@ def card_of(
         "latency": _latency(trained, runtime, seconds, repeats),
         "training": _training(trained),
         "software": {
-            "fedkd": __version__,
+            "fedkd": package_version("fedkd"),
             **{name: version(name) for name in dict.fromkeys(("torch", runtime))},
         },
     }
