@@ -177,7 +177,7 @@ def test_only_the_newest_state_and_its_base_are_kept(tmp_path: Path) -> None:
     assert after(11, 4) == [4, 11]
     assert store.load({7: 4}).models["student"]["a"].unique().tolist() == [4]
     assert store.load({7: 11}).models["student"]["a"].unique().tolist() == [11]
-    with pytest.raises(FedkdError, match="holds states of rounds after 5 already"):
+    with pytest.raises(FedkdError, match="already holds states of rounds after 5"):
         after(5, 4)  # a leftover of a run that has gone on without it
     assert rounds() == [4, 11]
     with pytest.raises(ValueError, match="round = 0"):
@@ -424,7 +424,7 @@ def test_a_stack_beyond_the_limit_is_only_on_disk(tmp_path: Path) -> None:
 def test_a_stack_that_cannot_be_written_is_not_held(tmp_path: Path) -> None:
     store = ResidentStates(StateFiles(tmp_path), 5)
     store.put(marked([2, 3], 1), 1, since([2, 3]))
-    with pytest.raises(FedkdError, match=r"a as float32 \[13\] a client.*float32 \[17\]"):
+    with pytest.raises(FedkdError, match=r"a as float32 \[13\] per client.*float32 \[17\]"):
         store.put(marked([2, 3], 2, size=17), 2, since([2, 3], 1))
     assert store.take({2: 2, 3: 2}, CPU).clients == []
     assert store.take({2: 1, 3: 1}, CPU).models["student"]["b"].tolist() == [1, 1]
@@ -597,7 +597,7 @@ def test_a_file_of_other_models_is_refused(tmp_path: Path) -> None:
         return str(error.value)
 
     assert refused(a=a[:, :11], b=b) == (
-        f"{path} holds student/a as float32 [13] a client, and the states have float32 [11]: "
+        f"{path} holds student/a as float32 [13] per client, and the states have float32 [11]: "
         "they are of other models"
     )
     assert "student/b as float32 [] a client, and the states have int64 []" in refused(
