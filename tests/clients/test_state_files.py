@@ -600,11 +600,11 @@ def test_a_file_of_other_models_is_refused(tmp_path: Path) -> None:
         f"{path} holds student/a as float32 [13] per client, and the states have float32 [11]: "
         "they are of other models"
     )
-    assert "student/b as float32 [] a client, and the states have int64 []" in refused(
+    assert "student/b as float32 [] per client, and the states have int64 []" in refused(
         a=a, b=b.long()
     )
-    assert "student/b as float32 [] a client, and the states have nothing" in refused(a=a)
-    assert "student/c as nothing a client, and the states have float32 []" in refused(a=a, b=b, c=b)
+    assert "student/b as float32 [] per client, and the states have nothing" in refused(a=a)
+    assert "student/c as nothing per client, and the states have float32 []" in refused(a=a, b=b, c=b)
     assert path.read_bytes() == before
 
 
