@@ -604,7 +604,9 @@ def test_a_file_of_other_models_is_refused(tmp_path: Path) -> None:
         a=a, b=b.long()
     )
     assert "student/b as float32 [] per client, and the states have nothing" in refused(a=a)
-    assert "student/c as nothing per client, and the states have float32 []" in refused(a=a, b=b, c=b)
+    assert "student/c as nothing per client, and the states have float32 []" in refused(
+        a=a, b=b, c=b
+    )
     assert path.read_bytes() == before
 
 
