@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from pathlib import PurePath
 from typing import NamedTuple, Self
 
 
@@ -22,7 +21,8 @@ class Setting(NamedTuple):
     source: str | None = None
 
     def __str__(self) -> str:
-        shown = repr(str(self.value) if isinstance(self.value, PurePath) else self.value)
+        is_plain = isinstance(self.value, bool | int | float | str | list | tuple | dict | None)
+        shown = repr(self.value if is_plain else str(self.value))
         shown = shown.lower() if isinstance(self.value, bool) else shown
         return f"{self.key} = {shown}" + (f" ({self.source})" if self.source else "")
 

@@ -143,7 +143,7 @@ def test_a_thousand_clients_share_columns() -> None:
     counts = [[5, 0] if k % 2 else [0, 5] for k in range(1001)]
     figure = shards(counts, ["a", "b"])
     assert max(x for _, x in cells_of(figure)) < MOST_COLUMNS
-    assert "6 a column" in figure.axes[0].get_xlabel()
+    assert "6 per column" in figure.axes[0].get_xlabel()
 
 
 def test_soft_labels_say_each_percentage_and_leave_absent_classes_empty() -> None:
