@@ -84,10 +84,7 @@ def federated_data(experiment: Experiment) -> FederatedData:
     return _data(Experiment(**shared, partition_seed=seed, device=device))
 
 
-_DATA_KEYS = (
-    "dataset", "data_dir", "train_size", "test_size", "fold", "public", "public_size", "public_labels",
-    "partition", "partition_alpha", "classes_per_client", "min_partition_size", "num_clients",
-)  # fmt: skip
+_DATA_KEYS = ("data_dir", *Experiment.keys("data", "federated data"))
 """The keys that decide the data, besides the split's seed and the device."""
 
 
