@@ -97,6 +97,7 @@ def test_an_installed_strategy_runs_with_its_own_code(site: Path, tmp_path: Path
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_installed_strategys_code_reaches_ray(site: Path, tmp_path: Path) -> None:
     arguments = ("--strategy", "TeachEachOther", "--smoke", "--plan", "loop", *SMALL)
     for engine in ("cohort", "flower"):

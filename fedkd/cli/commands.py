@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except CycloptsError as error:
         _exit(usage(error, app), 2)
     except KeyboardInterrupt as interrupt:
+        # An interrupt inside exec() of a string (dataclasses make their methods so) marks the process:
+        # `python -m` would then end by the signal instead of 130. Another exec() takes the mark away.
+        exec("")
         _exit(str(interrupt) or "interrupted", 130)
 
 

@@ -142,7 +142,7 @@ def assert_same_row(got: Row, expected: Row) -> None:
             assert got[name] == expected[name], name
 
 
-ON_RAY = ("DSFL", "FedMD-mixed", "FedAvg")
+ON_RAY = ("FedMD-mixed",)
 """Cases that run on Ray in `make test`; `test_strategy_suite.py` has others, `make test-slow` all."""
 
 

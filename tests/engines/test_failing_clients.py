@@ -34,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_dead_process_costs_one_round_of_one_client(folder: Path) -> None:
     run = fedkd.run(_experiment(folder, "flower"))
     assert [row["dropped"] for row in run.rounds] == [

@@ -129,7 +129,7 @@ def gone_on(killers: Killers, folder: Path, keys: dict[str, Any], **how: Any) ->
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 8)) for n in range(POINTS)]
+    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 3)) for n in range(POINTS)]
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     killers: Killers, whole: Callable[[str], Whole], tmp_path: Path, point: int
@@ -154,7 +154,8 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize(
-    "share", [0.1, 0.42, 0.88, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.23, 0.65))]
+    "share",
+    [0.42, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 0.23, 0.65, 0.88))],
 )
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
     killers: Killers, whole: Callable[[str], Whole], tmp_path: Path, share: float

@@ -293,6 +293,7 @@ def test_the_dense_case_is_worth_comparing(dense: Told) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_worker_on_a_ray_of_its_own(
     dense: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +348,7 @@ def test_three_workers_on_a_cluster_give_the_same_bits(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_convolutions_and_local_teachers_give_the_same_to_the_last_digits(
     cluster: str, tmp_path: Path
 ) -> None:
@@ -398,6 +400,7 @@ def reported(answer: RecordDict) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_a_worker_does_costs_its_clients_at_most_a_round(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -537,6 +537,7 @@ def test_threads_are_the_workers_and_the_environment_is_as_before(on_ray: Seen) 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_simulation_that_flower_started_survives_a_dead_client_too(
     on_ray: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_finished_run_can_be_told_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_other_engine_tells_the_same(tmp_path: Path) -> None:
     notes: list[str] = []
     with pytest.raises(ArithmeticError, match="at round 2") as caught:

@@ -272,6 +272,7 @@ def test_a_central_run_keeps_its_answers_by_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_flower_clients_leave_the_same_answers(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"strategy": "FedMD", "teacher": "mlp-11", "plan": "loop", "fold": "1/2"}
     here = fedkd.run(tiny(run_dir=str(tmp_path), name="here", **keys))

@@ -151,6 +151,7 @@ def test_a_system_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert outcome.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_failing_system_is_reported_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

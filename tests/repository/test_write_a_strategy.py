@@ -180,6 +180,7 @@ def test_one_by_one_and_stacked_are_the_same(folder: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_on_ray_it_is_the_same(folder: Path) -> None:
     """As Flower clients, from a folder where Python does not look and without any further key."""
     (folder / "own_c.py").write_text(OWN)

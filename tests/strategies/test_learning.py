@@ -2,6 +2,7 @@
 
 Real MNIST (5,000 images that come with a dependency), ten clients, Dirichlet 0.3, an unlabelled public
 set where the strategy does with one. The tables in docs/strategies are ten rounds and three seeds.
+Those of three strategies are in `make test`, the others are slow.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from fedkd.registry import strategies
 
 THIN = [name for name, cls in strategies().items() if cls().uploads() is ClassMeans]
 """Those that share a few numbers a class: better than alone by points, where students train briefly."""
+
+QUICK = ("DSFL", "FedAvg", "CFD")
 
 CLEAR = [n for n, cls in strategies().items() if cls().uploads() not in (ClassMeans, None)]
 
@@ -50,13 +53,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("strategy", CLEAR)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CLEAR]
+)
 def test_students_beat_those_that_train_alone(strategy: str, folder: str) -> None:
     """By three points at least, of a thousand test images."""
     sizes = {"seed": 0, "rounds": 5, "local": 5, "distill": 15}
     assert accuracy(folder, strategy, **sizes) > accuracy(folder, "LocalOnly", **sizes) + 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", THIN)
 def test_a_few_numbers_a_class_beat_none_where_students_train_briefly(
     strategy: str, folder: str

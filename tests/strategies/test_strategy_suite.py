@@ -61,8 +61,8 @@ def test_a_strategy_passes(name: str, check: str) -> None:
     assert finding.result == expected, str(finding)
 
 
-ON_RAY = ("CFD", "SelectiveFD")
-"""One that remembers what was sent, and one that brings code; the others are slow."""
+ON_RAY = ("SelectiveFD",)
+"""One that brings code; the others are slow."""
 
 
 @pytest.mark.ray

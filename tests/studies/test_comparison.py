@@ -319,6 +319,7 @@ fedkd.compare(experiment, ["teacher", "local", "fedavg", "dsfl"], [0, 1])
 """
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     experiment = EXPERIMENT.replace(run_dir=str(runs), num_server_rounds=3, name="killed")

@@ -106,7 +106,8 @@ def test_a_failing_run_is_named_and_finished_ones_stay(tmp_path: Path) -> None:
 
 
 CALL = """
-import sys, fedkd
+import signal, sys, fedkd
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 experiment = fedkd.Experiment.load(fedkd.experiment.read_toml(sys.argv[1]))
 fedkd.compare(experiment, ["local", "fedavg", "fedprox"], jobs=3)
 """
@@ -114,7 +115,7 @@ fedkd.compare(experiment, ["local", "fedavg", "fedprox"], jobs=3)
 
 def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    experiment = EXPERIMENT.replace(run_dir=str(runs), num_server_rounds=30, plan="loop")
+    experiment = EXPERIMENT.replace(run_dir=str(runs))
     lines = [f"{key} = {json.dumps(value)}" for key, value in experiment.flat().items()]
     (tmp_path / "e.toml").write_text("\n".join(lines))
     call = [sys.executable, "-c", CALL, str(tmp_path / "e.toml")]

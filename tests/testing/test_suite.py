@@ -588,6 +588,7 @@ def test_a_strategy_that_is_not_there_is_an_error_of_one_line(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_engines_are_compared_on_demand_with_code_of_a_file(
     file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
