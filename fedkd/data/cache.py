@@ -189,9 +189,14 @@ def _damaged(path: Path, reason: str) -> FedkdError:
 # --- Tensor files -------------------------------------------------------------------------------
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 (hexadecimal) over name, type, shape and bytes of each tensor, by name."""
-    sha256 = hashlib.sha256()
+def fingerprint(tensors: Mapping[str, Tensor], besides: str = "") -> str:
+    """Return the SHA-256 (hexadecimal) over name, type, shape and bytes of each tensor, by name.
+
+    Args:
+        tensors: on the CPU.
+        besides: a text that counts as well.
+    """
+    sha256 = hashlib.sha256(besides.encode())
     for name in sorted(tensors):
         sha256.update(f"{name} {describe(tensors[name])}\n".encode())
         sha256.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ baseline all hold the same images in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkd.data.cache import data_folder, load
+from fedkd.data.cache import data_folder
 from fedkd.data.datasets import Dataset
 from fedkd.data.images import Images
 from fedkd.data.partition import label_counts, partition, split_public
+from fedkd.data.sources import fingerprints, source
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Sizes
@@ -42,6 +44,7 @@ class FederatedData:
         class_names: one for each class.
         public_truth: true classes of the public images, int64 ``[P]`` on the CPU, used by measurements
             alone, even where no party of the federation knows them; `None` if they are of other classes.
+        fingerprints: of the data sets that all this was cut from; see `fedkd.data.sources`.
     """
 
     num_classes: int
@@ -54,6 +57,7 @@ class FederatedData:
     private_label_counts: Tensor
     class_names: tuple[str, ...]
     public_truth: Tensor | None
+    fingerprints: Mapping[str, str]
 
     @property
     def sizes(self) -> Sizes:
@@ -76,12 +80,15 @@ def class_counts(data: FederatedData) -> dict[str, Any]:
 def federated_data(experiment: Experiment) -> FederatedData:
     """Return the experiment's data, built once per process for experiments that share it.
 
+    A data set of the user is loaded again by `fedkd.data.sources.reload`, not here.
+
     Raises:
         FedkdError: the data set cannot be loaded, or not be split as the experiment says.
     """
     shared = {key: getattr(experiment, key) for key in _DATA_KEYS}
     seed, device = experiment.split_seed, str(resolve_device(experiment.device))
-    return _data(Experiment(**shared, partition_seed=seed, device=device))
+    key = Experiment(**shared, partition_seed=seed, device=device)
+    return _data(key, tuple(fingerprints(experiment).items()))
 
 
 _DATA_KEYS = ("data_dir", *Experiment.keys("data", "federated data"))
@@ -89,17 +96,17 @@ _DATA_KEYS = ("data_dir", *Experiment.keys("data", "federated data"))
 
 
 @lru_cache(maxsize=8)
-def _data(experiment: Experiment) -> FederatedData:
+def _data(experiment: Experiment, fingerprints: tuple[tuple[str, str], ...]) -> FederatedData:
     """Return the data of an experiment whose other keys have their defaults."""
-    source = load(experiment.dataset, experiment.data_dir)
-    train = _subset(source, "train", experiment.train_size, experiment.device)
+    dataset = source(experiment.dataset, experiment.data_dir).dataset
+    train = _subset(dataset, "train", experiment.train_size, experiment.device)
     if experiment.fold == "none":
-        test = _subset(source, "test", experiment.test_size, experiment.device)
+        test = _subset(dataset, "test", experiment.test_size, experiment.device)
     else:
         train, test = _held_out(train, experiment.fold)
     assert train.labels is not None
     labels = train.labels.cpu()
-    public, public_truth, private_rows = _public(experiment, source, train, labels)
+    public, public_truth, private_rows = _public(experiment, dataset, train, labels)
     dealt = partition(
         labels[private_rows],
         kind=experiment.partition,
@@ -112,27 +119,28 @@ def _data(experiment: Experiment) -> FederatedData:
     )
     shards = tuple(private_rows[rows] for rows in dealt)
     return FederatedData(
-        num_classes=source.num_classes,
-        input_shape=source.input_shape,
+        num_classes=dataset.num_classes,
+        input_shape=dataset.input_shape,
         train=train,
         test=test,
         public=public,
         shards=shards,
         pooled=torch.arange(len(train)) if experiment.public_labels else private_rows,
-        private_label_counts=label_counts(labels, list(shards), source.num_classes),
-        class_names=source.class_names,
+        private_label_counts=label_counts(labels, list(shards), dataset.num_classes),
+        class_names=dataset.class_names,
         public_truth=public_truth,
+        fingerprints=dict(fingerprints),
     )
 
 
 def _public(
-    experiment: Experiment, source: Dataset, train: Images, labels: Tensor
+    experiment: Experiment, dataset: Dataset, train: Images, labels: Tensor
 ) -> tuple[Images, Tensor | None, Tensor]:
     """Return the public images, their true classes, and the rows of the private training images."""
     size = len(train) // 5 if experiment.public_size is None else experiment.public_size
     if experiment.public != "train":
         return (
-            _public_from_another_data_set(experiment, size, source),
+            _public_from_another_data_set(experiment, size, dataset),
             None,
             torch.arange(len(train)),
         )
@@ -165,22 +173,22 @@ def _held_out(train: Images, fold: str) -> tuple[Images, Images]:
     return train.keep((~chosen).nonzero().flatten()), train.keep(chosen.nonzero().flatten())
 
 
-def _subset(source: Dataset, split: str, size: int | None, device: str) -> Images:
+def _subset(dataset: Dataset, split: str, size: int | None, device: str) -> Images:
     """Return a split's images, or a fixed random part of them that depends on no seed."""
     pixels, labels = (
-        (source.train_images, source.train_labels)
+        (dataset.train_images, dataset.train_labels)
         if split == "train"
-        else (source.test_images, source.test_labels)
+        else (dataset.test_images, dataset.test_labels)
     )
     if size is not None and size > len(pixels):
         raise FedkdError(
-            f"{split}-size = {size}: {source.name} has {len(pixels)} {split} images; "
+            f"{split}-size = {size}: {dataset.name} has {len(pixels)} {split} images; "
             f"accepted: 10 to {len(pixels)}, or auto"
         )
     if size is not None and size < len(pixels):
         rows = permutation(len(pixels), _SUBSET, split)[:size].sort().values
         pixels, labels = pixels[rows], labels[rows]
-    return Images(pixels.to(device), labels.to(device), source.mean, source.std)
+    return Images(pixels.to(device), labels.to(device), dataset.mean, dataset.std)
 
 
 def _refuse_overlap(name: str, public: Tensor, private: Dataset) -> None:
@@ -199,7 +207,7 @@ def _refuse_overlap(name: str, public: Tensor, private: Dataset) -> None:
 def _public_from_another_data_set(experiment: Experiment, size: int, private: Dataset) -> Images:
     """Return an unlabelled public set drawn from another data set's training split."""
     name = experiment.public
-    other = load(name, experiment.data_dir, key="public")
+    other = source(name, experiment.data_dir, "public").dataset
     if other.input_shape != private.input_shape:
         raise FedkdError(
             Setting("public", name),

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from inspect import signature
 
 from fedkd.data.federated import FederatedData, federated_data
+from fedkd.data.sources import reload
 from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
@@ -49,6 +50,7 @@ def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrateg
     _check_codec(experiment, strategy)
     _check_server_model(experiment, strategy)
     _check_engine(experiment)
+    reload(experiment)
     data = federated_data(experiment)
     check_models(experiment, data, ("student", "teacher", "server_model"))
     _check_features(experiment, strategy, data)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fedkd.engines.identity import identity_of
 from fedkd.engines.interrupts import InterruptedRun, between_rounds, naming_resume_command
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
@@ -22,11 +23,11 @@ from fedkd.machine import keep_freed_memory, resolve_device
 from fedkd.records.callbacks import Callback, Callbacks
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder, environment
+from fedkd.records.identity import changes
 from fedkd.records.results import Run
 from fedkd.registry import reproducible_keys, strategy_of
 from fedkd.strategy import DistillationStrategy
 from fedkd.training.tuning import plan_reasons, with_plan
-from fedkd.user_code import fingerprint
 
 _ENGINES = {"cohort": "fedkd.engines.in_process", "flower": "fedkd.engines.simulation"}
 
@@ -73,9 +74,9 @@ def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
     if folder.is_finished:
         return Run.load(folder.path)
     experiment = folder.relocated_experiment()
-    check_resumable(folder, experiment)
     keep_freed_memory()
     strategy = check(experiment, is_new=False)
+    check_resumable(folder, experiment, strategy)
     with Callbacks(callbacks) as hooks:
         return _finished(strategy, experiment, folder, hooks)
 
@@ -93,16 +94,19 @@ def run_or_resume(experiment: Experiment, callbacks: Iterable[Callback] = ()) ->
         return _finished(strategy, named, folder, hooks)
 
 
-def check_resumable(folder: RunFolder, experiment: Experiment) -> None:
-    """Raise if a run was begun by other code: all numbers of a run come from the same code.
+def check_resumable(
+    folder: RunFolder, experiment: Experiment, strategy: DistillationStrategy
+) -> None:
+    """Raise if all numbers of a run would not come from the same code, data and weights.
 
     Raises:
-        FedkdError: the sources differ from those that the run began with.
+        FedkdError: something differs from what the run began with; the text names it.
     """
-    if folder.sources != fingerprint(experiment.client_modules):
+    changed = changes(folder.identity, identity_of(experiment, strategy))
+    if changed:
         raise FedkdError(
-            f"{folder.path} was begun by other code (fedkd {folder.version}; fedkd, strategies or "
-            "client-code differ): resume it with that code, or start a new run"
+            f"{folder.path} cannot be resumed, as it was begun with something else: "
+            f"{'; '.join(changed)}; restore it, or start a new run"
         )
 
 
@@ -210,16 +214,19 @@ def _prepared(
     experiment: Experiment, strategy: DistillationStrategy
 ) -> tuple[RunFolder, Experiment]:
     """Return a new run folder, and the experiment written there, with all that was left open decided."""
-    folder = RunFolder.create(experiment, default_name(experiment, strategy))
-    named = experiment.replace(
-        name=folder.path.name,
+    decided = experiment.replace(
         device=_device(experiment),
         plan=with_plan(experiment).plan,
         **reproducible_keys(experiment, strategy),
     )
+    identity = identity_of(decided, strategy)
     reasons = {**plan_reasons(experiment), **_codec(experiment, strategy)}
-    record_beginning(folder, named, named.device, reasons)
-    return folder, named
+
+    def begin(folder: RunFolder, name: str) -> None:
+        record_beginning(folder, decided.replace(name=name), decided.device, reasons, identity)
+
+    folder = RunFolder.create(decided, default_name(experiment, strategy), begin)
+    return folder, decided.replace(name=folder.path.name)
 
 
 def _prepared_or_begun(
@@ -234,13 +241,14 @@ def _prepared_or_begun(
 
 def is_begun(experiment: Experiment) -> bool:
     """Whether the folder of a named experiment exists, with the same experiment and the same code."""
+    strategy = strategy_of(experiment)
     expected = experiment.replace(
-        device=_device(experiment), **reproducible_keys(experiment, strategy_of(experiment))
+        device=_device(experiment), **reproducible_keys(experiment, strategy)
     )
     with suppress(FedkdError):
         folder = RunFolder.existing(Path(experiment.run_dir) / str(experiment.name))
         if folder.experiment == expected:
-            return folder.sources == fingerprint(expected.client_modules)
+            return not changes(folder.identity, identity_of(expected, strategy))
     return False
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedkd.engines.deployment import DeployedGrid
+from fedkd.engines.identity import identity_of
 from fedkd.engines.preflight import check, default_name
 from fedkd.engines.run_folder import record_beginning
 from fedkd.engines.simulation import guarded
@@ -31,10 +33,16 @@ def main(grid: Grid, context: Context) -> None:
     strategy = check(experiment)
     reasons = plan_reasons(experiment)
     experiment = with_plan(experiment).replace(**reproducible_keys(experiment, strategy))
-    folder = RunFolder.create(experiment, f"{default_name(experiment, strategy)}-flwr-run")
     # Clients find their folder by this path, whatever the working directory of their process.
-    named = experiment.replace(name=folder.path.name, run_dir=str(folder.path.parent.absolute()))
-    record_beginning(folder, named, str(resolve_device(named.device)), reasons)
+    experiment = experiment.replace(run_dir=str(Path(experiment.run_dir).absolute()))
+    device, identity = str(resolve_device(experiment.device)), identity_of(experiment, strategy)
+
+    def begin(folder: RunFolder, name: str) -> None:
+        record_beginning(folder, experiment.replace(name=name), device, reasons, identity)
+
+    default = f"{default_name(experiment, strategy)}-flwr-run"
+    folder = RunFolder.create(experiment, default, begin)
+    named = experiment.replace(name=folder.path.name)
     events = Events()
     with _tended(grid, events) as tended:
         strategy.open(tended, named, folder, events=events).run()

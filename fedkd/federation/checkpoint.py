@@ -51,6 +51,7 @@ class Checkpoint:
         asked: by client, how many rows of soft labels it has been asked for in total.
         rounds_without_quorum: how many in a row, up to and including this one.
         totals: bytes so far, by name.
+        identity: a fingerprint of what the numbers of the run depend on; see `fedkd.records.identity`.
     """
 
     round: int = 0
@@ -65,6 +66,7 @@ class Checkpoint:
     asked: dict[int, int] = field(default_factory=dict)
     rounds_without_quorum: int = 0
     totals: dict[str, int] = field(default_factory=dict)
+    identity: str = ""
 
     def commit(
         self, round: int, reports: Iterable[ClientReport], sent: Mapping[int, KnownRows | None]
@@ -108,6 +110,7 @@ class Checkpoint:
             "asked": sorted(self.asked.items()),
             "lost": self.rounds_without_quorum,
             "totals": self.totals,
+            "identity": self.identity,
         }
         # Copies, as safetensors refuses tensors that share memory.
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
@@ -156,6 +159,7 @@ class Checkpoint:
             asked=dict(fields["asked"]),
             rounds_without_quorum=fields["lost"],
             totals=fields["totals"],
+            identity=fields["identity"],
         )
 
 

@@ -25,6 +25,7 @@ from fedkd.data.federated import FederatedData, class_counts
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
+from fedkd.federation.checkpoint import FILE as CHECKPOINT
 from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.events import Events
 from fedkd.federation.exchange import Exchange
@@ -38,6 +39,7 @@ from fedkd.phases import Digest, Predict
 from fedkd.randomness import permutation
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
+from fedkd.records.identity import as_one
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
@@ -81,7 +83,9 @@ class Federation:
         self._experiment_record = experiment_record(experiment)
         self._server = Server(experiment, data)
         self._algorithm = CheckedAlgorithm(strategy, self._server)
-        self._checkpoint = Checkpoint(totals=dict.fromkeys(_TOTALS, 0))
+        self._checkpoint = Checkpoint(
+            totals=dict.fromkeys(_TOTALS, 0), identity=as_one(folder.identity) if folder else ""
+        )
         self._known_rows = SharedKnownRows()
         self._exchange: Exchange | None = None
         self._record = RunRecord(self._server, folder)
@@ -113,6 +117,11 @@ class Federation:
         checkpoint = Checkpoint.load(folder.path)
         self._record.keep(checkpoint.round)
         if checkpoint.round:
+            if checkpoint.identity != self._checkpoint.identity:
+                raise FedkdError(
+                    f"{folder.path}: {CHECKPOINT} and identity.json are of different runs; "
+                    "restore them, or start a new run"
+                )
             downlink = checkpoint.downlink
             downlink |= {k: self._known_rows.shared(known) for k, known in downlink.items()}
             _restore(self._server, checkpoint)

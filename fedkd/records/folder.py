@@ -7,21 +7,33 @@ never pickle. Files are written under a temporary name and renamed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
+from time import monotonic_ns
 from typing import IO, Any, Self
 
 import tomli_w
 
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment, read_toml
-from fedkd.records.files import Row, package_version, replace_file, write_json
+from fedkd.records.files import (
+    Row,
+    flush_folder,
+    package_version,
+    read_json,
+    replace_file,
+    write_json,
+)
+from fedkd.records.identity import FILE as IDENTITY
+from fedkd.records.identity import Identity, changes, keys_of
 
 _PACKAGES = ("fedkd", "torch", "torchvision", "flwr", "ray", "numpy")
 
@@ -48,15 +60,25 @@ class RunFolder:
         if experiment.name is None:
             return
         path = Path(experiment.run_dir) / experiment.name
-        if path.exists():
+        if not _is_free(path):
             raise FedkdError(
-                Setting("name", experiment.name),
-                f": the run folder {path} exists; choose another name, or remove the folder",
+                Setting("name", experiment.name), f": the run folder {path} exists; {_advice(path)}"
             )
 
     @classmethod
-    def create(cls, experiment: Experiment, default_name: str) -> Self:
+    def create(
+        cls,
+        experiment: Experiment,
+        default_name: str,
+        begin: Callable[[Self, str], None] = lambda _, __: None,
+    ) -> Self:
         """Return a new folder: named by the experiment, or else the next free one after `default_name`.
+
+        Args:
+            experiment: the run.
+            default_name: of a run without a name.
+            begin: writes the first files, given the folder and the name that it will have. It appears
+                under that name with these files or not at all, whenever the process is killed.
 
         Raises:
             FedkdError: the folder exists already, or cannot be made.
@@ -64,21 +86,33 @@ class RunFolder:
         cls.check(experiment)
         parent = Path(experiment.run_dir)
         for name in _names(experiment.name, default_name):
-            try:
-                (parent / name).mkdir(parents=True)
-            except FileExistsError:
-                if experiment.name is not None or not (parent / name).is_dir():
-                    raise FedkdError(
-                        Setting("run-dir", parent), f": {parent / name} is in the way"
-                    ) from None
-                continue
-            except OSError as error:
-                raise FedkdError(
-                    Setting("run-dir", parent),
-                    f": the folder cannot be made ({error.strerror}); choose one that is writable",
-                ) from error
-            return cls(parent / name)
+            path = parent / name
+            if path.exists() and not path.is_dir():
+                raise FedkdError(Setting("run-dir", parent), f": {path} is in the way")
+            if _is_free(path) and cls._appears(path, begin):
+                return cls(path)
+            cls.check(experiment)  # another process was faster
         raise AssertionError("names never end")
+
+    @classmethod
+    def _appears(cls, path: Path, begin: Callable[[Self, str], None]) -> bool:
+        """Make a folder with its first files; return whether no other process had made it."""
+        part = path.with_name(f".{path.name}.{os.getpid()}-{monotonic_ns()}.part")
+        try:
+            part.mkdir(parents=True)
+            begin(cls(part), path.name)
+            part.rename(path)  # an empty folder is replaced, one with files is not
+            flush_folder(path.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise FedkdError(
+                Setting("run-dir", path.parent),
+                f": the folder cannot be made ({error.strerror}); choose one that is writable",
+            ) from error
+        finally:
+            rmtree(part, ignore_errors=True)
+        return True
 
     @classmethod
     def existing(cls, path: str | Path) -> Self:
@@ -94,8 +128,27 @@ class RunFolder:
 
     @property
     def experiment(self) -> Experiment:
-        """What was run."""
-        return Experiment.load(read_toml(self.path / "experiment.toml"))
+        """What was run.
+
+        Raises:
+            FedkdError: ``experiment.toml`` is damaged, or a key that changes numbers was edited since.
+        """
+        experiment = Experiment.load(read_toml(self.path / "experiment.toml"))
+        recorded = self.identity.get("keys", {})
+        present = keys_of(experiment)
+        same_kind = {name: present[name] for name in recorded if name in present}
+        if edited := changes({"keys": recorded}, {"keys": same_kind}):
+            raise FedkdError(
+                f"{self.path}/experiment.toml was edited after the run began: {'; '.join(edited)}; "
+                "restore it, or start a new run with --config and another name"
+            )
+        return experiment
+
+    @property
+    def identity(self) -> Identity:
+        """What its numbers depend on; empty where it is not recorded."""
+        path = self.path / IDENTITY
+        return read_json(path, "run") if path.is_file() else {}
 
     @property
     def is_finished(self) -> bool:
@@ -144,17 +197,8 @@ class RunFolder:
     @property
     def version(self) -> str | None:
         """The version of fedkd that wrote it, if recorded."""
-        return self._header("fedkd")
-
-    @property
-    def sources(self) -> str | None:
-        """The fingerprint of the code that wrote it, if recorded; see `fedkd.user_code`."""
-        return self._header("sources")
-
-    def _header(self, name: str) -> str | None:
-        """Return one of the comments at the head of ``experiment.toml``."""
         text = (self.path / "experiment.toml").read_text(encoding="utf-8")
-        match = re.search(rf"^# {name}: (\S+)$", text, re.MULTILINE)
+        match = re.search(r"^# fedkd: (\S+)$", text, re.MULTILINE)
         return match[1] if match else None
 
     def write_experiment(self, experiment: Experiment, surroundings: Mapping[str, Any]) -> None:
@@ -230,6 +274,20 @@ class RunFolder:
 def _ends_a_line(file: IO[bytes]) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
+
+
+def _is_free(path: Path) -> bool:
+    """Whether there is no such folder, or an empty one."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _advice(path: Path) -> str:
+    """Return what to do about a folder that exists."""
+    kinds = {"comparison.json": "compare", "sweep.json": "sweep", "experiment.toml": "run"}
+    command = next((kinds[name] for name in kinds if (path / name).is_file()), None)
+    if command is None or (path / "result.json").is_file():
+        return "choose another name, or remove the folder"
+    return f"continue it with fedkd {command} --resume {path}, or choose another name"
 
 
 def _names(name: str | None, default: str) -> Iterable[str]:

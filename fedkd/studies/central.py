@@ -16,6 +16,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedkd.data.federated import class_counts, federated_data
+from fedkd.data.sources import reload
+from fedkd.engines.identity import identity_of
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
@@ -62,6 +64,7 @@ def central(
     check_central(experiment)
     if save:
         RunFolder.check(experiment)
+    reload(experiment)
     by_seed = [federated_data(experiment.replace(seed=seed)) for seed in seeds]
     check_models(experiment, by_seed[0], ("student", "teacher"))
     keep_freed_memory()
@@ -176,8 +179,12 @@ def _saved(
     experiment: Experiment,
     reasons: Mapping[str, str],
 ) -> CentralRun:
-    folder = RunFolder.create(experiment, f"central-{experiment.dataset.replace(':', '.')}")
-    record_beginning(folder, experiment, str(pooled.data.train.device), reasons)
+    device, identity = str(pooled.data.train.device), identity_of(experiment, None, run.seeds)
+    folder = RunFolder.create(
+        experiment,
+        f"central-{experiment.dataset.replace(':', '.')}",
+        lambda part, _: record_beginning(part, experiment, device, reasons, identity),
+    )
     folder.write_shards(class_counts(pooled.data))
     tested.save(folder.path)
     replace_file(folder.path / MODELS, safetensors_bytes(_models(pooled, run.seeds)))

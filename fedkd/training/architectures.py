@@ -86,6 +86,12 @@ class Architectures:
         state = self.initial_state(name, seed)
         return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
 
+    def forget(self, name: str) -> None:
+        """Build an architecture again at its next use: the user may have changed its code."""
+        self._skeletons.pop(name, None)
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] != name}
+        self._initial = {key: state for key, state in self._initial.items() if key[0] != name}
+
     def _built(self, name: str) -> nn.Module:
         return models.build(name, self._input_shape, self._num_classes)
 
@@ -107,6 +113,8 @@ def architectures_of(data: FederatedData) -> Architectures:
 def check_models(experiment: Experiment, data: FederatedData, keys: Sequence[str]) -> None:
     """Build every model that `keys` (such as ``"student"``) name, before any work.
 
+    Models of the user are built from their code as it is now.
+
     Raises:
         FedkdError: there is no such model, or it does not fit the images; the message names the key.
     """
@@ -114,6 +122,8 @@ def check_models(experiment: Experiment, data: FederatedData, keys: Sequence[str
         for name in str(getattr(experiment, key)).split(","):
             if name == "none" and key != "student":
                 continue
+            if ":" in name:
+                architectures_of(data).forget(name.strip())
             try:
                 architectures_of(data).model(name.strip())
             except FedkdError as error:

@@ -16,6 +16,7 @@ from time import perf_counter
 
 import torch
 
+from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
@@ -27,6 +28,7 @@ from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.plans import Plan, default_plan, largest_block
 from fedkd.training.schedule import steps_per_epoch
+from fedkd.user_code import find_function
 
 _logger = logging.getLogger(__name__)
 
@@ -86,14 +88,24 @@ def with_plan(experiment: Experiment, counts: Counts = ()) -> Experiment:
     return experiment.replace(plan=", ".join(f"{c.architecture}={c.plan}" for c in choices))
 
 
-@lru_cache(maxsize=16)
 def choose_plans(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
-    """Return a plan for each architecture, chosen once for equal experiments.
+    """Return a plan for each architecture, chosen once for equal experiments with equal models.
 
     Args:
         experiment: the run.
         counts: models by architecture; default the clients that a round of it runs in one process.
     """
+    names = f"{experiment.student},{experiment.teacher},{experiment.server_model}".split(",")
+    functions = [find_function(name.strip(), "model") for name in names if ":" in name]
+    known_by = {**code_fingerprints(functions), **federated_data(experiment).fingerprints}
+    return _chosen(experiment, counts, tuple(known_by.items()))
+
+
+@lru_cache(maxsize=16)
+def _chosen(
+    experiment: Experiment, counts: Counts, _: tuple[tuple[str, str], ...]
+) -> tuple[Choice, ...]:
+    """Return a plan for each architecture; the last argument is what models and images are known by."""
     data = federated_data(experiment)
     counts = _largest(counts or clients_at_once(experiment))
     if experiment.plan != AUTO:

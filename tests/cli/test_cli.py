@@ -221,6 +221,7 @@ def test_an_existing_run_folder_is_refused_and_left_alone(
     cli: Cli, here: Path, command: str
 ) -> None:
     (here / "runs" / "mine").mkdir(parents=True)
+    (here / "runs" / "mine" / "notes.txt").touch()
     text = cli.error(command, *SMALL, "--teacher", "mlp-64", "--name", "mine")
     assert text == (
         f"name = 'mine' (from --name): the run folder {Path('runs/mine')} exists; choose another "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fedkd
 from fedkd import data
-from fedkd.data import federated
+from fedkd.data import federated, sources
 from fedkd.data.federated import FederatedData, class_counts, federated_data
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
@@ -28,9 +28,14 @@ N = 151
 @pytest.fixture(autouse=True)
 def fresh_data() -> Iterator[None]:
     """Keep no split of other data, before or after."""
-    federated._data.cache_clear()
+    fresh()
     yield
+    fresh()
+
+
+def fresh() -> None:
     federated._data.cache_clear()
+    sources._sources.clear()
 
 
 def rows_of(images: Tensor, among: Tensor) -> list[int]:
@@ -144,8 +149,8 @@ def with_garbage(monkeypatch: pytest.MonkeyPatch, split: str, rows: Tensor | Non
     """Replace images, and shuffle labels, of the data set as it is loaded."""
     honest = data.load
 
-    def load(name: str, folder: str | None = None) -> data.Dataset:
-        found = honest(name, folder)
+    def load(name: str, folder: str | None = None, *, key: str = "dataset") -> data.Dataset:
+        found = honest(name, folder, key=key)
         pixels = getattr(found, f"{split}_images").clone()
         changed = torch.arange(len(pixels)) if rows is None else rows
         noise = torch.randint(0, 256, pixels.shape, generator=torch.Generator().manual_seed(1))
@@ -155,8 +160,8 @@ def with_garbage(monkeypatch: pytest.MonkeyPatch, split: str, rows: Tensor | Non
             truth = 9 - truth
         return replace(found, **{f"{split}_images": pixels, f"{split}_labels": truth})
 
-    monkeypatch.setattr(federated, "load", load)
-    federated._data.cache_clear()
+    monkeypatch.setattr(sources, "load", load)
+    fresh()
 
 
 def without(record: dict[str, Any], *beginnings: str) -> dict[str, Any]:

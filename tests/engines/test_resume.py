@@ -273,10 +273,19 @@ def cut(folder: Path, rounds: int = 2) -> Path:
 
 def test_a_run_of_other_code_is_refused(tmp_path: Path) -> None:
     folder = cut(tmp_path)
-    toml = (folder / "experiment.toml").read_text()
-    (folder / "experiment.toml").write_text(re.sub("# sources: .", "# sources: x", toml))
-    with pytest.raises(FedkdError, match=r"was begun by other code \(fedkd 0"):
+    change(folder, "software", "fedkd's own code", "0123456789abcdef")
+    with pytest.raises(
+        FedkdError,
+        match=r"cannot be resumed, as it was begun with something else: fedkd's own code",
+    ):
         resume(folder)
+
+
+def change(folder: Path, kind: str, name: str, value: Any) -> None:
+    """Write something else down that a run was begun with."""
+    identity = json.loads((folder / "identity.json").read_text())
+    identity[kind][name] = value
+    (folder / "identity.json").write_text(json.dumps(identity))
 
 
 def test_two_processes_do_not_run_the_same(tmp_path: Path) -> None:

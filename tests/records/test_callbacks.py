@@ -67,7 +67,7 @@ def test_everything_is_on_disk_before_it_is_told(tmp_path: Path) -> None:
             found["run"] = run
 
     run = fedkd.run(tiny(tmp_path, name=None), callbacks=[Witness()])
-    assert found["files"] == {"experiment.toml", ".lock"}
+    assert found["files"] == {"experiment.toml", "identity.json", ".lock"}
     assert found["path"] == run.path
     assert found["named"] == run.experiment
     assert found["named"].name == run.path.name

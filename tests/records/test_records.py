@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,12 @@ RESULT: dict[str, Any] = {
 
 
 def made(tmp_path: Path, **keys: Any) -> RunFolder:
-    return RunFolder.create(Experiment(run_dir=str(tmp_path / "runs"), **keys), "default")
+    experiment = Experiment(run_dir=str(tmp_path / "runs"), **keys)
+    return RunFolder.create(experiment, "default", begun)
+
+
+def begun(folder: RunFolder, name: str) -> None:
+    (folder.path / "begun").write_text(name)
 
 
 # --- The folder ----------------------------------------------------------------------------------
@@ -39,7 +46,7 @@ def made(tmp_path: Path, **keys: Any) -> RunFolder:
 def test_a_named_run_gets_its_folder_once(tmp_path: Path) -> None:
     folder = made(tmp_path, name="mine")
     assert folder.path == tmp_path / "runs" / "mine"
-    assert list(folder.path.iterdir()) == []
+    assert [(file.name, file.read_text()) for file in folder.path.iterdir()] == [("begun", "mine")]
     with pytest.raises(FedkdError, match=r"name = 'mine'.*mine exists.*choose another"):
         made(tmp_path, name="mine")
     with pytest.raises(FedkdError, match="name = 'mine'"):
@@ -50,6 +57,65 @@ def test_a_named_run_gets_its_folder_once(tmp_path: Path) -> None:
 def test_a_nameless_run_gets_the_next_free_folder(tmp_path: Path) -> None:
     names = [made(tmp_path).path.name for _ in range(3)]
     assert names == ["default", "default-2", "default-3"]
+
+
+def test_an_empty_folder_is_free_and_one_with_files_is_not(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "default").mkdir()
+    assert made(tmp_path, name="mine").path.name == "mine"
+    assert made(tmp_path).path.name == "default"
+    with pytest.raises(FedkdError, match="mine exists"):
+        made(tmp_path, name="mine")
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("experiment.toml", "continue it with fedkd run --resume {}, or choose another name"),
+        ("comparison.json", "continue it with fedkd compare --resume {}, or choose another name"),
+        ("sweep.json", "continue it with fedkd sweep --resume {}, or choose another name"),
+        ("something", "choose another name, or remove the folder"),
+    ],
+)
+def test_the_advice_for_a_folder_that_exists_keeps_what_is_done(
+    tmp_path: Path, file: str, advice: str
+) -> None:
+    path = tmp_path / "runs" / "mine"
+    path.mkdir(parents=True)
+    (path / file).touch()
+    with pytest.raises(FedkdError) as refused:
+        made(tmp_path, name="mine")
+    assert str(refused.value).endswith(f"exists; {advice.format(path)}")
+
+
+@pytest.mark.parametrize(
+    "how", ["os._exit(9)", "raise KeyboardInterrupt", "raise OSError(28, 'No space')"]
+)
+def test_what_ends_before_its_first_files_are_written_does_not_take_the_name(
+    tmp_path: Path, how: str
+) -> None:
+    code = (
+        "import os, sys; from fedkd.records.folder import RunFolder\n"
+        "from fedkd.experiment import Experiment\n"
+        "def begin(folder, name):\n"
+        "    (folder.path / 'identity.json').touch()\n"
+        f"    {how}\n"
+        "RunFolder.create(Experiment(run_dir=sys.argv[1], name='mine'), 'default', begin)"
+    )
+    runs = tmp_path / "runs"
+    ended = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True)
+    assert ended.returncode
+    assert not (runs / "mine").exists()
+    assert made(tmp_path, name="mine").path == runs / "mine"
+
+
+def test_of_two_that_make_the_same_folder_at_once_one_is_refused(tmp_path: Path) -> None:
+    def slow(folder: RunFolder, name: str) -> None:
+        begun(folder, name)
+        made(tmp_path, name="mine")
+
+    with pytest.raises(FedkdError, match="mine exists"):
+        RunFolder.create(Experiment(run_dir=str(tmp_path / "runs"), name="mine"), "", slow)
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

@@ -537,6 +537,7 @@ def test_what_is_asked_for_must_be_there(
 
 
 def test_a_client_without_a_teacher_has_none(copied: Path) -> None:
+    (copied / "identity.json").unlink()  # as if it had been run so
     text = (copied / "experiment.toml").read_text()
     (copied / "experiment.toml").write_text(text.replace('teacher = "mlp-11"', 'teacher = "none"'))
     with pytest.raises(fedkd.FedkdError, match=r"model = 'teacher': this run keeps student$"):
@@ -580,6 +581,7 @@ def test_only_finished_runs_are_exported(copied: Path, tmp_path: Path) -> None:
 
 
 def test_changed_code_is_noticed(copied: Path) -> None:
+    (copied / "identity.json").unlink()  # as if it had been run so
     text = (copied / "experiment.toml").read_text()
     (copied / "experiment.toml").write_text(text.replace('student = "mlp-7"', 'student = "mlp-8"'))
     with pytest.raises(fedkd.FedkdError, match="other parameters than 'mlp-8' has now"):

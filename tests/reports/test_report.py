@@ -113,7 +113,7 @@ def test_it_needs_neither_data_nor_models(
 
     monkeypatch.setattr("fedkd.data.federated.federated_data", refuse)
     monkeypatch.setattr("fedkd.training.models.build", refuse)
-    monkeypatch.setattr("fedkd.data.federated.load", refuse)
+    monkeypatch.setattr("fedkd.data.sources.load", refuse)
     again = report([compared], tmp_path / "again.html")
     assert again.read_text(encoding="utf-8") == page.source
 
@@ -195,6 +195,7 @@ def test_runs_that_are_no_comparison_stand_together_with_their_baseline(
 def test_runs_on_other_data_stand_apart(runs: Path) -> None:
     shutil.rmtree(runs / "compare-digits")
     path = next(runs.glob("fedavg-*")) / "experiment.toml"
+    path.with_name("identity.json").unlink()  # as if it had been run so
     text = path.read_text(encoding="utf-8")
     path.write_text(
         text.replace("partition-alpha = 0.3", "partition-alpha = 0.7"), encoding="utf-8"
@@ -207,6 +208,7 @@ def test_a_repeated_run_and_one_with_another_key_have_labels_of_their_own(runs: 
     first = next(runs.glob("dsfl-*"))
     twin = Path(shutil.copytree(first, runs / "twin"))
     other = Path(shutil.copytree(first, runs / "other"))
+    (other / "identity.json").unlink()  # as if it had been run so
     text = (other / "experiment.toml").read_text(encoding="utf-8")
     (other / "experiment.toml").write_text(text.replace("tau = 5.0", "tau = 2.5"), encoding="utf-8")
     twins, _ = report_collect.by_method([Run.load(p) for p in (first, twin)])
@@ -219,6 +221,7 @@ def test_a_repeated_run_and_one_with_another_key_have_labels_of_their_own(runs: 
 def test_labels_that_are_long_become_letters_and_are_explained(runs: Path) -> None:
     first = next(runs.glob("dsfl-*"))
     other = Path(shutil.copytree(first, runs / "other"))
+    (other / "identity.json").unlink()  # as if it had been run so
     text = (other / "experiment.toml").read_text(encoding="utf-8")
     changed = text.replace("tau = 5.0", "tau = 2.5").replace("batch-size = 64", "batch-size = 32")
     (other / "experiment.toml").write_text(changed, encoding="utf-8")
@@ -367,6 +370,7 @@ def test_a_server_with_a_model_of_its_own_has_a_curve_of_its_own(compared: Path)
 def test_a_strategy_that_is_gone_is_read_by_what_it_recorded(runs: Path) -> None:
     folder = next(runs.glob("dsfl-*"))
     before = report_curves.students(Run.load(folder))
+    (folder / "identity.json").unlink()  # as if it had been run so
     text = (folder / "experiment.toml").read_text(encoding="utf-8")
     (folder / "experiment.toml").write_text(
         text.replace('strategy = "DSFL"', 'strategy = "gone_file:Gone"'), encoding="utf-8"

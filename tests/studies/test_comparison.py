@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -243,12 +244,16 @@ def test_only_what_is_missing_is_made(comparison: fedkd.Comparison, copy: Path) 
 
 def test_a_run_of_other_code_is_made_again_and_half_a_run_goes_on(copy: Path) -> None:
     other, half = copy / "both-localonly-seed0", copy / "both-fedavg-seed0"
-    toml = (other / "experiment.toml").read_text()
-    (other / "experiment.toml").write_text(re.sub("# sources: .", "# sources: x", toml))
+    identity = json.loads((other / "identity.json").read_text())
+    identity["software"]["torch"] = "2.0.0"
+    (other / "identity.json").write_text(json.dumps(identity))
     whole = Run.load(half)
     (half / "result.json").unlink()
     again = fedkd.compare(BOTH.replace(run_dir=str(copy)), ["dsfl", "local", "fedavg"], [0, 3])
     assert again.reused == 4
+    assert again.remark == (
+        f"runs made again since something changed: 1 as of torch {version('torch')}, was 2.0.0"
+    )
     names = {method: [run.path.name for run in runs] for method, runs in again.runs.items()}
     assert names == {
         "DSFL": ["both-dsfl-seed0", "both-dsfl-seed3"],
@@ -299,16 +304,24 @@ def net(input_shape, num_classes):
 """
 
 
-def test_a_users_model_is_run_again_as_nobody_knows_whether_it_has_changed(
+def test_a_users_model_is_run_again_once_it_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "net_for_reuse.py").write_text(NET)
     monkeypatch.syspath_prepend(tmp_path)
     experiment = EXPERIMENT.replace(run_dir=str(tmp_path / "runs"), student="net_for_reuse:net")
     experiment = experiment.replace(num_server_rounds=1)
-    assert [fedkd.compare(experiment, ["local"]).reused for _ in range(2)] == [0, 0]
-    known = experiment.replace(client_code="net_for_reuse")
-    assert [fedkd.compare(known, ["local"]).reused for _ in range(2)] == [0, 1]
+    assert [fedkd.compare(experiment, ["local"]).reused for _ in range(2)] == [0, 1]
+    import net_for_reuse  # type: ignore[import-not-found]
+
+    exec(NET.replace("num_classes)", "num_classes, bias=False)"), vars(net_for_reuse))
+    again = fedkd.compare(experiment, ["local"])
+    assert again.reused == 0
+    assert again.remark == (
+        "runs made again since something changed: 1 as of the code of net_for_reuse:net; "
+        "the initial weights of net_for_reuse:net, seed 0"
+    )
+    assert fedkd.compare(experiment, ["local"]).reused == 1
 
 
 CALL = """

@@ -19,11 +19,11 @@ from paths import ROOT
 
 import fedkd
 from fedkd.clients import execute as client
-from fedkd.engines import run_folder
+from fedkd.engines import identity
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.folder import RunFolder
-from fedkd.studies.sweep import folder, run, training
+from fedkd.studies.sweep import run, training
 from fedkd.studies.sweep.folder import Cell, SweepFolder
 from fedkd.studies.sweep.grid import parse
 from fedkd.studies.sweep.result import Point, Sweep
@@ -39,8 +39,7 @@ Grid = dict[str, list[Any]]
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the sources be the same throughout a test, also while somebody edits them."""
-    for module in (folder, run_folder):
-        monkeypatch.setattr(module, "fingerprint", lambda _: "0123456789abcdef")
+    monkeypatch.setattr(identity, "sources_fingerprint", lambda _: "0123456789abcdef")
 
 
 def federation(folder: Path, **keys: Any) -> Experiment:
@@ -301,8 +300,7 @@ def test_other_folds_another_base_or_other_code_are_another_sweep(
     paths.append(sweep(base, grid, [5], 3, of="central").path)
     paths.append(sweep(base.replace(alpha=0.1), grid, [5], 2, of="central").path)
     paths.append(sweep(base.replace(strategy="LocalOnly", num_server_rounds=1), grid, [5], 2).path)
-    for module in (folder, run_folder):
-        monkeypatch.setattr(module, "fingerprint", lambda _: "fedcba9876543210")
+    monkeypatch.setattr(identity, "sources_fingerprint", lambda _: "fedcba9876543210")
     paths.append(sweep(base, grid, [5], 2, of="central").path)
     assert len(set(paths)) == 5
     named = base.replace(name=paths[0].name)
@@ -384,9 +382,9 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests/tools")
 from federation_tools import tiny
-from fedkd.engines import run_folder
-from fedkd.studies.sweep import folder, run, training
-folder.fingerprint = run_folder.fingerprint = lambda _: "0123456789abcdef"
+from fedkd.engines import identity
+from fedkd.studies.sweep import run
+identity.sources_fingerprint = lambda _: "0123456789abcdef"
 base = tiny(strategy="DSFL", plan="stacked-6", run_dir=sys.argv[1], name="mine", num_server_rounds=2)
 print("begins", flush=True)
 told = lambda what, done: print(done, flush=True)
@@ -528,8 +526,7 @@ def test_other_text_is_refused(text: str) -> None:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (folder, run_folder):
-            patch.setattr(module, "fingerprint", lambda _: "0123456789abcdef")
+        patch.setattr(identity, "sources_fingerprint", lambda _: "0123456789abcdef")
         base = central(tmp_path_factory.mktemp("runs"), name="mine")
         yield search(base, RANGES, 13, [5, 8], 2, of="central")
 

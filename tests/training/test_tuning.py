@@ -29,9 +29,9 @@ Timing = Callable[[Plan], tuple[float, float]]
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Choose again in every test."""
-    choose_plans.cache_clear()
+    tuning._chosen.cache_clear()
     yield
-    choose_plans.cache_clear()
+    tuning._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_a_model_that_raises_is_its_clients_failure_and_ends_no_run(tmp_path: Pa
 
 def run_by(timing: Timing, timed: Callable[[Timing], Any], folder: Path, name: str) -> Run:
     timed(timing)
-    choose_plans.cache_clear()
+    tuning._chosen.cache_clear()
     return fedkd.run(
         tiny(
             student="mlp-8,lenet",
@@ -337,7 +337,7 @@ def test_the_choice_is_recorded_and_does_not_decide_results(
 
     monkeypatch.setattr(tuning, "_time", refuse)
     for name, done in runs.items():
-        choose_plans.cache_clear()
+        tuning._chosen.cache_clear()
         saved = Experiment.load(read_toml(done.path / "experiment.toml"))
         assert saved.plan == plans[name]
         entries = dict(entry.split("=") for entry in saved.plan.split(", "))

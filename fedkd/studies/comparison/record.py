@@ -89,10 +89,13 @@ class ComparisonRecord:
             folder = earlier
         elif experiment.name is None or not folder.exists():
             default = f"compare-{experiment.dataset.replace(':', '.')}"
-            folder = RunFolder.create(experiment, default).path
+            folder = RunFolder.create(experiment, default, self._begin).path
         record = replace(self, counted=fields, path=folder)
         write_json(folder / FILE, record.as_json())
         return record
+
+    def _begin(self, folder: RunFolder, _: str) -> None:
+        write_json(folder.path / FILE, self.as_json())
 
     def _earlier(self) -> Path | None:
         """Return the folder of the same comparison, if it was made before."""

@@ -1,15 +1,15 @@
-"""Finds runs of the same experiment and code that can be reused or resumed."""
+"""Finds runs that can be reused or resumed: of the same experiment, and known by the same identity."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedkd.engines.identity import NOT_CENTRAL, identity_of
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.checkpoint import FILE as CHECKPOINT
@@ -17,12 +17,9 @@ from fedkd.keys import AUTO
 from fedkd.machine import resolve_device
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
+from fedkd.records.identity import Identity, changes
 from fedkd.records.results import CentralRun
 from fedkd.registry import reproducible_keys, strategy_of
-from fedkd.user_code import fingerprint, is_importable
-
-_NOT_CENTRAL = ("seed", *Experiment.keys("federation", "evaluation", "clients"))
-"""Keys that the central baseline does not read; its seeds are in the result."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +29,31 @@ class _ExistingRun:
     Attributes:
         path: its folder.
         experiment: what was run, with the device that was used.
+        identity: what its numbers depend on.
         is_finished: whether it is finished.
         central_seeds: of a finished central baseline, else none.
     """
 
     path: Path
     experiment: Experiment
+    identity: Identity
     is_finished: bool
     central_seeds: tuple[int, ...]
 
 
 class ExistingRuns:
-    """The runs in a folder that this code would reproduce.
+    """The runs in a folder that would come out the same if they were made now.
 
-    The fingerprint of the sources and the version of PyTorch must be the same. A run is left out where
-    it does not record whether a user's own code is unchanged: a strategy in a script or
-    notebook, and data sets and models whose modules ``client-code`` does not name.
+    Data, the user's code, initial weights and the versions of fedkd, PyTorch and Python must be the same.
+
+    Attributes:
+        outdated: by run of the same experiment that would come out otherwise, what has changed since.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        folders = sorted(p.parent for p in Path(run_dir).glob("*/experiment.toml"))
+        folders = sorted(p.parent for p in Path(run_dir).glob("[!.]*/experiment.toml"))
         self._runs = [run for folder in folders if (run := _read(folder)) is not None]
+        self.outdated: dict[Path, list[str]] = {}
 
     def federated(self, experiment: Experiment) -> list[Path]:
         """Return the folders of finished runs of a federated experiment."""
@@ -64,19 +65,39 @@ class ExistingRuns:
         begun = (path for path in unfinished if (path / CHECKPOINT).is_file())
         return next((path for path in begun if not RunFolder(path).is_running), None)
 
-    def _of(self, experiment: Experiment) -> Iterator[_ExistingRun]:
-        complete = experiment.replace(**reproducible_keys(experiment, strategy_of(experiment)))
-        federated = (run for run in self._runs if not run.central_seeds)
-        return (run for run in federated if _same(complete, run.experiment, ()))
+    def _of(self, experiment: Experiment) -> list[_ExistingRun]:
+        strategy = strategy_of(experiment)
+        complete = experiment.replace(**reproducible_keys(experiment, strategy))
+        federated = [run for run in self._runs if not run.central_seeds]
+        alike = [run for run in federated if _same(complete, run.experiment, ())]
+        return self._unchanged(alike, identity_of(complete, strategy)) if alike else []
 
-    def central(self, experiment: Experiment) -> dict[int, Path]:
-        """Return the folder of each seed for which there is a central baseline."""
-        return {
-            seed: run.path
-            for run in reversed(self._runs)
-            if _same(experiment, run.experiment, _NOT_CENTRAL)
-            for seed in run.central_seeds
-        }
+    def central(self, experiment: Experiment, seeds: Sequence[int]) -> dict[int, Path]:
+        """Return the folder of each of the seeds for which there is a central baseline."""
+        alike = [run for run in self._runs if _same(experiment, run.experiment, NOT_CENTRAL)]
+        found: dict[int, Path] = {}
+        for seed in seeds:
+            with_seed = [run for run in alike if seed in run.central_seeds]
+            now = identity_of(experiment, None, [seed]) if with_seed else {}
+            if unchanged := self._unchanged(with_seed, now):
+                found[seed] = unchanged[0].path
+        return found
+
+    def _unchanged(self, runs: Sequence[_ExistingRun], now: Identity) -> list[_ExistingRun]:
+        """Return those runs that would come out the same now; note what has changed if none would."""
+        # An automatic plan matches any: keys are compared by themselves.
+        compared = {kind: part for kind, part in now.items() if kind != "keys"}
+        changed = {run.path: changes(run.identity, compared) for run in runs}
+        unchanged = [run for run in runs if not changed[run.path]]
+        if not unchanged:
+            self.outdated |= changed
+        return unchanged
+
+    def remark(self) -> str | None:
+        """Return in words why runs are made again, or `None`."""
+        reasons = Counter("; ".join(changed) for changed in self.outdated.values())
+        listed = ", ".join(f"{count} as of {why}" for why, count in reasons.items())
+        return f"runs made again since something changed: {listed}" if reasons else None
 
 
 def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
@@ -91,32 +112,18 @@ def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
 
 
 def _read(folder: Path) -> _ExistingRun | None:
-    """Return a run, or `None` for a folder that holds none or was made by other code."""
+    """Return a run, or `None` for a folder that holds none, or not what it is known by."""
     try:
         text = (folder / "experiment.toml").read_text(encoding="utf-8")
         is_finished = RunFolder(folder).is_finished
         result = read_json(folder / "result.json") if is_finished else {}
         header = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
-        if header.get("torch") != version("torch") or "sources" not in header:
-            return None
-        experiment = RunFolder(folder).experiment
-        if not _is_covered(experiment) or header["sources"] != fingerprint(
-            experiment.client_modules
-        ):
-            return None
+        experiment, identity = RunFolder(folder).experiment, RunFolder(folder).identity
         seeds = tuple(result["seeds"]) if "seeds" in result else ()
-        return _ExistingRun(folder, experiment.replace(device=header["device"]), is_finished, seeds)
+        experiment = experiment.replace(device=header["device"])
+        return _ExistingRun(folder, experiment, identity, is_finished, seeds) if identity else None
     except (OSError, ValueError, KeyError):  # an incomplete record, or keys of another version
         return None
-
-
-def _is_covered(experiment: Experiment) -> bool:
-    """Whether the fingerprint covers all code of the user that the experiment names."""
-    named = f"{experiment.dataset},{experiment.public},{experiment.student},{experiment.teacher},"
-    parts = [part.strip() for part in (named + experiment.server_model).split(",")]
-    user_modules = {part.partition(":")[0] for part in parts if ":" in part}
-    modules = experiment.client_modules
-    return user_modules <= set(modules) and all(is_importable(module) for module in modules)
 
 
 def _same(experiment: Experiment, existing: Experiment, besides: Sequence[str]) -> bool:

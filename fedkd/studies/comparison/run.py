@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedkd.data.sources import held, reload
 from fedkd.engines.interrupts import naming_resume_command
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
@@ -44,8 +45,8 @@ def compare(
 ) -> Comparison:
     """Run methods on the same shards, public set, client samples and initial weights.
 
-    Finished runs in ``run-dir`` are reused where the same code made them from the same experiment, and
-    unfinished ones are resumed.
+    Finished runs in ``run-dir`` are reused where they would come out the same, and unfinished ones are
+    resumed. Those of other data, code or versions are made again, and the comparison's remark says why.
 
     Args:
         experiment: what all methods share. Its strategy is not used, its ``strategy-config`` only by
@@ -73,7 +74,9 @@ def compare(
     share = _share(target)
     ComparisonRecord.check(experiment)
     record = ComparisonRecord(experiment, names, seeds, chosen, share).written()  # for `resume`
-    with naming_resume_command(f"compare --resume {record.path}", lambda _: "interrupted"):
+    reload(experiment)
+    again = naming_resume_command(f"compare --resume {record.path}", lambda _: "interrupted")
+    with held(), again:
         done = _made(record, jobs, progress)
     return Comparison.from_record(done.written())
 
@@ -136,8 +139,7 @@ def _made(record: ComparisonRecord, at_once: int, progress: Progress) -> Compari
         key: paths for key in keys if (paths := existing.federated(variant(experiment, *key)))
     }
     has_central = len(methods) < len(record.methods)
-    pools = existing.central(pooled(experiment)) if has_central else {}
-    central = {seed: pools[seed] for seed in seeds if seed in pools}
+    central = existing.central(pooled(experiment), seeds) if has_central else {}
     begun = {
         key: existing.unfinished(variant(experiment, *key)) for key in keys if key not in finished
     }
@@ -156,7 +158,7 @@ def _made(record: ComparisonRecord, at_once: int, progress: Progress) -> Compari
         runs={name: [folders[name, seed] for seed in seeds] for name in methods},
         central={seed: central[seed] for seed in seeds if has_central},
         reused=len(finished) + len(central) - sum(len(job.seeds) for job in jobs),
-        remark=remark,
+        remark=". ".join(filter(None, (remark, existing.remark()))) or None,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from fedkd.engines.identity import software
 from fedkd.engines.run_folder import record_beginning
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
@@ -15,7 +17,7 @@ from fedkd.keys import Scalar
 from fedkd.machine import resolve_device
 from fedkd.records.files import read_json, write_json
 from fedkd.records.folder import RunFolder
-from fedkd.user_code import fingerprint
+from fedkd.records.identity import Identity, as_one, changes
 
 Of = Literal["federation", "central"]
 """Whose accuracy: the mean over a federation's clients, or the central distilled student's."""
@@ -23,7 +25,7 @@ Of = Literal["federation", "central"]
 Keys = dict[str, Scalar]
 """A point: values by key, as in Python."""
 
-_RECORD, _POINTS = "sweep.json", "points.jsonl"
+_RECORD, _POINTS, _IDENTITIES = "sweep.json", "points.jsonl", "identities.json"
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,20 @@ class Cell:
 
 
 class Done:
-    """Measured accuracies by cell."""
+    """Measured accuracies by cell, and by what they were measured with."""
 
     def __init__(self) -> None:
         self._accuracies: dict[tuple[Any, ...], float] = {}
+        self._identities: dict[tuple[Any, ...], str] = {}
 
-    def __contains__(self, cell: Cell) -> bool:
-        return cell.name in self._accuracies
+    def identity(self, cell: Cell) -> str | None:
+        """Return the fingerprint of what a cell was measured with; `None` if it was not yet."""
+        return self._identities.get(cell.name)
 
-    def add(self, cell: Cell, accuracy: float) -> None:
-        """Add a cell's accuracy."""
+    def add(self, cell: Cell, accuracy: float, identity: str) -> None:
+        """Add a cell's accuracy; it replaces an older one."""
         self._accuracies[cell.name] = accuracy
+        self._identities[cell.name] = identity
 
     def table(self, keys: Keys, seeds: Sequence[int], folds: int) -> list[list[float]]:
         """Return a point's accuracies ``[S][F]``.
@@ -66,7 +71,7 @@ class Done:
             FedkdError: not all are measured yet.
         """
         cells = [[Cell(keys, seed, fold) for fold in range(1, folds + 1)] for seed in seeds]
-        if not all(cell in self for row in cells for cell in row):
+        if not all(cell.name in self._accuracies for row in cells for cell in row):
             raise FedkdError("the sweep is unfinished: run it again to continue")
         return [[self._accuracies[cell.name] for cell in row] for row in cells]
 
@@ -86,11 +91,21 @@ class SweepFolder:
             record: the sweep's settings, which are written there.
 
         Raises:
-            FedkdError: the folder that the experiment names belongs to something else.
+            FedkdError: the folder that the experiment names belongs to something else, or another
+                process is running the sweep.
         """
         folder = cls._earlier(experiment, record) or cls._made(experiment)
-        folder.write(record)
+        with folder.locked():
+            folder.write(record)
         return folder
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from running this sweep in the block.
+
+        Raises:
+            FedkdError: another process runs it.
+        """
+        return RunFolder(self.path).locked()
 
     @classmethod
     def _earlier(cls, experiment: Experiment, record: Mapping[str, Any]) -> Self | None:
@@ -119,12 +134,16 @@ class SweepFolder:
         same = all(settings.get(key) == record[key] for key in ("of", "folds", "is_search"))
         ignored = {"name": None, "run_dir": "runs", "seed": 0}
         is_equal = before.replace(**ignored) == experiment.replace(**ignored)
-        return same and is_equal and folder.sources == fingerprint(experiment.client_modules)
+        return same and is_equal and not changes(folder.identity, _software())
 
     @classmethod
     def _made(cls, experiment: Experiment) -> Self:
-        folder = RunFolder.create(experiment, f"sweep-{experiment.dataset.replace(':', '.')}")
-        record_beginning(folder, experiment, str(resolve_device(experiment.device)))
+        device = str(resolve_device(experiment.device))
+        folder = RunFolder.create(
+            experiment,
+            f"sweep-{experiment.dataset.replace(':', '.')}",
+            lambda part, _: record_beginning(part, experiment, device, identity=_software()),
+        )
         return cls(folder.path)
 
     def record(self) -> dict[str, Any]:
@@ -151,12 +170,28 @@ class SweepFolder:
             try:
                 point = json.loads(line)
                 cell = Cell(point["keys"], point["seed"], int(point["fold"].partition("/")[0]))
-                done.add(cell, point["accuracy"])
+                done.add(cell, point["accuracy"], point["identity"])
             except (ValueError, KeyError):
                 continue
         return done
 
-    def append(self, cell: Cell, folds: int, accuracy: float, failure: str | None) -> None:
-        """Append a finished cell with its accuracy, and what ended it early, if anything."""
+    def append(
+        self, cell: Cell, folds: int, accuracy: float, failure: str | None, identity: Identity
+    ) -> None:
+        """Append a finished cell: its accuracy, what ended it early, if anything, and its identity."""
+        fingerprint, known = as_one(identity), self.identities()
+        if fingerprint not in known:
+            write_json(self.path / _IDENTITIES, {**known, fingerprint: identity})
         fields = {"keys": cell.keys, "seed": cell.seed, "fold": f"{cell.fold}/{folds}"}
-        RunFolder(self.path).append(_POINTS, {**fields, "accuracy": accuracy, "failure": failure})
+        fields |= {"accuracy": accuracy, "failure": failure, "identity": fingerprint}
+        RunFolder(self.path).append(_POINTS, fields)
+
+    def identities(self) -> dict[str, Identity]:
+        """Return what cells were measured with, by the fingerprint that their lines hold."""
+        path = self.path / _IDENTITIES
+        return read_json(path, "sweep") if path.is_file() else {}
+
+
+def _software() -> Identity:
+    """Return the versions that all cells of a sweep have in common."""
+    return {"software": software()}

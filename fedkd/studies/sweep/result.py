@@ -59,6 +59,7 @@ class Sweep:
         seeds: S seeds.
         folds: F.
         points: in the order of the grid, or of the search.
+        remark: why cells were measured again, or `None`.
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Sweep:
     seeds: list[int]
     folds: int
     points: list[Point]
+    remark: str | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -94,6 +96,7 @@ class Sweep:
             settings["seeds"],
             settings["folds"],
             points,
+            settings.get("remark"),
         )
 
     @property
@@ -151,6 +154,7 @@ class Sweep:
             + (" …" if others > 3 else ""),
             "next": f"use {flags}, with all other keys unchanged, on the test set",
             "folder": str(self.path),
+            **({"remark": self.remark} if self.remark else {}),
         }
 
     @property
@@ -179,6 +183,7 @@ class Sweep:
             "points": [row(point) for point in self.points],
             "best": row(self.best),
             "flat": [point.keys for point in flat],
+            "remark": self.remark,
         }
 
 

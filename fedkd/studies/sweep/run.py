@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from fedkd.data.sources import held, reload
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
@@ -51,10 +52,13 @@ def sweep(
     values = typed(experiment, grid)
     trials = Trials(experiment, of, seeds_of(experiment, seeds), folds, progress)
     points = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-    trials.check(points)
-    trials.begin(values, points)
-    trials.evaluate(points)
-    return Sweep.load(trials.finish(points))
+    reload(experiment)
+    with held():
+        trials.check(points)
+        trials.begin(values, points)
+        with trials.folder.locked():
+            trials.evaluate(points)
+            return Sweep.load(trials.finish(points))
 
 
 def search(
@@ -88,10 +92,20 @@ def search(
     if trials < 1:
         raise FedkdError(f"trials = {trials}: must be ≥ 1")
     study = _study(experiment.seed)
+    reload(experiment)
     values = typed_ranges(experiment, ranges)
     work = Trials(experiment, of, seeds_of(experiment, seeds), folds, progress)
     work.check([{key: bounds[end] for key, bounds in values.items()} for end in (0, 1)])
     work.begin(values, [], trials)
+    with work.folder.locked(), held():
+        distinct = _searched(work, values, trials, study)
+        return Sweep.load(work.finish(distinct))
+
+
+def _searched(
+    work: Trials, values: Mapping[str, Sequence[Any]], trials: int, study: Any
+) -> list[Keys]:
+    """Return the distinct points that a search has chosen, all measured."""
     points: list[Keys] = []
     while len(points) < trials:
         suggestions = [study.ask() for _ in range(min(AT_ONCE, trials - len(points)))]
@@ -102,8 +116,7 @@ def search(
         for trial, keys in zip(suggestions, new, strict=True):
             study.tell(trial, Point(keys, work.table(keys)).accuracy)
         points += new
-    distinct = [keys for n, keys in enumerate(points) if keys not in points[:n]]
-    return Sweep.load(work.finish(distinct))
+    return [keys for n, keys in enumerate(points) if keys not in points[:n]]
 
 
 def _study(seed: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +19,13 @@ from fedkd.machine import keep_freed_memory
 from fedkd.records.callbacks import Callback
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
+from fedkd.records.identity import as_one, changes
 from fedkd.records.results import Run
 from fedkd.studies.arguments import Progress
 from fedkd.studies.central import check_central
 from fedkd.studies.pooled import Pooled, accuracies
 from fedkd.studies.sweep.folder import Cell, Done, Keys, SweepFolder
+from fedkd.studies.sweep.identities import CellIdentities
 from fedkd.training.architectures import check_models
 from fedkd.training.tuning import Counts, clients_at_once, with_plan
 
@@ -61,6 +64,8 @@ class Trials:
         self._progress = progress
         self._share = (0.0, 1.0)
         self._done = Done()
+        self._identities = CellIdentities(of)
+        self._reasons: Counter[str] = Counter()
 
     def check(self, points: Sequence[Keys]) -> None:
         """Raise an error for an invalid point, before any work.
@@ -127,7 +132,7 @@ class Trials:
             for keys in points
         ]
         distinct = {cell.name: cell for cell in cells}.values()
-        missing = [cell for cell in distinct if cell not in self._done]
+        missing = [cell for cell in distinct if not self._is_done(cell)]
         finished = len(cells) - len(missing)
         for batch in self._batches(missing):
             self._share = (start + share * finished / len(cells), share * len(batch) / len(cells))
@@ -135,9 +140,21 @@ class Trials:
                 # A model whose numbers are no longer finite has learnt nothing.
                 failure = str(outcome) if isinstance(outcome, DivergedError) else None
                 accuracy = 0.0 if isinstance(outcome, DivergedError) else outcome
-                self.folder.append(cell, self._folds, accuracy, failure)
-                self._done.add(cell, accuracy)
+                identity = self._identities.of(self._cell_experiment(cell))
+                self.folder.append(cell, self._folds, accuracy, failure, identity)
+                self._done.add(cell, accuracy, as_one(identity))
             finished += len(batch)
+
+    def _is_done(self, cell: Cell) -> bool:
+        """Whether a cell is measured and would come out the same now; else note why it would not."""
+        measured = self._done.identity(cell)
+        if measured is None:
+            return False
+        now = self._identities.of(self._cell_experiment(cell))
+        if measured != as_one(now):
+            before = self.folder.identities().get(measured, {})
+            self._reasons["; ".join(changes(before, now))] += 1
+        return measured == as_one(now)
 
     def table(self, keys: Keys) -> list[list[float]]:
         """Return a point's accuracies ``[S][F]``."""
@@ -145,7 +162,9 @@ class Trials:
 
     def finish(self, points: Sequence[Keys]) -> Path:
         """Record that these points are all, and return the folder."""
-        self.folder.write({**self._settings, "points": list(points)})
+        listed = ", ".join(f"{count} as of {why}" for why, count in self._reasons.items())
+        remark = f"measured again since something changed: {listed}" if listed else None
+        self.folder.write({**self._settings, "points": list(points), "remark": remark})
         return self.folder.path
 
     # --- Training ---
