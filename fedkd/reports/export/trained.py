@@ -15,17 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedkd.clients.state_files import StateFiles
+from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
+from fedkd.records.identity import changes
 from fedkd.records.predictions import Tested
 from fedkd.studies.central import MODELS
 from fedkd.training.architectures import architectures_of
 from fedkd.training.cohort import Cohort
 from fedkd.training.parameters import State
 from fedkd.training.plans import Plan
+from fedkd.user_code import find_function
 
 _RECORDED = {
     "teacher": "teacher_accuracies",
@@ -121,12 +124,32 @@ def find(
             raise FedkdError(
                 Setting("seed", seed), ": a federated run has one seed; give a client instead"
             )
-        return _of_client(folder, experiment, result, model or "student", client)
+        return _unchanged(_of_client(folder, experiment, result, model or "student", client))
     if "seeds" not in result:
         raise FedkdError(f"{folder.path} holds neither a federated nor a central run")
     if client is not None:
         raise FedkdError(f"client = {client}: a central run has no clients; give a seed instead")
-    return _of_seed(folder, experiment, result, model or "student-distilled", seed)
+    return _unchanged(_of_seed(folder, experiment, result, model or "student-distilled", seed))
+
+
+def _unchanged(trained: Trained) -> Trained:
+    """Return a model, of which neither the code nor the images have changed since it was trained.
+
+    Raises:
+        FedkdError: they have; the text names what.
+    """
+    recorded = trained.folder.identity
+    named = [trained.architecture] if ":" in trained.architecture else []
+    code = code_fingerprints(find_function(name, "student") for name in named)
+    known = {name: value for name, value in recorded.get("code", {}).items() if name in code}
+    before = {"data": recorded.get("data", {}), "code": known}
+    now = {"data": trained.data.fingerprints, "code": code}
+    if recorded and (changed := changes(before, now)):
+        raise FedkdError(
+            f"{trained.folder.path} cannot be exported, as it was trained with something else: "
+            f"{'; '.join(changed)}; restore it"
+        )
+    return trained
 
 
 def _check_model(model: str, accepted: Sequence[str]) -> None:

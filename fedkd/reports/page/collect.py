@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
@@ -172,6 +172,11 @@ def _folders(comparison: Comparison) -> list[Path]:
     return [*paths, *comparison.central_folders.values()]
 
 
+def _data(path: Path | None) -> Mapping[str, str] | None:
+    """Return the fingerprints of a run's images, where they are recorded."""
+    return None if path is None else RunFolder(path).identity.get("data")
+
+
 def _compared(comparison: Comparison) -> Federations:
     runs = {label(method): list(seeds) for method, seeds in comparison.runs.items()}
     folders = tuple(dict.fromkeys(comparison.central_folders.values()))
@@ -184,7 +189,8 @@ def _together(
     """Return runs grouped by data, each group with a baseline if any, and the other baselines."""
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        key = tuple(getattr(run.experiment, name) for name in DATA_KEYS)
+        keys = (getattr(run.experiment, name) for name in DATA_KEYS)
+        key = (*keys, str(_data(run.path)))
         groups.setdefault(key, []).append(run)
     left = list(centrals)
     federations = []
@@ -199,13 +205,21 @@ def _together(
 
 
 def _goes_with(central: CentralRun, runs: Sequence[Run]) -> bool:
-    """Whether a baseline has the data and the student of some runs."""
+    """Whether a baseline has the data and the student of some runs, by name and by what they were."""
     if central.path is None:
         return False
     first, second = RunFolder(central.path).experiment, runs[0].experiment
-    return first.student == second.student and all(
-        getattr(first, key) == getattr(second, key) for key in Experiment.keys("data")
+    ours, theirs = RunFolder(central.path).identity, RunFolder(runs[0].path).identity
+    return (
+        first.student == second.student
+        and all(getattr(first, key) == getattr(second, key) for key in Experiment.keys("data"))
+        and all(_agree(ours.get(kind, {}), theirs.get(kind, {})) for kind in ("data", "code"))
     )
+
+
+def _agree(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether what has the same name has the same fingerprint."""
+    return all(some[name] == others[name] for name in some.keys() & others.keys())
 
 
 def _title(runs: Sequence[Run]) -> str:
