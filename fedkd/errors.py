@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import NamedTuple, Self
 
 
@@ -81,10 +82,26 @@ def one_line(what: str | BaseException, limit: int = 200) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the choice most like `word`, or ``""`` if none is."""
+    """Return ``" (did you mean 'x'?)"`` for the choice most like `word`, or ``""`` if none is.
+
+    Of names with hyphens each part must be like the other's: grad-clip is not a slip for dp-clip.
+    """
     by_lower = {choice.lower(): choice for choice in choices}
-    matches = get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f" (did you mean '{by_lower[matches[0]]}'?)" if matches else ""
+    matches = get_close_matches(word.lower(), list(by_lower), n=len(by_lower) or 1, cutoff=0.6)
+    alike = [match for match in matches if _is_slip(word.lower(), match)]
+    return f" (did you mean '{by_lower[alike[0]]}'?)" if alike else ""
+
+
+def _is_slip(word: str, meant: str) -> bool:
+    """Whether a word may be a slip for another, part by part, or as a whole if a part is missing."""
+    parts, others = (re.split("[-_]", each.lstrip("-")) for each in (word, meant))
+    if len(parts) != len(others):
+        return _likeness("".join(parts), "".join(others)) >= 0.85
+    return all(_likeness(*pair) >= 0.5 for pair in zip(parts, others, strict=True))
+
+
+def _likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()
 
 
 _UNPRINTABLE = {

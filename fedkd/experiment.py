@@ -7,9 +7,10 @@ nothing else; lists are comma-separated strings.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,7 +26,19 @@ from pydantic import (
 )
 
 from fedkd.errors import FedkdError, Setting
-from fedkd.keys import AUTO, Role, Scalar, declared, extra, kebab, refusal, snake, unknown
+from fedkd.keys import (
+    AUTO,
+    Requirement,
+    Role,
+    Scalar,
+    declared,
+    extra,
+    kebab,
+    refusal,
+    snake,
+    unknown,
+    without_effect,
+)
 
 
 def _auto_to_none(value: object) -> object:
@@ -42,6 +55,9 @@ _PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
 _WIRE = r"[a-z0-9]+(:[0-9]+)?(\+[a-z]+)*"
 _CODECS = re.compile(rf"auto|{_WIRE}(/{_WIRE})?")
 """Values of ``codec``; `fedkd.knowledge.wire` reads them."""
+
+_WITHOUT_EFFECT_TOO = {"without_effect_too": True}
+"""Context of a validation that accepts keys without effect."""
 
 
 class Experiment(BaseModel):
@@ -67,7 +83,13 @@ class Experiment(BaseModel):
     train_size: OptionalInt = declared(
         "data", None, "training images used, public set included (auto: all)", ge=10
     )
-    test_size: OptionalInt = declared("data", None, "test images used (auto: all)", ge=10)
+    test_size: OptionalInt = declared(
+        "data",
+        None,
+        "test images used (auto: all)",
+        ge=10,
+        only_with=Requirement("fold", ("none",)),
+    )
     fold: str = declared(
         "data",
         "none",
@@ -91,10 +113,19 @@ class Experiment(BaseModel):
         "federated data", "dirichlet", "how private images are divided among clients"
     )
     partition_alpha: float = declared(
-        "federated data", 0.3, "Dirichlet concentration: small is more skewed", gt=0, le=1_000_000
+        "federated data",
+        0.3,
+        "Dirichlet concentration: small is more skewed",
+        gt=0,
+        le=1_000_000,
+        only_with=Requirement("partition", ("dirichlet",)),
     )
     classes_per_client: int = declared(
-        "federated data", 2, "classes (pathological) or shards (shard) a client holds", ge=1
+        "federated data",
+        2,
+        "classes (pathological) or shards (shard) a client holds",
+        ge=1,
+        only_with=Requirement("partition", ("shard", "pathological")),
     )
     min_partition_size: int = declared(
         "federated data", 2, "least number of private images of a client", ge=1
@@ -167,7 +198,14 @@ class Experiment(BaseModel):
     batch_size: int = declared("training", 64, "images per step", ge=1)
     optimizer: Literal["adam", "adamw", "sgd"] = declared("training", "adam", "optimiser")
     learning_rate: float = declared("optimisation", 1e-3, "step size of the optimiser", gt=0, le=10)
-    momentum: float = declared("optimisation", 0.0, "momentum (sgd only)", ge=0, lt=1)
+    momentum: float = declared(
+        "optimisation",
+        0.0,
+        "momentum (sgd only)",
+        ge=0,
+        lt=1,
+        only_with=Requirement("optimizer", ("sgd",)),
+    )
     weight_decay: float = declared("optimisation", 0.0, "weight decay", ge=0, le=1)
     augment: Literal["none", "crop-flip", "jitter-2"] = declared(
         "training", "none", "augmentation of private images while training on hard labels"
@@ -192,7 +230,11 @@ class Experiment(BaseModel):
         "colluding",
         "little-is-enough",
     ] = declared(
-        "federation", "none", "what malicious clients do (none: there are none)", node_decides=True
+        "federation",
+        "none",
+        "what malicious clients do (none: there are none)",
+        node_decides=True,
+        only_with=Requirement("attackers"),
     )
     attackers: float = declared(
         "federation",
@@ -201,6 +243,7 @@ class Experiment(BaseModel):
         ge=0,
         le=1,
         node_decides=True,
+        only_with=Requirement("attack"),
     )
     dp_noise: float = declared(
         "federation",
@@ -216,9 +259,15 @@ class Experiment(BaseModel):
         "largest Euclidean norm of a row before noise is added",
         gt=0,
         le=1_000_000,
+        only_with=Requirement("dp_noise"),
     )
     dp_delta: float = declared(
-        "federation", 1e-5, "δ of the (ε, δ)-differential privacy that is accounted for", gt=0, lt=1
+        "federation",
+        1e-5,
+        "δ of the (ε, δ)-differential privacy that is accounted for",
+        gt=0,
+        lt=1,
+        only_with=Requirement("dp_noise"),
     )
 
     # running
@@ -227,10 +276,17 @@ class Experiment(BaseModel):
         "clients", "cohort", "cohort: all clients in this process; flower: Flower clients on Ray"
     )
     num_workers: int = declared(
-        "clients", 0, "Ray workers of the cohort engine (0: the clients run in this process)", ge=0
+        "clients",
+        0,
+        "Ray workers of the cohort engine (0: the clients run in this process)",
+        ge=0,
+        only_with=Requirement("engine", ("cohort",)),
     )
     ray_address: OptionalStr = declared(
-        "clients", None, "Ray cluster that the workers join (auto: Ray is started on this machine)"
+        "clients",
+        None,
+        "Ray cluster that the workers join (auto: Ray is started on this machine)",
+        only_with=Requirement("num_workers"),
     )
     device: str = declared("machine", "auto", "auto, cpu, cuda, cuda:N or mps", node_decides=True)
     precision: Literal["float32", "tf32", "bfloat16"] = declared(
@@ -247,10 +303,18 @@ class Experiment(BaseModel):
         "bookkeeping", False, "whether to measure the time of each part of the training"
     )
     client_cpus: float = declared(
-        "clients", 1.0, "CPUs that Ray reserves for a Flower client", gt=0
+        "clients",
+        1.0,
+        "CPUs that Ray reserves for a Flower client",
+        gt=0,
+        only_with=Requirement("engine", ("flower",)),
     )
     client_gpus: float = declared(
-        "clients", 0.0, "GPUs (or a fraction) that Ray reserves for a Flower client", ge=0
+        "clients",
+        0.0,
+        "GPUs (or a fraction) that Ray reserves for a Flower client",
+        ge=0,
+        only_with=Requirement("engine", ("flower",)),
     )
     run_dir: str = declared("bookkeeping", "runs", "folder of the run folders", node_decides=True)
     name: OptionalStr = declared(
@@ -295,7 +359,9 @@ class Experiment(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
+    def _refuse_contradictions(self, info: ValidationInfo) -> Self:
+        if info.context != _WITHOUT_EFFECT_TOO:
+            self.refuse_without_effect(*type(self).model_fields)
         for contradiction in _CONTRADICTIONS:
             contradiction(self)
         return self
@@ -343,41 +409,100 @@ class Experiment(BaseModel):
         """Return a changed copy, validated again."""
         return Experiment(**{**self.model_dump(), **keys})
 
+    def varied(self, **keys: Any) -> Experiment:
+        """Return a changed copy, in which keys that then have no effect have their defaults."""
+        values = {**self.model_dump(), **keys}
+        while idle := without_effect(values, Experiment.model_fields):
+            values |= {key: Experiment.model_fields[key].default for key in idle}
+        return Experiment(**values)
+
+    def refuse_without_effect(self, *keys: str) -> None:
+        """Raise an error if one of these keys has no effect and yet is not at its default.
+
+        Raises:
+            FedkdError: the text names the key that it needs.
+        """
+        for key, requirement in without_effect(vars(self), Experiment.model_fields).items():
+            if key in keys:
+                default = Experiment.model_fields[key].default
+                raise FedkdError(
+                    _setting(self, key),
+                    " has no effect with ",
+                    _setting(self, requirement.key),
+                    f": set {requirement}, or {Setting(kebab(key), _shown(default))}",
+                )
+
     def at_default(self, *keys: str) -> Experiment:
         """Return a copy in which these keys have their defaults, for comparing all other keys."""
         return self.replace(**{key: Experiment.model_fields[key].default for key in keys})
 
-    def smoke(self) -> Experiment:
-        """Return a copy that runs in seconds: same data set and method, fewer images, clients, rounds."""
-        train_size = min(self.train_size or 600, 600)
-        public_size = min(self.public_size or 120, train_size // 5)
-        few_clients = self.partition == "pathological"
-        return self.replace(
-            train_size=train_size,
-            test_size=min(self.test_size or 200, 200),
-            public_size=public_size,
-            public_per_round=self.public_per_round and min(self.public_per_round, public_size),
+    def smoke(self, *kept: str) -> Experiment:
+        """Return a copy that runs in seconds: same data set and method, fewer images, clients, rounds.
+
+        Args:
+            kept: keys that keep their values. What they need stays large enough for them.
+        """
+        small = self._small_sizes(kept) | self._few_clients(kept)
+        small |= {
+            "num_server_rounds": min(self.num_server_rounds, 2),
+            "local_epochs": 1,
+            "distill_epochs": 1,
+        }
+        return self.replace(**{key: value for key, value in small.items() if key not in kept})
+
+    def _small_sizes(self, kept: Sequence[str]) -> dict[str, Any]:
+        """Return the numbers of images of a smoke test."""
+        per_round = self.public_per_round or 0
+        asked = self.public_size or 0 if "public_size" in kept else 0
+        asked = max(asked, per_round if "public_per_round" in kept else 0)
+        train_size = self.train_size
+        if "train_size" not in kept and asked <= 120:
+            train_size = min(train_size or 600, 600)
+        public_size = min(self.public_size or 120, (train_size or 600) // 5)
+        public_size = max(public_size, asked)
+        return {
+            "train_size": train_size,
+            "test_size": min(self.test_size or 200, 200) if self.fold == "none" else None,
+            "public_size": public_size,
+            "public_per_round": self.public_per_round and min(per_round, public_size),
+        }
+
+    def _few_clients(self, kept: Sequence[str]) -> dict[str, Any]:
+        """Return the number of clients of a smoke test, and what depends on it."""
+        is_pathological = self.partition == "pathological"
+        least = [1 if "classes_per_client" not in kept or not is_pathological else self.num_clients]
+        if "num_workers" in kept:
+            least.append(self.num_workers)
+        if "quorum" in kept:
+            least.append(math.ceil(self.quorum / self.fraction_train))
+        if self.attackers:
+            # Half a client and a little more is rounded to one.
+            least.append(math.floor(0.5 / self.attackers) + 1)
+        num_clients = min(self.num_clients, max(3, *least))
+        if "num_clients" in kept:
+            num_clients = self.num_clients
+        return {
+            "num_clients": num_clients,
+            "num_workers": min(self.num_workers, num_clients, 3),
+            "quorum": 1,
             # Three clients together have to hold ten classes.
-            classes_per_client=max(self.classes_per_client, 4 if few_clients else 1),
-            num_clients=min(self.num_clients, 3),
-            num_workers=min(self.num_workers, 3),
-            quorum=1,
-            num_server_rounds=min(self.num_server_rounds, 2),
-            local_epochs=1,
-            distill_epochs=1,
-        )
+            "classes_per_client": max(self.classes_per_client, 4 if is_pathological else 1),
+        }
 
     def flat(self) -> dict[str, Scalar]:
         """Return every key in kebab-case with a scalar value, as in TOML and messages."""
         return {kebab(k): AUTO if v is None else v for k, v in self.model_dump().items()}
 
     @classmethod
-    def load(cls, *sources: tuple[str, Mapping[str, object]]) -> Experiment:
+    def load(
+        cls, *sources: tuple[str, Mapping[str, object]], without_effect_too: bool = False
+    ) -> Experiment:
         """Return the experiment merged from `sources`, validated once; later sources win.
 
         Args:
             sources: pairs of the name of the source (``"experiment.toml"``, ``"command line"``) and its
                 keys, in kebab-case or snake_case.
+            without_effect_too: whether to accept keys that have no effect; see `varied`.
 
         Raises:
             FedkdError: see the class; the text names the source of the wrong key.
@@ -394,7 +519,10 @@ class Experiment(BaseModel):
         experiment = cls.__new__(cls)
         try:
             # Not through __init__, which assumes that the keys come from Python.
-            cls.__pydantic_validator__.validate_python(values, self_instance=experiment)
+            context = _WITHOUT_EFFECT_TOO if without_effect_too else None
+            cls.__pydantic_validator__.validate_python(
+                values, self_instance=experiment, context=context
+            )
         except ValidationError as error:
             raise refusal(error, origin, cls.model_fields) from None
         return experiment
@@ -438,36 +566,19 @@ def _refuse_labels_of_other_classes(experiment: Experiment) -> None:
         )
 
 
-def _refuse_momentum_without_sgd(experiment: Experiment) -> None:
-    if experiment.momentum and experiment.optimizer != "sgd":
-        raise FedkdError(
-            *_contradicting(experiment, "momentum", "optimizer"),
-            ": set optimizer = 'sgd' or momentum = 0",
-        )
-
-
-def _refuse_workers_without_use(experiment: Experiment) -> None:
-    if experiment.num_workers and experiment.engine == "flower":
-        raise FedkdError(
-            *_contradicting(experiment, "num_workers", "engine"),
-            ", whose Flower clients share the machine by client-cpus; set engine = 'cohort'",
-        )
+def _refuse_workers_without_clients(experiment: Experiment) -> None:
     if experiment.num_workers > experiment.num_clients:
         raise FedkdError(
             *_contradicting(experiment, "num_workers", "num_clients"), ": a worker needs a client"
         )
-    if experiment.ray_address is not None and not experiment.num_workers:
-        raise FedkdError(
-            *_contradicting(experiment, "ray_address", "num_workers"),
-            ", which uses no Ray; set num-workers",
-        )
 
 
-def _refuse_attackers_without_attack(experiment: Experiment) -> None:
-    if experiment.attackers and experiment.attack == "none":
+def _refuse_attackers_who_are_nobody(experiment: Experiment) -> None:
+    clients = experiment.num_clients
+    if experiment.attackers and not round(experiment.attackers * clients):
         raise FedkdError(
-            *_contradicting(experiment, "attackers", "attack"),
-            ": name an attack, or set attackers = 0",
+            *_contradicting(experiment, "attackers", "num_clients"),
+            f": it rounds to no client; one of them is {1 / clients:.6g}",
         )
 
 
@@ -492,9 +603,8 @@ def _refuse_drawing_more_than_there_are(experiment: Experiment) -> None:
 
 _CONTRADICTIONS = (
     _refuse_labels_of_other_classes,
-    _refuse_momentum_without_sgd,
-    _refuse_workers_without_use,
-    _refuse_attackers_without_attack,
+    _refuse_workers_without_clients,
+    _refuse_attackers_who_are_nobody,
     _refuse_quorum_out_of_reach,
     _refuse_drawing_more_than_there_are,
 )
@@ -506,4 +616,8 @@ def _contradicting(experiment: Experiment, key: str, other: str) -> tuple[Settin
 
 
 def _setting(experiment: Experiment, key: str) -> Setting:
-    return Setting(kebab(key), getattr(experiment, key))
+    return Setting(kebab(key), _shown(getattr(experiment, key)))
+
+
+def _shown(value: object) -> object:
+    return AUTO if value is None else value

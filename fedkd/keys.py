@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -18,6 +18,9 @@ Scalar = bool | int | float | str
 
 AUTO = "auto"
 """An optional key that is ``None`` in Python, as written in TOML, commands and messages."""
+
+Fields = Mapping[str, FieldInfo]
+"""The keys of the experiment by name in Python."""
 
 Role = Literal[
     "data",
@@ -50,12 +53,34 @@ Role = Literal[
 """
 
 
+class Requirement(NamedTuple):
+    """What another key must be for a key to have any effect.
+
+    Attributes:
+        key: the other key, as in Python.
+        values: its values with which the key has an effect; empty: all but its default.
+    """
+
+    key: str
+    values: tuple[Scalar, ...] = ()
+
+    def is_met(self, values: Mapping[str, object], fields: Fields) -> bool:
+        """Whether the keys have `values` with which the key has an effect."""
+        value = values[self.key]
+        return value in self.values if self.values else value != fields[self.key].default
+
+    def __str__(self) -> str:
+        wanted = " or ".join(map(repr, self.values))
+        return kebab(self.key) + (f" = {wanted}" if wanted else "")
+
+
 def declared(
     role: Role,
     default: Any,
     description: str,
     *,
     accepted: str | None = None,
+    only_with: Requirement | None = None,
     names_code: bool = False,
     node_decides: bool = False,
     **bounds: Any,
@@ -67,12 +92,14 @@ def declared(
         default: its value if none is set.
         description: one line, as in the help of the command line.
         accepted: the accepted values in words, where type and bounds do not determine them.
+        only_with: without which it has no effect, so that it must keep its default.
         names_code: whether its value may name a module whose code a client runs.
         node_decides: whether each node of a deployment sets it itself, regardless of the server.
         bounds: pydantic's own (``ge``, ``lt``, ``pattern``, ...).
     """
     properties: dict[str, Any] = {
         "role": role,
+        "only_with": only_with,
         "names_code": names_code,
         "node_decides": node_decides,
     }
@@ -84,6 +111,23 @@ def extra(field: FieldInfo, name: str) -> Any:
     """Return a property of a key as passed to `declared`; `None` for the settings of a strategy."""
     properties = field.json_schema_extra
     return properties.get(name) if isinstance(properties, dict) else None
+
+
+def without_effect(values: Mapping[str, object], fields: Fields) -> dict[str, Requirement]:
+    """Return the keys that have no effect and yet are not at their defaults, with what they need.
+
+    Args:
+        values: of all keys, by name in Python.
+        fields: the keys of the experiment.
+    """
+    needs = {name: extra(field, "only_with") for name, field in fields.items()}
+    return {
+        name: requirement
+        for name, requirement in needs.items()
+        if requirement is not None
+        and values[name] != fields[name].default
+        and not requirement.is_met(values, fields)
+    }
 
 
 def kebab(name: str) -> str:
@@ -143,16 +187,18 @@ _ALIASES = {
 }
 """Names that other frameworks use for our keys."""
 
+_CLIPPING = ("grad-clip", "gradient-clip", "clip-grad", "clip-grad-norm", "max-grad-norm")
+"""Names that other frameworks use for what fedkd does not do."""
+
 FROM_PYTHON = "Python"
 """Source of keys that are passed as keyword arguments."""
-
-Fields = Mapping[str, FieldInfo]
-"""The keys of the experiment by name in Python."""
 
 
 def unknown(name: str, source: str, fields: Fields) -> str:
     """Return the message for a key that does not exist, with the key that was probably meant."""
     spell = snake if source == FROM_PYTHON else kebab
+    if kebab(name) in _CLIPPING:
+        return f"unknown key '{name}' (from {source}): gradients are not clipped"
     ours = _ALIASES.get(kebab(name))
     hint = f": the key is '{spell(ours)}'" if ours else nearest(spell(name), map(spell, fields))
     return f"unknown key '{name}' (from {source}){hint or '; `fedkd run --help` lists the keys'}"

@@ -60,9 +60,21 @@ def outside() -> list[tuple[str, float]]:
 
 TOGETHER: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": "sgd"},
+    "attack": {"attackers": 0.5},
     "attackers": {"attack": "random"},
+    "classes_per_client": {"partition": "shard"},
+    "dp_clip": {"dp_noise": 3.0},
+    "dp_delta": {"dp_noise": 3.0},
+    "client_cpus": {"engine": "flower"},
+    "client_gpus": {"engine": "flower"},
 }
-"""What a key at its limit cannot do without."""
+"""What a key must not be set without."""
+
+
+def beside(name: str, value: object) -> dict[str, Any]:
+    """Return a key with what it must not be set without."""
+    is_default = value == FIELDS[name].default
+    return {**({} if is_default else TOGETHER.get(name, {})), name: value}
 
 
 def inside() -> list[tuple[str, float]]:
@@ -100,7 +112,7 @@ def test_a_value_out_of_range_is_refused_with_key_value_and_range(name: str, val
 
 @pytest.mark.parametrize(("name", "value"), inside())
 def test_a_value_at_its_limit_is_accepted(name: str, value: float) -> None:
-    experiment = Experiment(**{**TOGETHER.get(name, {}), name: value})
+    experiment = Experiment(**beside(name, value))
     assert getattr(experiment, name) == value
 
 
@@ -165,7 +177,7 @@ CHOICES = [n for n in FIELDS if get_origin(FIELDS[n].annotation) is Literal]
 def test_a_choice_is_one_of_those_there_are(name: str) -> None:
     choices = get_args(FIELDS[name].annotation)
     for choice in choices:
-        assert getattr(Experiment(**{name: choice}), name) == choice
+        assert getattr(Experiment(**beside(name, choice)), name) == choice
     misspelt = choices[0] + "x"
     with pytest.raises(FedkdError) as caught:
         Experiment(**{name: misspelt})
@@ -230,6 +242,10 @@ def test_a_key_like_no_other_says_where_the_keys_are_listed() -> None:
         ({"momentum": 0.9, "optimizer": "adamw"}, ["momentum = 0.9", "optimizer = 'adamw'"]),
         ({"quorum": 11}, ["quorum = 11", "num-clients = 10"]),
         (
+            {"attack": "random", "attackers": 0.05},
+            ["attackers = 0.05", "num-clients = 10", "rounds to no client", "0.1"],
+        ),
+        (
             {"quorum": 3, "fraction_train": 0.2},
             ["quorum = 3", "fraction-train = 0.2", "only 2 are drawn"],
         ),
@@ -244,6 +260,35 @@ def test_contradictions_name_both_keys(keys: dict[str, Any], named: list[str]) -
         Experiment(**keys)
     assert all(part in str(caught.value) for part in named), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+IDLE: dict[str, tuple[Any, str, Any, Any]] = {
+    "test_size": (101, "fold", "none", "2/3"),
+    "partition_alpha": (0.1, "partition", "dirichlet", "iid"),
+    "classes_per_client": (3, "partition", "pathological", "dirichlet"),
+    "momentum": (0.9, "optimizer", "sgd", "adamw"),
+    "attack": ("random", "attackers", 0.3, 0.0),
+    "attackers": (0.3, "attack", "random", "none"),
+    "dp_clip": (2.0, "dp_noise", 1.0, 0.0),
+    "dp_delta": (1e-6, "dp_noise", 1.0, 0.0),
+    "num_workers": (3, "engine", "cohort", "flower"),
+    "ray_address": ("h:1", "num_workers", 2, 0),
+    "client_cpus": (2.0, "engine", "flower", "cohort"),
+    "client_gpus": (0.5, "engine", "flower", "cohort"),
+}
+"""By key: a value, the key that it needs, with which it has an effect and without."""
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_key_without_effect_must_keep_its_default(name: str) -> None:
+    value, other, needed, without = IDLE[name]
+    assert getattr(Experiment(**{name: value, other: needed}), name) == value
+    assert Experiment(**{name: FIELDS[name].default, other: without}).flat()
+    words = rf"^{kebab(name)} = .* has no effect with {kebab(other)} = .*: set {kebab(other)}"
+    with pytest.raises(FedkdError, match=words):
+        Experiment(**{name: value, other: without})
+    varied = Experiment(**{name: value, other: needed}).varied(**{other: without})
+    assert getattr(varied, name) == FIELDS[name].default
 
 
 def test_several_mistakes_are_named_together() -> None:
@@ -453,3 +498,30 @@ def test_smoke_shrinks_and_keeps_the_method_and_the_data_set(
     assert len(data.shards) == small.num_clients
     assert small.public_per_round is None or small.public_per_round <= len(data.public)
     assert small.smoke() == small
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"num_clients": 11},
+        {"num_server_rounds": 7, "local_epochs": 3, "distill_epochs": 5},
+        {"public_size": 211},
+        {"public_per_round": 211, "public_size": None},
+        {"train_size": 1103, "test_size": 307},
+        {"quorum": 7, "fraction_train": 0.5, "num_clients": 37},
+        {"num_workers": 5},
+        {"partition": "pathological", "classes_per_client": 3},
+        {"attack": "random", "attackers": 0.1},
+    ],
+    ids=str,
+)
+def test_smoke_keeps_what_is_asked_for(kept: dict[str, Any]) -> None:
+    large = Experiment(dataset="digits", data_dir=DATA, device="cpu", **kept)
+    small = large.smoke(*kept)
+    assert {name: getattr(small, name) for name in kept} == kept
+    assert len(federated_data(small).shards) == small.num_clients
+    assert small.num_server_rounds == kept.get("num_server_rounds", 2)
+
+
+def test_smoke_of_a_fold_leaves_the_test_set_alone() -> None:
+    assert Experiment(fold="1/3").smoke().test_size is None

@@ -106,7 +106,9 @@ class _Start:
     smoke: Annotated[
         bool,
         Parameter(
-            group=_START, negative="", help="shrink all sizes, to take seconds on the same data"
+            group=_START,
+            negative="",
+            help="shrink all sizes that no flag sets, to take seconds on the same data",
         ),
     ] = False
 
@@ -118,10 +120,13 @@ class _Start:
             sources.append((f"--preset {self.preset}", keys))
         if self.config is not None:
             sources.append(read_toml(self.config))
-        for name in Experiment.model_fields:
-            if (text := getattr(self, name)) is not None:
-                sources.append((f"--{kebab(name)}", {name: text}))
+        for name in self._flags():
+            sources.append((f"--{kebab(name)}", {name: getattr(self, name)}))
         return sources
+
+    def _flags(self) -> list[str]:
+        """Return the keys that are given as flags."""
+        return [name for name in Experiment.model_fields if getattr(self, name) is not None]
 
     @contextmanager
     def experiment(
@@ -141,7 +146,7 @@ class _Start:
             return
         try:
             experiment = Experiment.load(*sources)
-            yield experiment.smoke() if self.smoke else experiment
+            yield experiment.smoke(*self._flags()) if self.smoke else experiment
         except FedkdError as error:
             raise error.with_sources(_origins(sources)) from error
 

@@ -78,7 +78,7 @@ def sweep_preview(
     experiment: Experiment, what: str, seeds: Sequence[int], folds: int, of: str
 ) -> dict[str, str]:
     """Return what a sweep is about to do."""
-    held_out = experiment.replace(fold=f"1/{folds}")
+    held_out = experiment.varied(fold=f"1/{folds}")
     shared = central_preview(held_out, seeds) if of == "central" else compare_preview(held_out)
     strategy = {} if of == "central" else {"strategy": experiment.strategy}
     return {

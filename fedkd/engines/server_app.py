@@ -28,8 +28,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, on the nodes that Flower has."""
-    configured = Experiment.load(("Flower's run config", context.run_config))
-    experiment = configured.replace(engine="flower")
+    experiment = Experiment.load(
+        ("Flower's run config", context.run_config), ("flwr run", {"engine": "flower"})
+    )
     strategy = check(experiment)
     reasons = plan_reasons(experiment)
     experiment = with_plan(experiment).replace(**reproducible_keys(experiment, strategy))

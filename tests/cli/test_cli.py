@@ -117,12 +117,23 @@ WRONG = {
         "tau = 'x' (from --tau): must be number > 0 and ≤ 1000"
     ),
     "run --momentum 0.9": (
-        "momentum = 0.9 (from --momentum) contradicts optimizer = 'adam' (the default): "
-        "set optimizer = 'sgd' or momentum = 0"
+        "momentum = 0.9 (from --momentum) has no effect with optimizer = 'adam' (the default): "
+        "set optimizer = 'sgd', or momentum = 0.0"
     ),
     "central --preset mnist-mlp --momentum .5": (
-        "momentum = 0.5 (from --momentum) contradicts optimizer = 'adam' (from --preset mnist-mlp): "
-        "set optimizer = 'sgd' or momentum = 0"
+        "momentum = 0.5 (from --momentum) has no effect with optimizer = 'adam' "
+        "(from --preset mnist-mlp): set optimizer = 'sgd', or momentum = 0.0"
+    ),
+    "run --partition iid --partition-alpha 0.1": (
+        "partition-alpha = 0.1 (from --partition-alpha) has no effect with partition = 'iid' "
+        "(from --partition): set partition = 'dirichlet', or partition-alpha = 0.3"
+    ),
+    "run --grad-clip 1": "unknown key 'grad-clip' (from --grad-clip): gradients are not clipped",
+    "run --lr-decay 1": (
+        "unknown key 'lr-decay' (from --lr-decay); `fedkd run --help` lists the keys"
+    ),
+    "run --batchsize 7": (
+        "unknown key 'batchsize' (from --batchsize) (did you mean 'batch-size'?)"
     ),
     "run --quorum 5 --num-clients 3": (
         "quorum = 5 (from --quorum) contradicts fraction-train = 1.0 (the default) of "
@@ -186,7 +197,9 @@ FILES = {
     "temperature = 4\n": "unknown key 'temperature' (from my.toml): the key is 'tau'",
     "alpha = 1.5\n": "alpha = 1.5 (from my.toml): must be number ≥ 0 and ≤ 1",
     "[data]\nalpha = 1\n": "data in my.toml: experiment files are flat",
-    "momentum = 0.5\n": "momentum = 0.5 (from my.toml) contradicts optimizer = 'adam' (the default)",
+    "momentum = 0.5\n": (
+        "momentum = 0.5 (from my.toml) has no effect with optimizer = 'adam' (the default)"
+    ),
     'strategy = "FedMDD"\n': "strategy = 'FedMDD' (from my.toml): no such strategy",
 }
 

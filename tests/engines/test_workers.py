@@ -118,9 +118,12 @@ def test_too_small_a_cluster_is_refused(
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        ({"num_workers": 2, "engine": "flower"}, "num-workers = 2 contradicts engine = 'flower'"),
+        (
+            {"num_workers": 2, "engine": "flower"},
+            "num-workers = 2 has no effect with engine = 'flower'",
+        ),
         ({"num_workers": 4}, "num-workers = 4 contradicts num-clients = 3"),
-        ({"ray_address": "h:1"}, "ray-address = 'h:1' contradicts num-workers = 0"),
+        ({"ray_address": "h:1"}, "ray-address = 'h:1' has no effect with num-workers = 0"),
         ({"num_workers": -1}, r"num-workers = -1.*≥ 0"),
     ],
 )

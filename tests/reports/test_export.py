@@ -416,7 +416,7 @@ def test_mixed_and_own_models(tmp_path: Path) -> None:
 
 
 def test_a_fold_is_not_called_a_test_set(tmp_path: Path) -> None:
-    run = fedkd.run(TINY.replace(fold="2/3", run_dir=str(tmp_path)))
+    run = fedkd.run(TINY.varied(fold="2/3", run_dir=str(tmp_path)))
     done = export(run.path)
     assert done.accuracy == run.client_accuracy[0]
     assert done.card["accuracy"]["images"] == run.result["test_size"]

@@ -94,7 +94,7 @@ def test_points_are_federations_of_their_own(tmp_path: Path) -> None:
     for point in found.points[1:3]:
         for s, seed, f in ((0, 5, 1), (1, 8, 0)):
             keys = {**point.keys, "seed": seed, "fold": f"{f + 1}/2"}
-            alone = fedkd.run(apart.replace(**keys))
+            alone = fedkd.run(apart.varied(**keys))
             assert point.accuracies[s][f] == pytest.approx(alone.accuracy, abs=CLOSE)
     assert len({point.accuracy for point in found.points}) > 2
     assert not (found.path / "runs").exists()
@@ -111,7 +111,7 @@ def test_points_are_central_runs_of_their_own(tmp_path: Path) -> None:
     for point in (found.points[1], found.points[6], found.points[11]):
         for s, seed, f in ((0, 5, 0), (0, 5, 2), (1, 8, 1)):
             keys = {**point.keys, "seed": seed, "fold": f"{f + 1}/3"}
-            alone = fedkd.central(base.replace(**keys), save=False)
+            alone = fedkd.central(base.varied(**keys), save=False)
             assert point.accuracies[s][f] == pytest.approx(alone.student_accuracy, abs=CLOSE)
             if point.keys["alpha"] == 0:
                 assert alone.student_accuracy == alone.student_alone_accuracies[0]
@@ -126,7 +126,7 @@ def test_keys_that_no_stack_can_share_are_swept_too(
     base = federation(tmp_path, num_server_rounds=1)
     found = sweep(base, {"student": ["mlp-5", "mlp-9"], "tau": [1, 3]}, [5], folds=2)
     assert [len(stack) for stack in stacks] == [2, 2, 2, 2]
-    apart = base.replace(run_dir=str(tmp_path / "apart"), fold="2/2", student="mlp-9", tau=3.0)
+    apart = base.varied(run_dir=str(tmp_path / "apart"), fold="2/2", student="mlp-9", tau=3.0)
     assert found.points[3].accuracies[0][1] == pytest.approx(fedkd.run(apart).accuracy, abs=CLOSE)
 
 
@@ -135,6 +135,18 @@ def test_the_step_s_momentum_is_swept(tmp_path: Path) -> None:
     base = central(tmp_path, optimizer="sgd", learning_rate=0.1, distill_epochs=7, local_epochs=7)
     found = sweep(base, {"momentum": [0.0, 0.9]}, folds=2, of="central")
     assert found.points[0].accuracy != found.points[1].accuracy
+
+
+def test_a_key_without_effect_at_some_points_is_left_out_of_those(tmp_path: Path) -> None:
+    """Where nobody attacks, and where shards are equal parts."""
+    base = federation(tmp_path, num_server_rounds=1, attack="label-flip", attackers=0.3)
+    grid: Grid = {"partition": ["iid", "dirichlet"], "partition_alpha": [1, 7], "attackers": [0, 1]}
+    found = sweep(base, grid, folds=2)
+    accuracies = [point.accuracies for point in found.points]
+    assert accuracies[0:2] == accuracies[2:4]
+    honest = base.varied(attackers=0.0, partition="dirichlet", partition_alpha=7.0, fold="2/2")
+    alone = fedkd.run(honest.replace(run_dir=str(tmp_path / "apart")))
+    assert found.points[6].accuracies[0][1] == pytest.approx(alone.accuracy, abs=CLOSE)
 
 
 def test_a_value_is_right_or_wrong_beside_the_experiment_s_others(tmp_path: Path) -> None:
@@ -487,13 +499,15 @@ def test_an_exception_that_is_nobody_s_fault_ends_the_sweep(
         ({}, {"student": ["mlp-8", "mpl-8"]}, {}, "student = 'mpl-8'"),
         ({}, {"strategy": ["DSFL", "DSFX"]}, {}, "DSFX"),
         ({}, {"tau": [1]}, {"folds": 157}, "fold"),
+        ({}, {"partition_alpha": [0.1, 1]}, {}, "no effect with partition = 'iid'"),
+        ({}, {"momentum": [0, 0.9], "optimizer": ["adam", "adamw"]}, {}, "momentum = 0.9 has no"),
     ],
     ids=str,
 )
 def test_what_is_not_right_is_refused_before_anything_is_written(
     keys: dict[str, Any], grid: Grid, options: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    base = central(tmp_path, strategy="LocalOnly", num_server_rounds=1).replace(**keys)
+    base = central(tmp_path, strategy="LocalOnly", num_server_rounds=1).varied(**keys)
     with pytest.raises(FedkdError, match=reason):
         sweep(base, grid, **{"folds": 2, **options})
     assert list(tmp_path.iterdir()) == []
@@ -555,7 +569,7 @@ def test_a_search_draws_from_its_ranges(searched: Sweep) -> None:
 def test_points_of_a_search_are_runs_of_their_own(searched: Sweep) -> None:
     point = searched.points[10]
     keys = {**point.keys, "seed": 8, "fold": "2/2"}
-    alone = fedkd.central(searched.experiment.replace(**keys, name=None), save=False)
+    alone = fedkd.central(searched.experiment.varied(**keys, name=None), save=False)
     assert point.accuracies[1][1] == pytest.approx(alone.student_accuracy, abs=CLOSE)
 
 

@@ -57,6 +57,8 @@ def tiny(**keys: Any) -> Experiment:
         "device": "cpu",
         "seed": 5,
     }
+    if "fold" in keys:
+        small["test_size"] = None
     return Experiment(**{**small, **keys})
 
 

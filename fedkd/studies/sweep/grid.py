@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.keys import Scalar, kebab, snake
+from fedkd.keys import Scalar, extra, kebab, snake
 
 _FIXED = {"fold", *Experiment.keys("seed", "clients", "machine", "bookkeeping")}
 """Keys that a sweep sets itself, or that change no accuracy beyond rounding."""
@@ -25,8 +25,7 @@ def typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[
             raise FedkdError(
                 f"{kebab(key)} = {options!r} (from the grid): must be a list of values"
             )
-        base = ("the experiment", experiment.flat())
-        values = [getattr(Experiment.load(base, ("the grid", {name: v})), key) for v in options]
+        values = [getattr(_with(experiment, {name: value}), key) for value in options]
         if not values or len(set(values)) < len(values):
             raise FedkdError(
                 f"{kebab(key)} = {list(options)}: give at least one value, without repeats"
@@ -34,7 +33,28 @@ def typed(experiment: Experiment, grid: Mapping[str, Sequence[Scalar]]) -> dict[
         values_by_key[key] = values
     if not values_by_key:
         raise FedkdError("the grid is empty: name keys and values, as in alpha=0.3,0.7 tau=1,5")
+    _refuse_without_effect(experiment, values_by_key)
     return values_by_key
+
+
+def _with(experiment: Experiment, keys: Mapping[str, Scalar]) -> Experiment:
+    """Return the experiment with keys of the grid, some of which may have no effect by themselves."""
+    sources = ("the experiment", experiment.flat()), ("the grid", keys)
+    return Experiment.load(*sources, without_effect_too=True)
+
+
+def _refuse_without_effect(
+    experiment: Experiment, values_by_key: Mapping[str, Sequence[Scalar]]
+) -> None:
+    """Refuse a key that has no effect at any point of the grid."""
+    for key, values in values_by_key.items():
+        requirement = extra(Experiment.model_fields[key], "only_with")
+        beside = values_by_key.get(requirement.key, ()) if requirement is not None else ()
+        reached = [_with(experiment, {requirement.key: value}) for value in beside]
+        fields = Experiment.model_fields
+        if not any(requirement.is_met(vars(each), fields) for each in reached):
+            for value in values:
+                _with(experiment, {key: value}).refuse_without_effect(key)
 
 
 def typed_ranges(

@@ -171,7 +171,7 @@ class Trials:
 
     def _cell_experiment(self, cell: Cell) -> Experiment:
         fold = f"{cell.fold}/{self._folds}"
-        return self._experiment.replace(**cell.keys, seed=cell.seed, fold=fold)
+        return self._experiment.varied(**cell.keys, seed=cell.seed, fold=fold)
 
     def _batches(self, cells: Sequence[Cell]) -> Iterator[list[Cell]]:
         """Yield cells by stack: cells on the same shards that may be trained together."""
