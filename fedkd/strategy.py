@@ -9,8 +9,9 @@ byte counts, records) is done by the federation and is the same for all. The mem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
+from inspect import get_annotations
 from typing import (
     Annotated,
     Any,
@@ -149,6 +150,7 @@ class DistillationStrategy(Strategy):
         return self.settings()
 
     def __init_subclass__(cls) -> None:
+        _refuse_unannotated(cls)
         if "aggregate" in cls.__dict__:
             setattr(cls, "aggregate", _typed(cls.aggregate))  # noqa: B010 - mypy: a method
         dataclass(frozen=True, kw_only=True)(cls)
@@ -299,6 +301,25 @@ class DistillationStrategy(Strategy):
 
     def summary(self) -> None:
         """Print nothing: the command line prints the experiment."""
+
+
+def _refuse_unannotated(cls: type[DistillationStrategy]) -> None:
+    """Refuse a class that changes a setting without its type, as a dataclass would ignore it.
+
+    Raises:
+        FedkdError: the text says how to write it.
+    """
+    own, checked = get_annotations(cls), set()
+    for base in cls.__mro__[1:]:
+        for setting in fields(base) if is_dataclass(base) else ():
+            name, value = setting.name, getattr(cls, setting.name, MISSING)
+            if name not in own and name not in checked and value is not setting.default:
+                kind = setting.type if isinstance(setting.type, str) else setting.type.__name__
+                raise FedkdError(
+                    f"{cls.__name__} changes the setting {name} of {base.__name__} without its type, so "
+                    f"that {setting.default!r} would be used: write {name}: {kind} = {value!r}"
+                )
+            checked.add(name)
 
 
 def _as_knowledge(combined: Any, replies: Replies) -> Knowledge:

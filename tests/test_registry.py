@@ -321,3 +321,39 @@ def test_a_setting_without_a_default_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(FedkdError, match="its setting warmth needs a default"):
         find(f"{path}:Bare")
+
+
+# --- Settings that a subclass changes -------------------------------------------------------------
+
+CHANGED = """
+from strategies import FedProx
+class Loose:
+    mu = 3.0
+class Typed(FedProx):
+    mu: float = 0.7
+class Typed2(Typed):
+    closes = "revisit"
+"""
+
+
+def test_a_subclass_changes_a_setting_with_its_type(tmp_path: Path) -> None:
+    file = tmp_path / "changed_mu.py"
+    file.write_text(CHANGED)
+    assert find(f"{file}:Typed").settings() == {"mu": 0.7}
+    assert find(f"{file}:Typed2").settings() == {"mu": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("class Mine(FedProx):\n    mu = 0.7\n", "0.7"),
+        ("class Mine(Loose, FedProx):\n    pass\n", "3.0"),
+        ("class Mine(Typed2):\n    mu = 0.01\n", "0.01"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(line: str, value: str, tmp_path: Path) -> None:
+    file = tmp_path / "ignored_mu.py"
+    file.write_text(CHANGED + line)
+    expected = rf"Mine changes the setting mu of .* without its type.* = {value} \(ignored_mu.py"
+    with pytest.raises(FedkdError, match=expected):
+        find(f"{file}:Mine")

@@ -31,10 +31,11 @@ class Dataset:
         test_labels: int64 ``[M]``.
         class_names: one for each label.
         mean: per channel, of pixels scaled to 0..1.
-        std: likewise, positive.
+        std: likewise, above 0.
 
     Raises:
-        FedkdError: a tensor has the wrong type, shape or device, or a label is out of range.
+        FedkdError: a tensor has the wrong type, shape or device, a label is out of range, labels count
+            from 1, channels come last, or pixels, mean or std are on another scale.
     """
 
     name: str
@@ -74,6 +75,32 @@ def _faults(dataset: Dataset) -> Iterator[str]:
             yield f"{name} must be {expected}, no size 0, not {describe(tensor)}"
     if dataset.num_classes < 2:
         yield f"class_names must name at least two classes, not {dataset.num_classes}"
+    if _channels_are_last(dataset):
+        yield (
+            f"train_images {list(dataset.train_images.shape)} have their channels last: "
+            "use images.permute(0, 3, 1, 2)"
+        )
+    yield from _label_faults(dataset, tensors)
+    if dataset.test_images.shape[1:] != dataset.train_images.shape[1:]:
+        train, test = (list(tensors[f"{s}_images"].shape[1:]) for s in ("train", "test"))
+        yield f"test_images are {test} but train_images {train} (channels, height, width)"
+    yield from _pixel_faults(dataset)
+
+
+def _channels_are_last(dataset: Dataset) -> bool:
+    """Whether images are ``[N, H, W, C]``, going by ``mean`` or by sizes that no channels have."""
+    first, second, last = dataset.train_images.shape[1:]
+    if len(dataset.mean) == last != first:
+        return True
+    if last == 1:  # signals have such a shape, but not with as many channels as samples
+        return first == second > 4
+    return last in (3, 4) and min(first, second) > 4
+
+
+_FROM_1 = ": they count from 1; subtract 1"
+
+
+def _label_faults(dataset: Dataset, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     for split in ("train", "test"):
         images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
         if len(images) != len(labels):
@@ -83,15 +110,30 @@ def _faults(dataset: Dataset) -> Iterator[str]:
             yield (
                 f"{split}_labels must lie in 0..{dataset.num_classes - 1} "
                 f"(one per name in class_names), not {low}..{high}"
+                f"{_FROM_1 if (low, high) == (1, dataset.num_classes) else ''}"
             )
-    if dataset.test_images.shape[1:] != dataset.train_images.shape[1:]:
-        train, test = (list(tensors[f"{s}_images"].shape[1:]) for s in ("train", "test"))
-        yield f"test_images are {test} but train_images {train} (channels, height, width)"
+    present = torch.cat([tensors["train_labels"], tensors["test_labels"]]).bincount()
+    if int(present[0]) == 0 and bool((present[1:] > 0).all()) and len(present) > 2:
+        yield "no image has label 0: labels count from 0; subtract 1, and leave out the first class name"
+
+
+def _pixel_faults(dataset: Dataset) -> Iterator[str]:
     channels = dataset.train_images.shape[1]
     if len(dataset.mean) != channels or len(dataset.std) != channels:
         yield f"mean and std must have {channels} values each, one per channel"
     if not all(map(math.isfinite, dataset.mean)) or not all(0 < s < math.inf for s in dataset.std):
         yield "mean must be finite and std positive"
+    if not all(0 <= m <= 1 for m in dataset.mean) or not all(s <= 1 for s in dataset.std):
+        yield (
+            f"mean {dataset.mean} and std {dataset.std} must lie in 0..1: they are of pixels scaled "
+            "to 0..1; divide those of pixels 0..255 by 255"
+        )
+    if int(dataset.train_images[:_LOOKED_AT].max()) == 1:
+        yield "train_images have no pixel above 1: they must be 0..255; multiply those of 0..1 by 255"
+
+
+_LOOKED_AT = 1000
+"""Images whose pixels are looked at: enough to see their scale."""
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -504,6 +504,23 @@ def test_own_dataset_that_cannot_be_had(own: str) -> None:
         ("class_names=('apple',)", "class_names must name at least two classes"),
         ("mean=(0.5,)", "mean and std must have 2 values each"),
         ("std=(0.5, 0.0)", "mean must be finite and std positive"),
+        ("mean=(33.3, 29.1), std=(78.6, 71.3)", "divide those of pixels 0..255 by 255"),
+        ("std=(0.5, 78.6)", "must lie in 0..1"),
+        ("train_images=images // 9", "train_images have no pixel above 1"),
+        (
+            "train_images=images.permute(0, 2, 3, 1), test_images=images[:2].permute(0, 2, 3, 1)",
+            "train_images [7, 3, 5, 2] have their channels last: use images.permute(0, 3, 1, 2)",
+        ),
+        (
+            "train_images=torch.full((7, 11, 13, 3), 9, dtype=torch.uint8), "
+            "mean=[0.5] * 11, std=[0.5] * 11",
+            "train_images [7, 11, 13, 3] have their channels last",
+        ),
+        ("train_labels=torch.arange(7) % 3 + 1", "not 1..3: they count from 1; subtract 1"),
+        (
+            "train_labels=torch.arange(7) % 2 + 1, test_labels=torch.tensor([1, 2])",
+            "no image has label 0",
+        ),
     ],
 )
 def test_own_dataset_that_is_wrong(own: str, changes: str, expected: str, tmp_path: Path) -> None:
