@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
 from typing import NamedTuple, Self
 
 
@@ -61,11 +62,15 @@ class FedkdError(ValueError):
 
 
 def _is_part(value: object, whole: object) -> bool:
-    """Whether `value` is `whole` or a part of it: one model of a list, the file of file:class."""
+    """Whether `value` is `whole` or a part of it: one model of a list, the file of file:class.
+
+    Files may have become absolute paths.
+    """
     try:
         return float(str(value)) == float(str(whole))
     except ValueError:
-        return str(value).lower() in str(whole).lower()
+        named = [Path(part).name for part in str(whole).split(",") if ".py:" in part]
+        return str(value).lower() in str(whole).lower() or Path(str(value)).name in named
 
 
 def one_line(what: str | BaseException, limit: int = 200) -> str:

@@ -31,8 +31,10 @@ from fedkd.keys import (
     Requirement,
     Role,
     Scalar,
+    absolute,
     declared,
     extra,
+    is_file,
     kebab,
     refusal,
     snake,
@@ -49,7 +51,7 @@ OptionalInt = Annotated[int | None, BeforeValidator(_auto_to_none)]
 OptionalStr = Annotated[str | None, BeforeValidator(_auto_to_none)]
 
 _PLAN = r"(loop|stacked(-[1-9]\d*)?)(x[1-9]\d*)?"
-_PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s]+={_PLAN}(, *[^=,\s]+={_PLAN})*")
+_PLANS = re.compile(rf"auto|{_PLAN}|[^=,\s][^=,]*={_PLAN}(, *[^=,\s][^=,]*={_PLAN})*")
 """Values of ``plan``; `fedkd.training.plans` reads them."""
 
 _WIRE = r"[a-z0-9]+(:[0-9]+)?(\+[a-z]+)*"
@@ -72,7 +74,10 @@ class Experiment(BaseModel):
 
     # data
     dataset: str = declared(
-        "data", "mnist-5k", "data set: see `fedkd data`, or module:function", names_code=True
+        "data",
+        "mnist-5k",
+        "data set: see `fedkd data`, or module:function or file.py:function",
+        names_code=True,
     )
     data_dir: OptionalStr = declared(
         "bookkeeping",
@@ -336,6 +341,20 @@ class Experiment(BaseModel):
             raise ValueError("refused")
         return value
 
+    @field_validator("dataset", "public", "student", "teacher", "server_model")
+    @classmethod
+    def _find_files_from_anywhere(cls, value: str) -> str:
+        """Return the value with absolute paths of files, the same in all processes and folders."""
+        names = [name.strip() for name in value.split(",")]
+        return ",".join(map(absolute, names)) if ".py:" in value else value
+
+    @field_validator("plan")
+    @classmethod
+    def _find_planned_files_from_anywhere(cls, value: str) -> str:
+        return (
+            ", ".join(absolute(e.strip()) for e in value.split(",")) if ".py:" in value else value
+        )
+
     @field_validator("plan")
     @classmethod
     def _refuse_other_plans(cls, value: str) -> str:
@@ -375,6 +394,13 @@ class Experiment(BaseModel):
     def architecture_period(self) -> int:
         """Clients whose numbers differ by a multiple of this have the same architectures."""
         return lcm(len(self.student.split(",")), len(self.teacher.split(",")))
+
+    @property
+    def dataset_word(self) -> str:
+        """The data set as part of a folder's name: of a file its name alone, without the path."""
+        where, colon, function = self.dataset.rpartition(":")
+        module = Path(where).stem if is_file(where) else where
+        return f"{module}.{function}" if colon else function
 
     @property
     def split_seed(self) -> int:

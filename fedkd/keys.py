@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import Field, ValidationError
@@ -171,6 +172,17 @@ def _bounds(field: FieldInfo) -> tuple[str, str, str]:
     if "None" in text and kind != "text":
         kind = f"auto, or a {kind}"
     return low, high, kind
+
+
+def is_file(where: str) -> bool:
+    """Whether the part of a name before its colon is a file, and not a module."""
+    return where.endswith(".py")
+
+
+def absolute(name: str) -> str:
+    """Return ``file.py:function`` with the file's absolute path, and any other name as it is."""
+    where, colon, function = name.rpartition(":")
+    return f"{Path(where).expanduser().absolute()}{colon}{function}" if is_file(where) else name
 
 
 # --- Errors -----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from dataclasses import MISSING, fields
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
@@ -19,18 +18,8 @@ from fedkd.experiment import Experiment
 from fedkd.keys import kebab, snake
 from fedkd.knowledge import Wire
 from fedkd.phases import GROUP, check_phases, to_text
-from fedkd.randomness import key
 from fedkd.strategy import DistillationStrategy
-from fedkd.user_code import (
-    GENERATED_PREFIX,
-    add_import_path,
-    attributed,
-    error_with_location,
-    import_user_module,
-)
-
-_changed: dict[str, int] = {}
-"""By path of an imported file, when it had last been changed, in ns."""
+from fedkd.user_code import attributed, error_with_location, import_user_module, load_file
 
 
 def strategies() -> dict[str, type[DistillationStrategy]]:
@@ -175,7 +164,7 @@ def _plain(name: str) -> str:
 
 def _user_strategy(name: str) -> type[DistillationStrategy]:
     where, _, class_name = name.rpartition(":")
-    module = _load_file(Path(where)) if where.endswith(".py") else _import(where, name)
+    module = load_file(Path(where), "strategy") if where.endswith(".py") else _import(where, name)
     cls = getattr(module, class_name, None)
     if not _is_strategy(cls):
         present = [n for n, v in vars(module).items() if _is_strategy(v)]
@@ -203,48 +192,6 @@ def _import(module: str, what: str) -> ModuleType:
         raise FedkdError(
             Setting("strategy", what), f": {module} does not import: {error_with_location(error)}"
         ) from error
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Return a file imported as the module of its name; import it again if it has changed since.
-
-    Its folder is searched for modules from then on, by worker processes too: clients import from the
-    file what it defines, such as loss terms.
-    """
-    if not path.exists():
-        raise FedkdError(Setting("strategy", path), ": there is no such file")
-    name, changed = _module_name(path), path.stat().st_mtime_ns
-    where = str(path.resolve())
-    if name in sys.modules and _changed.setdefault(where, changed) == changed:
-        return sys.modules[name]
-    add_import_path(path.resolve().parent)
-    spec = spec_from_file_location(name, path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise FedkdError(
-            Setting("strategy", path), f": the file does not import: {error_with_location(error)}"
-        ) from error
-    _changed[where] = changed
-    return module
-
-
-def _module_name(path: Path) -> str:
-    """Return the file's own name, or a generated one if that is the name of another module."""
-    generated = f"{GENERATED_PREFIX}{key(str(path.resolve())):x}"
-    if "." in path.stem:
-        return generated
-    try:
-        spec = find_spec(path.stem)
-    except ValueError:  # a module without a spec, such as __main__
-        return generated
-    its_own = spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve())
-    return path.stem if its_own else generated
 
 
 def _refuse_foreign(package: ModuleType) -> None:

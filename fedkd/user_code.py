@@ -1,4 +1,4 @@
-"""Import a user's code by ``module:function``, locate its errors by file and line, fingerprint it."""
+"""Import a user's code by module or file, locate its errors by file and line, fingerprint it."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 from fedkd.errors import FedkdError, Setting, nearest, one_line
+from fedkd.keys import is_file
+
+_changed: dict[str, int] = {}
+"""By path of an imported file, when it had last been changed, in ns."""
 
 
 def find_function(import_path: str, key: str) -> Callable[..., Any]:
-    """Return the function that `import_path` (``module:function``) names.
+    """Return the function that `import_path` (``module:function`` or ``file.py:function``) names.
 
     Args:
-        import_path: the module is also looked for in the working directory, which a console script
+        import_path: a module is also looked for in the working directory, which a console script
             does not search by itself.
         key: the key of which it is the value, such as ``"dataset"`` or ``"model"``.
 
     Raises:
-        FedkdError: the module does not import, or has no such function.
+        FedkdError: the module or file does not import, or has no such function.
     """
-    module_name, _, function_name = import_path.partition(":")
-    try:
-        module = import_user_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        raise FedkdError(
-            Setting(key, import_path),
-            f": cannot import '{module_name}' ({error_with_location(error)})",
-        ) from error
+    where, _, function_name = import_path.rpartition(":")
+    module = load_file(Path(where), key) if is_file(where) else _module(where, import_path, key)
     try:
         function = attrgetter(function_name)(module)
     except AttributeError:
@@ -45,10 +43,68 @@ def find_function(import_path: str, key: str) -> Callable[..., Any]:
     if not callable(function):
         raise FedkdError(
             Setting(key, import_path),
-            f": '{module_name}' has no function '{function_name}'"
-            f"{nearest(function_name, vars(module))}",
+            f": '{where}' has no function '{function_name}'{nearest(function_name, vars(module))}",
         )
     return cast(Callable[..., Any], function)
+
+
+def _module(where: str, import_path: str, key: str) -> ModuleType:
+    try:
+        return import_user_module(where)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise FedkdError(
+            Setting(key, import_path),
+            f": cannot import '{where}' ({error_with_location(error)})",
+        ) from error
+
+
+def load_file(path: Path, key: str) -> ModuleType:
+    """Return a file imported as the module of its name; import it again if it has changed since.
+
+    Its folder is searched for modules from then on, by worker processes too: clients import from the
+    file what it defines, such as loss terms.
+
+    Args:
+        path: of the file.
+        key: the key that names it.
+
+    Raises:
+        FedkdError: there is no such file, or it does not import.
+    """
+    if not path.exists():
+        raise FedkdError(Setting(key, path), ": there is no such file")
+    name, changed = _module_name(path), path.stat().st_mtime_ns
+    where = str(path.resolve())
+    if name in sys.modules and _changed.setdefault(where, changed) == changed:
+        return sys.modules[name]
+    add_import_path(path.resolve().parent)
+    spec = spec_from_file_location(name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise FedkdError(
+            Setting(key, path), f": the file does not import: {error_with_location(error)}"
+        ) from error
+    _changed[where] = changed
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """Return the file's own name, or a generated one if that is the name of another module."""
+    generated = GENERATED_PREFIX + blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
+    if "." in path.stem:
+        return generated
+    try:
+        spec = find_spec(path.stem)
+    except ValueError:  # a module without a spec, such as __main__
+        return generated
+    its_own = spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve())
+    return path.stem if its_own else generated
 
 
 def import_user_module(name: str) -> ModuleType:
@@ -70,7 +126,7 @@ def add_import_path(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-GENERATED_PREFIX = "strategy_file_"
+GENERATED_PREFIX = "user_file_"
 """Begins the name of a module that is read from a file with the same name as another module."""
 
 

@@ -36,7 +36,7 @@ from fedkd.user_code import find_function
 
 
 def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset") -> Dataset:
-    """Return a data set by its name in `DATASETS`, or a user's by ``"module:function"``.
+    """Return a data set by its name in `DATASETS`, or a user's by its function.
 
     What torchvision downloads is converted once and memory-mapped from then on: processes that load
     the same file share its pages, and writing to the tensors changes the writer's copy only. Its
@@ -46,9 +46,9 @@ def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset")
     download, and the fingerprint in the cache file guards the cache.
 
     Args:
-        name: a key of `DATASETS`, or ``"module:function"``: a function that is called with the data
-            folder (a `Path`, which need not exist) and returns a `Dataset`. The module may lie in
-            the working directory.
+        name: a key of `DATASETS`, ``"module:function"`` or ``"file.py:function"``: a function that is
+            called with the data folder (a `Path`, which need not exist) and returns a `Dataset`. The
+            module may lie in the working directory.
         data_dir: see `data_folder`.
         key: the experiment's key whose value is the name; errors name it.
 
@@ -59,11 +59,13 @@ def load(name: str, data_dir: str | Path | None = None, *, key: str = "dataset")
     folder = data_folder(data_dir)
     if ":" in name:
         return _load_user_dataset(name, folder, key)
+    if name.endswith(".py"):
+        raise FedkdError(Setting(key, name), f": name a function of the file, as in {name}:my_data")
     if name not in DATASETS:
         raise FedkdError(
             Setting(key, name),
             f": no such data set{nearest(name, DATASETS)}; accepted: {', '.join(DATASETS)}, or your "
-            "own as module:function",
+            "own as module:function or file.py:function",
         )
     info = DATASETS[name]
     tensors = _load_cached(name, folder) if info.needs_download else shipped(name)

@@ -68,7 +68,7 @@ def default_name(experiment: Experiment, strategy: DistillationStrategy) -> str:
     """Return the name of a run without one: strategy, data set and seed."""
     words = (
         strategy.name().lower(),
-        experiment.dataset.replace(":", "."),
+        experiment.dataset_word,
         f"seed{experiment.seed}",
     )
     return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9._-]", "", "-".join(words))

@@ -182,7 +182,7 @@ def _saved(
     device, identity = str(pooled.data.train.device), identity_of(experiment, None, run.seeds)
     folder = RunFolder.create(
         experiment,
-        f"central-{experiment.dataset.replace(':', '.')}",
+        f"central-{experiment.dataset_word}",
         lambda part, _: record_beginning(part, experiment, device, reasons, identity),
     )
     folder.write_shards(class_counts(pooled.data))

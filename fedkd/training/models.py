@@ -44,7 +44,7 @@ def build(name: str, input_shape: InputShape, num_classes: int) -> nn.Module:
     """Return a freshly initialised model for images ``[B, *input_shape]``, in training mode.
 
     Args:
-        name: one of `NAMES`, ``mlp-<width>``, or ``module:function`` for your own
+        name: one of `NAMES`, ``mlp-<width>``, or ``module:function`` or ``file.py:function`` for your own
             ``function(input_shape, num_classes) -> nn.Module``.
         input_shape: (channels, height, width), such as (1, 8, 8), (1, 28, 28) or (3, 32, 32).
         num_classes: C, the width of the logits.
@@ -226,9 +226,12 @@ def _find(name: str) -> Builder:
         return partial(_mlp, width=int(family[1]))
     if ":" in name:
         return find_function(name, "model")
+    if name.endswith(".py"):
+        raise FedkdError(f"name a function of the file, as in {name}:my_model")
     raise FedkdError(
         f"unknown model '{name}'{nearest(name, NAMES)}: use one of {', '.join(NAMES)}, "
-        f"mlp-<width> with a width of 1 to {MAX_MLP_WIDTH}, or your own as 'module:function'"
+        f"mlp-<width> with a width of 1 to {MAX_MLP_WIDTH}, or your own as 'module:function' "
+        "or 'file.py:function'"
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from fedkd import data
 from fedkd.data import DATASETS, TENSORS, Dataset, DatasetInfo, cache
 from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
 
 TINY = DatasetInfo(
     description="made up",
@@ -486,6 +487,24 @@ def test_own_dataset_that_cannot_be_had(own: str) -> None:
     assert "must return a fedkd.data.Dataset, not NoneType" in message(f"{own}:nothing")
     assert "must take one argument, the data folder" in message(f"{own}:no_argument")
     assert "raised KeyError: 'apple'" in message(f"{own}:broken")
+
+
+def test_own_dataset_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its absolute path, from any working directory."""
+    file = tmp_path / "fruit_of_a_user.py"
+    file.write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(
+        dataset="fruit_of_a_user.py:fruit", public=f"{file.name}:fruit", public_labels=False
+    )
+    assert experiment.dataset == experiment.public == f"{file}:fruit"
+    assert experiment.dataset_word == "fruit_of_a_user.fruit"
+    assert Experiment(dataset="my.own:fruit").dataset_word == "my.own.fruit"
+    monkeypatch.chdir("/")
+    assert data.load(experiment.dataset, tmp_path).num_classes == 3
+    assert "has no function 'frut' (did you mean 'fruit'?)" in message(f"{file}:frut")
+    assert "there is no such file" in message(f"{tmp_path / 'nothing.py'}:fruit")
+    assert "name a function of the file, as in fruit.py:my_data" in message("fruit.py")
 
 
 @pytest.mark.parametrize(

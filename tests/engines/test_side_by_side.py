@@ -329,7 +329,7 @@ def test_threads_of_the_federations_have_the_threads_of_the_caller(
         {"strategy": "FedMD"},
         {"num_server_rounds": 2},
         {"partition_seed": None},
-        {"fold": "1/2"},
+        {"fold": "1/2", "test_size": None},
         {"student": "mlp-9"},
         {"optimizer": "sgd"},
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from fedkd.errors import FedkdError
+from fedkd.experiment import Experiment
 from fedkd.training import models
 from fedkd.training.models import NAMES, Classifier, build, num_parameters
 
@@ -446,3 +448,41 @@ def test_learns_real_digits(name: str) -> None:
     with torch.no_grad():
         loss = F.cross_entropy(model.eval()(x), labels)
     assert loss < 1.0  # log(10) = 2.3 at the start
+
+
+def test_a_model_in_a_file_is_found_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what it imports from beside it, and again when the file has changed."""
+    folder = tmp_path / "my nets"
+    folder.mkdir()
+    (folder / "width_of_a_user.py").write_text("width = 13\n")
+    file = folder / "nets_of_a_user.py"
+    file.write_text(
+        "from torch import nn\nfrom width_of_a_user import width\n"
+        "def net(shape, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(6, width), nn.Linear(width, classes))\n"
+    )
+    monkeypatch.chdir(folder)
+    experiment = Experiment(
+        student="nets_of_a_user.py:net,mlp-7", plan="nets_of_a_user.py:net=loop,mlp-7=stacked"
+    )
+    assert experiment.student == f"{file}:net,mlp-7"
+    assert experiment.plan == f"{file}:net=loop, mlp-7=stacked"
+    assert Experiment.load(("again", experiment.flat())) == experiment
+    monkeypatch.chdir(tmp_path)
+    assert num_parameters(build(experiment.student_of(0), (1, 2, 3), 5)) == 7 * 13 + 14 * 5
+    file.write_text(
+        file.read_text()
+        .replace("width), nn", "2 * width), nn.ReLU(), nn")
+        .replace("nn.Linear(width,", "nn.Linear(2 * width,")
+    )
+    os.utime(file, ns=(1, 1))
+    assert num_parameters(build(experiment.student_of(0), (1, 2, 3), 5)) == 7 * 26 + 27 * 5
+    for name, reason in (
+        (f"{file}:nett", "has no function 'nett' .*did you mean 'net'"),
+        (f"{folder / 'nothing.py'}:net", "there is no such file"),
+        ("nets.py", "name a function of the file, as in nets.py:my_model"),
+    ):
+        with pytest.raises(FedkdError, match=reason):
+            build(name, (1, 2, 3), 5)

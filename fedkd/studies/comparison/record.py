@@ -88,7 +88,7 @@ class ComparisonRecord:
         if experiment.name is None and (earlier := self._earlier()) is not None:
             folder = earlier
         elif experiment.name is None or not folder.exists():
-            default = f"compare-{experiment.dataset.replace(':', '.')}"
+            default = f"compare-{experiment.dataset_word}"
             folder = RunFolder.create(experiment, default, self._begin).path
         record = replace(self, counted=fields, path=folder)
         write_json(folder / FILE, record.as_json())
