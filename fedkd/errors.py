@@ -106,6 +106,9 @@ def _is_slip(word: str, meant: str) -> bool:
 
 
 def _likeness(one: str, other: str) -> float:
+    """Return how alike two parts of a name are, 0..1; any two numbers are."""
+    if one.isdigit() and other.isdigit():
+        return 1.0
     return SequenceMatcher(None, one, other).ratio()
 
 

@@ -151,6 +151,9 @@ def _central_rows(done: CentralRun) -> list[tuple[str, str, list[float]]]:
 
 
 def _gap(done: CentralRun) -> str:
+    if done.without_learning:
+        models = " and ".join(model.replace("-", " ") for model in done.without_learning)
+        return f"n/a (learnt nothing, or diverged: {models})"
     if done.gap_closed is None:
         return "n/a (the teacher is not better than the student alone)"
     return percent(done.gap_closed)

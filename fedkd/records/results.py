@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -143,8 +143,22 @@ class CentralRun:
 
     @property
     def gap_closed(self) -> float | None:
-        """(distilled − alone) / (teacher − alone) of the means; `None` where the gap is not positive."""
+        """(distilled − alone) / (teacher − alone) of the means.
+
+        `None` where the gap is not positive, or a model has learnt nothing with a seed.
+        """
+        if self.without_learning:
+            return None
         return gap_closed(self.student_accuracy, self.student_alone_accuracy, self.teacher_accuracy)
+
+    @property
+    def without_learning(self) -> list[str]:
+        """The models that have learnt nothing of their training images with a seed: one has diverged.
+
+        They get hardly more of them right than by naming the most frequent class, or their loss is not
+        finite in the end.
+        """
+        return [model for model, course in self.training.items() if _learnt_nothing(course)]
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of ``result.json``."""
@@ -158,6 +172,17 @@ class CentralRun:
             "gap_closed": self.gap_closed,
             **plural,
         }
+
+
+NOTHING = 0.05
+"""Share of the way from the most frequent class to all training images right that is no learning."""
+
+
+def _learnt_nothing(course: Mapping[str, Any]) -> bool:
+    """Whether a model has learnt nothing with some seed; older records do not tell the classes."""
+    is_lost = any(losses[-1] is None for losses in course["loss"])
+    gains = zip(course["accuracy"], course.get("frequent", ()), strict=False)
+    return is_lost or any(right - most < NOTHING * (1 - most) for right, most in gains)
 
 
 def gap_closed(value: float, low: float, high: float) -> float | None:

@@ -140,11 +140,13 @@ def _training(pooled: Pooled, teaching: Fitted, learning: Fitted) -> dict[str, d
     alone, distilled = slice(count), slice(count, None)
     students = experiment.distill_epochs
     teacher_accuracies = pooled.training_accuracies(pooled.teachers)
-    return {
+    courses = {
         "teacher": _course(teaching, slice(None), experiment.local_epochs, teacher_accuracies),
         "student-alone": _course(learning, alone, students, student_accuracies[alone]),
         "student-distilled": _course(learning, distilled, students, student_accuracies[distilled]),
     }
+    frequent = pooled.shares_of_the_most_frequent_class()[:count]
+    return {model: {**course, "frequent": frequent} for model, course in courses.items()}
 
 
 def _course(fitted: Fitted, rows: slice, epochs: int, accuracy: list[float]) -> dict[str, Any]:

@@ -98,6 +98,13 @@ class Pooled:
             for each, chosen in zip(predicted, rows, strict=True)
         ]
 
+    def shares_of_the_most_frequent_class(self) -> list[float]:
+        """Return what a student gets right of its training images if it always names one class."""
+        assert self.data.train.labels is not None
+        labels = self.data.train.labels.cpu()
+        owned = [labels[federated_data(experiment).pooled] for experiment in self.experiments]
+        return [int(each.bincount().max()) / len(each) for each in owned]
+
     def _cohort(self, name: str, experiments: Sequence[Experiment]) -> Cohort:
         architectures = architectures_of(self.data)
         states = [architectures.initial_state(name, experiment.seed) for experiment in experiments]

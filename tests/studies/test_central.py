@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from federation_tools import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -180,3 +183,26 @@ def test_the_teacher_alone_sees_augmented_images() -> None:
     jittered = central(TINY.replace(augment="jitter-2"), save=False)
     assert jittered.teacher_accuracies != plainly.teacher_accuracies
     assert jittered.student_alone_accuracies == plainly.student_alone_accuracies
+
+
+@pytest.mark.parametrize(
+    "keys", [{"learning_rate": 10.0}, {"optimizer": "sgd", "learning_rate": 9.0}]
+)
+def test_no_gap_is_closed_where_the_teacher_diverged(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Its accuracy is that of one class, which may be above that of the student alone."""
+    run = fedkd.central(
+        tiny(teacher="mlp-11", local_epochs=5, plan="loop", run_dir=str(tmp_path), **keys)
+    )
+    assert "teacher" in run.without_learning
+    lucky = replace(run, teacher_accuracies=[0.13], student_alone_accuracies=[0.11])
+    assert lucky.gap_closed is None
+    assert run.path is not None
+    assert fedkd.CentralRun.load(run.path).without_learning == run.without_learning
+
+
+def test_of_models_that_have_learnt_the_gap_is_closed_by_what_they_say() -> None:
+    keys = {"train_size": 503, "local_epochs": 13, "distill_epochs": 13, "plan": "loop"}
+    run = fedkd.central(tiny(teacher="mlp-31", **keys), save=False)
+    assert run.without_learning == []
+    made = replace(run, teacher_accuracies=[0.9], student_alone_accuracies=[0.5])
+    assert replace(made, student_accuracies=[0.6]).gap_closed == pytest.approx(0.25)

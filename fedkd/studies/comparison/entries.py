@@ -249,11 +249,15 @@ def with_target(
     )
 
 
-def with_gaps(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the entries with the gap that each strategy closes, where both its ends are compared."""
+def with_gaps(entries: Sequence[Entry], baseline: CentralRun | None) -> list[Entry]:
+    """Return the entries with the gap that each strategy closes, where both its ends are compared.
+
+    There is none where the student distilled or its teacher has learnt nothing.
+    """
     by_name = {entry.method: entry.accuracy for entry in entries}
     low, high = by_name.get(LOCAL), by_name.get(DISTILLED)
-    if low is None or high is None:
+    lost = () if baseline is None else baseline.without_learning
+    if low is None or high is None or "teacher" in lost or DISTILLED in lost:
         return list(entries)
     return [
         entry

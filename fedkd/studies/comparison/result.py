@@ -185,7 +185,7 @@ def _assembled(record: ComparisonRecord) -> dict[str, Any]:
     target, why = record.target, None
     if target is None:
         target, why = default_target(entries, points) or (None, None)
-    entries = [with_target(e, points.get(e.method), target) for e in with_gaps(entries)]
+    entries = [with_target(e, points.get(e.method), target) for e in with_gaps(entries, baseline)]
     answers = {n: right(n, runs.get(n, ()), record.central) for n in record.methods}
     sizes = [run.result["test_size"] for each in runs.values() for run in each[:1]]
     return {

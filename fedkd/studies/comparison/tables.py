@@ -148,10 +148,12 @@ def _about_tests(entries: Sequence[Entry]) -> str | None:
 def _about_gap(entries: Sequence[Entry]) -> str | None:
     by_name = {entry.method: entry for entry in entries}
     low, high = by_name.get(LOCAL), by_name.get(DISTILLED)
-    if low is None or high is None or high.accuracy > low.accuracy:
+    closing = [entry for entry in entries if _may_close_gap(entry)]
+    is_known = any(entry.gap_closed is not None for entry in closing)
+    if low is None or high is None or is_known or not closing:
         return None
-    if not any(map(_may_close_gap, entries)):
-        return None
+    if high.accuracy > low.accuracy:
+        return f"The gap closed is n/a: {label(DISTILLED)} or its teacher has learnt nothing."
     return (
         f"The gap closed is n/a: {label(DISTILLED)} ({percent(round(high.accuracy, 3))}) is not better "
         f"than {label(LOCAL)} ({percent(round(low.accuracy, 3))})."
