@@ -31,10 +31,12 @@ class Cronus(DistillationStrategy):
 
     Departures from the paper:
 
-    1. The filter drops ε·K clients in two passes, half of them each (the first half rounded up), as the
-       code of Roux et al. (2024, arXiv:2402.12265) does. The original continues until the
-       greatest variance is below a threshold, for which that of honest answers has to be known, and draws
-       at random how many to drop.
+    1. The filter drops ε·K clients in two passes, half of them each, the first half rounded up: so the
+       code of Roux et al. (2024, arXiv:2402.12265) describes its own. What it computes drops fewer,
+       as quantiles are rounded in favour of keeping: 1 of 5 where 2 may be malicious, 3 of 10 where 4
+       may be, so that some always stay in the mean. The original continues until the greatest variance is
+       below a threshold, for which that of honest answers has to be known, and draws at random how many
+       to drop.
     2. Clients that are equally far out lose equal shares of their weight, and where several directions
        have the same variance, the distance in all of them counts: the order of clients and of classes
        does not matter.

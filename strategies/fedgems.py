@@ -35,7 +35,9 @@ class FedGEMS(DistillationStrategy):
 
     1. The server judges, asks and stores logits once a round, not batch by batch as it learns, and
        takes two passes: first on labels alone, then on labels and logits.
-    2. Where no client is right about a sample, the server learns it from its label alone.
+    2. Where no client is right about a sample, there is no KL, which the paper does not provide for. The
+       server then learns it from its label alone, with weight 1 like samples that it gets right: ε only
+       divides a weight between label and logits. With ε = 0 such samples would teach nothing.
     3. The entropy of a sure answer, 0, counts as 10⁻⁶.
     4. KL is the experiment's, at temperature τ and times τ². Its direction is KL(teacher ‖ learner), for
        server and clients.

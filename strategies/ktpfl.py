@@ -37,6 +37,8 @@ class KTpFL(DistillationStrategy):
     5. Coefficients of clients that did not answer a round do not change; those of the others step within
        the remaining share, on the samples that all of them answered. A teacher is mixed from the clients
        that answered, with coefficients that sum to 1; no client counts as having answered zeros.
+    6. The paper and its code digest by the divergence alone. Here, as in all digests, 1 − α of the loss
+       is CE: on the public labels where there are some, else on private batches; none at ``alpha = 1``.
 
     Args:
         rho: ρ, the pull towards equal coefficients; 0.7 in most of the authors' settings.

@@ -6,14 +6,15 @@ arXiv:2504.19602: the synchronised soft-label cache and Enhanced ERA.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedkd.knowledge import Rule, SoftLabels, Wire, combine_probabilities
 from fedkd.phases import Digest, Phase, Predict, Revisit
-from fedkd.strategy import Count, DistillationStrategy, Facts, Positive, Replies, Server
+from fedkd.strategy import DistillationStrategy, Facts, Positive, Replies, Server
 
 
 class SCARLET(DistillationStrategy):
@@ -30,18 +31,19 @@ class SCARLET(DistillationStrategy):
     1. No signals tell clients what to cache, renew or drop: the codec compares with what each client has
        (``Wire(rows="changed")``), and so also serves clients that missed rounds.
     2. An expired label is replaced by the fresh one at once. The published code drops the entry instead,
-       and caches again when the sample is next drawn; at an age of exactly D its server digests the
-       fresh label and tells clients to use the old one.
+       and caches again when the sample is next drawn. At an age of exactly D it asks for a label that
+       only its server digests, while clients are told to use the old one; here nothing is asked then,
+       and all use the old one.
     3. Every label is cached, the published setting (a cache ratio of 1).
     4. Digests are weighted by the experiment's α and τ; the authors' are pure KL at τ = 1.
 
     Args:
         beta: β, the sharpness; at 1 the plain mean, above 1 sharper. 2 is the default of the published
             code's main branch (Dirichlet 0.05), 1 that of the branch with its experiments.
-        lifetime: D, rounds that a label is used, that of its making included; at 1 nothing is cached. The
-            published 50 goes with draws of a tenth of the public set a round and 2,000 rounds; 3 suits
-            short runs that draw all of it (``public-per-round`` = auto), in which at 50 the labels of
-            round 1 would be the last.
+        cache_duration: D, the greatest age in rounds at which a label is still used; at 0 nothing is
+            cached. The published 50 goes with draws of a tenth of the public set a round and 2,000
+            rounds; 2 suits short runs that draw all of it (``public-per-round`` = auto), in which at 50
+            the labels of round 1 would be the last.
         combine: ``"mean"``, or a robust rule in its place (`fedkd.knowledge.combine`).
     """
 
@@ -67,7 +69,7 @@ class SCARLET(DistillationStrategy):
     )
 
     beta: Positive = 2.0
-    lifetime: Count = 3
+    cache_duration: Annotated[int, Field(ge=0)] = 2
     combine: Rule = "mean"
 
     def phases(self, round: int) -> list[Phase]:
@@ -103,4 +105,4 @@ class SCARLET(DistillationStrategy):
         rounds_P: Any = server.state.get("asked")  # int64 [P], the round of each label; 0 for none
         made_N = torch.zeros(len(samples)) if rounds_P is None else rounds_P[samples]
         age_N: Tensor = server.round - made_N
-        return (made_N > 0) & (age_N < self.lifetime)
+        return (made_N > 0) & (age_N <= self.cache_duration)

@@ -105,7 +105,8 @@ class SelectiveFD(DistillationStrategy):
        others (the demonstration: 5 % of the shard and the rest of it).
     3. The system of equations for α is solved; the demonstration multiplies by its matrix instead.
     4. A client answers at least its `least` most familiar samples, so that every client always answers.
-    5. If no sample passes the server's selector, the previous knowledge stays.
+    5. A sample that nobody answered is not passed on, whatever `ambiguity` is.
+    6. If no sample passes the server's selector, the previous knowledge stays.
 
     Args:
         images: private images that a density ratio is fitted to, and images of noise.

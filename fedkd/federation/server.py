@@ -29,7 +29,8 @@ class Replies:
 
     Attributes:
         clients: partition ids.
-        labels: their soft labels, stacked, or ``None`` if none were asked for.
+        labels: their soft labels, stacked, or ``None`` if none were asked for; without samples that no
+            client answered.
         class_means: their class means, or ``None``.
         weights: their weights, or ``None``.
     """
@@ -38,6 +39,13 @@ class Replies:
     labels: SoftLabels | None = None
     class_means: ClassMeans | None = None
     weights: Weights | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is None:
+            return
+        answered_N = self.labels.mask.any(0)
+        if not bool(answered_N.all()):
+            object.__setattr__(self, "labels", self.labels.keep(answered_N))
 
     @property
     def knowledge(self) -> Knowledge | None:

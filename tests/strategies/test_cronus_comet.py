@@ -156,6 +156,29 @@ def test_a_smaller_epsilon_withstands_fewer() -> None:
     assert float(Cronus(epsilon=0.28).aggregate(hundred)[0, 5]) == pytest.approx(1 / 72)
 
 
+def published_drops(clients: int) -> int:
+    """Return how many of clients with different scores the code of arXiv:2402.12265 drops."""
+    quantile = 1 - (clients - 1) // 2 / (2 * clients)
+    kept = max(int(quantile * clients), 1)
+    scores = torch.arange(1.0, kept + 1)
+    threshold = torch.quantile(scores, quantile, interpolation="higher")
+    return clients - int((scores <= threshold).sum())
+
+
+def test_cronus_drops_all_that_may_be_malicious_where_the_published_code_keeps_some() -> None:
+    """The table on its page: along one direction, the outermost clients are far from all others."""
+    for clients, published in {3: 1, 5: 1, 7: 2, 10: 3, 20: 8}.items():
+        minority = (clients - 1) // 2
+        assert published_drops(clients) == published
+        given = one_hot(*[2] * (clients - minority), *[5] * minority)
+        got = Cronus().aggregate(given)[0, 5]
+        assert float(got) < 1e-12  # all of the minority dropped
+        honest = clients - minority
+        kept = clients - published
+        left = Cronus(epsilon=published / clients).aggregate(given)[0, 5]
+        assert float(left) == pytest.approx((kept - honest) / kept)
+
+
 def test_attackers_move_cronus_less_than_a_mean() -> None:
     """Three of ten are sure of the class that the honest find least likely."""
     honest = (rand(1, 101, C) + 0.3 * rand(7, 101, C, seed=2)).softmax(-1)

@@ -378,7 +378,8 @@ def test_where_it_once_was_right_its_own_logits_teach() -> None:
     torch.testing.assert_close(got, after, rtol=1e-3, atol=1e-4)
 
 
-def test_where_nobody_is_right_its_label_teaches_alone() -> None:
+def test_where_nobody_is_right_its_label_teaches_alone_with_weight_1() -> None:
+    """Not with ε, which divides a weight between label and logits: at 0 nothing would be learnt."""
     server, strategy = server_of(plain()), FedGEMS(epsilon=0.0)
     assert server.targets is not None
     values = torch.zeros(K, P, CLASSES)

@@ -389,3 +389,19 @@ def test_teachers_change_what_students_become() -> None:
     own, shared = (run.rows[-1]["loss_revisit"] for run in taught)
     assert own != shared
     assert taught[0].rows[0]["loss_revisit"] == taught[1].rows[0]["loss_revisit"]
+
+
+def test_public_labels_are_learnt_unless_alpha_is_1() -> None:
+    """As its page says: 1 - α of the digest is cross entropy, which the paper's has not."""
+    for alpha, learns in ((1.0, False), (0.5, True)):
+        runs = [
+            federate(
+                tiny(num_server_rounds=2, alpha=alpha, public_labels=labelled), strategy=KTpFL()
+            )
+            for labelled in (True, False)
+        ]
+        with_labels, without = (run.knowledge for run in runs)
+        assert isinstance(with_labels, SoftLabels)
+        assert isinstance(without, SoftLabels)
+        same = torch.allclose(with_labels.values, without.values, atol=1e-6)
+        assert same is not learns

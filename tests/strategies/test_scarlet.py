@@ -155,13 +155,13 @@ def test_logits_and_settings_that_would_be_silently_wrong_are_refused() -> None:
         {"beta": 0.0},
         {"beta": -1.0},
         {"beta": math.nan},
-        {"lifetime": 0},
-        {"lifetime": 2.5},
+        {"cache_duration": -1},
+        {"cache_duration": 2.5},
         {"combine": "sum"},
     ]
     for settings in wrong:
         ((name, _),) = settings.items()
-        with pytest.raises(FedkdError, match=name):
+        with pytest.raises(FedkdError, match=name.replace("_", "-")):
             SCARLET(**settings)
 
 
@@ -186,12 +186,12 @@ class Desk:
 class Cache:
     """The cache once more: a label and its round by sample, as the paper's text has it."""
 
-    def __init__(self, lifetime: int, beta: float) -> None:
-        self.lifetime, self.beta = lifetime, beta
+    def __init__(self, duration: int, beta: float) -> None:
+        self.duration, self.beta = duration, beta
         self.labels: dict[int, tuple[list[float], int]] = {}
 
     def serves(self, sample: int, now: int) -> bool:
-        return sample in self.labels and now < self.labels[sample][1] + self.lifetime
+        return sample in self.labels and now - self.labels[sample][1] <= self.duration
 
     def requests(self, drawn: list[int], now: int) -> list[int]:
         return [sample for sample in drawn if not self.serves(sample, now)]
@@ -236,11 +236,11 @@ def by_sample(labels: SoftLabels) -> dict[int, list[list[float]]]:
 
 
 @pytest.mark.parametrize("some", [False, True], ids=["all answer", "some answer"])
-@pytest.mark.parametrize("lifetime", [1, 2, 3, 7, 50])
-def test_the_cache_is_that_of_a_dictionary(lifetime: int, some: bool) -> None:
-    strategy, rounds = SCARLET(beta=1.5, lifetime=lifetime), 13
+@pytest.mark.parametrize("duration", [0, 1, 2, 6, 50])
+def test_the_cache_is_that_of_a_dictionary(duration: int, some: bool) -> None:
+    strategy, rounds = SCARLET(beta=1.5, cache_duration=duration), 13
     desk: Any = Desk(draws(rounds))
-    cache = Cache(lifetime, 1.5)
+    cache = Cache(duration, 1.5)
     saved = 0
     for number in range(1, rounds + 1):
         desk.round = number
@@ -257,16 +257,44 @@ def test_the_cache_is_that_of_a_dictionary(lifetime: int, some: bool) -> None:
         assert got.space == "probabilities"
         labels = torch.tensor(list(wanted.values())).reshape(1, -1, C)
         torch.testing.assert_close(got.values, labels, rtol=1e-5, atol=1e-7)
-    assert (saved == 0) == (lifetime == 1)
+    assert (saved == 0) == (duration == 0)
 
 
-def test_a_label_of_round_r_serves_before_round_r_plus_its_lifetime() -> None:
-    """At an age of exactly D it is asked again, and the fresh label is what clients are told.
+def published_ages(duration: int, rounds: int) -> list[int]:
+    """Return how old the label is that clients digest, by the published signals: drawn every round.
 
-    The published code asks at that age, has its server digest the fresh label, and signals clients to
-    keep the old one; one round later it drops the label instead of renewing it.
+    Clients are asked for it at an age of exactly D already, but are signalled to use the old one.
     """
-    strategy = SCARLET(lifetime=3)
+    cached, ages = 0, []
+    for now in range(1, rounds + 1):
+        if not cached:
+            cached = now
+            ages.append(0)
+        elif now - cached <= duration:
+            ages.append(now - cached)
+        else:
+            cached = 0  # dropped, and the fresh label used once
+            ages.append(0)
+    return ages
+
+
+@pytest.mark.parametrize("duration", [0, 1, 2, 5])
+def test_a_published_duration_means_the_same_here(duration: int) -> None:
+    """Until it is renewed, a label is used as long as in the authors' code with the same D."""
+    desk: Any = Desk({r: torch.arange(PUBLIC) for r in range(1, duration + 3)})
+    strategy, made, ages = SCARLET(cache_duration=duration), 0, []
+    for number in desk.draws:
+        desk.round = number
+        asked = strategy.request(desk)
+        made = number if len(asked) else made
+        ages.append(number - made)
+        strategy.update(replies_to(asked, number, False), desk)
+    assert ages == published_ages(duration, len(ages)) == [*range(duration + 1), 0]
+
+
+def test_a_label_is_used_up_to_an_age_of_its_duration() -> None:
+    """One round later it is asked again, and the fresh label is what clients are told."""
+    strategy = SCARLET(cache_duration=2)
     desk: Any = Desk({r: torch.arange(PUBLIC) for r in range(1, 11)})
     told = {}
     asked_in = []
@@ -290,7 +318,7 @@ def test_a_label_of_round_r_serves_before_round_r_plus_its_lifetime() -> None:
 
 
 def test_when_all_is_cached_nothing_is_asked_and_all_is_digested() -> None:
-    strategy = SCARLET(lifetime=2)
+    strategy = SCARLET(cache_duration=1)
     desk: Any = Desk({1: torch.arange(PUBLIC), 2: torch.tensor([3, 5, 11])}, round=1)
     first = strategy.update(replies_to(desk.draw(), 1, False), desk)
     desk.round = 2
@@ -308,7 +336,7 @@ def test_when_all_is_cached_nothing_is_asked_and_all_is_digested() -> None:
 
 def test_what_nobody_answers_is_left_out_and_asked_again() -> None:
     """An expired label does not step in for an answer that did not come."""
-    strategy = SCARLET(lifetime=2)
+    strategy = SCARLET(cache_duration=1)
     desk: Any = Desk({r: torch.tensor([2, 3, 7]) for r in (1, 2, 3, 4)})
     heard = {1: [2, 3], 2: [7], 3: [3], 4: [2]}
     wanted_asked = {1: [2, 3, 7], 2: [7], 3: [2, 3], 4: [2, 7]}
@@ -329,7 +357,7 @@ def test_what_nobody_answers_is_left_out_and_asked_again() -> None:
 
 
 def test_asking_changes_nothing_and_a_copy_of_the_memory_goes_on_as_the_original() -> None:
-    strategy = SCARLET(lifetime=3)
+    strategy = SCARLET(cache_duration=2)
     desk: Any = Desk(draws(9))
     for number in range(1, 5):
         desk.round = number
@@ -363,7 +391,7 @@ def test_the_phases_the_wire_and_the_defaults() -> None:
     assert strategy.phases(1) == [Digest(), Revisit(), Predict("probabilities")]
     assert strategy.wire() == (Wire(), Wire(rows="changed"))
     assert strategy.closes == "digest"
-    assert (strategy.beta, strategy.lifetime, strategy.combine) == (2.0, 3, "mean")
+    assert (strategy.beta, strategy.cache_duration, strategy.combine) == (2.0, 2, "mean")
 
 
 # --- Both ends -----------------------------------------------------------------------------------
@@ -379,8 +407,8 @@ def silent_or_spoilt(instruction: Instruction, message: Message, reply: Message)
     return reply
 
 
-def test_with_all_samples_drawn_labels_are_asked_for_and_sent_once_in_a_lifetime() -> None:
-    done = federate(tiny(num_server_rounds=7), strategy=SCARLET(lifetime=3))
+def test_with_all_samples_drawn_labels_are_asked_for_and_sent_once_while_they_are_cached() -> None:
+    done = federate(tiny(num_server_rounds=7), strategy=SCARLET(cache_duration=2))
     labels, bitmap = PUBLIC_OF_TINY * CLASSES * 4, math.ceil(PUBLIC_OF_TINY / 8)
     assert [row["dropped"] for row in done.rows] == [{}] * 7
     asking = [1, 0, 0, 1, 0, 0, 1]
@@ -394,12 +422,12 @@ def test_with_all_samples_drawn_labels_are_asked_for_and_sent_once_in_a_lifetime
 
 @pytest.mark.parametrize("meddle", [None, silent_or_spoilt], ids=["all reply", "some fail"])
 @pytest.mark.parametrize("keys", [{}, {"public_per_round": 11}], ids=["all drawn", "some drawn"])
-@pytest.mark.parametrize("lifetime", [1, 3])
+@pytest.mark.parametrize("duration", [0, 2])
 def test_clients_read_the_labels_that_the_server_holds(
-    lifetime: int, keys: dict[str, Any], meddle: Meddle | None, monkeypatch: pytest.MonkeyPatch
+    duration: int, keys: dict[str, Any], meddle: Meddle | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = tiny(num_server_rounds=7, **keys)
-    seen = watch(monkeypatch, experiment, SCARLET(lifetime=lifetime), meddle)
+    seen = watch(monkeypatch, experiment, SCARLET(cache_duration=duration), meddle)
     seen.assert_heard()
     seen.assert_in_step()
     spoilt = [
@@ -414,7 +442,7 @@ def test_clients_read_the_labels_that_the_server_holds(
 def test_a_client_that_is_seldom_drawn_catches_up(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: dict[str, Any] = {"num_clients": 5, "fraction_train": 0.4, "public_per_round": 17}
     experiment = tiny(num_server_rounds=9, **keys)
-    seen = watch(monkeypatch, experiment, SCARLET(lifetime=4), None)
+    seen = watch(monkeypatch, experiment, SCARLET(cache_duration=3), None)
     assert [row["dropped"] for row in seen.done.rows] == [{}] * 9
     seen.assert_heard()
     assert seen.assert_in_step() > 17
@@ -422,7 +450,7 @@ def test_a_client_that_is_seldom_drawn_catches_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_declared_bytes_are_never_exceeded() -> None:
-    strategy, drawn = SCARLET(lifetime=3), 11
+    strategy, drawn = SCARLET(cache_duration=2), 11
     names = {"P": drawn, "C": CLASSES, "I": min(4 * drawn, math.ceil(PUBLIC_OF_TINY / 8))}
     facts = strategy.facts
     up, down = (eval(f.removeprefix("<= "), {}, names) for f in (facts.up, facts.down))
@@ -442,7 +470,7 @@ def test_a_sample_that_no_client_answers_is_asked_for_again_alone() -> None:
         return reply_with(message, with_arrays(reply.content, **some))
 
     experiment = tiny(num_server_rounds=3)
-    done = federate(experiment, forgets_the_first, SCARLET(lifetime=3))
+    done = federate(experiment, forgets_the_first, SCARLET(cache_duration=2))
     assert [row["dropped"] for row in done.rows] == [{}] * 3
     asked = [exchange.instructions[0].asked.tolist() for exchange in done.exchanges]
     assert asked[:3] == [list(range(PUBLIC_OF_TINY)), [0], []]

@@ -310,6 +310,19 @@ def test_ambiguous_samples_are_dropped(mask: Tensor | None, ambiguity: float, fo
     torch.testing.assert_close(sent.values[0], expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("form", ["soft", "hard"])
+def test_a_sample_that_nobody_answered_is_not_passed_on(form: Any) -> None:
+    """Its mean is a row of zeros, at distance 1 from any label: nearer than half of the others."""
+    mask = torch.ones(K, N).bool()
+    mask[:, 1] = mask[:, 3] = False
+    sent = updated(SelectiveFD(ambiguity=2, labels=form), answers(mask))
+    assert sent is not None
+    assert sent.samples.tolist() == SAMPLES[[0, 2, 4]].tolist()
+    torch.testing.assert_close(sent.values.sum(-1), torch.ones(1, 3, dtype=F64))
+    nobody = answers(torch.zeros(K, N).bool())
+    assert updated(SelectiveFD(ambiguity=2, labels=form), nobody) is None
+
+
 def test_there_are_rows_on_both_sides_of_the_thresholds() -> None:
     distances = [2 * (1 - max(row)) for row in mean_loop(answers(seed=5))]
     assert 0.9 < min(distances) < 1 < 1.3 < 1.4 < max(distances) < 2
