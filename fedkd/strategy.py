@@ -154,6 +154,8 @@ class DistillationStrategy(Strategy):
         if "aggregate" in cls.__dict__:
             setattr(cls, "aggregate", _typed(cls.aggregate))  # noqa: B010 - mypy: a method
         dataclass(frozen=True, kw_only=True)(cls)
+        # The dataclass's own refusal does not say where memory belongs.
+        setattr(cls, "__setattr__", _unchangeable)  # noqa: B010 - mypy: a method
 
     # --- derived ---------------------------------------------------------------------------------
 
@@ -204,6 +206,11 @@ class DistillationStrategy(Strategy):
             raise FedkdError(
                 Setting("server-model", "none"),
                 f": {self.name()} trains a model at the server; name one",
+            )
+        if self.facts.local_teacher and "none" in experiment.teacher.split(","):
+            raise FedkdError(
+                Setting("teacher", experiment.teacher),
+                f": {self.name()} needs a local teacher at every client; name one",
             )
         self.wires(experiment)
         check_attack(experiment, self.uploads())
@@ -320,6 +327,14 @@ def _refuse_unannotated(cls: type[DistillationStrategy]) -> None:
                     f"that {setting.default!r} would be used: write {name}: {kind} = {value!r}"
                 )
             checked.add(name)
+
+
+def _unchangeable(strategy: DistillationStrategy, name: str, value: object) -> None:
+    """Refuse ``self.name = value`` in a strategy."""
+    raise FedkdError(
+        f"self.{name} = ... in {strategy.name()}: a strategy cannot be changed; keep what lasts between "
+        f"rounds in server.state['{name}'], in update"
+    )
 
 
 def _as_knowledge(combined: Any, replies: Replies) -> Knowledge:

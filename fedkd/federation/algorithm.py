@@ -38,10 +38,12 @@ class Facts:
             (clients), D (width of the student's features), S (bytes of the student's parameters and
             buffers), I (bytes of a list of the P samples: 0 for the whole public set, else 4 bytes a
             sample or a bit a public image, whichever is less) and the strategy's settings by name;
-            preceded by ``<=`` where coding or caching makes it less.
+            preceded by ``<=`` where coding or caching makes it less. Where clients answer no samples, P
+            are the samples drawn for the round.
         down: payload bytes a client receives a round, likewise.
         public_labels: whether the algorithm needs the labels of the public set.
         server_model: whether it keeps a model at the server.
+        local_teacher: whether the algorithm needs a local teacher at every client.
         headline: whose accuracy the paper's tables show.
         mixed_models: whether clients of different architectures learn from each other.
         distils: whether a model learns from outputs of others, so that knowledge distillation is cited.
@@ -57,6 +59,7 @@ class Facts:
     mixed_models: bool = True
     distils: bool = True
     bibtex: str = ""
+    local_teacher: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bibtex", cleandoc(self.bibtex))

@@ -29,6 +29,7 @@ from fedkd.phases import MeanByClass, Predict
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.bench import Bench, distance, same
 from fedkd.testing.outcomes import NotApplicable, Wrong
+from fedkd.training.architectures import architectures_of
 
 K, N, D = 3, 5, 11
 CLOSE = 1e-9
@@ -47,16 +48,31 @@ def uploads(bench: Bench, dtype: torch.dtype = torch.float64, *, masked: bool = 
     if kind is ClassMeans:
         return _means(bench, dtype, masked)
     if kind is Weights:
-        shapes = {"body.weight": (2, 7), "body.bias": (7,), "scale": ()}
-        tensors = {n: _random(K, *shape).to(dtype) for n, shape in shapes.items()}
-        part = ModelWeights(tensors, torch.arange(K), torch.tensor([2, 3, 5]))
-        return Weights({"mlp-8": part})
+        return _weights(bench, dtype)
     raise NotApplicable("nothing is uploaded")
 
 
 def _random(*shape: int) -> Tensor:
     draw = torch.Generator().manual_seed(sum(shape))
     return 3 * torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+
+def _weights(bench: Bench, dtype: torch.dtype) -> Weights:
+    """Return weights of any shape for a rule, and of the students for an update, which may use them."""
+    shapes: dict[str, tuple[int, ...]]
+    name, shapes = "mlp-8", {"body.weight": (2, 7), "body.bias": (7,), "scale": ()}
+    tensors = {n: _random(K, *shape).to(dtype) for n, shape in shapes.items()}
+    if not _has_rule(bench.strategy):
+        name = bench.experiment.student_of(0)
+        tensors = architectures_of(bench.server().data).initial_states(name, 1, K)
+        floats = {n: t for n, t in tensors.items() if t.is_floating_point()}
+        tensors |= {n: t + _random(*t.shape).to(t.dtype) / 30 for n, t in floats.items()}
+    part = ModelWeights(tensors, torch.arange(K), torch.tensor([2, 3, 5]))
+    return Weights({name: part})
+
+
+def _has_rule(strategy: DistillationStrategy) -> bool:
+    return type(strategy).aggregate is not DistillationStrategy.aggregate
 
 
 def _labels(bench: Bench, dtype: torch.dtype, masked: bool) -> SoftLabels:
@@ -126,7 +142,7 @@ def combine(bench: Bench, uploaded: Knowledge) -> Knowledge:
 
 def _made(bench: Bench, uploaded: Knowledge) -> object:
     strategy = bench.strategy
-    if type(strategy).aggregate is not DistillationStrategy.aggregate:
+    if _has_rule(strategy):
         return strategy.aggregate(uploaded)
     if strategy.facts.server_model == "required":
         raise NotApplicable("it has no aggregate, and its update trains the server's model")
@@ -188,8 +204,9 @@ def _check_type(uploaded: Knowledge, made: object) -> None:
             "ClassMeans or Weights"
         )
     like = tensors_of(uploaded)[0]
+    is_alike = isinstance(made, Tensor | type(uploaded))
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype != like.dtype:
+        if is_alike and tensor.is_floating_point() and tensor.dtype != like.dtype:
             raise Wrong(
                 f"the rule returns {tensor.dtype} for {like.dtype}: end with .to(labels.values.dtype) "
                 "(or that of the means or weights); float64 doubles the bytes on the wire"
@@ -221,6 +238,8 @@ def alone(bench: Bench) -> None:
     for row in range(K):
         one = take(uploaded, [row])
         made = combine(bench, one)
+        if type(made) is not type(one):
+            raise NotApplicable("what clients receive is of another kind than what they send")
         if isinstance(one, SoftLabels) and isinstance(made, SoftLabels):
             _check_sharpened(one, made)
         elif not distance(made, one) <= 1e-6:

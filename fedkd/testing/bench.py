@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
+from math import isnan
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +45,9 @@ SMALL: dict[str, Any] = {
 }
 OTHER: dict[str, Any] = {"dataset": "fedkd.testing.bench:seven_digits", "student": "mlp-12"}
 """Other sizes: of C, D and the model."""
+
+TEACHER = "mlp-11"
+"""A local teacher that is no copy of any student above."""
 
 _VARIED: dict[str, Any] = {
     "partition": "dirichlet",  # shards of different sizes: a stack of clients is padded
@@ -248,6 +252,8 @@ class Bench:
             self.strategy.facts.server_model == "required"
         ):
             keys["server_model"] = str(keys["student"]).split(",")[0]
+        if self.strategy.facts.local_teacher and "none" in keys.get("teacher", "none").split(","):
+            keys["teacher"] = TEACHER
         modules = [*keys.get("client_code", "none").split(","), *self._client_modules()]
         named = dict.fromkeys(name.strip() for name in modules if name.strip() != "none")
         code = ",".join(named) or "none"
@@ -330,16 +336,25 @@ def require_all(done: Done, rows: Iterable[Row] | None = None) -> Done:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values, such as states or knowledge, are equal bit for bit."""
+    """Whether two values, such as states or knowledge, are equal, NaN to NaN as well."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        return one.dtype == other.dtype and _same_values(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(one[n], other[n]) for n in one)
     if isinstance(one, (*KINDS, ModelWeights)) and type(one) is type(other):
         return same(vars(one), vars(other))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float) and isinstance(other, float) and isnan(one) and isnan(other):
+        return True
     return bool(type(one) is type(other) and one == other)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes and values are equal; NaN is equal to NaN."""
+    if one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def distance(one: Knowledge, other: Knowledge) -> float:

@@ -20,7 +20,18 @@ from fedkd.knowledge.samples import check_samples
 from fedkd.phases import MeanByClass, Predict
 from fedkd.records.folder import RunFolder
 from fedkd.strategy import DistillationStrategy
-from fedkd.testing.bench import FEW, ROUGH, ROUNDS, Bench, Done, Witness, honest, require_all, same
+from fedkd.testing.bench import (
+    FEW,
+    ROUGH,
+    ROUNDS,
+    TEACHER,
+    Bench,
+    Done,
+    Witness,
+    honest,
+    require_all,
+    same,
+)
 from fedkd.testing.declarations import evaluate
 from fedkd.testing.outcomes import NotApplicable, Wrong
 from fedkd.training.architectures import architectures_of
@@ -109,10 +120,28 @@ def _check_aligned(bench: Bench) -> None:
 
 def rounds(bench: Bench) -> None:
     """Three rounds run without a dropped client, the first of them without knowledge."""
-    done = require_all(bench.usual)
+    try:
+        done = require_all(bench.usual)
+    except (FedkdError, Wrong) as error:
+        if _needs_a_teacher(bench):
+            raise Wrong(
+                f"{error}; with a local teacher it runs: declare local_teacher=True in facts"
+            ) from error
+        raise
     for row in done.rows:
         if not row["accepted"]:
             raise Wrong(f"round {row['round']} does not count, though all clients answered")
+
+
+def _needs_a_teacher(bench: Bench) -> bool:
+    """Whether a strategy that fails runs with a local teacher."""
+    if bench.experiment.teacher != "none":
+        return False
+    try:
+        require_all(bench.federate(teacher=TEACHER))
+    except (FedkdError, Wrong):
+        return False
+    return True
 
 
 def repeat(bench: Bench) -> None:
@@ -265,8 +294,9 @@ def _compare_bytes(bench: Bench, done: Done, row: Mapping[str, Any], way: str) -
     formula: str = getattr(bench.strategy.facts, way)
     is_bound = formula.strip().startswith("<=")
     server = Server(done.experiment, federated_data(done.experiment), round=row["round"])
-    asked = len(done.witness.asked.get(row["round"], ()))
-    p = max(asked, len(server.draw())) if is_bound else asked
+    drawn = len(server.draw())
+    asked = len(done.witness.asked.get(row["round"], server.draw()))  # no phase may answer samples
+    p = max(asked, drawn) if is_bound else asked
     sizes = symbols(bench, server, p)
     declared = evaluate(formula, way, {**sizes, **bench.strategy.settings()})
     for client, sent in zip(row["sampled"], row[f"bytes_{way}_by_client"], strict=True):
@@ -334,6 +364,20 @@ def server_model(bench: Bench) -> None:
             "facts say server_model='optional', and the observing model learns nothing: update has to "
             "return soft labels of K = 1, or declare 'none'"
         )
+
+
+def local_teacher(bench: Bench) -> None:
+    """A local teacher is needed if that is declared, and otherwise does no harm."""
+    if bench.strategy.facts.local_teacher:
+        _refuses(bench, "local_teacher", teacher="none")
+        return
+    try:
+        require_all(bench.federate(teacher=TEACHER, num_server_rounds=2))
+    except (FedkdError, Wrong) as error:
+        raise Wrong(
+            f"with a local teacher: {error}; name the model in Fit, Revisit and Predict (model='student' "
+            "or 'teacher')"
+        ) from error
 
 
 def _refuses(bench: Bench, fact: str, **keys: Any) -> None:

@@ -28,6 +28,12 @@ _ADVICE = {
 }
 """What to change, by a part of an exception's text."""
 
+_UNKNOWN_TO_IT = (
+    "a strategy has its settings and methods only: keep what lasts between rounds in "
+    "server.state['{name}'], in update"
+)
+"""What to change if a strategy reads an attribute that it has not got."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -81,6 +87,7 @@ CHECKS = (
     Check("bytes", rounds.measured_bytes, _ROUNDS),
     Check("public-labels", rounds.public_labels, _ROUNDS),
     Check("server-model", rounds.server_model, _ROUNDS),
+    Check("local-teacher", rounds.local_teacher, _ROUNDS),
     Check("mixed", rounds.mixed, _ROUNDS),
     Check("codec", rounds.codec, _ROUNDS),
     Check("engines", rounds.both_engines, _ROUNDS),
@@ -148,7 +155,14 @@ def _what_to_change(error: Exception) -> str:
     while cause is not None:
         if isinstance(cause, Wrong):
             return str(cause)
+        if isinstance(cause, AttributeError) and isinstance(cause.obj, DistillationStrategy):
+            return f"{_text_of(error)}; {_UNKNOWN_TO_IT.format(name=cause.name)}"
         cause = cause.__cause__
-    text = str(error) if isinstance(error, FedkdError) else one_line(error) + user_location(error)
+    text = _text_of(error)
     advice = [change for part, change in _ADVICE.items() if part in text]
     return f"{text}; {advice[0]}" if advice else text
+
+
+def _text_of(error: Exception) -> str:
+    """Return an exception in one line, with the line of the user's code that raised it."""
+    return str(error) if isinstance(error, FedkdError) else one_line(error) + user_location(error)

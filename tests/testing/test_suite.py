@@ -6,6 +6,7 @@ In a module of its own that clients can import: its terms travel as ``module:fun
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,17 @@ from fedkd.experiment import Experiment
 from fedkd.federation.server import Replies, Server
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.losses import Step, cross_entropy, term
-from fedkd.phases import Digest, Load, Phase, Predict, Revisit, SendWeights
+from fedkd.phases import (
+    Apply,
+    Digest,
+    Load,
+    LocalClient,
+    Phase,
+    Predict,
+    Revisit,
+    SendWeights,
+    procedure,
+)
 from fedkd.strategy import DistillationStrategy, Facts
 from fedkd.testing import CHECKS, CheckResult, StrategyCheckFailed, check_strategy, examine
 
@@ -187,6 +198,22 @@ def crooked(step: Step) -> Tensor:
     raise ArithmeticError("so crooked")
 
 
+@procedure
+def apart_from_teacher(client: LocalClient) -> None:
+    everything = torch.arange(len(client.public))
+    apart = client.predict(everything, "teacher") - client.predict(everything, "student")
+    if not float(apart.abs().max()):
+        raise ArithmeticError("no teacher of its own")
+
+
+@procedure
+def alone_with_student(client: LocalClient) -> None:
+    everything = torch.arange(len(client.public))
+    apart = client.predict(everything, "teacher") - client.predict(everything, "student")
+    if float(apart.abs().max()):
+        raise ArithmeticError("two of them")
+
+
 class OwnTerm(Mean):
     name_of_term: str = "by_item"
 
@@ -346,6 +373,82 @@ class AsksTheServersModel(Mean):
         return server.predict(server.draw())
 
 
+class KeepsARecordOfNothing(Mean):
+    """Sound: what it remembers is NaN where nothing was seen, as a tensor and as a number."""
+
+    def request(self, server: Server) -> Tensor:
+        assert math.isnan(float(server.state.get("least", math.nan)))
+        return server.draw()
+
+    def update(self, replies: Replies, server: Server) -> Knowledge | None:
+        state: dict[str, Any] = server.state
+        state |= {"seen": torch.full((3,), math.nan), "least": math.nan}
+        return super().update(replies, server)
+
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        return knowledge
+
+
+class WritesNaNInPersonalise(KeepsARecordOfNothing):
+    def personalise(self, knowledge: Knowledge, client: int, server: Server) -> Knowledge:
+        server.state["seen"] = torch.tensor([math.nan, 1.0, math.nan])
+        return knowledge
+
+
+class EnsembleOfWeights(DistillationStrategy):
+    """Sound: weights go up, and what they predict of the public set goes down."""
+
+    facts = Facts("none", "S", "P*C*4 + I")
+
+    def phases(self, round: int) -> list[Phase]:
+        return [Digest(), Revisit(model="student"), SendWeights()]
+
+    def update(self, replies: Replies, server: Server) -> SoftLabels:
+        drawn = server.draw()
+        answers = server.predict(drawn, replies.weights)
+        return SoftLabels.shared(answers.mean_logits(), drawn, "logits")
+
+
+class HalfOfAnEnsemble(EnsembleOfWeights):
+    facts = Facts("none", "S", "P*C*2 + I")
+
+
+class LearnsFromItsTeacher(Mean):
+    """Sound: in each fit its student learns, by a name that only a teacher of its own has."""
+
+    facts = Facts("none", "P*C*4", "P*C*4 + 2*I", local_teacher=True)
+
+    def phases(self, round: int) -> list[Phase]:
+        find = Apply(apart_from_teacher, {})
+        return [Digest(), Revisit(), Revisit(model="student"), find, Predict()]
+
+
+class ChecksNoTeacher(LearnsFromItsTeacher):
+    def check(self, experiment: Experiment) -> None:
+        pass
+
+
+class HidesThatItNeedsATeacher(LearnsFromItsTeacher):
+    facts = LABELS
+
+
+class StumblesOverATeacher(Mean):
+    def phases(self, round: int) -> list[Phase]:
+        return [Digest(), Revisit(), Apply(alone_with_student, {}), Predict()]
+
+
+class KeepsACount(Mean):
+    def update(self, replies: Replies, server: Server) -> Knowledge | None:
+        self.count = server.round
+        return super().update(replies, server)
+
+
+class AddsToACount(Mean):
+    def update(self, replies: Replies, server: Server) -> Knowledge | None:
+        self.count += 1  # type: ignore[attr-defined]
+        return super().update(replies, server)
+
+
 class NeverTrainsTheServersModel(Mean):
     facts = Facts("none", "P*C*4", "P*C*4 + 2*I", server_model="required")
 
@@ -431,6 +534,21 @@ BROKEN: dict[DistillationStrategy, tuple[str, str]] = {
     SendsMoreInTheLongRun(): ("bytes", r"went down for client \d in round [67]"),
     LooksAtLabels(): ("public-labels", "without public labels: .*declare public_labels=True"),
     AsksTheServersModel(): ("rounds", "no model to predict with.*declare server_model='required'"),
+    WritesNaNInPersonalise(): ("rounds", "personalise changes server.state"),
+    HalfOfAnEnsemble(): ("bytes", r"'P\*C\*2 \+ I' is 740 bytes, and 1,480 went down"),
+    ChecksNoTeacher(): ("local-teacher", r"local_teacher is not checked: call super\(\).check"),
+    HidesThatItNeedsATeacher(): ("rounds", "no teacher of its own.*declare local_teacher=True"),
+    StumblesOverATeacher(): ("local-teacher", "with a local teacher: .*two of them"),
+    KeepsACount(): (
+        "rounds",
+        r"self.count = .* a strategy cannot be changed; keep what lasts between rounds in "
+        r"server.state\['count'\], in update",
+    ),
+    AddsToACount(): (
+        "rounds",
+        r"has no attribute 'count' \(test_suite.py, line \d+\); a strategy has its settings and "
+        r"methods only: keep what lasts between rounds in server.state\['count'\]",
+    ),
     NeverTrainsTheServersModel(): ("server-model", "never trained: call server.fit in update"),
     ChecksNothing(): ("public-labels", r"call super\(\).check\(experiment\)"),
     OneArchitecture(): ("mixed", r"weights of mlp-8 only: combine each architecture by itself"),
@@ -475,6 +593,25 @@ def test_a_sound_strategy_passes_all_that_applies() -> None:
         "engines",
     }
     assert fedkd.testing.check_strategy is check_strategy
+
+
+@pytest.mark.parametrize(
+    "strategy", [KeepsARecordOfNothing(), EnsembleOfWeights(), LearnsFromItsTeacher()], ids=repr
+)
+def test_a_sound_strategy_of_another_kind_passes(strategy: DistillationStrategy) -> None:
+    assert check_strategy(strategy).failures == ()
+
+
+def test_a_strategy_that_needs_a_local_teacher_refuses_to_do_without(tmp_path: Path) -> None:
+    for teacher in ("none", "mlp-13,none"):
+        with pytest.raises(FedkdError, match=rf"teacher = '{teacher}': .* needs a local teacher"):
+            LearnsFromItsTeacher().check(Experiment(teacher=teacher))
+    LearnsFromItsTeacher().check(Experiment(teacher="mlp-13,mlp-7"))
+    own = Experiment(
+        dataset="digits", train_size=97, public_size=23, test_size=31, student="mlp-4,mlp-6",
+        batch_size=8, data_dir=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    assert check_strategy(LearnsFromItsTeacher(), own).failures == ()
 
 
 def test_failures_come_as_one_error_with_all_of_them() -> None:
