@@ -26,7 +26,7 @@ TRIM = 0.2
 
 _STEPS = 200
 _CLOSE = 1e-12
-"""Share of the spread of a sample's answers below which a distance counts as 0."""
+"""Share of the median distance of a sample's answers below which a distance counts as 0."""
 
 
 def combine_probabilities(labels: SoftLabels, rule: Rule) -> Tensor:
@@ -142,10 +142,11 @@ def trimmed_mean(values: Tensor, mask: Tensor, share: float = TRIM) -> Tensor:
 def geometric_median(values: Tensor, mask: Tensor) -> Tensor:
     """Return the point with the least sum of distances to the rows of the clients that answered.
 
-    Distances are Euclidean. This is Weiszfeld's iteration from the mean; a row that it hits does not
-    pull, and each sample stops on its own. As the iteration converges slowly to a median that is itself
-    a row, the nearest row is taken at the end where it is better. In the slowest cases (three rows seen
-    at nearly 120°) the sum of distances is minimal to about 1e-5 of their spread. As a convex
+    Distances are Euclidean. This is Weiszfeld's iteration from the median of each class; a row that it
+    hits does not pull, and each sample stops on its own. Start and precision follow the middle of the
+    rows, so that a minority may be at any distance. As the iteration converges slowly to a median that
+    is itself a row, the nearest row is taken at the end where it is better. In the slowest cases (three
+    rows seen at nearly 120°) the sum of distances is minimal to about 1e-5 of their spread. As a convex
     combination of rows, the median of probabilities is on the simplex.
 
     Args:
@@ -156,9 +157,8 @@ def geometric_median(values: Tensor, mask: Tensor) -> Tensor:
         ``[N, C]``; for two rows, their mean.
     """
     rows_KNC, answered_KN = in_canonical_order(values.double(), mask)
-    answered_N = answered_KN.sum(0).clamp_min(1)
-    centre_NC = rows_KNC.sum(0) / answered_N.unsqueeze(-1)
-    spread_N = _distances(rows_KNC, centre_NC, answered_KN).amax(0)
+    centre_NC = coordinate_median(rows_KNC, answered_KN)
+    spread_N = _middle(_distances(rows_KNC, centre_NC, answered_KN), answered_KN)
     moving_N = spread_N > 0
     for _ in range(_STEPS):
         if not bool(moving_N.any()):
@@ -207,6 +207,17 @@ def _distances(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor) -> Tens
     """Return Euclidean distances ``[K, N]``, 0 for clients that did not answer."""
     distances_KN = (rows_KNC - centre_NC).norm(dim=-1)
     return torch.where(answered_KN, distances_KN, 0.0)
+
+
+def _middle(distances_KN: Tensor, answered_KN: Tensor) -> Tensor:
+    """Return the median distance of the clients that answered, the lower of two, ``[N]``.
+
+    Where it is 0, half of the rows are the centre, which then is the geometric median.
+    """
+    sorted_KN = torch.where(answered_KN, distances_KN, torch.inf).sort(0).values
+    rank_N = ((answered_KN.sum(0) - 1) // 2).clamp_min(0)
+    middle_N = sorted_KN.gather(0, rank_N.unsqueeze(0)).squeeze(0)
+    return torch.where(answered_KN.any(0), middle_N, 0.0)
 
 
 def _weiszfeld(rows_KNC: Tensor, centre_NC: Tensor, answered_KN: Tensor, close_N: Tensor) -> Tensor:

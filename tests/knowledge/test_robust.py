@@ -328,6 +328,29 @@ def test_the_largest_minority_does_not_decide(rule: Rule, clients: int) -> None:
     torch.testing.assert_close(got, values[0], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e20, 3e38])
+@pytest.mark.parametrize("clients", [5, 10, 20])
+def test_a_geometric_median_of_logits_withstands_a_fifth_at_any_distance(
+    clients: int, size: float
+) -> None:
+    """It is where the honest rows and unit pulls towards the others balance, and does not follow them."""
+    lies = clients // 5
+    given = torch.randn(clients, 5, 7, generator=torch.Generator().manual_seed(3)).double()
+    direction = torch.randn(5, 7, generator=torch.Generator().manual_seed(4)).double()
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    given[:lies] = size * direction
+    mask = torch.ones(clients, 5).bool()
+    got = geometric_median(given, mask)
+    honest = given[lies:]
+    assert bool(((got >= honest.amin(0) - 1e-6) & (got <= honest.amax(0) + 1e-6)).all())
+    away = given - got
+    pulls = (away / away.norm(dim=-1, keepdim=True)).sum(0).norm(dim=-1)
+    nearest = away.norm(dim=-1).amin(0)
+    assert bool(((pulls < 1e-4) | ((nearest < 1e-9) & (pulls <= 1))).all())
+    far = geometric_median(torch.cat([1e20 / size * given[:lies], honest]), mask)
+    torch.testing.assert_close(got, far, rtol=0, atol=0.05 if size < 1e6 else 1e-6)
+
+
 def test_a_trimmed_mean_withstands_its_share_and_no_more() -> None:
     values = torch.full((10, 1, C), 0.3 / (C - 1), dtype=F64)
     values[:, :, 2] = 0.7
