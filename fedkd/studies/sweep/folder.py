@@ -141,7 +141,7 @@ class SweepFolder:
         device = str(resolve_device(experiment.device))
         folder = RunFolder.create(
             experiment,
-            f"sweep-{experiment.dataset.replace(':', '.')}",
+            f"sweep-{experiment.dataset_word}",
             lambda part, _: record_beginning(part, experiment, device, identity=_software()),
         )
         return cls(folder.path)
