@@ -54,8 +54,10 @@ def run(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:
         return _finished(strategy, named, folder, hooks)
 
 
-def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
-    """Resume a run that was cut off, after its last finished round.
+def resume(
+    path: str | Path, callbacks: Iterable[Callback] = (), *, num_server_rounds: int | None = None
+) -> Run:
+    """Resume a run that was cut off, after its last finished round, or extend one by more rounds.
 
     Its records, states and result become those of a run that was never cut off: bit for bit on the same
     machine, except for seconds. Each resumption is a line of ``resumptions.jsonl``.
@@ -63,22 +65,55 @@ def resume(path: str | Path, callbacks: Iterable[Callback] = ()) -> Run:
     Args:
         path: the run folder.
         callbacks: called for the remaining rounds, as in any run.
+        num_server_rounds: all rounds that the run is to have, not less than it has; default those of its
+            experiment. It ends as if they had been asked for at first, from the states before its
+            closing exchange.
 
     Returns:
-        The finished run, read back from its folder. A run that has already finished is only read.
+        The finished run, read back from its folder. A run that has already finished is only read,
+        unless it is extended.
 
     Raises:
-        FedkdError: there is no run of this code, or another process is running it.
+        FedkdError: there is no such run, it was begun with something else, or another process is
+            running it; or it cannot have that number of rounds.
     """
     folder = RunFolder.existing(path)
-    if folder.is_finished:
-        return Run.load(folder.path)
     experiment = folder.relocated_experiment()
+    rounds = num_server_rounds or experiment.num_server_rounds
+    if folder.is_finished and rounds == experiment.num_server_rounds:
+        return Run.load(folder.path)
     keep_freed_memory()
     strategy = check(experiment, is_new=False)
     check_resumable(folder, experiment, strategy)
+    experiment = _with_rounds(folder, experiment, rounds)
     with Callbacks(callbacks) as hooks:
         return _finished(strategy, experiment, folder, hooks)
+
+
+def _with_rounds(folder: RunFolder, experiment: Experiment, rounds: int) -> Experiment:
+    """Return the experiment of a run with another number of rounds, written down in its folder.
+
+    Raises:
+        FedkdError: more rounds are done, or the last one was tested only as it was the last.
+    """
+    before, done = experiment.num_server_rounds, Checkpoint.load(folder.path).round
+    if rounds == before:
+        return experiment
+    key = Setting("num-server-rounds", rounds)
+    if rounds < done or (folder.is_finished and rounds < before):
+        raise FedkdError(
+            key, f": {folder.path} has {done} rounds already; give more, or leave it out"
+        )
+    if done == before and done % experiment.evaluate_every:
+        raise FedkdError(
+            key,
+            f": round {done} of {folder.path} was tested as the last one, which ",
+            Setting("evaluate-every", experiment.evaluate_every),
+            " would not have done: start a new run",
+        )
+    with folder.locked():
+        folder.extend(rounds)
+    return experiment.replace(num_server_rounds=rounds)
 
 
 def run_or_resume(experiment: Experiment, callbacks: Iterable[Callback] = ()) -> Run:

@@ -207,6 +207,20 @@ class RunFolder:
         keys = tomli_w.dumps(experiment.flat())
         replace_file(self.path / "experiment.toml", (comments + "\n" + keys).encode())
 
+    def extend(self, rounds: int) -> None:
+        """Set the number of rounds; a finished run is unfinished from then on.
+
+        Raises:
+            FedkdError: a file cannot be written.
+        """
+        path = self.path / "experiment.toml"
+        text = path.read_text(encoding="utf-8")
+        changed = re.sub(
+            r"^num-server-rounds = \d+$", f"num-server-rounds = {rounds}", text, flags=re.MULTILINE
+        )
+        (self.path / "result.json").unlink(missing_ok=True)
+        replace_file(path, changed.encode())
+
     def append_round(self, row: Row) -> None:
         """Append a round's record and force it to the disk."""
         self.append("rounds.jsonl", row)

@@ -36,11 +36,13 @@ def as_one(identity: Identity) -> str:
 def keys_of(experiment: Experiment, besides: Iterable[str] = ()) -> dict[str, Any]:
     """Return the keys of an experiment that may change numbers, with their values.
 
+    The number of rounds is not one of them: a longer run begins as a shorter one does.
+
     Args:
         experiment: of a run.
         besides: names of keys that this kind of run does not read.
     """
-    left_out = {*Experiment.keys("bookkeeping"), *besides}
+    left_out = {"num_server_rounds", *Experiment.keys("bookkeeping"), *besides}
     values = experiment.model_dump()
     return {kebab(name): value for name, value in values.items() if name not in left_out}
 

@@ -152,7 +152,7 @@ EDITS: dict[str, object] = {
     "local-epochs": 2,
     "distill-epochs": 2,
     "seed": 7,
-    "partition-alpha": 0.7,
+    "partition": "dirichlet",
     "num-clients": 4,
     "public-labels": False,
     "fraction-train": 0.5,
@@ -164,7 +164,6 @@ EDITS: dict[str, object] = {
     "optimizer": "sgd",
     "plan": "loop",
     "evaluate-every": 2,
-    "num-server-rounds": 5,
 }
 
 
@@ -303,3 +302,55 @@ def test_a_model_of_other_code_or_data_is_not_exported(site: ModuleType, tmp_pat
         export(run.path, output=tmp_path / "out.pt2")
     redefine(site, "SLOPE = 0.1", "SLOPE = 0.1")
     export(run.path, output=tmp_path / "out.pt2")
+
+
+# --- Extended ------------------------------------------------------------------------------------
+
+EXTENDED: list[dict[str, Any]] = [
+    {"strategy": "DSFL"},
+    {"strategy": "SCARLET", "fraction_train": 0.6, "codec": "simplex:2+changed"},
+    {"strategy": "CFD", "server_model": "mlp-11"},
+    {"strategy": "SelectiveFD", "public_labels": False},
+    {"strategy": "FedMD", "teacher": "mlp-11", "evaluate_every": 2},
+    {"strategy": "FedAvg", "fraction_train": 0.4, "num_clients": 7},
+]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Return what a run has written, but for times, places and the states that were overwritten."""
+    run = fedkd.Run.load(folder)
+    rows = [{n: v for n, v in row.items() if n != "seconds"} for row in run.rounds]
+    result = {n: v for n, v in run.result.items() if n not in ("seconds", "environment")}
+    files = ["knowledge.jsonl", "shards.json", "tested.safetensors", "server.safetensors"]
+    texts = {name: (folder / name).read_bytes() for name in files if (folder / name).is_file()}
+    return {"rows": rows, "result": result, **texts}
+
+
+@pytest.mark.parametrize("keys", EXTENDED, ids=lambda keys: keys["strategy"])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])
+def test_an_extended_run_ends_as_if_its_rounds_had_been_asked_for_at_first(
+    keys: dict[str, Any], finished: bool, tmp_path: Path
+) -> None:
+    whole = fedkd.run(tiny(name="it", run_dir=str(tmp_path / "whole"), num_server_rounds=5, **keys))
+    short = tiny(name="it", run_dir=str(tmp_path / "short"), num_server_rounds=2, **keys)
+    if finished:
+        fedkd.run(short)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            fedkd.run(short, [EachRound(stop)])
+    resume(tmp_path / "short/it", num_server_rounds=5)
+    assert contents(tmp_path / "short/it") == contents(whole.path)
+    folders = RunFolder(tmp_path / "short/it"), RunFolder(whole.path)
+    assert folders[0].identity == folders[1].identity
+    assert folders[0].experiment.replace(run_dir=str(whole.path.parent)) == folders[1].experiment
+
+
+def test_rounds_that_are_done_are_not_taken_back(tmp_path: Path) -> None:
+    run = fedkd.run(tiny(name="it", run_dir=str(tmp_path), num_server_rounds=3))
+    with pytest.raises(FedkdError, match=r"num-server-rounds = 2: .* has 3 rounds already"):
+        resume(run.path, num_server_rounds=2)
+    assert resume(run.path, num_server_rounds=3) == run
+    odd = fedkd.run(tiny(name="odd", run_dir=str(tmp_path), num_server_rounds=3, evaluate_every=2))
+    with pytest.raises(FedkdError, match=r"round 3 of .* was tested as the last one"):
+        resume(odd.path, num_server_rounds=5)
+    assert fedkd.Run.load(odd.path) == odd
