@@ -130,20 +130,24 @@ class _Start:
 
     @contextmanager
     def experiment(
-        self, resumed: str | None = None, begun: Callable[[str], Experiment] = begun_run
+        self,
+        resumed: str | None = None,
+        begun: Callable[[str], Experiment] = begun_run,
+        *,
+        besides: Sequence[str] = (),
     ) -> Iterator[Experiment]:
         """Yield the validated experiment; errors in the block name the source of each value.
 
         Args:
             resumed: a folder to resume in, whose experiment is yielded.
             begun: returns the experiment of such a folder.
+            besides: flags that may change it nevertheless.
         """
         sources = self.sources()
         if resumed is not None:
-            keys = {where: True for where, _ in sources}
+            keys = {where: True for where, _ in sources if where not in besides}
             refuse_beside(resumed, **{"--smoke": self.smoke or None}, **keys)
-            yield begun(resumed)
-            return
+            sources = [(resumed, begun(resumed).flat()), *sources]
         try:
             experiment = Experiment.load(*sources)
             yield experiment.smoke(*self._flags()) if self.smoke else experiment

@@ -38,8 +38,11 @@ def run(
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
-    """Run a federation and write its run folder, or resume one that was interrupted."""
-    with start.experiment(resume) as experiment:
+    """Run a federation and write its run folder, or resume one that was interrupted.
+
+    With --resume and --num-server-rounds a run is extended by more rounds.
+    """
+    with start.experiment(resume, besides=["--num-server-rounds"]) as experiment:
         from fedkd.cli import preview, results
         from fedkd.engines import preflight
         from fedkd.engines import run as runner
@@ -55,7 +58,11 @@ def run(
                 lambda row: steps.show(results.round_line(row, rounds), row["round"] / rounds)
             )
             listeners = [shown, *followers]
-            done = runner.resume(resume, listeners) if resume else runner.run(experiment, listeners)
+            done = (
+                runner.resume(resume, listeners, num_server_rounds=rounds)
+                if resume
+                else runner.run(experiment, listeners)
+            )
     causes = findings(done)
     output.result(
         {"path": str(done.path), **done.result, "findings": [each.as_json() for each in causes]},
