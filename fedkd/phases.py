@@ -30,6 +30,7 @@ from fedkd.errors import FedkdError, nearest, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import ClassMeans, Knowledge, Output, SoftLabels, Space, Weights
 from fedkd.losses import Term, kl_term
+from fedkd.user_code import check_defined_within, is_name, is_within
 
 GROUP = "fedkd.strategies"
 """Entry-point group of strategies that other packages install."""
@@ -360,14 +361,14 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
     module, _, function = name.rpartition(":")
     module = module or "fedkd.losses"
     allowed = ("fedkd.losses", "strategies", *installed_modules(), *client_code)
-    if not any(module == a or module.startswith(f"{a}.") for a in allowed):
+    if not is_within(module, allowed):
         raise FedkdError(
             f"the instruction names {name}, but this client only runs code of {', '.join(allowed)}; "
             "add the module to client-code if you trust it"
         )
     thing, _, advice = what.partition(": ")
     try:
-        code = getattr(import_module(module), function, None)
+        code = getattr(import_module(module), function, None) if is_name(function) else None
     except Exception as error:  # importing runs the module
         raise FedkdError(f"{name} is not a {thing}: {one_line(error)}") from None
     if not isinstance(code, kind):
@@ -375,6 +376,10 @@ def _resolve(name: str, kind: type[_Code], what: str, client_code: Sequence[str]
         raise FedkdError(
             f"{name} is not a {thing}{nearest(function, known)}: {advice} at the top of {module}"
         )
+    try:
+        check_defined_within(code.function, allowed)
+    except FedkdError as error:
+        raise FedkdError(f"{name} {error}") from None
     return code
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -23,28 +22,42 @@ _changed: dict[str, int] = {}
 """By path of an imported file, when it had last been changed, in ns."""
 
 
-def find_function(import_path: str, key: str) -> Callable[..., Any]:
+def find_function(
+    import_path: str, key: str, allowed: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """Return the function that `import_path` (``module:function`` or ``file.py:function``) names.
 
     Args:
         import_path: a module is also looked for in the working directory, which a console script
             does not search by itself.
         key: the key of which it is the value, such as ``"dataset"`` or ``"model"``.
+        allowed: the modules in which, or in submodules of which, it has to be defined (``None``: any). A
+            node of a deployment has such a list: the reference is a server's.
 
     Raises:
-        FedkdError: the module or file does not import, or has no such function.
+        FedkdError: the module or file does not import, has no such function, or is not allowed.
     """
     where, _, function_name = import_path.rpartition(":")
+    if not is_name(function_name):
+        raise FedkdError(
+            Setting(key, import_path),
+            f": '{function_name}' is not a plain name: write module:function, with a function at the "
+            "top of the module",
+        )
+    if allowed is not None and not is_within(where, allowed):
+        raise FedkdError(Setting(key, import_path), f": must be {_one_of(allowed)}")
     module = load_file(Path(where), key) if is_file(where) else _module(where, import_path, key)
-    try:
-        function = attrgetter(function_name)(module)
-    except AttributeError:
-        function = None
+    function = getattr(module, function_name, None)
     if not callable(function):
         raise FedkdError(
             Setting(key, import_path),
             f": '{where}' has no function '{function_name}'{nearest(function_name, vars(module))}",
         )
+    if allowed is not None:
+        try:
+            check_defined_within(function, allowed)
+        except FedkdError as error:
+            raise FedkdError(Setting(key, import_path), f": {error}") from None
     return cast(Callable[..., Any], function)
 
 
@@ -105,6 +118,35 @@ def _module_name(path: Path) -> str:
         return generated
     its_own = spec is None or (spec.origin and Path(spec.origin).resolve() == path.resolve())
     return path.stem if its_own else generated
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is one plain name: without dots, and none of those that Python itself defines."""
+    return text.isidentifier() and not text.startswith("__")
+
+
+def is_within(module: str, allowed: Sequence[str]) -> bool:
+    """Whether `module` is one of the `allowed` modules, or a submodule of one."""
+    below = [module.removeprefix(f"{name}.") for name in allowed if module.startswith(f"{name}.")]
+    return module in allowed or any(all(map(is_name, rest.split("."))) for rest in below)
+
+
+def check_defined_within(code: object, allowed: Sequence[str]) -> None:
+    """Refuse a function or class that the `allowed` modules have only imported from elsewhere.
+
+    Raises:
+        FedkdError: it names the module in which `code` is defined.
+    """
+    home = getattr(code, "__module__", None)
+    if not isinstance(home, str) or not is_within(home, allowed):
+        raise FedkdError(
+            f"is defined in {one_line(str(home))}: must be a function or class of {_one_of(allowed)}"
+        )
+
+
+def _one_of(allowed: Sequence[str]) -> str:
+    """Return allowed modules in words."""
+    return f"{', '.join(allowed) or 'no module'} or a submodule"
 
 
 def import_user_module(name: str) -> ModuleType:

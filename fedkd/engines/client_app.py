@@ -27,7 +27,7 @@ from fedkd.keys import AUTO, kebab
 from fedkd.knowledge.kinds import BY_NAME
 from fedkd.machine import keep_freed_memory
 from fedkd.phases import installed_modules
-from fedkd.user_code import fingerprint
+from fedkd.user_code import find_function, fingerprint, is_within
 
 _NODE = "this node's --node-config"
 
@@ -82,17 +82,21 @@ def _localised(experiment: Experiment, context: Context) -> Experiment:
 
 
 def _check_code(experiment: Experiment, allowed: Sequence[str]) -> None:
-    """Refuse a run that names code outside the modules that this node allows."""
+    """Refuse a run that names code which is not defined in the modules that this node allows."""
+    for module in experiment.client_modules:
+        _check_module("client-code", module, (*allowed, *installed_modules()))
     for key in Experiment.keys_that("names_code"):
-        installed = installed_modules() if key == "client_code" else ()
-        for module in _modules(experiment, key):
-            if not any(
-                module == name or module.startswith(f"{name}.") for name in (*allowed, *installed)
-            ):
-                raise FedkdError(
-                    f"{kebab(key)} of the run names {module}, which this node does not allow; to allow "
-                    f"it, start the node with --node-config 'client-code=\"{module}\"'"
-                )
+        for reference in _references(experiment, key):
+            _check_module(kebab(key), reference.partition(":")[0], allowed)
+            find_function(reference, f"{kebab(key)} of the run", allowed)
+
+
+def _check_module(key: str, module: str, allowed: Sequence[str]) -> None:
+    if not is_within(module, allowed):
+        raise FedkdError(
+            f"{key} of the run names {module}, which this node does not allow; to allow it, start the "
+            f"node with --node-config 'client-code=\"{module}\"'"
+        )
 
 
 def _check_noise(experiment: Experiment, least: object) -> None:
@@ -141,12 +145,10 @@ def _state_dir(value: object) -> str:
     return str(Path(value).expanduser())
 
 
-def _modules(experiment: Experiment, key: str) -> list[str]:
-    """Return the modules outside fedkd whose code a client is to run for the value of a key."""
-    if key == "client_code":
-        return experiment.client_modules
+def _references(experiment: Experiment, key: str) -> list[str]:
+    """Return the functions outside fedkd, ``module:function``, that a client is to run for a key."""
     names = str(getattr(experiment, key)).split(",")
-    return [name.strip().rpartition(":")[0] for name in names if ":" in name]
+    return [name.strip() for name in names if ":" in name]
 
 
 def _is_simulated() -> bool:

@@ -301,7 +301,7 @@ def test_nothing_is_clipped_without_noise() -> None:
     answers = federate(_experiment("FedMD", learning_rate=0.1)).exchanges[0].answers([0, 1, 2])
     assert isinstance(answers, SoftLabels)
     assert answers.values.norm(dim=-1).max() > 1.0  # dp-clip
-    with pytest.raises(FedkdError, match="dp-clip = 0.001 has no effect with dp-noise = 0.0"):
+    with pytest.raises(FedkdError, match=r"dp-clip = 0.001 has no effect with dp-noise"):
         _experiment("FedMD", dp_clip=1e-3)
 
 

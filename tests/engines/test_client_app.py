@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from subprocess import PIPE
 from threading import Event
@@ -33,7 +33,7 @@ from fedkd.federation.messages import (
     encode_request,
     experiment_record,
 )
-from fedkd.phases import MeanByClass, Phase, Predict, SendWeights
+from fedkd.phases import Fit, MeanByClass, Phase, Predict, SendWeights
 
 # --- What a node decides ----------------------------------------------------------------------------
 
@@ -136,6 +136,132 @@ def test_a_node_sends_what_it_wants_to(kind: str, phase: Phase) -> None:
     assert f"asks for {kind}, this node only sends {', '.join(others)}" in said
     private = asked(tiny(name="mine", dp_noise=1.0), {"dp-noise": 1.0}, phase)
     assert private.has_error() == (kind != "soft-labels")
+
+
+# --- Which code a node runs -------------------------------------------------------------------------
+
+SITE_DATA = """
+import functools
+from shutil import rmtree
+from shutil import rmtree as forget
+
+import torch
+
+from fedkd.data import load as load_ours
+from site_data.inner import load
+
+forgetting = functools.partial(rmtree)
+logged = functools.wraps(rmtree)(lambda folder: rmtree(folder))
+
+class Delete:
+    forget = staticmethod(rmtree)
+"""
+
+INNER = """
+import torch
+
+from fedkd import data
+from fedkd.losses import term
+
+def load(folder):
+    return data.load("digits", folder)
+
+def net(input_shape, num_classes):
+    pixels = input_shape[0] * input_shape[1] * input_shape[2]
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels, num_classes))
+"""
+
+RULES = """
+from shutil import rmtree
+
+from fedkd.losses import term
+from somebody import theirs
+
+taken = term(needs=None)(rmtree)
+"""
+
+
+SOMEBODY = """
+from fedkd.losses import term
+
+@term(needs=None)
+def theirs(step):
+    return step.logits.sum()
+"""
+
+
+@pytest.fixture
+def site_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two modules, of which a node allows ``site_data``; returns a file in its data folder."""
+    for name, source in (("__init__", SITE_DATA), ("inner", INNER), ("rules", RULES)):
+        path = tmp_path / "code" / "site_data" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    (tmp_path / "code" / "somebody.py").write_text(SOMEBODY)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.setenv("FEDKD_DATA_DIR", str(tmp_path / "site"))
+    kept = tmp_path / "site" / "kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("private")
+    yield kept
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("site_data", "somebody")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("site_data:torch.serialization.shutil.rmtree", "is not a plain name"),
+        ("site_data:Delete.forget", "is not a plain name"),
+        ("site_data:__loader__", "is not a plain name"),
+        ("site_data:inner:load", "is not a plain name"),
+        ("site_data:", "is not a plain name"),
+        ("site_data:rmtree", "is defined in shutil"),
+        ("site_data:forget", "is defined in shutil"),
+        ("site_data:logged", "is defined in shutil"),
+        ("site_data:forgetting", "is defined in functools"),
+        ("site_data:load_ours", "is defined in fedkd.data"),
+        ("site_data:functools", "has no function 'functools'"),
+        ("site_data.torch:serialization", "cannot import"),
+        ("site_data.__main__:load", "which this node does not allow"),
+        ("site_data/../shutil:rmtree", "which this node does not allow"),
+        ("site_data.py:rmtree", "cannot import"),
+        ("site_data_of_others:load", "which this node does not allow"),
+        ("shutil:rmtree", "which this node does not allow"),
+    ],
+)
+@pytest.mark.parametrize("key", ["dataset", "public", "student", "teacher"])
+def test_a_server_names_only_what_is_defined_in_allowed_modules(
+    key: str, reference: str, said: str, site_data: Path
+) -> None:
+    keys: dict[str, Any] = {key: reference, "public_labels": False, "name": "evil"}
+    for kind in (HELLO, TRAIN):
+        reason = failure_reason(asked(tiny(**keys), {"client-code": "site_data"}, PREDICT, kind))
+        assert said in reason
+    assert site_data.read_text() == "private"
+
+
+def test_what_an_allowed_package_takes_from_its_own_submodules_is_its_own(site_data: Path) -> None:
+    node = {"client-code": "site_data"}
+    for reference in ("site_data:load", "site_data.inner:load"):
+        run = tiny(dataset=reference, student="site_data.inner:net", name="own")
+        for kind in (HELLO, TRAIN):
+            assert not asked(run, node, PREDICT, kind).has_error()
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("site_data.rules:taken", "is defined in shutil"),
+        ("site_data.rules:theirs", "is defined in somebody"),
+        ("site_data.rules:theirs.function", "is not a loss term"),
+        ("somebody:theirs", "only runs code of"),
+    ],
+)
+def test_loss_terms_go_by_the_same_rule(reference: str, said: str, site_data: Path) -> None:
+    fit = Fit("revisit", private={reference: 1.0})
+    assert said in failure_reason(asked(tiny(name="evil"), {"client-code": "site_data"}, fit))
+    assert site_data.read_text() == "private"
 
 
 # --- How a server waits for nodes -------------------------------------------------------------------
