@@ -79,7 +79,10 @@ def read_json(path: Path, what: str = "finished run") -> dict[str, Any]:
         FedkdError: the file is missing or damaged.
     """
     with _reading(path, what):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        return found
 
 
 def read_lines(path: Path) -> list[Row]:

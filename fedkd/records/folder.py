@@ -87,7 +87,7 @@ class RunFolder:
         parent = Path(experiment.run_dir)
         for name in _names(experiment.name, default_name):
             path = parent / name
-            if path.exists() and not path.is_dir():
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
                 raise FedkdError(Setting("run-dir", parent), f": {path} is in the way")
             if _is_free(path) and cls._appears(path, begin):
                 return cls(path)
@@ -146,9 +146,16 @@ class RunFolder:
 
     @property
     def identity(self) -> Identity:
-        """What its numbers depend on; empty where it is not recorded."""
+        """What its numbers depend on; empty where it is not recorded.
+
+        Raises:
+            FedkdError: ``identity.json`` is damaged.
+        """
         path = self.path / IDENTITY
-        return read_json(path, "run") if path.is_file() else {}
+        found = read_json(path, "run") if path.is_file() else {}
+        if not all(isinstance(part, dict) for part in found.values()):
+            raise FedkdError(f"{path} is damaged: restore it, or start a new run")
+        return found
 
     @property
     def is_finished(self) -> bool:
@@ -291,7 +298,9 @@ def _ends_a_line(file: IO[bytes]) -> bool:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether there is no such folder, or an empty one."""
+    """Whether there is nothing of this name, or an empty folder."""
+    if path.is_symlink():
+        return False
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Any
 
 from fedkd.experiment import Experiment
-from fedkd.keys import kebab
+from fedkd.keys import AUTO, kebab
 
 FILE = "identity.json"
 
@@ -25,6 +25,9 @@ _WORDS = {
     "code": "the code of {}",
     "weights": "the initial weights of {}",
 }
+_LONGEST = 60
+"""Most characters of a value in words."""
+
 _NAMES = {"train": "training"}
 
 
@@ -83,6 +86,5 @@ def _values(kind: str, before: Any, now: Any) -> str:
 
 
 def _written(value: Any) -> str:
-    return (
-        "auto" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    text = str(value).lower() if isinstance(value, bool) else AUTO if value is None else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -469,13 +469,24 @@ def test_a_pipe_gets_no_control_codes_and_ctrl_c_is_one_line() -> None:
     assert Path("runs/long/rounds.jsonl").read_text().startswith('{"round": 1')
 
 
+def test_an_interrupt_in_exec_ends_a_module_with_130_too(here: Path) -> None:
+    """Where dataclasses make their methods: Python then marks the process as ended by the signal."""
+    (here / "interrupted.py").write_text('exec("raise KeyboardInterrupt")\n')
+    flags = ["run", "--dataset", "interrupted:data"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedkd", *flags], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (130, "fedkd: interrupted\n")
+
+
 # --- central, compare -----------------------------------------------------------------------------
 
 
 def test_central_prints_mean_and_spread_over_the_seeds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main(["central", *SMALL, "--teacher", "mlp-64", "--seeds", "3,5,8", "--name", "mine"])
+    epochs = ["--local-epochs", "8", "--distill-epochs", "8"]  # with one a student learns nothing
+    main(["central", *SMALL, *epochs, "--teacher", "mlp-64", "--seeds", "3,5,8", "--name", "mine"])
     out, err = capsys.readouterr()
     result = json.loads(Path("runs/mine/result.json").read_text())
     assert result["seeds"] == [3, 5, 8]

@@ -306,3 +306,13 @@ def test_the_gap_that_is_closed(
 ) -> None:
     closed = gap_closed(value, low, high)
     assert closed == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"keys": []}', '{"keys": 3}', "{", '{"data": null}'])
+def test_a_damaged_identity_is_one_line(tmp_path: Path, text: str) -> None:
+    folder = made(tmp_path)
+    folder.write_experiment(Experiment(), {})
+    (folder.path / "identity.json").write_text(text)
+    with pytest.raises(FedkdError, match=r"identity\.json") as refused:
+        _ = folder.experiment
+    assert "\n" not in str(refused.value)

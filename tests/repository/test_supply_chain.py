@@ -479,6 +479,9 @@ def _spoil(folder: Path) -> None:
         said = {**_spoiled(said), HOSTILE: HOSTILE}
         path.write_text(json.dumps(said), encoding="utf-8")
     for path in folder.glob("*/experiment.toml"):
+        path.with_name("identity.json").unlink(
+            missing_ok=True
+        )  # or the keys are known to be others
         text = path.read_text(encoding="utf-8")
         for key in ("data-dir", "dataset", "client-code", "teacher", "student", "strategy"):
             hostile = f"{key} = {json.dumps(HOSTILE)}"
@@ -531,6 +534,7 @@ def test_a_report_runs_no_code_that_a_folder_names(
     theirs = Path(shutil.copytree(run, tmp_path / "theirs"))
     sprung = tmp_path / "sprung"
     (theirs / "evil.py").write_text(EVIL.format(sprung=str(sprung)), encoding="utf-8")
+    (theirs / "identity.json").unlink()
     toml = theirs / "experiment.toml"
     text = toml.read_text(encoding="utf-8")
     named = f"{theirs / 'evil.py'}:Evil"

@@ -633,3 +633,16 @@ def test_a_search_without_optuna_says_what_to_install(
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(FedkdError, match=r"pip install 'fedkd\[optuna\]'"):
         search(central(tmp_path), {"alpha": (0, 1)}, 3, of="central")
+
+
+def test_two_processes_do_not_run_the_same_sweep(tmp_path: Path) -> None:
+    base, grid = central(tmp_path), {"tau": [1, 3]}
+    first = sweep(base, grid, [5], 2, of="central")
+    settings = (first.path / "sweep.json").read_text()
+    with (
+        SweepFolder(first.path).locked(),
+        pytest.raises(FedkdError, match="is being run by another process"),
+    ):
+        sweep(base, {"tau": [1, 3, 7]}, [5], 2, of="central")
+    assert (first.path / "sweep.json").read_text() == settings
+    assert len(sweep(base, {"tau": [1, 3, 7]}, [5], 2, of="central").points) == 3
