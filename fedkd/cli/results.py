@@ -82,7 +82,9 @@ def run_facts(done: Run) -> dict[str, str]:
     server = done.server_accuracy
     return {
         "accuracy": f"{percent(done.accuracy)} on average over {len(tested)} clients "
-        f"({percent(min(tested))} to {percent(max(tested))})",
+        f"({percent(min(tested))} to {percent(max(tested))})"
+        if tested
+        else "withheld by all clients",
         "server": "keeps no model" if server is None else percent(server),
         "bytes": f"{done.bytes_up:,} up, {done.bytes_down:,} down",
         "seconds": f"{done.result['seconds']:.1f}",

@@ -19,6 +19,10 @@ REPORTED = (OUT_OF_MEMORY,)
 """Kinds of events that a client counts in its report."""
 
 
+WITHHOLDABLE = ("metrics", "num-examples", "seconds", "events")
+"""The parts of a report that a client may withhold."""
+
+
 @dataclass(frozen=True, eq=False)
 class Instruction:
     """What the server tells one client to do.
@@ -62,6 +66,8 @@ class ClientReport:
         known: the rows of this client's soft labels that the server then has, if only changes are sent.
         events: failures at the client that were recovered, counted by kind: see `REPORTED`.
         round: of the instruction that it answers; 0 if unknown.
+        withheld: the parts that the client keeps back, of `WITHHOLDABLE`; its `num_examples` is then the
+            receiver's own knowledge.
     """
 
     client: int
@@ -73,6 +79,7 @@ class ClientReport:
     known: KnownRows | None = None
     events: dict[str, int] = field(default_factory=dict)
     round: int = 0
+    withheld: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

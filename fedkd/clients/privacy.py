@@ -44,7 +44,8 @@ def privatised(
     """Return every row clipped and with Gaussian noise.
 
     From logits the mean of their row is subtracted, which softmax ignores. From probabilities 1/C is
-    subtracted; with the noise they are projected onto the simplex, which is post-processing.
+    subtracted; with the noise they are projected onto the simplex, which is post-processing. A row
+    that is not finite counts as the origin.
 
     Args:
         values: ``[N, C]``.
@@ -58,14 +59,11 @@ def privatised(
     Returns:
         ``[N, C]``, of the dtype of `values`.
 
-    Raises:
-        FedkdError: a value is not finite, so that clipping cannot bound it.
     """
     rows = values.double()
-    if not bool(rows.isfinite().all()):
-        raise FedkdError("dp-noise: the soft labels to clip contain NaN or infinity")
     origin = rows.mean(-1, keepdim=True) if space == "logits" else 1 / rows.shape[-1]
-    centred = rows - origin
+    # To refuse a row that is not finite would tell without noise that training diverged.
+    centred = (rows - origin).where(rows.isfinite().all(-1, keepdim=True), 0.0)
     norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     clipped: Tensor = centred * (clip / norms.clamp_min(clip))
     noisy = clipped + noise * clip * _normal(rows.shape, generator).to(rows.device)

@@ -50,12 +50,14 @@ class Delivery:
         store: where these clients keep their states.
         contents: each client's partition id and its message.
         secret_noise: see `fedkd.clients.execute.FederationInstructions`.
+        withheld: parts of the reports that are not sent; see `fedkd.federation.messages.encode_report`.
     """
 
     experiment: Experiment
     store: ResidentStates
     contents: Sequence[tuple[int, RecordDict]]
     secret_noise: bool = False
+    withheld: tuple[str, ...] = ()
 
 
 def handle_together(deliveries: Sequence[Delivery]) -> list[list[RecordDict | Failure]]:
@@ -77,10 +79,10 @@ def handle_together(deliveries: Sequence[Delivery]) -> list[list[RecordDict | Fa
         [
             result
             if isinstance(result, Failure)
-            else encode_report(result, instruction.asked, data.sizes, decoding)
+            else encode_report(result, instruction.asked, data.sizes, decoding, one.withheld)
             for instruction, result in zip(part.instructions, results, strict=True)
         ]
-        for part, results in zip(parts, execute_together(data, parts), strict=True)
+        for one, part, results in zip(deliveries, parts, execute_together(data, parts), strict=True)
     ]
 
 

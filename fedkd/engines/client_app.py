@@ -8,28 +8,39 @@ and its clients' states are, which device it uses and how much noise it requires
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkd.engines.answering import Delivery, handle_together, introduce, reply, store_of
+from fedkd.clients.instructions import WITHHOLDABLE, Failure
+from fedkd.data.federated import federated_data
+from fedkd.engines.answering import Delivery, handle_together, reply, store_of
 from fedkd.engines.deployment import ends_in_time
-from fedkd.errors import FedkdError, Setting
+from fedkd.errors import FedkdError, Setting, nearest, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import always_reply
-from fedkd.federation.messages import decode_experiment, encode_introduction
+from fedkd.federation.messages import (
+    Introduction,
+    decode_experiment,
+    decode_phases,
+    encode_introduction,
+)
 from fedkd.keys import AUTO, kebab
 from fedkd.knowledge.kinds import BY_NAME
 from fedkd.machine import keep_freed_memory
-from fedkd.phases import installed_modules
+from fedkd.phases import Predict, installed_modules
 from fedkd.user_code import find_function, fingerprint, is_within
 
+_logger = logging.getLogger(__name__)
+
 _NODE = "this node's --node-config"
+
+_UNSAID = "cannot carry out the instruction; the node's own log says why (it has dp-noise)"
 
 app = ClientApp(mods=[always_reply, ends_in_time])
 
@@ -39,9 +50,13 @@ def hello(message: Message, context: Context) -> Message:
     """Return which partition this node holds, how large it is, and which code it runs."""
     received = decode_experiment(message.content)
     experiment = _localised(received, context)
-    introduction = introduce(experiment, _partition(context, experiment))
+    client = _partition(context, experiment)
+    # With it withheld the data are not even read: whether a partition can be made depends on labels.
+    withholds = "num-examples" in _withheld(context)
+    num_examples = None if withholds else len(federated_data(experiment).shards[client])
     # The server compares the code that the run names; a node may allow more.
-    introduction = replace(introduction, sources=fingerprint(received.client_modules))
+    sources = fingerprint(received.client_modules)
+    introduction = Introduction(client, num_examples, experiment.student_of(client), sources)
     return Message(encode_introduction(introduction), reply_to=message)
 
 
@@ -51,13 +66,34 @@ def train(message: Message, context: Context) -> Message:
     keep_freed_memory()
     experiment = _localised(decode_experiment(message.content), context)
     client = _partition(context, experiment)
+    _check_choosing(message.content, context)
     delivery = Delivery(
-        experiment, store_of(experiment), [(client, message.content)], not _is_simulated()
+        experiment,
+        store_of(experiment),
+        [(client, message.content)],
+        secret_noise=not _is_simulated(),
+        withheld=_withheld(context),
     )
-    ((answer,),) = handle_together([delivery])
+    answer = _carried_out(delivery, client, context)
     if isinstance(answer, RecordDict):
         _check_leaving(answer, context)
     return reply(message, answer)
+
+
+def _carried_out(delivery: Delivery, client: int, context: Context) -> RecordDict | Failure:
+    """Return a client's answer; a node with noise keeps the reason of a failure in its own log."""
+    if not _noise(context):
+        ((answer,),) = handle_together([delivery])
+        return answer
+    try:
+        ((answer,),) = handle_together([delivery])
+    except Exception:  # its text may hold anything private
+        _logger.warning("a client failed", exc_info=True)
+        return Failure(client, _UNSAID)
+    if isinstance(answer, Failure):
+        _logger.warning("a client failed: %s", one_line(answer.reason))
+        return Failure(client, _UNSAID)
+    return answer
 
 
 def _localised(experiment: Experiment, context: Context) -> Experiment:
@@ -71,14 +107,36 @@ def _localised(experiment: Experiment, context: Context) -> Experiment:
     config = context.node_config
     defaults = Experiment().flat()
     names = [kebab(key) for key in Experiment.keys_that("node_decides")]
+    _check_known(config, [*names, *_OWN_KEYS])
     node_keys = {name: config.get(name, defaults[name]) for name in names}
     # The run's name is made of letters, digits, '.', '_' and '-': its folder lies in this one.
     node_keys["run-dir"] = _state_dir(config.get("state-dir", AUTO))
     accepted = Experiment.load(("the message", experiment.flat()), (_NODE, node_keys))
     _check_code(experiment, accepted.client_modules)
-    _check_noise(experiment, config.get("dp-noise", 0.0))
+    _check_noise(experiment, _noise(context))
     _sends(context)
+    _withheld(context)
     return accepted
+
+
+_OWN_KEYS = (
+    "partition-id",
+    "num-partitions",
+    "state-dir",
+    "sends",
+    "dp-noise",
+    "share-metrics",
+)
+"""What a node's configuration may hold besides the keys of the experiment that it decides."""
+
+
+def _check_known(config: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a key that has no meaning: it may be a misspelt one that was to protect something."""
+    for key in config:
+        if key not in known:
+            raise FedkdError(
+                f"{key} (from {_NODE}): no such key{nearest(key, known)}; there are {', '.join(known)}"
+            )
 
 
 def _check_code(experiment: Experiment, allowed: Sequence[str]) -> None:
@@ -99,9 +157,37 @@ def _check_module(key: str, module: str, allowed: Sequence[str]) -> None:
         )
 
 
-def _check_noise(experiment: Experiment, least: object) -> None:
+def _noise(context: Context) -> float:
+    """Return the least ``dp-noise`` that this node requires; 0 in a simulation."""
+    if _is_simulated():
+        return 0.0
+    return Experiment.load((_NODE, {"dp-noise": context.node_config.get("dp-noise", 0.0)})).dp_noise
+
+
+def _withheld(context: Context) -> tuple[str, ...]:
+    """Return the parts of its reports that this node keeps back: with noise all, as none has noise."""
+    shares = context.node_config.get("share-metrics", True)
+    if not isinstance(shares, bool):
+        raise FedkdError(f"share-metrics = {shares!r} (from {_NODE}): must be true or false")
+    if _noise(context):
+        return WITHHOLDABLE
+    return () if shares or _is_simulated() else ("metrics",)
+
+
+def _check_choosing(content: RecordDict, context: Context) -> None:
+    """Refuse an instruction by which private images choose what a node with noise answers."""
+    if not _noise(context):
+        return
+    for phase in decode_phases(content):
+        if isinstance(phase, Predict) and phase.only is not None:
+            raise FedkdError(
+                f"the run asks only for the samples that '{phase.only}' of the client's state chooses, "
+                "a choice to which the dp-noise of this node is not added"
+            )
+
+
+def _check_noise(experiment: Experiment, required: float) -> None:
     """Refuse a run whose soft labels would leave with less noise than this node requires."""
-    required = Experiment.load((_NODE, {"dp-noise": least})).dp_noise
     if experiment.dp_noise < required:
         raise FedkdError(
             Setting("dp-noise", experiment.dp_noise),
@@ -117,7 +203,7 @@ def _check_leaving(answer: RecordDict, context: Context) -> None:
     allowed = _sends(context)
     if kind not in allowed:
         raise FedkdError(f"the run asks for {kind}, this node only sends {', '.join(allowed)}")
-    if kind != "soft-labels" and context.node_config.get("dp-noise", 0.0):
+    if kind != "soft-labels" and _noise(context):
         raise FedkdError(
             f"the run asks for {kind}, to which the dp-noise of this node is not added"
         )

@@ -149,7 +149,12 @@ class Exchange:
                 raise FedkdError("sends an empty reply")
             instruction = self.instructions[client]
             report = decode_report(
-                reply.content, instruction.asked, data.sizes, instruction.wire, heard
+                reply.content,
+                instruction.asked,
+                data.sizes,
+                instruction.wire,
+                heard,
+                num_examples=len(data.shards[client]),
             )
             check_report(report, instruction, data, student)
             self.reports.append(with_known_numbers(report, instruction))

@@ -7,6 +7,7 @@ for and the knowledge; a client report is its numbers and the answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from reprlib import repr as shown
 from time import perf_counter
@@ -16,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.clients.instructions import REPORTED, ClientReport, Instruction
+from fedkd.clients.instructions import REPORTED, WITHHOLDABLE, ClientReport, Instruction
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.knowledge_records import (
@@ -28,7 +29,7 @@ from fedkd.federation.knowledge_records import (
 from fedkd.knowledge import Knowledge, Sizes, SoftLabels, Wire
 from fedkd.knowledge.codec import KnownRows, Packed, pack_samples, unpack_samples
 from fedkd.knowledge.wire import PLAIN
-from fedkd.phases import from_text, to_text
+from fedkd.phases import Phase, from_text, to_text
 
 TRAIN, HELLO = "train.fedkd", "query.hello"
 """Message types: execute an instruction; introduce yourself."""
@@ -49,20 +50,21 @@ class Introduction:
 
     Attributes:
         client: partition id.
-        num_examples: its private images.
+        num_examples: its private images; ``None`` if it does not say.
         student: architecture of its student.
         sources: fingerprint of the code it runs.
     """
 
     client: int
-    num_examples: int
+    num_examples: int | None
     student: str
     sources: str
 
 
 def encode_introduction(introduction: Introduction) -> RecordDict:
     """Pack an introduction."""
-    return RecordDict({"introduction": ConfigRecord({**vars(introduction)})})
+    said = {name: value for name, value in vars(introduction).items() if value is not None}
+    return RecordDict({"introduction": ConfigRecord(said)})
 
 
 def decode_introduction(records: RecordDict) -> Introduction:
@@ -73,11 +75,11 @@ def decode_introduction(records: RecordDict) -> Introduction:
     """
     fields = dict(typed_record(records, "introduction", ConfigRecord) or {})
     field_types = {"client": int, "num_examples": int, "student": str, "sources": str}
-    if {name: type(value) for name, value in fields.items()} != field_types:
+    if {"num_examples": int, **{n: type(value) for n, value in fields.items()}} != field_types:
         raise FedkdError(
             f"sends no introduction (it has {shown([*fields]) if fields else 'nothing'})"
         )
-    introduction: dict[str, Any] = fields
+    introduction: dict[str, Any] = {"num_examples": None, **fields}
     return Introduction(**introduction)
 
 
@@ -143,6 +145,18 @@ def encode_instruction(
         **request,
     }
     return RecordDict(records)
+
+
+def decode_phases(records: RecordDict) -> tuple[Phase, ...]:
+    """Unpack the phases of an instruction alone.
+
+    Raises:
+        FedkdError: the records are not an instruction.
+    """
+    record = typed_record(records, "instruction", ConfigRecord)
+    if record is None or type(record.get("phases")) is not str:
+        raise FedkdError("the instruction cannot be read: it has no phases")
+    return from_text(str(record["phases"]))
 
 
 def decode_instruction(
@@ -228,7 +242,11 @@ def _instruction(records: RecordDict) -> dict[str, Any]:
 
 
 def encode_report(
-    report: ClientReport, asked: Tensor, sizes: Sizes, decoding: float = 0.0
+    report: ClientReport,
+    asked: Tensor,
+    sizes: Sizes,
+    decoding: float = 0.0,
+    withheld: Sequence[str] = (),
 ) -> RecordDict:
     """Pack a client report; sample indices are sent only if the answer is for other samples than asked.
 
@@ -237,6 +255,7 @@ def encode_report(
         asked: samples that it was asked for.
         sizes: of the public set.
         decoding: seconds that decoding its instruction took, added to those of this encoding.
+        withheld: the parts, of `WITHHOLDABLE`, of which nothing is sent but that they are withheld.
     """
     started = perf_counter()
     knowledge: dict[str, Any] = {}
@@ -246,15 +265,17 @@ def encode_report(
         knowledge = encode_knowledge(report.packed or report.answer, sizes, asked=whole)
     encoding = report.seconds.get("encode", 0.0) + decoding + perf_counter() - started
     seconds = {**report.seconds, "encode": encoding}
-    numbers: dict[str, Any] = {
-        "partition-id": report.client,
-        "num-examples": report.num_examples,
-        "round": report.round,
-        **report.metrics,
-        **{_SECONDS + name: spent for name, spent in seconds.items()},
-        **{_EVENT + name: count for name, count in report.events.items()},
+    parts: dict[str, dict[str, Any]] = {
+        "num-examples": {"num-examples": report.num_examples},
+        "metrics": report.metrics,
+        "seconds": {_SECONDS + name: spent for name, spent in seconds.items()},
+        "events": {_EVENT + name: count for name, count in report.events.items()},
     }
-    return RecordDict({"report": MetricRecord(numbers), **knowledge})
+    numbers: dict[str, Any] = {"partition-id": report.client, "round": report.round}
+    for name, part in parts.items():
+        numbers.update({} if name in withheld else part)
+    said = {"withheld": ConfigRecord({"parts": list(withheld)})} if withheld else {}
+    return RecordDict({"report": MetricRecord(numbers), **said, **knowledge})
 
 
 def decode_report(
@@ -263,6 +284,7 @@ def decode_report(
     sizes: Sizes,
     wire: Wire = PLAIN,
     known: KnownRows | None = None,
+    num_examples: int | None = None,
 ) -> ClientReport:
     """Unpack a client report.
 
@@ -272,6 +294,7 @@ def decode_report(
         sizes: of the public set.
         wire: how its soft labels have to be encoded.
         known: what the server already has of them.
+        num_examples: the client's private images, if it withholds their number.
 
     Raises:
         FedkdError: the records are not a valid report.
@@ -283,7 +306,9 @@ def decode_report(
         raise FedkdError(f"reports {len(reported)} numbers: must be at most {MOST_NUMBERS}")
     numbers: dict[str, Any] = dict(reported)
     client = _integer(numbers, "partition-id")
-    num_examples = _integer(numbers, "num-examples")
+    withheld = _withheld(records)
+    if "num-examples" not in withheld or num_examples is None:
+        num_examples = _integer(numbers, "num-examples")
     round = _integer(numbers, "round") if "round" in numbers else 0
     events = {
         name: _integer(numbers, _EVENT + name) for name in REPORTED if _EVENT + name in numbers
@@ -311,7 +336,17 @@ def decode_report(
         known=newer,
         events=events,
         round=round,
+        withheld=withheld,
     )
+
+
+def _withheld(records: RecordDict) -> tuple[str, ...]:
+    """Return the parts that a report withholds."""
+    fields = dict(typed_record(records, "withheld", ConfigRecord) or {})
+    parts = fields.get("parts", [])
+    if not isinstance(parts, list) or not set(parts) <= set(WITHHOLDABLE):
+        raise FedkdError(f"withholds {shown(parts)}: must be a list of {', '.join(WITHHOLDABLE)}")
+    return tuple(part for part in WITHHOLDABLE if part in parts)
 
 
 def _unpacked(

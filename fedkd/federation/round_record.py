@@ -12,7 +12,7 @@ import torch
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result
 
-from fedkd.clients.instructions import ClientReport
+from fedkd.clients.instructions import WITHHOLDABLE, ClientReport
 from fedkd.clients.memories import Memories, collected
 from fedkd.clients.privacy import epsilon
 from fedkd.experiment import Experiment
@@ -72,6 +72,7 @@ class RunRecord:
             "sampled": exchange.sampled,
             "answered": [report.client for report in exchange.reports],
             "dropped": _dropped(exchange),
+            "withheld": _withheld(exchange.reports),
             "accepted": accepted,
             "events": _events_of(exchange),
             "knowledge_round": digested_round or None,
@@ -141,15 +142,12 @@ class RunRecord:
         clients = range(self._server.num_clients)
         device = str(self._server.data.train.device)
         result = {
-            "accuracy": mean_of(m["accuracy"] for m in final.values()),
-            "client_accuracy": [final.get(k, {}).get("accuracy") for k in clients],
-            "own_accuracy": mean_of(m["own_accuracy"] for m in final.values()),
-            "client_own_accuracy": [final.get(k, {}).get("own_accuracy") for k in clients],
-            **_trained(final, clients),
+            **_final_shares(final, clients),
             "server_accuracy": self._server_accuracy(exchange, checkpoint),
             "reports": headline,
             "epsilon": _epsilon(self._server.experiment, checkpoint.asked),
             "dropped": _dropped(exchange),
+            "withheld": _withheld(exchange.reports),
             "events": _added([*(row["events"] for row in self.rows), _events_of(exchange)]),
             "rounds": len(self.rows),
             **checkpoint.totals,
@@ -212,12 +210,23 @@ def _epsilon(experiment: Experiment, asked: Mapping[int, int]) -> float | None:
     return value if isfinite(value) else None
 
 
-def _trained(final: Mapping[int, Mapping[str, float]], clients: Iterable[int]) -> dict[str, Any]:
-    """Return accuracies on private training images, `None` for clients that did not report theirs."""
-    reported = [final.get(client, {}).get("training_accuracy") for client in clients]
-    known = [accuracy for accuracy in reported if accuracy is not None]
-    mean = mean_of(known) if known else None
-    return {"training_accuracy": mean, "client_training_accuracy": reported}
+def _final_shares(
+    final: Mapping[int, Mapping[str, float]], clients: Iterable[int]
+) -> dict[str, Any]:
+    """Return final accuracies by client, `None` where not reported, and the means of those that were."""
+    shares: dict[str, Any] = {}
+    for name in ("accuracy", "own_accuracy", "training_accuracy"):
+        reported = [final.get(client, {}).get(name) for client in clients]
+        known = [accuracy for accuracy in reported if accuracy is not None]
+        shares[name] = mean_of(known) if known else None
+        shares[f"client_{name}"] = reported
+    return shares
+
+
+def _withheld(reports: Sequence[ClientReport]) -> dict[str, list[int]]:
+    """Return the clients that withhold a part of their reports, by part."""
+    by_part = {part: [r.client for r in reports if part in r.withheld] for part in WITHHOLDABLE}
+    return {part: clients for part, clients in by_part.items() if clients}
 
 
 def _metrics(reports: Sequence[ClientReport]) -> dict[str, Any]:

@@ -44,13 +44,24 @@ class Run:
         return RunFolder(self.path).experiment
 
     @property
+    def has_accuracy(self) -> bool:
+        """Whether any client reported its accuracy: nodes of a deployment may withhold theirs."""
+        return self.result["accuracy"] is not None
+
+    @property
     def accuracy(self) -> float:
-        """Mean over clients of the student's test accuracy after the closing exchange, 0..1."""
+        """Mean over clients of the student's test accuracy after the closing exchange, 0..1.
+
+        Raises:
+            FedkdError: all clients withhold their metrics.
+        """
+        if not self.has_accuracy:
+            raise FedkdError(f"{self.path}: all clients of this run withhold their accuracies")
         return float(self.result["accuracy"])
 
     @property
     def client_accuracy(self) -> list[float | None]:
-        """The same per client, ``[K]`` in order of partition; `None` for one that did not answer."""
+        """The same per client, ``[K]``; `None` for one that did not answer, or that withholds it."""
         return list(self.result["client_accuracy"])
 
     @property

@@ -49,7 +49,8 @@ def scalars(row: Row) -> dict[str, float]:
         if field in _COUNTED:
             numbers[f"clients/{field}"] = len(value)
         elif isinstance(value, Mapping):
-            numbers |= {f"{name}/{key}": number for key, number in value.items()}
+            counts = {key: len(v) if isinstance(v, list) else v for key, v in value.items()}
+            numbers |= {f"{name}/{key}": number for key, number in counts.items()}
         elif isinstance(value, int | float) and field != "round":
             numbers[name] = +value  # True as 1
     return numbers

@@ -124,11 +124,17 @@ def test_the_simplex_itself_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_cannot_be_clipped_is_refused(bad: float) -> None:
-    values = _rows("logits")
+@pytest.mark.parametrize("space", ["logits", "probabilities"])
+def test_a_row_that_cannot_be_clipped_leaves_as_noise_alone(bad: float, space: Space) -> None:
+    """To refuse it would tell without noise that training on the private images diverged."""
+    values = _rows(space)
     values[3, 2] = bad
-    with pytest.raises(FedkdError, match="NaN or infinity"):
-        privatised(values, "logits", 1.0, 1.0, None)
+    uniform = _rows(space)
+    uniform[3] = 1 / C
+    noisy, expected = (
+        privatised(rows, space, 0.7, 1.3, generator("bad")) for rows in (values, uniform)
+    )
+    torch.testing.assert_close(noisy, expected)
 
 
 def test_an_optimal_guess_between_two_data_sets_is_right_as_often_as_accounted_for() -> None:

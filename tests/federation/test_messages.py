@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -13,7 +14,7 @@ from federation_tools import tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedkd.clients.instructions import ClientReport, Instruction
+from fedkd.clients.instructions import WITHHOLDABLE, ClientReport, Instruction
 from fedkd.errors import FedkdError
 from fedkd.federation.exchange import payload_bytes, wire_bytes
 from fedkd.federation.flower_internals.local_grid import task_identity
@@ -167,6 +168,37 @@ def test_the_experiment_travels_with_every_message() -> None:
 def test_an_introduction_arrives_as_it_was_given() -> None:
     said = Introduction(3, 41, "mlp-8", "00ff")
     assert decode_introduction(encode_introduction(said)) == said
+    silent = replace(said, num_examples=None)
+    assert decode_introduction(encode_introduction(silent)) == silent
+
+
+def test_what_is_withheld_is_not_sent_and_said_to_be_withheld() -> None:
+    full = encode_report(report(None), SAMPLES, SIZES)
+    quiet = encode_report(report(None), SAMPLES, SIZES, withheld=("metrics",))
+    left = set(full.metric_records["report"]) - set(quiet.metric_records["report"])
+    assert left == set(report(None).metrics)
+    assert decode_report(quiet, SAMPLES, SIZES).withheld == ("metrics",)
+    silent = encode_report(report(None), SAMPLES, SIZES, withheld=WITHHOLDABLE)
+    assert set(silent.metric_records["report"]) == {"partition-id", "round"}
+    got = decode_report(silent, SAMPLES, SIZES, num_examples=83)
+    assert (got.client, got.num_examples, got.metrics, got.seconds) == (4, 83, {}, {})
+    with pytest.raises(FedkdError, match="num-examples"):
+        decode_report(quiet_without_size(quiet), SAMPLES, SIZES, num_examples=83)
+
+
+def quiet_without_size(records: RecordDict) -> RecordDict:
+    """Return a report that leaves out its number of images without a word."""
+    numbers = dict(records.metric_records["report"])
+    del numbers["num-examples"]
+    return RecordDict({**records, "report": MetricRecord(numbers)})
+
+
+@pytest.mark.parametrize("parts", [["everything"], "metrics", [3], [b"metrics"]])
+def test_only_known_parts_are_withheld(parts: Any) -> None:
+    records = encode_report(report(None), SAMPLES, SIZES)
+    records["withheld"] = ConfigRecord({"parts": parts})
+    with pytest.raises(FedkdError, match="withholds"):
+        decode_report(records, SAMPLES, SIZES)
 
 
 def test_a_failure_is_an_error_reply_with_its_reason() -> None:

@@ -171,7 +171,11 @@ def _of_client(
 ) -> Trained:
     chosen = "chosen by the user"
     if client is None:
-        client = next(k for k, a in enumerate(result["client_accuracy"]) if a is not None)
+        client = next((k for k, a in enumerate(result["client_accuracy"]) if a is not None), None)
+        if client is None:
+            raise FedkdError(
+                f"{folder.path}: no client of this run reported its accuracy; name one"
+            )
         chosen = "the first client that took part in the closing exchange, regardless of accuracy"
     if not 0 <= client < experiment.num_clients:
         last = experiment.num_clients - 1

@@ -67,7 +67,7 @@ def learning_of(run: Run, rows: Sequence[Row], counts: Mapping[str, Any]) -> Lea
     trained = [row for row in rows if row.get("loss_revisit") is not None]
     if not trained or trained[-1] is not rows[-1]:
         return None
-    baselines = [mean_of(entropies[k] for k in row["answered"]) for row in trained]
+    baselines = [mean_of(entropies[k] for k in reporting(row)) for row in trained]
     if min(baselines) < 0.05:  # shards of one class: nothing to learn
         return None
     accuracies = run.result["client_training_accuracy"]
@@ -80,6 +80,12 @@ def learning_of(run: Run, rows: Sequence[Row], counts: Mapping[str, Any]) -> Lea
         _steps(run.experiment, trained, counts),
         gain(run.result["training_accuracy"], frequent),
     )
+
+
+def reporting(row: Row) -> list[int]:
+    """Return the clients behind a row's metrics: those that answered and do not withhold theirs."""
+    withheld = row.get("withheld", {}).get("metrics", [])
+    return [client for client in row["answered"] if client not in withheld]
 
 
 def _steps(experiment: Experiment, rows: Sequence[Row], counts: Mapping[str, Any]) -> float:

@@ -16,8 +16,11 @@ Points = dict[int, float]
 
 
 def students(run: Run) -> list[Point]:
-    """Return the students' mean test accuracy after each round, and the bytes until then."""
-    return curve(run, counted_of(run))
+    """Return the students' mean test accuracy after each round, and the bytes until then.
+
+    There is none if all clients withhold theirs.
+    """
+    return curve(run, counted_of(run)) if run.has_accuracy else []
 
 
 def counted_of(run: Run) -> Counted:
@@ -45,9 +48,8 @@ def _recorded(run: Run) -> Counted:
 def _ends_as_the_server(run: Run) -> bool:
     """Whether all clients ended with the accuracy of the server's model, if there is one."""
     final = run.server_accuracy
-    return final is not None and all(
-        a is None or abs(a - final) < 1e-9 for a in run.client_accuracy
-    )
+    known = [accuracy for accuracy in run.client_accuracy if accuracy is not None]
+    return final is not None and bool(known) and all(abs(a - final) < 1e-9 for a in known)
 
 
 def server(run: Run) -> Points:

@@ -30,6 +30,8 @@ from fedkd.reports.plots.maps import FEW_CLIENTS, shards, soft_labels
 from fedkd.reports.plots.points import Clients, Reliability
 from fedkd.studies.comparison.methods import LOCAL
 
+WITHHELD = "all clients withhold their accuracies"
+
 _PHASES = ("load", "transfer", "digest", "revisit", "predict", "send", "encode", "aggregate")
 
 
@@ -65,8 +67,9 @@ class _View:
     def lines(self) -> dict[str, float]:
         """Constants in percent by label: the central models, and local only."""
         accuracies = central_accuracies(self.group.central) if self.group.central else {}
-        if self.local is not None:
-            accuracies[self.local] = [run.accuracy for run in self.group.runs[self.local]]
+        local = self.group.runs[self.local] if self.local is not None else []
+        if known := [run.accuracy for run in local if run.has_accuracy]:
+            accuracies[self.local or ""] = known
         means = {label: 100 * mean(values) for label, values in accuracies.items()}
         return {f"{label} {value:.1f}": value for label, value in means.items()}
 
@@ -87,14 +90,17 @@ def _by_round(view: _View) -> Shown:
     for label, runs in view.methods.items():
         slot = view.slots[label]
         clients = report_curves.each_client(runs[0]) if thin and len(runs) == 1 else []
-        drawn.append(_curve(label, _students(runs), slot, clients))
+        if any(points := _students(runs)):
+            drawn.append(_curve(label, points, slot, clients))
         if any(served := [report_curves.server(run) for run in runs]):
             drawn.append(_curve(f"{label}, server", served, slot, dashed=True))
     lines = view.lines
-    if not drawn:  # local only, alone
-        runs = view.group.runs[view.local or ""]
-        drawn = [_curve(view.local or "", _students(runs), 0)]
+    alone = _students(view.group.runs.get(view.local or "", ()))
+    if not drawn and any(alone):
+        drawn = [_curve(view.local or "", alone, 0)]
         lines = {}
+    if not drawn:
+        return Missing("Accuracy by round", WITHHELD)
     figure = curves(drawn, lines, xlabel="round", ylabel="test accuracy in %")
     thin_text = " Thin lines: single clients." if any(curve.thin for curve in drawn) else ""
     dashed = " Dashed: the server's own model." if any(curve.dashed for curve in drawn) else ""
@@ -141,14 +147,15 @@ def _by_bytes(view: _View) -> Shown:
     title = "Accuracy by bytes"
     drawn = []
     for label, runs in view.methods.items():
-        points = [report_curves.students(run) for run in runs]
+        points = [report_curves.students(run) for run in runs if run.has_accuracy]
         sent = [{point.round: float(point.payload) for point in each} for each in points]
         accuracies = _curve(label, _students(runs), view.slots[label])
         x = [mean(each[int(t)] for each in sent if int(t) in each) for t in accuracies.x]
-        if all(x):
+        if x and all(x):
             drawn.append(Curve(label, x, accuracies.values, accuracies.slot))
     if not drawn:
-        return Missing(title, "no run sends data")
+        tested = any(run.has_accuracy for runs in view.methods.values() for run in runs)
+        return Missing(title, "no run sends data" if tested or not view.methods else WITHHELD)
     figure = curves(
         drawn,
         view.lines,

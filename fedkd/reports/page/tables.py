@@ -148,23 +148,40 @@ def of_runs(group: Federations) -> Table:
         for name, values in central.items()
     ]
     rows += [{"method": name, **_cells(runs)} for name, runs in group.runs.items()]
-    means = [mean(run.accuracy for run in runs) for runs in group.runs.values()]
-    best = len(central) + means.index(max(means)) if len(means) > 1 else None
+    known = [[run.accuracy for run in runs if run.has_accuracy] for runs in group.runs.values()]
+    means = [mean(accuracies) if accuracies else -1.0 for accuracies in known]
+    best = len(central) + means.index(max(means)) if len(means) > 1 and any(known) else None
     most = max(len(runs) for runs in group.runs.values())
     count = "means over seeds" if most > 1 else "1 seed"
     first = next(iter(group.runs.values()))[0]
     title = (
         f"Results of the runs, {count}, {tested_on(first.experiment, first.result['test_size'])}"
     )
-    return from_cells(title, rows, best, [NOTE, *group.notes])
+    return from_cells(title, rows, best, [NOTE, *group.notes, *_withholding(group)])
+
+
+def _withholding(group: Federations) -> list[str]:
+    """Return a note on each method some of whose clients do not say how accurate they are."""
+    counts = {
+        name: max(len(run.result.get("withheld", {}).get("metrics", [])) for run in runs)
+        for name, runs in group.runs.items()
+    }
+    return [
+        f"{name}: clients that withhold their metrics, and are in no mean: {count}."
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def _cells(runs: Sequence[Run]) -> dict[str, str]:
-    clients = [[a for a in run.client_accuracy if a is not None] for run in runs]
+    known = [run for run in runs if run.has_accuracy]
+    clients = [[a for a in run.client_accuracy if a is not None] for run in known]
     servers = [run.server_accuracy for run in runs if run.server_accuracy is not None]
     return {
-        "test accuracy, %": mean_percent([run.accuracy for run in runs]),
-        "clients, %": f"{100 * mean(map(min, clients)):.1f}–{100 * mean(map(max, clients)):.1f}",
+        "test accuracy, %": mean_percent([run.accuracy for run in known]) if known else NONE,
+        "clients, %": f"{100 * mean(map(min, clients)):.1f}–{100 * mean(map(max, clients)):.1f}"
+        if known
+        else NONE,
         "server, %": mean_percent(servers) if servers else NONE,
         "seeds": str(len(runs)),
         "rounds": f"{mean(len(run.rounds) for run in runs):g}",
