@@ -41,20 +41,57 @@ def introducing(**changes: Any) -> MeddleHello:
     return meddle
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"client": 0}, "1000 and 1001 both hold partition 0"),
-        ({"client": 3}, "partition 3.*0 to 2"),
-        ({"client": -1}, "partition -1.*0 to 2"),
-        ({"sources": "0123"}, "client 1 runs other code"),
-    ],
-)
-def test_a_federation_that_does_not_fit_together_does_not_begin(
-    changes: dict[str, Any], reason: str
+LIES = [
+    ({"client": 0}, "nodes 1000 and 1001 both hold partition 0"),
+    ({"client": 3}, "partition 3.*0 to 2"),
+    ({"client": -1}, "partition -1.*0 to 2"),
+    ({"client": 2**62}, f"partition {2**62}"),
+    ({"sources": "0123"}, "client 1 runs other code"),
+    ({"num_examples": 0}, "num-examples = 0"),
+    ({"student": "\x1b[2J\x07\u202emlp"}, r"another student, \[2J mlp"),
+    ({"student": "os:abort"}, "another student"),
+    ({"client": 1.0}, "sends no introduction"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), LIES)
+def test_one_lying_hello_leaves_out_its_own_node_alone(
+    changes: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(FedkdError, match=reason):
-        federate(tiny(), meddle_hello=introducing(**changes))
+    done = federate(tiny(num_server_rounds=2), meddle_hello=introducing(**changes))
+    for row in done.rows:
+        assert row["answered"] == HONEST
+        assert re.search(reason, row["dropped"][str(BAD)])
+    said = f"{done.rows} {caplog.text}".replace("\n", "")
+    assert re.search(reason, caplog.text)
+    assert said.isprintable()
+
+
+def test_who_claims_anothers_partition_after_its_own_holds_one_alone() -> None:
+    """A node is heard once: a second reply of the same node enrols it nowhere else."""
+
+    class Twice(LocalGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            for reply in super().send_and_receive(messages, timeout=timeout):
+                yield reply
+                if "introduction" in reply.content and reply.metadata.src_node_id == 1001:
+                    other = with_config(reply.content, "introduction", client=2)
+                    (asked,) = (m for m in messages if m.metadata.dst_node_id == 1001)
+                    yield reply_with(asked, other)
+
+    done = federate(tiny(), grid=Twice)
+    assert done.rows[0]["answered"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("quorum", [1, 3])
+def test_a_federation_without_a_quorum_that_fits_together_does_not_begin(quorum: int) -> None:
+    def stale(client: int, message: Message, reply: Message) -> Message:
+        if quorum == 3 and client != BAD:
+            return reply
+        return reply_with(message, with_config(reply.content, "introduction", sources="0123"))
+
+    with pytest.raises(FedkdError, match=rf"quorum = {quorum}: .* runs other code"):
+        federate(tiny(quorum=quorum), meddle_hello=stale)
 
 
 @pytest.mark.parametrize("changes", [{"client": 0}, {"client": 3}, {"sources": "0123"}])
