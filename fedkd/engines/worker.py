@@ -108,31 +108,26 @@ def _has_data(experiment: Experiment) -> bool:
     return True
 
 
-class _DeliveredData:
-    """Data sets that the driver sent: `data.load` finds them by ``module:function``."""
-
-    def __init__(self) -> None:
-        self.sets: dict[str, data.Dataset] = {}
-
-    def dataset(self, folder: Path) -> data.Dataset:
-        """Return what ``dataset`` names in the driver."""
-        return self.sets["dataset"]
-
-    def public(self, folder: Path) -> data.Dataset:
-        """Return what ``public`` names in the driver."""
-        return self.sets["public"]
+_delivered: dict[str, data.Dataset] = {}
+"""The data sets of this worker process by key, if they had to be sent."""
 
 
-DELIVERED = _DeliveredData()
-"""The data sets of this worker process, if they had to be sent."""
+def delivered_dataset(folder: Path) -> data.Dataset:
+    """Return what ``dataset`` names in the driver: `data.load` finds this by ``module:function``."""
+    return _delivered["dataset"]
+
+
+def delivered_public(folder: Path) -> data.Dataset:
+    """Return what ``public`` names in the driver."""
+    return _delivered["public"]
 
 
 def _receive(experiment: Experiment, sent: Mapping[str, list[Any]]) -> Experiment:
     """Return the experiment with data sets named that come out of Ray's object store."""
     import ray
 
-    DELIVERED.sets = {key: _unpacked(*ray.get(reference)) for key, (reference,) in sent.items()}
-    return experiment.replace(**{key: f"{__name__}:DELIVERED.{key}" for key in sent})
+    _delivered.update({key: _unpacked(*ray.get(ref)) for key, (ref,) in sent.items()})
+    return experiment.replace(**{key: f"{__name__}:delivered_{key}" for key in sent})
 
 
 def packed(dataset: data.Dataset) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -64,6 +64,7 @@ ASIDE = {
     "run_dir",
     "folder",
     "sources",
+    "identity",
     "data_dir",
     "when",
     "host",
@@ -133,7 +134,7 @@ def central(preset: str, folder: Path, data: Path) -> None:
 def fingerprints(folder: Path) -> Iterator[tuple[str, str]]:
     """Return every file's path within a folder and the hash of what it says."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != ".lock":
+        if path.is_file() and path.name not in (".lock", "identity.json", "identities.json"):
             content = said(path).replace(str(folder), "")
             yield (
                 str(path.relative_to(folder)),
@@ -176,7 +177,9 @@ def tensors(path: Path) -> str:
             )
             shown = blake2b(content, digest_size=8).hexdigest()
             lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {shown}")
-        lines.append(json.dumps(file.metadata(), sort_keys=True))
+        header = file.metadata() or {}
+        described = {"fedkd": canonical(json.loads(header["fedkd"]))} if "fedkd" in header else {}
+        lines.append(json.dumps({**header, **described}, sort_keys=True))
     return "\n".join(lines)
 
 
