@@ -202,6 +202,7 @@ fedkd.run(tiny(**keys, name="scarce"))
 """
 
 
+@pytest.mark.slow
 def test_a_stack_larger_than_the_memory_of_its_process(tmp_path: Path) -> None:
     keys = {**LARGE, "run_dir": str(tmp_path)}
     plain = fedkd.run(tiny(**keys, name="plain"))

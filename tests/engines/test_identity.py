@@ -326,7 +326,11 @@ def contents(folder: Path) -> dict[str, Any]:
     return {"rows": rows, "result": result, **texts}
 
 
-@pytest.mark.parametrize("keys", EXTENDED, ids=lambda keys: keys["strategy"])
+@pytest.mark.parametrize(
+    "keys",
+    [pytest.param(k, marks=[pytest.mark.slow] * (n % 2 > 0)) for n, k in enumerate(EXTENDED)],
+    ids=lambda keys: keys["strategy"],
+)
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])
 def test_an_extended_run_ends_as_if_its_rounds_had_been_asked_for_at_first(
     keys: dict[str, Any], finished: bool, tmp_path: Path

@@ -104,7 +104,13 @@ def server_model(strategy: str) -> dict[str, str]:
 # --- The same numbers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", sorted(strategies()))
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (n % 3 > 0))
+        for n, name in enumerate(sorted(strategies()))
+    ],
+)
 def test_federations_side_by_side_are_those_alone(strategy: str, tmp_path: Path) -> None:
     base = shared(tmp_path, strategy=strategy, **server_model(strategy))
     found, apart = side_by_side(base, DIFFERENT), alone(base, DIFFERENT[:2])

@@ -360,6 +360,7 @@ def test_convolutions_and_local_teachers_give_the_same_to_the_last_digits(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_of_two_workers_killed_in_mid_round_on_a_machine_without_the_data(
     cluster: str,
     tmp_path: Path,

@@ -231,7 +231,9 @@ def spoilt(reply: Message, name: str, seed: int) -> Message:
     return with_content(reply, CASES[name].spoil(reply.content, Random(seed)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (n % 3 > 0)) for n, k in enumerate(KINDS)]
+)
 def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(
     kind: str, tries: Tries
 ) -> None:

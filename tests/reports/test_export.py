@@ -271,7 +271,11 @@ def seasoned(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("to", EXACT)
 @pytest.mark.parametrize(
-    "name", ["mlp-1200", "lenet", "cnn", "resnet-8", "resnet-8-gn", "test_export:odd"]
+    "name",
+    [
+        *("mlp-1200", "cnn", "resnet-8-gn", "test_export:odd"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lenet", "resnet-8")),
+    ],
 )
 def test_every_kind_of_model_is_what_it_was_for_any_number_of_images(
     name: str, to: str, tmp_path: Path

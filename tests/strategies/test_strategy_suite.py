@@ -61,18 +61,9 @@ def test_a_strategy_passes(name: str, check: str) -> None:
     assert finding.result == expected, str(finding)
 
 
-ON_RAY = ("SelectiveFD",)
-"""One that brings code; the others are slow."""
-
-
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] * (n not in ON_RAY))
-        for n in ["CFD", *(n for n in NAMES if brings_code(strategies()[n]()))]
-    ],
-)
+@pytest.mark.parametrize("name", ["CFD", *(n for n in NAMES if brings_code(strategies()[n]()))])
 def test_both_engines_agree(name: str, tmp_path: Path) -> None:
     """Of those that bring code, and one that remembers what was sent; `fedkd check` does any."""
     (check,) = (check for check in CHECKS if check.name == "engines")

@@ -159,6 +159,7 @@ def test_where_free_memory_is_not_known_as_many_run_as_asked() -> None:
     assert fitting(7, 5, None, "memory")[0] == 7
 
 
+@pytest.mark.slow
 def test_memory_is_measured() -> None:
     """A process that fills 300 MB has held 300 MB more, and its parent's peak is not its own."""
     code = (

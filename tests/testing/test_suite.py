@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -567,7 +568,15 @@ def results_of(strategy: DistillationStrategy) -> dict[str, CheckResult]:
     return {result.check: result for result in examine(strategy)}
 
 
-@pytest.mark.parametrize("strategy", BROKEN, ids=name_of)
+def one_in(every: int, values: Iterable[Any]) -> list[Any]:
+    """Return parameters of which all but one in so many are slow."""
+    return [
+        pytest.param(value, marks=[pytest.mark.slow] * (n % every > 0))
+        for n, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("strategy", one_in(2, BROKEN), ids=name_of)
 def test_a_broken_strategy_fails_the_right_check_with_advice(
     strategy: DistillationStrategy,
 ) -> None:
