@@ -84,6 +84,7 @@ def test_an_installed_strategy_is_listed(site: Path, tmp_path: Path) -> None:
     assert "DSFL" in names
 
 
+@pytest.mark.slow
 def test_an_installed_strategy_runs_with_its_own_code(site: Path, tmp_path: Path) -> None:
     """Its term and its procedure are found without any further key, and belong to what is compared."""
     fedkd(site, tmp_path, "run", "--strategy", "teach-each-other", "--smoke", *SMALL)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from federation_tools import tiny
+from sampling import one_in
 
 import fedkd
 from fedkd.engines.identity import identity_of
@@ -328,7 +329,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "keys",
-    [pytest.param(k, marks=[pytest.mark.slow] * (n % 2 > 0)) for n, k in enumerate(EXTENDED)],
+    one_in(2, EXTENDED),
     ids=lambda keys: keys["strategy"],
 )
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])

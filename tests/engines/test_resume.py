@@ -129,7 +129,7 @@ def gone_on(killers: Killers, folder: Path, keys: dict[str, Any], **how: Any) ->
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 3)) for n in range(POINTS)]
+    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 2)) for n in range(POINTS)]
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     killers: Killers, whole: Callable[[str], Whole], tmp_path: Path, point: int
@@ -448,6 +448,7 @@ def finished(folder: Path, call: str) -> None:
 # --- Comparisons and sweeps ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     experiment = tiny(run_dir=str(tmp_path), num_server_rounds=3, teacher="mlp-5", name="both")
     methods, seeds = ["student-alone", "LocalOnly", "DSFL"], [5, 3]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from federation_tools import tiny
 from flwr.app import RecordDict
+from sampling import one_in
 from torch import nn
 
 from fedkd.clients import execute as client
@@ -106,10 +107,7 @@ def server_model(strategy: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "strategy",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (n % 3 > 0))
-        for n, name in enumerate(sorted(strategies()))
-    ],
+    one_in(3, sorted(strategies())),
 )
 def test_federations_side_by_side_are_those_alone(strategy: str, tmp_path: Path) -> None:
     base = shared(tmp_path, strategy=strategy, **server_model(strategy))
@@ -122,16 +120,24 @@ def test_federations_side_by_side_are_those_alone(strategy: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        {"strategy": "SCARLET", "codec": "simplex:2+changed+range", "fraction_train": 0.67},
-        {"strategy": "CFD", "server_model": "mlp-11", "fraction_train": 0.34},
-        {"strategy": "DSFL", "public_per_round": 23, "public_labels": False},
-        {"strategy": "FedMD", "teacher": "mlp-11,none", "student": "mlp-8,mlp-5", "num_clients": 5},
-        {"strategy": "SelectiveFD", "public_labels": False, "fraction_train": 0.67},
-        {"strategy": "FedProto", "plan": "loop"},
-        {"strategy": "DSFL", "student": "test_side_by_side:normed", "num_server_rounds": 2},
-        {"strategy": "FedAvg", "student": "test_side_by_side:normed", "num_server_rounds": 2},
-    ],
+    one_in(
+        2,
+        [
+            {"strategy": "SCARLET", "codec": "simplex:2+changed+range", "fraction_train": 0.67},
+            {"strategy": "CFD", "server_model": "mlp-11", "fraction_train": 0.34},
+            {"strategy": "DSFL", "public_per_round": 23, "public_labels": False},
+            {
+                "strategy": "FedMD",
+                "teacher": "mlp-11,none",
+                "student": "mlp-8,mlp-5",
+                "num_clients": 5,
+            },
+            {"strategy": "SelectiveFD", "public_labels": False, "fraction_train": 0.67},
+            {"strategy": "FedProto", "plan": "loop"},
+            {"strategy": "DSFL", "student": "test_side_by_side:normed", "num_server_rounds": 2},
+            {"strategy": "FedAvg", "student": "test_side_by_side:normed", "num_server_rounds": 2},
+        ],
+    ),
     ids=lambda keys: "-".join(map(str, keys.values())),
 )
 def test_so_they_are_with_memories_codecs_some_clients_and_mixed_models(

@@ -26,6 +26,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fuzzing import CASES, Numbers, cases_for, failed, with_arrays, with_content
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import one_in
 
 from fedkd.clients.instructions import Instruction
 from fedkd.data.federated import federated_data
@@ -231,9 +232,7 @@ def spoilt(reply: Message, name: str, seed: int) -> Message:
     return with_content(reply, CASES[name].spoil(reply.content, Random(seed)))
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (n % 3 > 0)) for n, k in enumerate(KINDS)]
-)
+@pytest.mark.parametrize("kind", one_in(4, KINDS))
 def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(
     kind: str, tries: Tries
 ) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from paths import DOCS
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from sampling import one_in
 from torch import Tensor, nn
 
 import fedkd
@@ -188,7 +189,7 @@ np.save({str(folder / "logits.npy")!r}, logits)
     return found
 
 
-@pytest.mark.parametrize("to", ALL)
+@pytest.mark.parametrize("to", one_in(2, ALL))
 def test_a_fresh_process_gets_from_raw_images_what_the_weights_say(
     finished: Run, tmp_path: Path, to: str
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_fresh_process_gets_from_raw_images_what_the_weights_say(
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_mnist_from_its_cache(real_data: Path, tmp_path: Path) -> None:
     experiment = TINY.replace(
         dataset="mnist", train_size=1500, public_size=300, run_dir=str(tmp_path), name="mnist",
@@ -271,11 +273,7 @@ def seasoned(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("to", EXACT)
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("mlp-1200", "cnn", "resnet-8-gn", "test_export:odd"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lenet", "resnet-8")),
-    ],
+    "name", one_in(3, ["cnn", "mlp-1200", "lenet", "test_export:odd", "resnet-8", "resnet-8-gn"])
 )
 def test_every_kind_of_model_is_what_it_was_for_any_number_of_images(
     name: str, to: str, tmp_path: Path

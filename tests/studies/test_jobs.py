@@ -89,6 +89,7 @@ class Fails(fedkd.DistillationStrategy):
 """
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named_and_finished_ones_stay(tmp_path: Path) -> None:
     (tmp_path / "fails_at_once.py").write_text(FAILS)
     experiment = EXPERIMENT.replace(run_dir=str(tmp_path / "runs"))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from federation_tools import tiny
 from paths import ROOT
+from sampling import one_in
 
 import fedkd
 from fedkd.clients import execute as client
@@ -337,7 +338,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
     monkeypatch.setattr(SweepFolder, "append", append)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 31])
+@pytest.mark.parametrize("cut", one_in(3, [31, 0, 1]))
 @pytest.mark.parametrize("of", ["central", "federation"])
 def test_an_interrupted_sweep_goes_on_also_after_a_line_that_was_cut_off(
     of: Any, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -404,6 +405,7 @@ run.sweep(base, {"tau": [1, 3]}, [5, 8], 2, progress=told)
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_in_the_middle_of_a_round_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     root = ROOT

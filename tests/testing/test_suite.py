@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from sampling import one_in
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -568,15 +568,7 @@ def results_of(strategy: DistillationStrategy) -> dict[str, CheckResult]:
     return {result.check: result for result in examine(strategy)}
 
 
-def one_in(every: int, values: Iterable[Any]) -> list[Any]:
-    """Return parameters of which all but one in so many are slow."""
-    return [
-        pytest.param(value, marks=[pytest.mark.slow] * (n % every > 0))
-        for n, value in enumerate(values)
-    ]
-
-
-@pytest.mark.parametrize("strategy", one_in(2, BROKEN), ids=name_of)
+@pytest.mark.parametrize("strategy", one_in(3, BROKEN), ids=name_of)
 def test_a_broken_strategy_fails_the_right_check_with_advice(
     strategy: DistillationStrategy,
 ) -> None:
