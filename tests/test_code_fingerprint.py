@@ -199,7 +199,7 @@ def test_other_processes_find_the_same(tmp_path: Path) -> None:
         "print(json.dumps(code_fingerprints([hashed.net, hashed.chosen])))"
     )
     said: set[Any] = set()
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join([str(tmp_path), *sys.path])}
         done = subprocess.run(
             [sys.executable, "-c", call],

@@ -129,7 +129,7 @@ def gone_on(killers: Killers, folder: Path, keys: dict[str, Any], **how: Any) ->
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 2)) for n in range(POINTS)]
+    "point", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 1)) for n in range(POINTS)]
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     killers: Killers, whole: Callable[[str], Whole], tmp_path: Path, point: int

@@ -344,6 +344,7 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_three_workers_on_a_cluster_give_the_same_bits(
     dense: Told, cluster: str, tmp_path: Path
 ) -> None:

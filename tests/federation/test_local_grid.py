@@ -494,12 +494,14 @@ def on_ray() -> Seen:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_own_strategy_gives_the_same_on_ray(on_ray: Seen) -> None:
     assert on_ray.labels is not None
     np.testing.assert_array_equal(on_ray.labels, mean_of_labels_by_hand())
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_dead_client_process_costs_one_reply(on_ray: Seen) -> None:
     everybody = dict.fromkeys(range(K), "ok")
     assert on_ray.rounds[0] == everybody
@@ -507,6 +509,7 @@ def test_a_dead_client_process_costs_one_reply(on_ray: Seen) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_clients_that_raise_or_return_nothing_are_named(on_ray: Seen) -> None:
     assert on_ray.rounds[2] == {
         **dict.fromkeys((0, 2, 4), "ok"),
@@ -516,6 +519,7 @@ def test_clients_that_raise_or_return_nothing_are_named(on_ray: Seen) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_client_that_hangs_costs_its_round_and_not_the_run(on_ray: Seen) -> None:
     answered = {k: reason for k, reason in on_ray.rounds[3].items() if reason == "ok"}
     assert sorted(answered) == [0, 1, 2, 3]
@@ -524,12 +528,14 @@ def test_a_client_that_hangs_costs_its_round_and_not_the_run(on_ray: Seen) -> No
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_became_of_client_processes_is_counted_round_by_round(on_ray: Seen) -> None:
     died, late = {"client-died": 1}, {"client-late": 1}
     assert on_ray.events == [{}, died, {}, late, {}, late]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_threads_are_the_workers_and_the_environment_is_as_before(on_ray: Seen) -> None:
     assert on_ray.threads == {"1"}
     assert on_ray.environment["OMP_NUM_THREADS"] == "3"
