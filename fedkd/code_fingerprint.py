@@ -1,4 +1,4 @@
-"""Fingerprint the user's functions and classes as they are in memory, with all of his own that they use.
+"""Fingerprint a user's functions and classes as they are in memory, with all own code that they use.
 
 Files do not decide what runs: a notebook has none, and one that was edited after its import is not what
 runs. So the byte code of a function counts, with its defaults, what it closes over, and the values of the

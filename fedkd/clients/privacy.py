@@ -58,7 +58,6 @@ def privatised(
 
     Returns:
         ``[N, C]``, of the dtype of `values`.
-
     """
     rows = values.double()
     origin = rows.mean(-1, keepdim=True) if space == "logits" else 1 / rows.shape[-1]

@@ -11,13 +11,7 @@ from fedkd.data.cache import fingerprint
 from fedkd.data.federated import federated_data
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
-from fedkd.phases import (
-    Apply,
-    Fit,
-    import_path,
-    resolve_procedure,
-    resolve_term,
-)
+from fedkd.phases import Apply, Fit, import_path, resolve_procedure, resolve_term
 from fedkd.records.files import package_version
 from fedkd.records.identity import Identity, keys_of
 from fedkd.registry import client_modules
@@ -29,7 +23,10 @@ from fedkd.user_code import fingerprint as sources_fingerprint
 NOT_CENTRAL = ("seed", *Experiment.keys("federation", "evaluation", "clients"))
 """Keys that the central baseline does not read; its seeds are in the result."""
 
-_MODELS = ("student", "teacher", "server_model")
+
+def _models(is_central: bool) -> tuple[str, ...]:
+    """Return the keys that name the models of a run."""
+    return ("student", "teacher") if is_central else ("student", "teacher", "server_model")
 
 
 def identity_of(
@@ -84,7 +81,7 @@ def _used(experiment: Experiment, strategy: DistillationStrategy | None) -> Iter
 
 def _user_named(experiment: Experiment, is_central: bool) -> Iterator[tuple[str, str]]:
     """Yield the functions that keys name, as ``module:function``, each with its key."""
-    keys = ("dataset", "public", *_MODELS[: 2 if is_central else 3])
+    keys = ("dataset", "public", *_models(is_central))
     for key in keys:
         for name in str(getattr(experiment, key)).split(","):
             if ":" in name:
@@ -96,7 +93,7 @@ def _weights(
 ) -> Iterator[tuple[str, str]]:
     """Yield a fingerprint of the initial weights of each architecture, by name and seed."""
     architectures = architectures_of(federated_data(experiment))
-    listed = (getattr(experiment, key) for key in _MODELS[: 2 if is_central else 3])
+    listed = (getattr(experiment, key) for key in _models(is_central))
     names = dict.fromkeys(name.strip() for names in listed for name in names.split(","))
     for name in names:
         for seed in seeds if name != "none" else ():

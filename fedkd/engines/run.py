@@ -97,13 +97,13 @@ def _with_rounds(folder: RunFolder, experiment: Experiment, rounds: int) -> Expe
         FedkdError: more rounds are done, or the last one was tested only as it was the last.
     """
     before, done = experiment.num_server_rounds, Checkpoint.load(folder.path).round
-    if rounds == before:
-        return experiment
     key = Setting("num-server-rounds", rounds)
-    if rounds < done or (folder.is_finished and rounds < before):
+    if rounds < done:
         raise FedkdError(
             key, f": {folder.path} has {done} rounds already; give more, or leave it out"
         )
+    if rounds == before:
+        return experiment
     if done == before and done % experiment.evaluate_every:
         raise FedkdError(
             key,
@@ -275,7 +275,7 @@ def _prepared_or_begun(
 
 
 def is_begun(experiment: Experiment) -> bool:
-    """Whether the folder of a named experiment exists, with the same experiment and the same code."""
+    """Whether the folder of a named experiment exists, begun with all that it would begin with now."""
     strategy = strategy_of(experiment)
     expected = experiment.replace(
         device=_device(experiment), **reproducible_keys(experiment, strategy)

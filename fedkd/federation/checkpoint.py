@@ -23,6 +23,7 @@ from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.knowledge.codec import KnownRows
 from fedkd.knowledge.kinds import BY_NAME
 from fedkd.records.files import replace_file
+from fedkd.records.folder import RunFolder
 from fedkd.training.parameters import State
 
 FILE = "server.safetensors"
@@ -84,6 +85,18 @@ class Checkpoint:
                 self.downlink[report.client] = sent[report.client]
             if isinstance(report.answer, SoftLabels):
                 self.uplink[report.client] = report.known
+
+    def check(self, folder: RunFolder, identity: str) -> None:
+        """Raise an error if this is the checkpoint of a run that is known by another identity.
+
+        Raises:
+            FedkdError: it is.
+        """
+        if self.identity != identity:
+            raise FedkdError(
+                f"{folder.path}: {FILE} and identity.json are of different runs; restore them, or "
+                "start a new run"
+            )
 
     def save(self, folder: Path) -> None:
         """Write the file.

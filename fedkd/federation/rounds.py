@@ -25,7 +25,6 @@ from fedkd.data.federated import FederatedData, class_counts
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
 from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
-from fedkd.federation.checkpoint import FILE as CHECKPOINT
 from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.events import Events
 from fedkd.federation.exchange import Exchange
@@ -117,11 +116,7 @@ class Federation:
         checkpoint = Checkpoint.load(folder.path)
         self._record.keep(checkpoint.round)
         if checkpoint.round:
-            if checkpoint.identity != self._checkpoint.identity:
-                raise FedkdError(
-                    f"{folder.path}: {CHECKPOINT} and identity.json are of different runs; "
-                    "restore them, or start a new run"
-                )
+            checkpoint.check(folder, self._checkpoint.identity)
             downlink = checkpoint.downlink
             downlink |= {k: self._known_rows.shared(known) for k, known in downlink.items()}
             _restore(self._server, checkpoint)

@@ -35,6 +35,9 @@ from fedkd.records.files import (
 from fedkd.records.identity import FILE as IDENTITY
 from fedkd.records.identity import Identity, changes, keys_of
 
+RESULT = "result.json"
+"""The file that completes a run."""
+
 _PACKAGES = ("fedkd", "torch", "torchvision", "flwr", "ray", "numpy")
 
 
@@ -137,12 +140,21 @@ class RunFolder:
         recorded = self.identity.get("keys", {})
         present = keys_of(experiment)
         same_kind = {name: present[name] for name in recorded if name in present}
-        if edited := changes({"keys": recorded}, {"keys": same_kind}):
+        edited = changes({"keys": recorded}, {"keys": same_kind}) + self._edited_rounds(experiment)
+        if edited:
             raise FedkdError(
                 f"{self.path}/experiment.toml was edited after the run began: {'; '.join(edited)}; "
                 "restore it, or start a new run with --config and another name"
             )
         return experiment
+
+    def _edited_rounds(self, experiment: Experiment) -> list[str]:
+        """Return in words that a finished run has another number of rounds than it says, if so."""
+        result = read_json(self.path / RESULT) if self.is_finished else {}
+        rounds = {"num-server-rounds": result.get("rounds", experiment.num_server_rounds)}
+        return changes(
+            {"keys": rounds}, {"keys": {"num-server-rounds": experiment.num_server_rounds}}
+        )
 
     @property
     def identity(self) -> Identity:
@@ -160,7 +172,7 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether the run is finished."""
-        return (self.path / "result.json").is_file()
+        return (self.path / RESULT).is_file()
 
     def relocated_experiment(self) -> Experiment:
         """Return what was run, with the current place of its folder, which may have been moved."""
@@ -225,7 +237,7 @@ class RunFolder:
         changed = re.sub(
             r"^num-server-rounds = \d+$", f"num-server-rounds = {rounds}", text, flags=re.MULTILINE
         )
-        (self.path / "result.json").unlink(missing_ok=True)
+        (self.path / RESULT).unlink(missing_ok=True)
         replace_file(path, changed.encode())
 
     def append_round(self, row: Row) -> None:
@@ -289,7 +301,7 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``: the run is complete once this is there."""
-        write_json(self.path / "result.json", dict(result))
+        write_json(self.path / RESULT, dict(result))
 
 
 def _ends_a_line(file: IO[bytes]) -> bool:
@@ -308,7 +320,7 @@ def _advice(path: Path) -> str:
     """Return what to do about a folder that exists."""
     kinds = {"comparison.json": "compare", "sweep.json": "sweep", "experiment.toml": "run"}
     command = next((kinds[name] for name in kinds if (path / name).is_file()), None)
-    if command is None or (path / "result.json").is_file():
+    if command is None or (path / RESULT).is_file():
         return "choose another name, or remove the folder"
     return f"continue it with fedkd {command} --resume {path}, or choose another name"
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -64,6 +65,16 @@ def changes(before: Identity, now: Identity) -> list[str]:
         for name, value in _compared(kind, before.get(kind, {}), now[kind])
         if before.get(kind, {}).get(name) != value
     ]
+
+
+def counted(reasons: Iterable[Sequence[str]]) -> str:
+    """Return in words how often which changes made something out of date; empty if none did.
+
+    Args:
+        reasons: of each thing what `changes` says.
+    """
+    counts = Counter("; ".join(changed) for changed in reasons)
+    return ", ".join(f"{count} as of {why}" for why, count in counts.items())
 
 
 def _compared(

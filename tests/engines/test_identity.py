@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -359,3 +360,32 @@ def test_rounds_that_are_done_are_not_taken_back(tmp_path: Path) -> None:
     with pytest.raises(FedkdError, match=r"round 3 of .* was tested as the last one"):
         resume(odd.path, num_server_rounds=5)
     assert fedkd.Run.load(odd.path) == odd
+
+
+def test_a_number_of_rounds_that_was_edited_is_not_believed(tmp_path: Path) -> None:
+    def stop_after_two(row: Any) -> None:
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    def edit(folder: Path, rounds: int) -> None:
+        file = folder / "experiment.toml"
+        written = re.sub(
+            r"num-server-rounds = \d+", f"num-server-rounds = {rounds}", file.read_text()
+        )
+        file.write_text(written)
+
+    done = fedkd.run(tiny(name="done", run_dir=str(tmp_path), num_server_rounds=3))
+    with pytest.raises(KeyboardInterrupt):
+        fedkd.run(
+            tiny(name="half", run_dir=str(tmp_path), num_server_rounds=3),
+            [EachRound(stop_after_two)],
+        )
+    for rounds in (2, 5):
+        edit(done.path, rounds)
+        with pytest.raises(FedkdError, match=rf"num-server-rounds = {rounds}, was 3; restore it"):
+            resume(done.path)
+        edit(done.path, 3)
+    assert resume(done.path) == done
+    edit(tmp_path / "half", 1)
+    with pytest.raises(FedkdError, match=r"num-server-rounds = 1: .* has 2 rounds already"):
+        resume(tmp_path / "half")

@@ -17,7 +17,7 @@ from fedkd.keys import AUTO
 from fedkd.machine import resolve_device
 from fedkd.records.files import read_json
 from fedkd.records.folder import RunFolder
-from fedkd.records.identity import Identity, changes
+from fedkd.records.identity import Identity, changes, counted
 from fedkd.records.results import CentralRun
 from fedkd.registry import reproducible_keys, strategy_of
 
@@ -95,9 +95,8 @@ class ExistingRuns:
 
     def remark(self) -> str | None:
         """Return in words why runs are made again, or `None`."""
-        reasons = Counter("; ".join(changed) for changed in self.outdated.values())
-        listed = ", ".join(f"{count} as of {why}" for why, count in reasons.items())
-        return f"runs made again since something changed: {listed}" if reasons else None
+        reasons = counted(self.outdated.values())
+        return f"runs made again since something changed: {reasons}" if reasons else None
 
 
 def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:

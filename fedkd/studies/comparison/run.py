@@ -69,15 +69,15 @@ def compare(
     seeds = seeds_of(experiment, seeds)
     names = [canonical(m) for m in (default_methods(experiment) if methods is None else methods)]
     check_jobs(experiment, jobs)
-    check_all(experiment, names, seeds)
-    chosen = _reference(names, reference)
-    share = _share(target)
-    ComparisonRecord.check(experiment)
-    record = ComparisonRecord(experiment, names, seeds, chosen, share).written()  # for `resume`
     reload(experiment)
-    again = naming_resume_command(f"compare --resume {record.path}", lambda _: "interrupted")
-    with held(), again:
-        done = _made(record, jobs, progress)
+    with held():
+        check_all(experiment, names, seeds)
+        chosen = _reference(names, reference)
+        share = _share(target)
+        ComparisonRecord.check(experiment)
+        record = ComparisonRecord(experiment, names, seeds, chosen, share).written()  # for `resume`
+        with naming_resume_command(f"compare --resume {record.path}", lambda _: "interrupted"):
+            done = _made(record, jobs, progress)
     return Comparison.from_record(done.written())
 
 

@@ -92,14 +92,14 @@ def search(
     if trials < 1:
         raise FedkdError(f"trials = {trials}: must be ≥ 1")
     study = _study(experiment.seed)
-    reload(experiment)
     values = typed_ranges(experiment, ranges)
     work = Trials(experiment, of, seeds_of(experiment, seeds), folds, progress)
-    work.check([{key: bounds[end] for key, bounds in values.items()} for end in (0, 1)])
-    work.begin(values, [], trials)
-    with work.folder.locked(), held():
-        distinct = _searched(work, values, trials, study)
-        return Sweep.load(work.finish(distinct))
+    reload(experiment)
+    with held():
+        work.check([{key: bounds[end] for key, bounds in values.items()} for end in (0, 1)])
+        work.begin(values, [], trials)
+        with work.folder.locked():
+            return Sweep.load(work.finish(_searched(work, values, trials, study)))
 
 
 def _searched(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from fedkd.machine import keep_freed_memory
 from fedkd.records.callbacks import Callback
 from fedkd.records.files import Row
 from fedkd.records.folder import RunFolder
-from fedkd.records.identity import as_one, changes
+from fedkd.records.identity import as_one, changes, counted
 from fedkd.records.results import Run
 from fedkd.studies.arguments import Progress
 from fedkd.studies.central import check_central
@@ -65,7 +64,7 @@ class Trials:
         self._share = (0.0, 1.0)
         self._done = Done()
         self._identities = CellIdentities(of)
-        self._reasons: Counter[str] = Counter()
+        self._outdated: list[list[str]] = []
 
     def check(self, points: Sequence[Keys]) -> None:
         """Raise an error for an invalid point, before any work.
@@ -153,7 +152,7 @@ class Trials:
         now = self._identities.of(self._cell_experiment(cell))
         if measured != as_one(now):
             before = self.folder.identities().get(measured, {})
-            self._reasons["; ".join(changes(before, now))] += 1
+            self._outdated.append(changes(before, now))
         return measured == as_one(now)
 
     def table(self, keys: Keys) -> list[list[float]]:
@@ -162,8 +161,8 @@ class Trials:
 
     def finish(self, points: Sequence[Keys]) -> Path:
         """Record that these points are all, and return the folder."""
-        listed = ", ".join(f"{count} as of {why}" for why, count in self._reasons.items())
-        remark = f"measured again since something changed: {listed}" if listed else None
+        reasons = counted(self._outdated)
+        remark = f"measured again since something changed: {reasons}" if reasons else None
         self.folder.write({**self._settings, "points": list(points), "remark": remark})
         return self.folder.path
 
