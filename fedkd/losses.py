@@ -1,7 +1,7 @@
 """Distillation losses, one value per sample; the caller averages.
 
 A *term* is a function of one client's batch. The stacked trainer maps terms over clients, masks
-padding and averages, so a term never sees a client axis and never averages. A tensor's name says
+padding and averages, so a term never sees a client axis and seldom averages. A tensor's name says
 which space it is in: logits, log_probs or probs.
 """
 
@@ -150,6 +150,8 @@ class Step(NamedTuple):
     """``[C, D]`` received for the classes (D = C for outputs); zeros where a class is absent."""
     class_counts: Tensor | None = None
     """``[C]``, images behind each mean; 0 where a class is absent."""
+    mask: Tensor | None = None
+    """bool ``[B]``, which rows are samples and not padding; in a run it is always there."""
 
 
 TermFunction = Callable[[Step], Tensor]
@@ -180,7 +182,8 @@ def term(
     """Return a decorator that makes a module-level function of one client's batch a loss term.
 
     The function must be pure torch: no averaging, no client axis, no ``.item()``, no boolean-mask
-    indexing, no ``if`` on a value, no random draws, nothing in place.
+    indexing, no ``if`` on a value, no random draws, nothing in place. A term that compares the samples of
+    a batch leaves out padding by ``step.mask`` and returns one number for the batch, a 0-d tensor.
 
     Args:
         needs: the knowledge without which the term is skipped (round 1, or a failed quorum);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Mapping
 from importlib.util import find_spec
 from inspect import signature
 
@@ -13,6 +14,7 @@ from fedkd.engines.resources import check_resources
 from fedkd.errors import FedkdError, Setting, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.report_checks import means_width
+from fedkd.knowledge import Weights
 from fedkd.machine import resolve_device
 from fedkd.phases import (
     Apply,
@@ -26,7 +28,10 @@ from fedkd.phases import (
 from fedkd.records.folder import RunFolder
 from fedkd.registry import client_modules, strategy_of
 from fedkd.strategy import DistillationStrategy
-from fedkd.training.architectures import check_models
+from fedkd.training.architectures import architectures_of
+from fedkd.training.model_checks import check_models
+from fedkd.training.needs import BATCH_NORM_NEEDS_TWO, smallest_batch
+from fedkd.training.term_trial import try_term
 from fedkd.training.tuning import check_plan
 from fedkd.user_code import GENERATED_PREFIX, is_importable
 
@@ -52,7 +57,11 @@ def check(experiment: Experiment, *, is_new: bool = True) -> DistillationStrateg
     _check_engine(experiment)
     reload(experiment)
     data = federated_data(experiment)
-    check_models(experiment, data, ("student", "teacher", "server_model"))
+    trained = _trained(strategy)
+    check_models(experiment, data, ("student", "teacher", "server_model"), trained)
+    _check_small_sets(experiment, data, trained)
+    _check_averaged(experiment, strategy, data)
+    _try_terms(experiment, strategy, data)
     _check_features(experiment, strategy, data)
     check_plan(experiment)
     per_round = experiment.public_per_round
@@ -131,6 +140,62 @@ def _check_reach(experiment: Experiment, name: str) -> None:
     raise FedkdError(
         Setting("strategy", experiment.strategy), f": workers cannot import {name}, which {why}"
     )
+
+
+def _trained(strategy: DistillationStrategy) -> set[str]:
+    """Return the keys whose models a run trains for certain."""
+    phases = [*strategy.phases(1), *strategy.phases(2)]
+    trained = {phase.model for phase in phases if isinstance(phase, Fit)}
+    # Required server models may be fixed; an optional one digests every new knowledge.
+    return {*trained, *({"server_model"} if strategy.facts.server_model == "optional" else ())}
+
+
+def _check_small_sets(experiment: Experiment, data: FederatedData, trained: set[str]) -> None:
+    """Refuse shards of one image for models that cannot learn from one."""
+    for key, name_of in (("student", experiment.student_of), ("teacher", experiment.teacher_of)):
+        for k, shard in enumerate(data.shards):
+            name = name_of(k)
+            if len(shard) > 1 or key not in trained or name == "none":
+                continue
+            if smallest_batch(architectures_of(data).skeleton(name)) > 1:
+                raise FedkdError(
+                    Setting(key, name), f": client {k} has one image, and {BATCH_NORM_NEEDS_TWO}"
+                )
+
+
+def _try_terms(experiment: Experiment, strategy: DistillationStrategy, data: FederatedData) -> None:
+    """Try every loss term that is not of this project."""
+    modules = client_modules(experiment, strategy)
+    name = experiment.student_of(0)
+    model = architectures_of(data).skeleton(name)
+    state = architectures_of(data).initial_state(name, experiment.seed)
+    phases = [*strategy.phases(1), *strategy.phases(2)]
+    outputs = {phase.of for phase in phases if isinstance(phase, MeanByClass)}
+    numbers: dict[str, Mapping[str, float]] = {}
+    for phase in phases:
+        if isinstance(phase, Fit):
+            numbers |= dict.fromkeys((*phase.private, *phase.public), phase.numbers)
+    for each, values in numbers.items():
+        term = resolve_term(each, modules)
+        if term.function.__module__.partition(".")[0] not in ("fedkd", "strategies"):
+            try_term(term, model, state, data.num_classes, values, outputs)
+
+
+def _check_averaged(
+    experiment: Experiment, strategy: DistillationStrategy, data: FederatedData
+) -> None:
+    """Refuse buffers that cannot be averaged, where weights are sent."""
+    if strategy.uploads() is not Weights:
+        return
+    for name in {experiment.student_of(k) for k in range(experiment.architecture_period)}:
+        state = architectures_of(data).initial_state(name, experiment.seed)
+        for buffer, tensor in state.items():
+            if tensor.is_complex() or not bool(tensor.isfinite().all()):
+                raise FedkdError(
+                    Setting("student", name),
+                    f": {strategy.name()} averages all tensors, but '{buffer}' is not made of finite "
+                    "real numbers: compute it in forward, or register it with another value",
+                )
 
 
 def _check_features(

@@ -27,10 +27,10 @@ from fedkd.records.folder import RunFolder
 from fedkd.records.predictions import Predictions, Tested
 from fedkd.records.results import CentralRun
 from fedkd.studies.arguments import Progress, seeds_of, silent
-from fedkd.studies.pooled import Pooled, accuracies
-from fedkd.training.architectures import check_models
+from fedkd.studies.pooled import TRAINED, Pooled, accuracies
 from fedkd.training.cohort import Classified
 from fedkd.training.fit import NORM_EVERY, Fitted
+from fedkd.training.model_checks import check_models
 from fedkd.training.models import num_parameters
 from fedkd.training.tuning import check_plan, plan_reasons, with_plan
 
@@ -66,7 +66,7 @@ def central(
         RunFolder.check(experiment)
     reload(experiment)
     by_seed = [federated_data(experiment.replace(seed=seed)) for seed in seeds]
-    check_models(experiment, by_seed[0], ("student", "teacher"))
+    check_models(experiment, by_seed[0], TRAINED, trained=TRAINED)
     keep_freed_memory()
     counts = ((experiment.teacher, len(seeds)), (experiment.student, 2 * len(seeds)))
     reasons = plan_reasons(experiment, counts)

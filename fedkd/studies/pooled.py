@@ -26,6 +26,9 @@ from fedkd.training.fit import Fitted
 from fedkd.training.optimizers import OptimizerSettings, stacked_values
 from fedkd.training.parameters import stacked
 
+TRAINED = ("student", "teacher")
+"""Keys of the experiment that name the models, all of which are trained."""
+
 
 class Pooled:
     """Students in training, and their teachers.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from math import ceil, isfinite
 from typing import Any, get_args
 
-import torch
-from torch import Tensor
-from torch.func import vmap
-
 from fedkd.errors import FedkdError, one_line
-from fedkd.experiment import Experiment
 from fedkd.knowledge import Output, Space
-from fedkd.losses import Step, Term
+from fedkd.losses import Term
 from fedkd.phases import (
     ANSWERING,
     Apply,
@@ -30,7 +25,7 @@ from fedkd.phases import (
 from fedkd.testing.bench import Bench
 from fedkd.testing.outcomes import NotApplicable, Wrong
 from fedkd.training.architectures import architectures_of
-from fedkd.user_code import user_location
+from fedkd.training.term_trial import try_term
 
 SYMBOLS = ("P", "C", "K", "S", "D", "I")
 """Symbols in formulas of bytes, besides settings; `fedkd.strategy.Facts` explains them."""
@@ -173,159 +168,18 @@ def client_code(bench: Bench) -> None:
     for name, values in numbers.items():
         term = resolve_term(name, experiment.client_modules)
         if not term.import_path.startswith("fedkd.losses:"):
-            _TermCheck(bench, term, experiment, values)()
+            _try_term(bench, term, values)
     user_terms = [name for name in numbers if ":" in name]
     if not user_terms and not any(isinstance(phase, Apply) for phase in listed):
         raise NotApplicable("clients run fedkd's own terms only")
 
 
-class _TermCheck:
-    """Runs a term for three clients of five samples each."""
-
-    clients, samples = 3, 5
-
-    def __init__(
-        self, bench: Bench, term: Term, experiment: Experiment, numbers: Mapping[str, float]
-    ) -> None:
-        self.term = term
-        self.name = term.import_path
-        self.steps = _steps(bench, term, experiment, numbers, self.clients, self.samples)
-
-    def __call__(self) -> None:
-        alone = [self._one(row) for row in range(self.clients)]
-        shape = tuple(alone[0][0].shape)
-        if shape not in ((), (self.samples,)):
-            raise Wrong(
-                f"{self.name} returns {list(shape)} for {self.samples} samples: return one value a "
-                "sample, [B], or a 0-d tensor; the trainer averages"
-            )
-        for value, grads in alone:
-            if not all(bool(t.isfinite().all()) for t in (value, *grads)):
-                raise Wrong(
-                    f"{self.name} gives a loss or gradient that is NaN or infinite for finite input: "
-                    "keep logarithms, roots and divisions away from 0 (torch.where alone does not)"
-                )
-        if not all(torch.equal(self._one(row)[0], value) for row, (value, _) in enumerate(alone)):
-            raise Wrong(f"{self.name} gives another loss when it is called again: it may not draw")
-        self._compare_stacked(alone)
-        self._compare_padded(alone)
-
-    def _one(self, row: int) -> tuple[Tensor, list[Tensor]]:
-        return self._run(
-            {n: _row(v, row) for n, v in self.steps.items()}, lambda function: function
-        )
-
-    def _run(
-        self, fields: dict[str, Any], through: Callable[[Any], Any]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the losses, and the gradients of their sum."""
-        leaves = _trained(fields)
-        for leaf in leaves:
-            leaf.requires_grad_()
-        function = through(lambda step: self.term(_step(step)))
-        try:
-            value: object = function(fields)
-        except Exception as error:
-            raise Wrong(f"{self.name} raises {one_line(error)}{user_location(error)}") from error
-        if not isinstance(value, Tensor):
-            raise Wrong(f"{self.name} returns a {type(value).__name__}: return a tensor")
-        if not value.requires_grad:
-            raise Wrong(
-                f"{self.name} depends on nothing that is trained: do not detach the model's logits, "
-                "features or parameters, nor leave torch"
-            )
-        grads: Sequence[Any] = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
-        filled = [
-            torch.zeros_like(leaf) if grad is None else grad
-            for leaf, grad in zip(leaves, grads, strict=True)
-        ]
-        return value.detach(), filled
-
-    def _compare_stacked(self, alone: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
-        try:
-            value, grads = self._run({n: _row(v, slice(None)) for n, v in self.steps.items()}, vmap)
-        except Wrong as error:
-            raise Wrong(
-                f"{error}, when clients are stacked (torch.func.vmap): no .item() or float(), no "
-                "boolean-mask indexing, no `if` on a value, no draws, nothing in place; torch.where "
-                "chooses"
-            ) from None
-        for row, (expected, expected_grads) in enumerate(alone):
-            pairs = zip((value, *grads), (expected, *expected_grads), strict=True)
-            if not all(torch.allclose(a[row], b, rtol=1e-4, atol=1e-5) for a, b in pairs):
-                raise Wrong(
-                    f"{self.name} gives other losses stacked than one by one: every operation has to "
-                    "work along the last axes, never across clients"
-                )
-
-    def _compare_padded(self, alone: Sequence[tuple[Tensor, list[Tensor]]]) -> None:
-        """Repeat the first sample at the end, as a stack does to be as wide as its largest client."""
-        for row, (expected, _) in enumerate(alone):
-            fields = {n: _row(v, row) for n, v in self.steps.items()}
-            for name in ("logits", "labels", "teacher_logits", "features"):
-                if name in fields:
-                    fields[name] = torch.cat([fields[name], fields[name][:1]])
-            value, _ = self._run(fields, lambda function: function)
-            real = value[: self.samples] if value.ndim else value
-            if not torch.allclose(real, expected, rtol=1e-4, atol=1e-5):
-                raise Wrong(
-                    f"{self.name} gives other losses when a batch is padded: it may not average or "
-                    "compare over the batch; return one value a sample, [B], and the trainer averages"
-                )
-
-
-def _steps(
-    bench: Bench,
-    term: Term,
-    experiment: Experiment,
-    numbers: Mapping[str, float],
-    clients: int,
-    samples: int,
-) -> dict[str, Any]:
-    """Return the fields of a `Step` that the term needs, for all clients: ``[K, ...]``."""
+def _try_term(bench: Bench, term: Term, numbers: Mapping[str, float]) -> None:
     data = bench.server().data
-    classes = data.num_classes
-    draw = torch.Generator().manual_seed(1)
-    architectures, student = architectures_of(data), experiment.student_of(0)
-    state = architectures.initial_states(student, 1, clients)
-    trained = {name for name, _ in architectures.skeleton(student).named_parameters()}
-    params = {n: t for n, t in state.items() if n in trained}
-    of = {p.of for p in bench.strategy.phases(2) if isinstance(p, MeanByClass)}
-    width = 11 if "features" in of else classes
-    labels = torch.randint(classes, (clients, samples), generator=draw)
-    labels[:, 0] = 0  # of the class that is absent below
-    step: dict[str, Any] = {
-        "logits": torch.randn(clients, samples, classes, generator=draw),
-        "labels": labels,
-        "params": params,
-        "numbers": {n: torch.full((clients,), float(v)) for n, v in {"tau": 3, **numbers}.items()},
-    }
-    if term.needs in ("soft-labels", "logits"):
-        step["teacher_logits"] = torch.randn(clients, samples, classes, generator=draw)
-    if term.needs == "class-means":
-        means = torch.randn(clients, classes, width, generator=draw)
-        means = means.softmax(-1) if "probabilities" in of else means
-        counts = torch.randint(1, 5, (clients, classes), generator=draw).float()
-        means[:, 0], counts[:, 0] = 0, 0
-        step |= {"class_means": means, "class_counts": counts}
-    if term.needs_features:
-        step["features"] = torch.randn(clients, samples, width, generator=draw)
-    if term.needs_start:
-        step["start"] = {n: t + torch.randn(t.shape, generator=draw) for n, t in params.items()}
-    return step
-
-
-def _step(fields: Mapping[str, Any]) -> Step:
-    return Step(**{"teacher_logits": None, "start": {}, **fields})
-
-
-def _row(value: Any, row: int | slice) -> Any:
-    """Return a copy of one client's part, or of a slice of all."""
-    if isinstance(value, Mapping):
-        return {name: tensor[row].clone() for name, tensor in value.items()}
-    return value[row].clone()
-
-
-def _trained(fields: Mapping[str, Any]) -> list[Tensor]:
-    features = [fields["features"]] if "features" in fields else []
-    return [fields["logits"], *features, *fields["params"].values()]
+    architectures, student = architectures_of(data), bench.experiment.student_of(0)
+    model, state = architectures.skeleton(student), architectures.initial_state(student, 1)
+    outputs = {p.of for p in bench.strategy.phases(2) if isinstance(p, MeanByClass)}
+    try:
+        try_term(term, model, state, data.num_classes, numbers, outputs)
+    except FedkdError as error:
+        raise Wrong(str(error)) from None

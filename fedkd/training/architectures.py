@@ -5,20 +5,27 @@ The weights depend on a seed and a name alone, so every process starts with the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData
-from fedkd.errors import FedkdError, Setting
+from fedkd.data.images import Images
 from fedkd.experiment import Experiment
-from fedkd.keys import kebab
 from fedkd.training import models
 from fedkd.training.cohort import Cohort
 from fedkd.training.parameters import State, initial_state
 from fedkd.training.plans import Plan, plan_from_key
+from fedkd.training.trial import Verdict, verdict_on
+from fedkd.user_code import find_function
+
+_logger = logging.getLogger(__name__)
+
+_VERDICTS: dict[tuple[object, ...], Verdict] = {}
+"""On users' models, by what they are known by: one is tried once in a process."""
 
 
 class Architectures:
@@ -49,11 +56,41 @@ class Architectures:
         self._plans: dict[tuple[str, str], Plan] = {}
         self._skeletons: dict[str, nn.Module] = {}
         self._initial: dict[tuple[str, int], State] = {}
+        self._why_not_stacked: dict[str, str] = {}
+
+    def try_model(self, name: str, images: Images) -> None:
+        """Build a user's model from its code as it is now, and try it; see `fedkd.training.trial`.
+
+        Args:
+            name: ``module:function`` or ``file.py:function``.
+            images: real ones.
+
+        Raises:
+            FedkdError: it cannot be built, or runs of it would not be what plain PyTorch computes.
+        """
+        self._skeletons.pop(name, None)
+        self._plans = {key: plan for key, plan in self._plans.items() if key[0] != name}
+        self._initial = {key: state for key, state in self._initial.items() if key[0] != name}
+        known_by = code_fingerprints([find_function(name, "model")])
+        key = (name, *known_by.items(), self._input_shape, self._num_classes, str(self._device))
+        if key not in _VERDICTS:
+            verdict = _VERDICTS[key] = verdict_on(lambda: self.model(name), images)
+            if verdict.why_not_stacked:
+                _logger.warning("%s is run one by one: %s", name, verdict.why_not_stacked)
+            if verdict.remark:
+                _logger.warning("%s: %s", name, verdict.remark)
+        self._why_not_stacked[name] = _VERDICTS[key].why_not_stacked
+
+    def why_not_stacked(self, name: str) -> str:
+        """Return why models must be run one by one; empty if they may be stacked, or were not tried."""
+        return self._why_not_stacked.get(name, "")
 
     def plan(self, name: str, key: str) -> Plan:
         """Return how models of an architecture are run under a ``plan`` key; worked out once."""
         if (name, key) not in self._plans:
-            self._plans[name, key] = plan_from_key(key, name, self.model(name), self._example)
+            may_stack = not self.why_not_stacked(name)
+            model = self.model(name)
+            self._plans[name, key] = plan_from_key(key, name, model, self._example, may_stack)
         return self._plans[name, key]
 
     def model(self, name: str) -> nn.Module:
@@ -86,12 +123,6 @@ class Architectures:
         state = self.initial_state(name, seed)
         return {n: t.expand(count, *t.shape).clone() for n, t in state.items()}
 
-    def forget(self, name: str) -> None:
-        """Build an architecture again at its next use: the user may have changed its code."""
-        self._skeletons.pop(name, None)
-        self._plans = {key: plan for key, plan in self._plans.items() if key[0] != name}
-        self._initial = {key: state for key, state in self._initial.items() if key[0] != name}
-
     def _built(self, name: str) -> nn.Module:
         return models.build(name, self._input_shape, self._num_classes)
 
@@ -108,23 +139,3 @@ def architectures_of(data: FederatedData) -> Architectures:
         built = Architectures(data.input_shape, data.num_classes, train.device, example)
         architectures = _architectures.setdefault(data, built)
     return architectures
-
-
-def check_models(experiment: Experiment, data: FederatedData, keys: Sequence[str]) -> None:
-    """Build every model that `keys` (such as ``"student"``) name, before any work.
-
-    Models of the user are built from their code as it is now.
-
-    Raises:
-        FedkdError: there is no such model, or it does not fit the images; the message names the key.
-    """
-    for key in keys:
-        for name in str(getattr(experiment, key)).split(","):
-            if name == "none" and key != "student":
-                continue
-            if ":" in name:
-                architectures_of(data).forget(name.strip())
-            try:
-                architectures_of(data).model(name.strip())
-            except FedkdError as error:
-                raise FedkdError(Setting(kebab(key), name.strip()), f": {error}") from None

@@ -61,6 +61,7 @@ class Block:
         batch_size: B.
         stacked: whether they run through ``vmap``; otherwise the block is one client.
         dtype: of weights, coefficients and losses.
+        smallest_batch: see `fedkd.training.schedule.schedule`.
     """
 
     clients: Sequence[int]
@@ -70,6 +71,7 @@ class Block:
     batch_size: int
     stacked: bool
     dtype: torch.dtype
+    smallest_batch: int = 1
 
     @property
     def width(self) -> int:
@@ -91,7 +93,9 @@ class Batches:
         rows = [batch_stream.rows[k].to(device) for k in block.clients]
         streams = [(*stream, batch_stream.name) for stream in block.streams]
         sizes = [len(r) for r in rows]
-        drawn = schedule(sizes, block.steps, block.batch_size, streams).padded(block.width)
+        drawn = schedule(
+            sizes, block.steps, block.batch_size, streams, block.smallest_batch
+        ).padded(block.width)
         drawn = drawn.to(device, dtype)
         self._positions, self._weights, self._sizes = drawn.positions, drawn.weights, drawn.sizes
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -137,14 +141,13 @@ class Batches:
             ),
             "labels": self._labels[step],
             "weights": self._weights[step],
+            "real": self._real[step],
             "key": keys,
             **{
                 name: value[:active]
                 for name, value in {**self._coefficients, **self._constant}.items()
             },
         }
-        if self._stacked:
-            batch["real"] = self._real[step]
         if self._teacher_logits is not None:
             batch["teacher_logits"] = self._teacher_logits_at(self._positions[step])
         return batch

@@ -8,9 +8,10 @@ changes results only within floating-point tolerance.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,16 @@ from fedkd.machine import Precision, forward_pass, matrix_products
 from fedkd.training.batches import VECTOR, BatchStream, Block
 from fedkd.training.fit import BlockFit, Fitted, Progress, concatenated_fits
 from fedkd.training.lanes import in_lanes
+from fedkd.training.needs import BATCH_NORM_NEEDS_TWO, is_trainable, smallest_batch
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parameters import State, Stateless, stacked
 from fedkd.training.plans import Plan
 from fedkd.training.schedule import Stream, steps_per_epoch
 from fedkd.training.vmap_modes import FeaturesFirst
 
-_Forward = Callable[[Stateless, Mapping[str, Tensor], Tensor], Tensor]
+_logger = logging.getLogger(__name__)
+
+_Forward = Callable[[Stateless, State, Tensor], Tensor]
 
 IMAGES_AT_ONCE = {True: 1000, False: 250}
 """Images per forward pass outside training, stacked or not: the fastest as measured on a CPU."""
@@ -79,7 +83,13 @@ class Cohort:
         return cls(skeleton, params, buffers, plan, precision)
 
     def __len__(self) -> int:
-        return len(next(iter(self.params.values())))
+        return len(self._example)
+
+    @property
+    def _example(self) -> Tensor:
+        """A tensor of the stack; floating point, if there is one."""
+        tensors = [*self.params.values(), *self.buffers.values()]
+        return next((t for t in tensors if t.is_floating_point()), tensors[0])
 
     def state(self, k: int) -> State:
         """Return a copy of model `k`'s state."""
@@ -122,20 +132,16 @@ class Cohort:
             Losses and gradient norms of all models.
 
         Raises:
-            FedkdError: a client has no samples.
+            FedkdError: nothing of the model can be trained, or a client has too few samples.
         """
         self.skeleton.train()
+        smallest = smallest_batch(self.skeleton)
+        self._check_fit(batch_streams, batch_size, smallest)
         epochs_by_model = [epochs] * len(self) if isinstance(epochs, int) else epochs
         steps = [
-            count * steps_per_epoch(len(rows), batch_size)
+            count * steps_per_epoch(len(rows), batch_size, smallest)
             for count, rows in zip(epochs_by_model, batch_streams[0].rows, strict=True)
         ]
-        for batch_stream in batch_streams:
-            empty = [k for k, rows in enumerate(batch_stream.rows) if not len(rows)]
-            if empty:
-                raise FedkdError(
-                    f"model {empty[0]} of the cohort has no {batch_stream.name} samples"
-                )
         order = sorted(range(len(self)), key=lambda k: -steps[k])
         count_steps = Progress(sum(steps), progress)
         blocks = self._blocks(order)
@@ -149,6 +155,7 @@ class Cohort:
                 batch_size,
                 self.plan.stacked,
                 self._dtype,
+                smallest,
             )
             fit = BlockFit(model, self.params, self.buffers, batch_streams, block, self.precision)
             fitted = fit.train(optimizer, numbers or {}, count_steps)
@@ -158,6 +165,22 @@ class Cohort:
         with matrix_products(self.precision, self._device):
             parts = in_lanes(train, blocks, self.skeleton, self.plan.lanes)
         return concatenated_fits(parts, order)
+
+    def _check_fit(
+        self, batch_streams: Sequence[BatchStream], batch_size: int, smallest: int
+    ) -> None:
+        """Refuse a fit that cannot be done."""
+        if not is_trainable(self.skeleton):
+            raise FedkdError(f"{type(self.skeleton).__name__} has no parameters to train")
+        if batch_size < smallest:
+            raise FedkdError(f"batches of one sample: {BATCH_NORM_NEEDS_TWO}")
+        for batch_stream in batch_streams:
+            for k, rows in enumerate(batch_stream.rows):
+                if len(rows) < smallest:
+                    what = f"model {k} of the cohort has {len(rows) or 'no'} {batch_stream.name} samples"
+                    raise FedkdError(f"{what}: {BATCH_NORM_NEEDS_TWO}" if len(rows) else what)
+                if 0 < len(rows) % batch_size < smallest:
+                    _say_left_out(type(self.skeleton).__name__)
 
     def predict(self, images: Images, rows: Tensor | None = None) -> Tensor:
         """Return logits ``[K, N, C]`` in evaluation mode for the images `rows` (default: all)."""
@@ -189,11 +212,11 @@ class Cohort:
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.params.values())).device
+        return self._example.device
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(iter(self.params.values())).dtype
+        return self._example.dtype
 
     def _blocks(self, clients: Sequence[int]) -> list[Sequence[int]]:
         """Return the clients in blocks, at least one block a lane if there are enough clients."""
@@ -215,10 +238,14 @@ class Cohort:
         @torch.no_grad()
         def run(model: Stateless, clients: Sequence[int]) -> Tensor:
             block = slice(clients[0], clients[-1] + 1)
-            state = {n: t[block] for n, t in {**self.params, **self.buffers}.items()}
-            chunks = images.chunks(rows, size, channels_last=not stacked)
-            outputs = (self._outputs(partial(forward, model), state, chunk) for chunk in chunks)
-            return torch.cat([read(output) for output in outputs], 1)
+            params = {n: t[block] for n, t in self.params.items()}
+            outputs = []
+            for chunk in images.chunks(rows, size, channels_last=not stacked):
+                # Copies: a model is not changed by being tested.
+                buffers = {n: t[block].clone() for n, t in self.buffers.items()}
+                output = self._outputs(partial(forward, model), {**params, **buffers}, chunk)
+                outputs.append(read(output))
+            return torch.cat(outputs, 1)
 
         blocks = self._blocks(range(len(self)))
         with matrix_products(self.precision, self._device):
@@ -242,6 +269,14 @@ class Cohort:
         with FeaturesFirst():
             outputs: Tensor = vmap(one)(state)
         return outputs[:, :count]
+
+
+@cache
+def _say_left_out(model: str) -> None:
+    """Log once that batches are left out."""
+    _logger.warning(
+        "%s: last batches of one sample are left out, as %s", model, BATCH_NORM_NEEDS_TWO
+    )
 
 
 def _whole_vectors(batch: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fedkd.training.batches import Batches, BatchStream, Block, spread
 from fedkd.training.optimizers import OptimizerSettings, StackedOptimizer
 from fedkd.training.parameters import State, Stateless
 from fedkd.training.profiling import timed
-from fedkd.training.vmap_modes import KeyedMode
+from fedkd.training.vmap_modes import KeyedMode, no_other_draws
 
 NORM_EVERY = 8
 """Steps between measurements of the gradient's norm, which cost a pass over all gradients."""
@@ -150,21 +150,26 @@ class BlockFit:
         with timed("forward"):
             params = {n: p.detach() for n, p in inputs[0].items()}
             leaves = [params[n].requires_grad_() for n in self._trained]
-            losses = self._losses((params, *inputs[1:]), watch)
+            losses, assigned = self._losses((params, *inputs[1:]), watch)
         with timed("backward"):
-            return losses.detach(), torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+            grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        for name, tensor in assigned.items():  # now: the backward pass needs the values before
+            self._buffers[name][: len(losses)] = tensor
+        return losses.detach(), grads
 
-    def _losses(self, inputs: _Inputs, watch: bool) -> Tensor:
+    def _losses(self, inputs: _Inputs, watch: bool) -> tuple[Tensor, State]:
+        """Return the losses ``[active]``, and the buffers ``[active, ...]`` that the model assigned."""
         # As one flat list: `vmap` would flatten and rebuild the dictionaries at every step.
         names = [list(tree) for tree in inputs]
 
-        def one_client(*tensors: Tensor) -> Tensor:
+        def one_client(*tensors: Tensor) -> tuple[Tensor, State]:
             return self._client_loss(watch, *_trees(names, tensors))
 
         if self._block.stacked:
-            losses: Tensor = vmap(one_client)(*_flat(inputs))
-            return losses
-        return one_client(*(tensor.squeeze(0) for tensor in _flat(inputs))).unsqueeze(0)
+            stacked: tuple[Tensor, State] = vmap(one_client)(*_flat(inputs))
+            return stacked
+        loss, assigned = one_client(*(tensor.squeeze(0) for tensor in _flat(inputs)))
+        return loss.unsqueeze(0), {n: t.unsqueeze(0) for n, t in assigned.items()}
 
     def _client_loss(
         self,
@@ -174,16 +179,16 @@ class BlockFit:
         start: State,
         numbers: State,
         *batches: State,
-    ) -> Tensor:
+    ) -> tuple[Tensor, State]:
         total = next(iter(params.values())).new_zeros(())
+        tensors = {**params, **buffers}
         for batch_stream, batch in zip(self._batch_streams, batches, strict=True):
             with (
-                KeyedMode(batch["key"], batch.get("real"), watch=watch),
+                no_other_draws(watch),
+                KeyedMode(batch["key"], batch["real"] if self._block.stacked else None),
                 forward_pass(self._precision, self._block.index.device),
             ):
-                logits, features = self._forward(
-                    batch_stream, {**params, **buffers}, batch["images"]
-                )
+                logits, features = self._forward(batch_stream, tensors, batch["images"])
             step = Step(
                 logits,
                 batch["labels"],
@@ -194,6 +199,7 @@ class BlockFit:
                 features,
                 batch.get("class_means"),
                 batch.get("class_counts"),
+                batch["real"],
             )
             for i, term in enumerate(batch_stream.terms):
                 value: object = term(step)
@@ -207,7 +213,7 @@ class BlockFit:
                     )
                 mean = (value * batch["weights"]).sum() if value.ndim else value
                 total = total + batch[f"coefficient {i}"] * mean
-        return total
+        return total, {n: tensors[n] for n, t in buffers.items() if tensors[n] is not t}
 
     def _forward(
         self, batch_stream: Batches, state: State, images: Tensor

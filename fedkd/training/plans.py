@@ -41,7 +41,7 @@ class Plan:
         return name if self.lanes == 1 else f"{name}x{self.lanes}"
 
 
-def default_plan(model: nn.Module, example: Tensor) -> Plan:
+def default_plan(model: nn.Module, example: Tensor, may_stack: bool = True) -> Plan:
     """Return the plan that needs no measurement.
 
     Stacking turns convolutions into grouped ones, which are slower on a CPU; small dense nets gain
@@ -50,9 +50,10 @@ def default_plan(model: nn.Module, example: Tensor) -> Plan:
     Args:
         model: on the device.
         example: two images, to try whether the model runs under ``vmap``.
+        may_stack: whether its numbers are right then.
     """
     on_cpu = example.device.type == "cpu"
-    if (convolves(model) and on_cpu) or not _maps(model, example):
+    if not may_stack or (convolves(model) and on_cpu) or not _maps(model, example):
         return Plan(stacked=False)
     return Plan(stacked=True, block=largest_block(model))
 
@@ -70,7 +71,9 @@ def largest_block(model: nn.Module) -> int:
     return max(1, min(most, budget // max(size, 1)))
 
 
-def plan_from_key(key: str, architecture: str, model: nn.Module, example: Tensor) -> Plan:
+def plan_from_key(
+    key: str, architecture: str, model: nn.Module, example: Tensor, may_stack: bool = True
+) -> Plan:
     """Return the plan of an architecture under an experiment's ``plan`` key.
 
     Args:
@@ -79,6 +82,7 @@ def plan_from_key(key: str, architecture: str, model: nn.Module, example: Tensor
         architecture: a model's name.
         model: see `default_plan`.
         example: likewise.
+        may_stack: likewise.
     """
     for entry in key.split(","):
         name, _, text = entry.strip().rpartition("=")
@@ -87,7 +91,7 @@ def plan_from_key(key: str, architecture: str, model: nn.Module, example: Tensor
             plan = Plan(text.startswith("stacked"), lanes=int(match["lanes"] or 1))
             block = int(match["block"] or largest_block(model))
             return replace(plan, block=block) if plan.stacked else plan
-    return default_plan(model, example)
+    return default_plan(model, example, may_stack)
 
 
 def without(key: str, architecture: str) -> str:

@@ -1,8 +1,10 @@
 """Draw, before training starts, which samples each client sees at each step.
 
 An epoch visits every sample once and its last batch may be short, exactly as with a ``DataLoader``;
-clients with different shard sizes take different numbers of steps. Batches are padded to a constant
-width with weight 0, since the width of a matrix product decides its rounding.
+clients with different shard sizes take different numbers of steps. Models with batch normalisation
+cannot learn from one sample: a last batch that is too small for a model is left out of its epoch.
+Batches are padded to a constant width with weight 0, since the width of a matrix product decides its
+rounding.
 """
 
 from __future__ import annotations
@@ -51,35 +53,42 @@ class Schedule:
         return Schedule(self.positions.to(device), weights, self.sizes, self.steps)
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Return how many batches an epoch over `samples` has."""
-    return -(-samples // batch_size)
+def steps_per_epoch(samples: int, batch_size: int, smallest: int = 1) -> int:
+    """Return how many batches of at least `smallest` samples an epoch over `samples` has."""
+    whole, rest = divmod(samples, batch_size)
+    return whole + (rest >= smallest)
 
 
 def schedule(
-    samples: Sequence[int], steps: Sequence[int], batch_size: int, streams: Sequence[Stream]
+    samples: Sequence[int],
+    steps: Sequence[int],
+    batch_size: int,
+    streams: Sequence[Stream],
+    smallest: int = 1,
 ) -> Schedule:
     """Return the batches of every client, drawn from its stream.
 
     Args:
-        samples: how many samples each of the K clients has, ≥ 1.
+        samples: how many samples each of the K clients has, ≥ `smallest`.
         steps: how many steps each takes, over as many epochs as that needs.
         batch_size: B.
         streams: each client's random stream; epoch e is drawn from ``(*stream, e)``.
+        smallest: number of samples below which a last batch is left out, 1..B.
     """
     most_steps = max(steps)
     positions = torch.zeros(len(samples), most_steps, batch_size, dtype=torch.int64)
     sizes = torch.zeros(len(samples), most_steps, dtype=torch.int64)
     for k, (n, total_steps, stream) in enumerate(zip(samples, steps, streams, strict=True)):
-        per_epoch = steps_per_epoch(n, batch_size)
+        per_epoch = steps_per_epoch(n, batch_size, smallest)
+        used = min(n, per_epoch * batch_size)
         for epoch in range(-(-total_steps // per_epoch)):
             order = torch.zeros(per_epoch * batch_size, dtype=torch.int64)
-            order[:n] = permutation(n, *stream, epoch)
+            order[:used] = permutation(n, *stream, epoch)[:used]
             first = epoch * per_epoch
             taken = min(per_epoch, total_steps - first)
             positions[k, first : first + taken] = order.reshape(per_epoch, batch_size)[:taken]
             sizes[k, first : first + taken] = batch_size
             if taken == per_epoch:
-                sizes[k, first + taken - 1] = n - (per_epoch - 1) * batch_size
+                sizes[k, first + taken - 1] = used - (per_epoch - 1) * batch_size
     weights = torch.arange(batch_size) < sizes.unsqueeze(-1)
     return Schedule(positions, weights, sizes, list(steps))

@@ -83,9 +83,17 @@ def check_plan(experiment: Experiment) -> None:
 def with_plan(experiment: Experiment, counts: Counts = ()) -> Experiment:
     """Return the experiment with its plan written out; see `choose_plans`."""
     choices = choose_plans(experiment, counts)
-    if experiment.plan != AUTO or not choices:
+    if experiment.plan != AUTO:
+        # Other processes do not try models, and would stack one that must not be.
+        why_not_stacked = architectures_of(federated_data(experiment)).why_not_stacked
+        named = {entry.strip().rpartition("=")[0] for entry in experiment.plan.split(",")}
+        choices = tuple(c for c in choices if why_not_stacked(c.architecture))
+        choices = tuple(c for c in choices if not named & {"", c.architecture})
+    if not choices:
         return experiment
-    return experiment.replace(plan=", ".join(f"{c.architecture}={c.plan}" for c in choices))
+    given = [] if experiment.plan == AUTO else [experiment.plan]
+    plans = [*given, *(f"{c.architecture}={c.plan}" for c in choices)]
+    return experiment.replace(plan=", ".join(plans))
 
 
 def choose_plans(experiment: Experiment, counts: Counts = ()) -> tuple[Choice, ...]:
@@ -152,13 +160,15 @@ def _choose(
 ) -> Choice:
     example = data.train.batch(torch.arange(2, device=data.train.device))
     skeleton = architectures_of(data).skeleton(name)
-    default = default_plan(skeleton, example)
+    may_stack = not architectures_of(data).why_not_stacked(name)
+    default = default_plan(skeleton, example, may_stack)
     largest = largest_block(skeleton)
     if data.train.device.type == "cuda":
         threads = 1  # one process feeds the device
         if default.stacked:
             largest = min(largest, _fitting_block(experiment, data, name, clients))
     plans = candidates(default, largest, clients, threads)
+    plans = [plan for plan in plans if may_stack or not plan.stacked]
     if len(plans) == 1:
         return Choice(name, plans[0], "the only plan")
     times = _measure(experiment, data, name, clients, plans)

@@ -9,8 +9,12 @@ batch statistics are taken over real rows only. The model need not be changed, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,55 +23,54 @@ from torch.overrides import TorchFunctionMode
 
 from fedkd.errors import FedkdError
 from fedkd.randomness import draws
-
-EPS = 1 / 65536
-"""Resolution of a dropout probability: draws have 16 bits."""
+from fedkd.training import keyed_draws
 
 
 def _generators() -> list[Tensor]:
-    """Return the states of the global generators that a forward pass might draw from."""
+    """Return the states of PyTorch's global generators that a forward pass might draw from."""
     states = [torch.get_rng_state()]
     return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else states
+
+
+@contextmanager
+def no_other_draws(watch: bool) -> Iterator[None]:
+    """Refuse random draws that `KeyedMode` does not replace.
+
+    Args:
+        watch: whether to look; a fit's first step is enough.
+
+    Raises:
+        FedkdError: the model draws from PyTorch's global generator, whose draws would depend on the
+            other clients.
+    """
+    before = _generators() if watch else []
+    refused = (
+        "the model draws random numbers other than by a dropout of PyTorch, which cannot be keyed"
+    )
+    try:
+        yield
+    except RuntimeError as error:
+        # Without `vmap` a draw moves the global generator; with it, it raises an error.
+        if "randomness error mode" in str(error):
+            raise FedkdError(refused) from error
+        raise
+    if watch and not all(map(torch.equal, before, _generators())):
+        raise FedkdError(refused)
 
 
 class KeyedMode(TorchFunctionMode):
     """Mode of one client's forward pass: its own dropout masks, batch statistics without padding.
 
     Args:
-        key: int64 0-d, the client's stream for this step; ``None`` outside training.
+        key: int64 0-d, the client's stream for this step.
         real: bool ``[B]``, which rows are not padding; ``None`` where no row is.
-        watch: whether to look for other random draws; a fit's first step is enough.
-
-    Raises:
-        FedkdError: the model calls another random function, whose draws would depend on the
-            other clients.
     """
 
-    def __init__(self, key: Tensor | None, real: Tensor | None, watch: bool = True) -> None:
+    def __init__(self, key: Tensor, real: Tensor | None) -> None:
         super().__init__()
-        self._watch = watch
         self._key = key
         self._real = real
         self._calls = 0
-
-    def __enter__(self) -> Self:
-        self._generators = _generators() if self._watch else []
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
-    ) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        # Composite functions (attention with dropout) are intercepted as a whole, without their draws.
-        # Without `vmap` these move the global generator; with it they raise an error.
-        refused = isinstance(error, RuntimeError) and "randomness error mode" in str(error)
-        watched = self._watch and error is None
-        moved = watched and not all(map(torch.equal, self._generators, _generators()))
-        if refused or moved:
-            raise FedkdError(
-                "the model draws random numbers other than by nn.Dropout, which cannot be keyed"
-            ) from error
 
     def __torch_function__(
         self,
@@ -77,27 +80,22 @@ class KeyedMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.dropout:
-            return self._dropout(*args, **kwargs)
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if self._real is not None and func in _STACKED:
-            return _STACKED[func](*args, **kwargs)
+        if func in _DRAWING:
+            return _DRAWING[func](self._draw, *args, **kwargs)
+        if func in _COMPOSED:
+            with self:
+                return _COMPOSED[func](*args, **kwargs)
+        if self._real is not None:
+            if func is F.batch_norm:
+                return self._batch_norm(*args, **kwargs)
+            if func in _STACKED:
+                return _STACKED[func](*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _dropout(
-        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if not training or p == 0:
-            return input
-        if self._key is None:
-            raise FedkdError("dropout in training mode needs a key")
-        draw = draws(self._key, input.numel(), self._calls).reshape(input.shape)
+    def _draw(self, shape: Sequence[int]) -> Tensor:
+        """Return the next draws of the client's stream, 16-bit integers of a shape."""
         self._calls += 1
-        keep = draw >= round(p * 65536)
-        # p = 1 drops everything; the denominator is then never used.
-        out = torch.where(keep, input / max(1 - p, EPS), input.new_zeros(()))
-        return input.copy_(out) if inplace else out
+        return draws(self._key, prod(shape), self._calls - 1).reshape(tuple(shape))
 
     def _batch_norm(
         self,
@@ -110,14 +108,13 @@ class KeyedMode(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if self._real is not None:
-            input = _not_half(input)
-        # PyTorch refuses a batch of one value per channel, and the last batch of a shard may be one.
-        if not training or (self._real is None and input.numel() > input.shape[1]):
+        assert self._real is not None
+        input = _not_half(input)
+        if not training:
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps
             )
-        rows = input.new_ones(len(input)) if self._real is None else self._real.to(input.dtype)
+        rows = self._real.to(input.dtype)
         per_channel = [1, -1, *[1] * (input.ndim - 2)]
         dims = [d for d in range(input.ndim) if d != 1]
         real = rows.reshape(-1, *[1] * (input.ndim - 1))
@@ -193,3 +190,77 @@ _STACKED: dict[Callable[..., Any], Callable[..., Tensor]] = {
     **{function: _convolution(function) for function in (F.conv1d, F.conv2d, F.conv3d)},
 }
 """Layers that run differently in a stack."""
+
+
+def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that draws, which writes its result into its input."""
+
+    def drawn(draw: keyed_draws.Draw, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = function(draw, input, *args, **kwargs)
+        try:
+            return input.copy_(output)
+        except (
+            RuntimeError
+        ):  # of all clients of a stack at once: the caller has to use what it gets
+            return output
+
+    return drawn
+
+
+def _seen_through(function: Any) -> Callable[..., Any]:
+    """Return a function of ``torch.nn.functional`` that a mode sees through, instead of as one call."""
+    unseen = {name: lambda *_: False for name in vars(F) if name.startswith("has_torch_function")}
+    return FunctionType(
+        function.__code__,
+        {**vars(F), **unseen},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+def _functional_dropout(
+    draw: keyed_draws.Draw,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    output = keyed_draws.dropout(draw, input, p, training)
+    return input.copy_(output) if inplace and output is not input else output
+
+
+def _filled(draw: keyed_draws.Draw, input: Tensor, p: float | Tensor = 0.5, **_: Any) -> Tensor:
+    return keyed_draws.bernoulli(draw, input, p)
+
+
+_DRAWING: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.dropout: _functional_dropout,
+    torch.dropout: keyed_draws.dropout,
+    torch.dropout_: _in_place(keyed_draws.dropout),
+    torch.feature_dropout: keyed_draws.feature_dropout,
+    torch.feature_dropout_: _in_place(keyed_draws.feature_dropout),
+    torch.alpha_dropout: keyed_draws.alpha_dropout,
+    torch.alpha_dropout_: _in_place(keyed_draws.alpha_dropout),
+    torch.feature_alpha_dropout: keyed_draws.feature_alpha_dropout,
+    torch.feature_alpha_dropout_: _in_place(keyed_draws.feature_alpha_dropout),
+    torch.bernoulli: keyed_draws.bernoulli,
+    torch.Tensor.bernoulli: keyed_draws.bernoulli,
+    torch.Tensor.bernoulli_: _in_place(_filled),
+    F.scaled_dot_product_attention: keyed_draws.attention,
+    **{
+        each: partial(keyed_draws.recurrent, each)
+        for each in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+    },
+}
+"""Functions that draw, and what stands in for them."""
+
+_COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: _seen_through(function)
+    for function in (
+        *(F.dropout1d, F.dropout2d, F.dropout3d),
+        *(F.alpha_dropout, F.feature_alpha_dropout),
+        F.multi_head_attention_forward,
+    )
+}
+"""Functions of PyTorch that call such ones, out of sight of a mode."""

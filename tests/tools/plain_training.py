@@ -156,8 +156,14 @@ class PlainSide:
     """In the order of `rows`."""
 
 
-def batches(batch_stream: PlainSide, k: int, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    """Yield a client's batches for ever: one DataLoader an epoch."""
+def is_normed(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def batches(
+    batch_stream: PlainSide, k: int, dtype: torch.dtype, normed: bool = False
+) -> Iterator[list[Tensor]]:
+    """Yield a client's batches for ever: one DataLoader an epoch, without a single image if `normed`."""
     size = len(batch_stream.rows)
     dataset = TensorDataset(
         inputs(dtype)[batch_stream.rows],
@@ -168,7 +174,7 @@ def batches(batch_stream: PlainSide, k: int, dtype: torch.dtype) -> Iterator[lis
     while True:
         order: list[int] = permutation(size, *stream(k), batch_stream.name, epoch).tolist()
         loader: DataLoader[tuple[Tensor, ...]] = DataLoader(dataset, batch_size=B, sampler=order)
-        yield from loader
+        yield from (batch for batch in loader if not normed or len(batch[0]) > 1)
         epoch += 1
 
 
@@ -194,8 +200,9 @@ def train_plainly(
     """Train `model` in place; return its state and the mean loss over its steps."""
     optimizer = plain_optimizer(name, model.parameters(), float(LEARNING_RATE[k]))
     model.train()
-    streams = [batches(batch_stream, k, dtype) for batch_stream in batch_streams]
-    steps = epochs * -(-len(batch_streams[0].rows) // B)
+    normed, samples = is_normed(model), len(batch_streams[0].rows)
+    streams = [batches(batch_stream, k, dtype, normed) for batch_stream in batch_streams]
+    steps = epochs * (-(-samples // B) - (normed and samples % B == 1))
     total = 0.0
     for step in range(steps):
         for module in model.modules():

@@ -22,10 +22,10 @@ from fedkd.records.identity import as_one, changes, counted
 from fedkd.records.results import Run
 from fedkd.studies.arguments import Progress
 from fedkd.studies.central import check_central
-from fedkd.studies.pooled import Pooled, accuracies
+from fedkd.studies.pooled import TRAINED, Pooled, accuracies
 from fedkd.studies.sweep.folder import Cell, Done, Keys, SweepFolder
 from fedkd.studies.sweep.identities import CellIdentities
-from fedkd.training.architectures import check_models
+from fedkd.training.model_checks import check_models
 from fedkd.training.tuning import Counts, clients_at_once, with_plan
 
 MODELS_AT_ONCE = 500
@@ -83,7 +83,7 @@ class Trials:
         experiment = self._cell_experiment(cell).replace(name=None)
         if self._of == "central":
             check_central(experiment)
-            check_models(experiment, federated_data(experiment), ("student", "teacher"))
+            check_models(experiment, federated_data(experiment), TRAINED, trained=TRAINED)
         else:
             check(experiment)
 
