@@ -31,7 +31,7 @@ from fedkd.strategy import DistillationStrategy
 from fedkd.training.architectures import architectures_of
 from fedkd.training.model_checks import check_models
 from fedkd.training.needs import BATCH_NORM_NEEDS_TWO, smallest_batch
-from fedkd.training.term_trial import try_term
+from fedkd.training.trials.terms import try_term
 from fedkd.training.tuning import check_plan
 from fedkd.user_code import GENERATED_PREFIX, is_importable
 

@@ -25,7 +25,7 @@ from fedkd.phases import (
 from fedkd.testing.bench import Bench
 from fedkd.testing.outcomes import NotApplicable, Wrong
 from fedkd.training.architectures import architectures_of
-from fedkd.training.term_trial import try_term
+from fedkd.training.trials.terms import try_term
 
 SYMBOLS = ("P", "C", "K", "S", "D", "I")
 """Symbols in formulas of bytes, besides settings; `fedkd.strategy.Facts` explains them."""

@@ -19,7 +19,7 @@ from fedkd.training import models
 from fedkd.training.cohort import Cohort
 from fedkd.training.parameters import State, initial_state
 from fedkd.training.plans import Plan, plan_from_key
-from fedkd.training.trial import Verdict, verdict_on
+from fedkd.training.trials.models import Verdict, verdict_on
 from fedkd.user_code import find_function
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Architectures:
         self._why_not_stacked: dict[str, str] = {}
 
     def try_model(self, name: str, images: Images) -> None:
-        """Build a user's model from its code as it is now, and try it; see `fedkd.training.trial`.
+        """Build a user's model from its code as it is now, and try it (`fedkd.training.trials`).
 
         Args:
             name: ``module:function`` or ``file.py:function``.

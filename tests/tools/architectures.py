@@ -11,7 +11,14 @@ import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    SwinTransformerBlock,
+    SwinTransformerBlockV2,
+)
 
 C = 7
 Build = Callable[[], nn.Module]
@@ -279,9 +286,41 @@ def _torchvision(name: str, **options: Any) -> Build:
     return lambda: tv.get_model(name, weights=None, num_classes=C, **options)
 
 
+def _narrow(name: str, features: int) -> Build:
+    """Return a classifier of 4,096 units, 100 million weights in float64, as one of 32."""
+
+    def build() -> nn.Module:
+        module: nn.Module = tv.get_model(name, weights=None, num_classes=C)
+        module.classifier = nn.Sequential(
+            *(nn.Dropout(), nn.Linear(features, 32), nn.ReLU(inplace=True), nn.Linear(32, C))
+        )
+        return module
+
+    return build
+
+
+def _swin(block: Any, merging: Any) -> Build:
+    return lambda: tv.SwinTransformer(
+        *([2, 2], 12, [2, 2], [2, 3], [4, 4]),
+        num_classes=C,
+        block=block,
+        downsample_layer=merging,
+    )
+
+
+def _convnext() -> nn.Module:
+    stages = [CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 2)]
+    model: nn.Module = tv.ConvNeXt(stages, 0.2, num_classes=C)
+    return model
+
+
 FAMILIES: Mapping[str, tuple[Build, int]] = {
-    "alexnet": (_torchvision("alexnet"), 64),
-    "convnext": (_torchvision("convnext_tiny"), 32),
+    "vit": (
+        lambda: tv.VisionTransformer(32, 8, 2, 2, 16, 31, dropout=0.1, num_classes=C),
+        32,
+    ),
+    "alexnet": (_narrow("alexnet", 256 * 36), 64),
+    "convnext": (_convnext, 32),
     "densenet": (_torchvision("densenet121"), 32),
     "efficientnet": (_torchvision("efficientnet_b0"), 32),
     "efficientnet v2": (_torchvision("efficientnet_v2_s"), 32),
@@ -300,14 +339,11 @@ FAMILIES: Mapping[str, tuple[Build, int]] = {
     "resnext": (_torchvision("resnext50_32x4d"), 32),
     "shufflenet": (_torchvision("shufflenet_v2_x0_5"), 32),
     "squeezenet": (_torchvision("squeezenet1_1"), 32),
-    "swin": (_torchvision("swin_t"), 32),
-    "swin v2": (_torchvision("swin_v2_t"), 32),
-    "vgg": (_torchvision("vgg11"), 32),
-    "vit": (
-        lambda: tv.VisionTransformer(32, 8, 2, 2, 16, 31, dropout=0.1, num_classes=C),
-        32,
-    ),
+    "swin": (_swin(SwinTransformerBlock, PatchMerging), 32),
+    "swin v2": (_swin(SwinTransformerBlockV2, PatchMergingV2), 32),
+    "vgg": (_narrow("vgg11", 512 * 49), 32),
     "wide resnet": (_torchvision("wide_resnet50_2"), 32),
 }
-"""The smallest member of each family of torchvision, with the height of its images; MaxViT and ViT as
-small ones for 32x32, as torchvision's take 224x224 only."""
+"""The smallest member of each family of torchvision, with the height of its images. Of ViT and MaxViT,
+for which 32x32 is too small, and of ConvNeXt and Swin, whose smallest has 28 million weights, a smaller
+one."""

@@ -368,11 +368,11 @@ def choosy(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
 
 
 class Lazy(Choosy):
-    """The same until it shall train on as many images as a client has."""
+    """The same until it shall train on more images than are tried before a run."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits."""
-        if self.training and len(images) > 3:
+        if self.training and len(images) > 4:
             raise ArithmeticError("not today")
         return super().forward(images)
 

@@ -24,7 +24,7 @@ from fedkd.training.cohort import Cohort
 from fedkd.training.optimizers import OptimizerSettings
 from fedkd.training.parameters import State, initial_state
 from fedkd.training.plans import Plan
-from fedkd.training.trial import verdict_on
+from fedkd.training.trials.models import verdict_on
 
 K, B, N, RATE = 3, 3, 5, 0.01
 MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.2, 0.4]
@@ -70,6 +70,8 @@ def module_of(name: str, k: int) -> nn.Module:
             part.p = 0.0
         if isinstance(part, nn.MultiheadAttention | nn.RNNBase):
             part.dropout = 0.0
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eps = 1.0  # or three images with one pixel each make 10¹⁰ times of any rounding
     return module
 
 
@@ -115,11 +117,14 @@ def started(name: str) -> list[State]:
 @pytest.mark.parametrize("name", [*one_in(4, SMALL), *one_in(100, FAMILIES)])
 def test_an_architecture_equals_plain_pytorch_in_every_plan(name: str) -> None:
     verdict = verdict_on(lambda: BUILD[name]().train(), images(SIZE[name]))
-    stacks = not verdict.why_not_stacked
-    assert stacks == (name not in COUPLED | REFUSED_BY_VMAP), verdict.why_not_stacked
-    assert ("vmap" in verdict.why_not_stacked) == (name in REFUSED_BY_VMAP)
+    why = verdict.why_not_stacked.replace(
+        "a stack of models of its size gains nothing on a CPU", ""
+    )
+    assert bool(why) == (name in COUPLED | REFUSED_BY_VMAP), why
+    assert ("vmap" in why) == (name in REFUSED_BY_VMAP)
     expected = [trained_plainly(name, k) for k in range(K)]
-    for plan in (LOOP, LANES, *(STACKED if stacks else ())):
+    stacked = [] if why else STACKED
+    for plan in (LOOP, LANES, *stacked) if name in SMALL else (LOOP, *stacked[:1]):
         cohort, logits = trained(name, plan, started(name), module_of(name, 0))
         for k, (state, outputs) in enumerate(expected):
             given = cohort.state(k)
@@ -144,6 +149,7 @@ def test_what_drops_drops_alike_in_every_plan(name: str) -> None:
         state = initial_state(lambda: BUILD[name]().double(), 5)
     before = torch.get_rng_state()
     plans = [LOOP, LANES, *(STACKED if name not in REFUSED_BY_VMAP else ())]
+    plans = plans if name in SMALL else [LOOP, STACKED[0]]
     results = [trained(name, plan, [state] * K, skeleton)[0] for plan in plans]
     assert torch.equal(before, torch.get_rng_state())
     for other in results[1:]:

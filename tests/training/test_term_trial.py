@@ -31,7 +31,7 @@ from fedkd.losses import Step, Term
 from fedkd.randomness import permutation
 from fedkd.training.batches import BatchStream
 from fedkd.training.plans import Plan
-from fedkd.training.term_trial import try_term
+from fedkd.training.trials.terms import try_term
 
 
 def tried(term: Term) -> None:

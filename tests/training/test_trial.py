@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import fedkd
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
-from fedkd.training import trial
 from fedkd.training.cohort import Cohort
 from fedkd.training.parameters import initial_state
 from fedkd.training.plans import Plan
-from fedkd.training.trial import Verdict, verdict_on
+from fedkd.training.trials import models as trial
+from fedkd.training.trials.models import Verdict, verdict_on
 
 SHAPE, C, N = (1, 4, 3), 7, 13
 
@@ -47,7 +47,7 @@ def test_what_is_right_one_by_one_alone_is_not_stacked() -> None:
     assert (
         "forward method of Centred lets the images" in verdict(unfit_models.Centred).why_not_stacked
     )
-    assert "in evaluation mode" in verdict(unfit_models.Centred).remark
+    assert "affect each other in tests too" in verdict(unfit_models.Centred).remark
     for build in (unfit_models.Net, unfit_models.Masked, unfit_models.Normed, unfit_models.Frozen):
         assert verdict(build) == Verdict()
 
