@@ -18,9 +18,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkd.clients.instructions import WITHHOLDABLE, Failure
+from fedkd.data.cache import data_folder
 from fedkd.data.federated import federated_data
 from fedkd.engines.answering import Delivery, handle_together, reply, store_of
-from fedkd.engines.deployment import ends_in_time
+from fedkd.engines.deployment import within_limits
+from fedkd.engines.node_limits import KEYS, NodeLimits, check_present
 from fedkd.errors import FedkdError, Setting, nearest, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import always_reply
@@ -42,7 +44,7 @@ _NODE = "this node's --node-config"
 
 _UNSAID = "cannot carry out the instruction; the node's own log says why (it has dp-noise)"
 
-app = ClientApp(mods=[always_reply, ends_in_time])
+app = ClientApp(mods=[always_reply, within_limits])
 
 
 @app.query("hello")
@@ -112,6 +114,9 @@ def _localised(experiment: Experiment, context: Context) -> Experiment:
     # The run's name is made of letters, digits, '.', '_' and '-': its folder lies in this one.
     node_keys["run-dir"] = _state_dir(config.get("state-dir", AUTO))
     accepted = Experiment.load(("the message", experiment.flat()), (_NODE, node_keys))
+    partitions = data_folder(accepted.data_dir) / "partitions"
+    NodeLimits.of(config).check_disk([Path(accepted.run_dir), partitions])
+    check_present(accepted)
     _check_code(experiment, accepted.client_modules)
     _check_noise(experiment, _noise(context))
     _sends(context)
@@ -126,6 +131,7 @@ _OWN_KEYS = (
     "sends",
     "dp-noise",
     "share-metrics",
+    *KEYS,
 )
 """What a node's configuration may hold besides the keys of the experiment that it decides."""
 

@@ -1,4 +1,4 @@
-"""Reach clients that are SuperNodes of a deployment, on other machines, and end those that hang."""
+"""Reach clients that are SuperNodes of a deployment, and keep a node within its limits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from threading import Event, Thread
 from flwr.app import Context, Message
 from flwr.serverapp import Grid
 
+from fedkd.engines.node_limits import NodeLimits
 from fedkd.errors import one_line
 from fedkd.federation.flower_internals.backend import GuardedGrid
 from fedkd.federation.flower_internals.replies import error_reply
 
 _POLL_S = 1.0
 _LEAST_S = 1.0
+_LATE = "the message's deadline, or the node's max-seconds, has passed"
 _GRACE_S = 10.0
 
 _STDERR = 2
@@ -105,20 +107,23 @@ def _is_of_the_network(error: Exception) -> bool:
     return any(kind.__module__.partition(".")[0] == "httpx" for kind in type(error).__mro__)
 
 
-def ends_in_time(
+def within_limits(
     message: Message, context: Context, call_next: Callable[[Message, Context], Message]
 ) -> Message:
-    """Return the reply to a message, given up at its deadline: a Flower mod, within `always_reply`.
+    """Return the reply to a message within the node's limits: a Flower mod, within `always_reply`.
 
     A SuperNode handles no other message before it has a reply to this one, however long that takes: one
-    call that hangs would be the node's last. Here it raises a `TimeoutError` at the message's deadline.
+    call that hangs would be the node's last. Here it raises a `TimeoutError` at the message's deadline,
+    or after the node's own ``max-seconds``.
     A process that does not react (it hangs in a library, say) is ended, which Flower notices after a
     minute. The node's log shows where it hung.
     """
     if Path(sys.argv[0]).name != _CLIENT_PROCESS:
         return call_next(message, context)
+    limits = NodeLimits.of(context.node_config)
+    limits.limit_memory()
     left = message.metadata.created_at + message.metadata.ttl - time.time()
-    left = max(left, _LEAST_S)
+    left = min(max(left, _LEAST_S), limits.seconds)
     # Works even if the interpreter itself hangs: it needs no Python thread.
     faulthandler.dump_traceback_later(left + _GRACE_S, exit=True, file=_STDERR)
     with _raising(left):
@@ -136,7 +141,7 @@ def _raising(seconds: float) -> Iterator[None]:
         return
 
     def late(*_: object) -> None:
-        raise TimeoutError("the message's deadline has passed")
+        raise TimeoutError(_LATE)
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -43,7 +43,8 @@ def in_lanes(
     threads = torch.get_num_threads()
     share = max(1, threads // lanes)
     models: SimpleQueue[Stateless] = SimpleQueue()
-    for model in _copies(skeleton, lanes):
+    needed = min(lanes, len(jobs))
+    for model in _copies(skeleton, needed):
         models.put(model)
 
     def one(job: J) -> R:
@@ -54,7 +55,7 @@ def in_lanes(
         finally:
             models.put(model)
 
-    calls = [_pool(lanes).submit(copy_context().run, one, job) for job in jobs]
+    calls = [_pool(needed).submit(copy_context().run, one, job) for job in jobs]
     try:
         return [call.result() for call in calls]
     finally:

@@ -99,6 +99,13 @@ def test_the_name_of_a_run_is_no_path(name: str, home: Path) -> None:
         ({"dp-noise": "much"}, "dp-noise = 'much' (from this node's --node-config)"),
         ({"sends": "soft-labels,everything"}, "sends = 'soft-labels,everything'"),
         ({"sends": 3}, "sends = 3"),
+        (
+            {"max-memory": 0},
+            "max-memory = 0 (from this node's --node-config): must be a number > 0",
+        ),
+        ({"max-disk": "much"}, "max-disk = 'much'"),
+        ({"max-seconds": float("inf")}, "max-seconds = inf"),
+        ({"max-seconds": True}, "max-seconds = True"),
         ({"partition-id": 3}, "partition-id = 3 of this node: must be 0 to 2"),
     ],
 )
@@ -353,6 +360,78 @@ def test_a_superlink_out_of_reach_is_no_nodes_failure(way: str) -> None:
         replies_of(Nodes(["good", way]), None)
 
 
+# --- What a message may cost ------------------------------------------------------------------------
+
+
+def test_a_node_downloads_nothing_because_a_server_says_so(tmp_path: Path) -> None:
+    for keys in ({"dataset": "cifar10"}, {"public": "fashion-mnist"}):
+        unlabelled = {"public_labels": False, "train_size": "auto", "test_size": "auto"}
+        run = tiny(name="mine").replace(**keys, **unlabelled)
+        said = failure_reason(asked(run, {}, PREDICT, HELLO))
+        assert "downloads nothing because a server says so" in said
+        assert f"fedkd data {next(iter(keys.values()))}" in said
+    assert not list((tmp_path / "data").glob("*"))
+
+
+def test_a_full_node_refuses_further_runs_until_there_is_room(home: Path) -> None:
+    node = {"max-disk": 0.01}
+    assert not asked(tiny(name="first"), node, PREDICT).has_error()
+    (home / "fedkd" / "first" / "large").write_bytes(bytes(range(250)) * 44_000)
+    for kind in (HELLO, TRAIN):
+        said = failure_reason(asked(tiny(name="second"), node, PREDICT, kind))
+        assert "take 0.01 GB" in said
+        assert "more than its max-disk = 0.01: delete runs that have ended there" in said
+    assert not (home / "fedkd" / "second").exists()
+    (home / "fedkd" / "first" / "large").unlink()
+    assert not asked(tiny(name="second"), node, PREDICT).has_error()
+
+
+def test_holes_of_a_state_file_take_no_disk(home: Path) -> None:
+    folder = home / "fedkd" / "first"
+    folder.mkdir(parents=True)
+    with (folder / "holes").open("wb") as file:
+        file.truncate(10**12)
+    assert not asked(tiny(name="second"), {"max-disk": 0.01}, PREDICT).has_error()
+
+
+HUNGRY = """
+import sys
+import torch
+from flwr.app import Context, Message, RecordDict
+from fedkd.engines import deployment
+from fedkd.federation.flower_internals.local_grid import task_identity
+from fedkd.federation.flower_internals.replies import always_reply, failure_reason
+sys.argv[0] = "/somewhere/flwr-clientapp"
+
+with task_identity():
+    message = Message(RecordDict(), 11, "train.fedkd", ttl=3600.0)
+    message.metadata.__dict__["_message_id"] = "1"
+    for node, call in [
+        ({"max-memory": 4}, lambda m, c: torch.zeros(10**9).sum() and None),
+        ({"max-seconds": 0.5}, lambda m, c: __import__("time").sleep(3600)),
+    ]:
+        context = Context(run_id=1, node_id=11, node_config=node, state=RecordDict(), run_config={})
+        print(failure_reason(always_reply(
+            message, context, lambda m, c: deployment.within_limits(m, c, call)
+        )), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory in another way")
+def test_a_message_gets_no_more_memory_or_time_than_its_node_gives() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HUNGRY], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
+    memory, seconds = done.stdout.splitlines()
+    assert "can't allocate memory" in memory
+    assert seconds == SAID
+
+
+def test_a_plan_of_many_lanes_takes_no_more_than_its_clients_need() -> None:
+    run = tiny(name="mine", plan="loopx1000000")
+    assert not asked(run, {}, Fit("train", private={"ce": 1.0})).has_error()
+
+
 # --- A call that hangs ------------------------------------------------------------------------------
 
 HANGING = """
@@ -377,9 +456,12 @@ with task_identity():
     message = Message(RecordDict(), 11, "train.fedkd", ttl=1.0)
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(run_id=1, node_id=11, node_config={}, state=RecordDict(), run_config={})
-    call = lambda m, c: deployment.ends_in_time(m, c, hang)
+    call = lambda m, c: deployment.within_limits(m, c, hang)
     print(failure_reason(always_reply(message, context, call)), flush=True)
 """
+
+
+SAID = "TimeoutError: the message's deadline, or the node's max-seconds, has passed"
 
 
 def test_a_call_that_hangs_fails_at_the_deadline_and_ends_its_process_soon_after() -> None:
@@ -392,7 +474,7 @@ def test_a_call_that_hangs_fails_at_the_deadline_and_ends_its_process_soon_after
     ]
     (said, _), (heard, traceback) = [process.communicate(timeout=200) for process in started]
     assert [process.returncode for process in started] == [0, 1]
-    assert said.splitlines() == ["heard", "TimeoutError: the message's deadline has passed"]
+    assert said.splitlines() == ["heard", SAID]
     assert heard.splitlines() == ["heard"]
     assert "Timeout (0:00:0" in traceback
     assert "in hang" in traceback

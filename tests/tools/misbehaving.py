@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from fuzzing import CASES, with_content, with_records
 
 from fedkd.engines.client_app import app as honest
-from fedkd.engines.deployment import ends_in_time
+from fedkd.engines.deployment import within_limits
 from fedkd.federation.flower_internals.replies import always_reply
 from fedkd.federation.messages import HELLO, TRAIN
 
@@ -55,7 +55,7 @@ def hello(message: Message, context: Context) -> Message:
     return honest(message, context)
 
 
-@app.train(TRAIN.partition(".")[2], mods=[always_reply, ends_in_time])
+@app.train(TRAIN.partition(".")[2], mods=[always_reply, within_limits])
 def train(message: Message, context: Context) -> Message:
     """Execute an instruction, and spoil the reply."""
     number = int(message.metadata.group_id)
