@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fedkd.clients.instructions import OUT_OF_MEMORY, ClientReport, Failure, Instruction
-from fedkd.clients.memories import Memory
+from fedkd.clients.memories import Memory, mark_of
 from fedkd.clients.run_phases import run_phases
 from fedkd.clients.stack import Stack, has_news
+from fedkd.clients.starting import Start, start_of
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL, States, concatenated
 from fedkd.data.federated import FederatedData
@@ -27,9 +28,7 @@ from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.codec import Packed
-from fedkd.phases import Role, to_text
-from fedkd.training.architectures import architectures_of
-from fedkd.training.parameters import State
+from fedkd.phases import to_text
 from fedkd.user_code import error_with_location, user_location
 
 _logger = logging.getLogger(__name__)
@@ -215,6 +214,7 @@ def _store(
             memories, round, bases
         )  # a full disk is not a client's failure
         for states in trained:
+            states.kept = [mark_of(memories[client]) for client in states.clients]
             federation.store.put(states, round, bases)
     return [results for results, _, _ in outcomes]
 
@@ -267,20 +267,17 @@ _Outcome = tuple[list[ClientReport | Failure], list[States], dict[int, Memory]]
 
 def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> list[_Outcome]:
     """Return the outcomes of a group run as one stack, or as two if only some have new knowledge."""
-    before = [_starting_states(data, federation) for federation in federations]
-    memories_before = [_memories(federation) for federation in federations]
-    outcomes: list[_Outcome] = [
-        (_failures(federation, states), [], {client: memories[client] for client in states.clients})
-        for federation, states, memories in zip(federations, before, memories_before, strict=True)
-    ]
+    starts = [start_of(data, f.experiment, f.instructions, f.store) for f in federations]
+    outcomes: list[_Outcome] = [(_failures(start), [], start.memories) for start in starts]
     rows = [
-        _rows(states, federation) for states, federation in zip(before, federations, strict=True)
+        _rows(start.states, federation)
+        for start, federation in zip(starts, federations, strict=True)
     ]
     for is_fresh in (False, True):
         chosen = {n: each[is_fresh] for n, each in enumerate(rows) if each[is_fresh]}
         if not chosen:
             continue
-        taken = {n: _rows_of(before[n], positions) for n, positions in chosen.items()}
+        taken = {n: _rows_of(starts[n].states, positions) for n, positions in chosen.items()}
         several = len(taken) > 1
         states = concatenated(list(taken.values())) if several else next(iter(taken.values()))
         owners = [(n, client) for n, some in taken.items() for client in some.clients]
@@ -294,7 +291,7 @@ def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> 
             [instructions[n][client] for n, client in owners],
             states,
             is_fresh,
-            [memories_before[n][client] for n, client in owners],
+            [starts[n].memories[client] for n, client in owners],
             secret_noise=federations[0].secret_noise,
         )
         reports = run_phases(stack)
@@ -306,14 +303,9 @@ def _run(data: FederatedData, federations: Sequence[FederationInstructions]) -> 
     return outcomes
 
 
-def _failures(federation: FederationInstructions, states: States) -> list[ClientReport | Failure]:
-    """Return the failures of clients whose states are missing."""
-    present = set(states.clients)
-    return [
-        Failure(instruction.client, f"has no state of round {instruction.base} to start from")
-        for instruction in federation.instructions
-        if instruction.client not in present
-    ]
+def _failures(start: Start) -> list[ClientReport | Failure]:
+    """Return the failures of clients that have lost what they are to start from."""
+    return [Failure(client, reason, is_lost=True) for client, reason in start.lost.items()]
 
 
 def _rows(states: States, federation: FederationInstructions) -> dict[bool, list[int]]:
@@ -327,28 +319,3 @@ def _rows(states: States, federation: FederationInstructions) -> dict[bool, list
 
 def _rows_of(states: States, rows: Sequence[int]) -> States:
     return states if len(rows) == len(states) else states.rows(rows)
-
-
-def _memories(federation: FederationInstructions) -> dict[int, Memory]:
-    """Return the memories from which clients start, by client."""
-    if federation.instructions[0].base == INITIAL:
-        return {instruction.client: {} for instruction in federation.instructions}
-    return federation.store.memories.load(
-        {instruction.client: instruction.base for instruction in federation.instructions}
-    )
-
-
-def _starting_states(data: FederatedData, federation: FederationInstructions) -> States:
-    """Return the states from which instructions start, if they exist; all or none are initial."""
-    experiment, first = federation.experiment, federation.instructions[0]
-    bases = {instruction.client: instruction.base for instruction in federation.instructions}
-    if first.base != INITIAL:
-        return federation.store.take(bases, data.train.device)
-    names: dict[Role, str] = {"student": experiment.student_of(first.client)}
-    if experiment.teacher_of(first.client) != "none":
-        names["teacher"] = experiment.teacher_of(first.client)
-    models: dict[str, State] = {
-        role: architectures_of(data).initial_states(name, experiment.seed, len(bases))
-        for role, name in names.items()
-    }
-    return States(list(bases), models, [0] * len(bases))

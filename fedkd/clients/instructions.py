@@ -84,7 +84,15 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that could not execute its instruction, and why in one line."""
+    """A client that could not execute its instruction.
+
+    Attributes:
+        client: partition id.
+        reason: why, in one line.
+        is_lost: whether a part of what it kept of its base round is missing or damaged, so that it cannot
+            continue from there.
+    """
 
     client: int
     reason: str
+    is_lost: bool = False

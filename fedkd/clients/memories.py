@@ -2,7 +2,8 @@
 
 A strategy's procedures keep their results (``own``); a codec that sends only changes keeps the rows
 that the peer has already (``up`` and ``down``). Like models, memories are kept by round, so that an
-instruction whose reply was lost starts from what the client knew before it.
+instruction whose reply was lost starts from what the client knew before it. A client's state says which
+memories were written with it, so that a lost one is not taken for one that never was.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from fedkd.clients.slot_file import DTYPES
+from fedkd.clients.slot_file import DTYPES, bytes_of
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.states import States
 from fedkd.errors import FedkdError
@@ -28,6 +30,9 @@ _ROLE = "kept"
 
 TESTED = "tested-"
 """Prefix of the name under which a client keeps a model's answers on the test images."""
+
+_NAMES = ("own", "up", "down")
+"""Names of the memories that clients continue from; see `mark_of`."""
 
 Memory = dict[str, State]
 """What one client keeps: tensors by name, grouped by the name of their purpose."""
@@ -44,7 +49,7 @@ class Memories:
     folder: Path
 
     def load(self, bases: Mapping[int, int]) -> dict[int, Memory]:
-        """Return all memories, on the CPU.
+        """Return all memories that there are, on the CPU.
 
         Args:
             bases: by client, the round of the memory to read.
@@ -58,11 +63,40 @@ class Memories:
         memories: dict[int, Memory] = {client: {} for client in bases}
         names = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
         for name in names:
-            states = StateFiles(self.folder / name).load(bases)
-            for row, client in enumerate(states.clients):
-                tensors = states.models[_ROLE]
-                memories[client][name] = {n: t[row].clone() for n, t in tensors.items()}
+            _add(memories, name, StateFiles(self.folder / name).load(bases))
         return memories
+
+    def find(
+        self, bases: Mapping[int, int], kept: Mapping[int, int]
+    ) -> tuple[dict[int, Memory], dict[int, str]]:
+        """Return the memories from which clients continue, on the CPU, and who has lost one.
+
+        Args:
+            bases: by client, the round of the memory to read.
+            kept: by client, the mark of the memory that belongs to its state of that round.
+
+        Returns:
+            Memories by client, and by client in one line what is missing, damaged, or another's.
+
+        Raises:
+            FedkdError: see `StateFiles.find`.
+        """
+        memories: dict[int, Memory] = {client: {} for client in bases}
+        lost: dict[int, str] = {}
+        for bit, name in enumerate(_NAMES):
+            owners = {client: bases[client] for client in bases if kept[client] >> bit & 1}
+            files = StateFiles(self.folder / name)
+            states, damaged = files.find(owners)
+            _add(memories, name, states)
+            for client in owners.keys() - set(states.clients):
+                missing = f"its memory of round {bases[client]} is missing"
+                text = f"{missing}: {files.path_of(client)}"
+                lost.setdefault(client, damaged.get(client, text))
+        for client in bases.keys() - lost.keys():
+            if mark_of(memories[client]) != kept[client]:
+                what = f"its memory of round {bases[client]}"
+                lost[client] = f"{what} was not written with its state: {self.folder}"
+        return memories, lost
 
     def save(self, memories: Mapping[int, Memory], round: int, keep: Mapping[int, int]) -> None:
         """Write memories, and delete these clients' older ones except those to keep.
@@ -86,6 +120,24 @@ class Memories:
                 stack = stacked([memories[client][name] for client in clients])
                 states = States(clients, {_ROLE: stack}, [0] * len(clients))
                 StateFiles(self.folder / name).save(states, round, keep)
+
+
+def mark_of(memory: Memory) -> int:
+    """Return the mark of a client's memory, which its state keeps: names in the low bits, a checksum."""
+    names = [name for name in sorted(memory) if not name.startswith(TESTED)]
+    checksum = 0
+    for name in names:
+        for key, tensor in sorted(memory[name].items()):
+            about = f"{name} {key} {tensor.dtype} {list(tensor.shape)}".encode()
+            checksum = crc32(bytes_of(tensor.contiguous()), crc32(about, checksum))
+    return checksum << len(_NAMES) | sum(1 << _NAMES.index(name) for name in names)
+
+
+def _add(memories: Mapping[int, Memory], name: str, states: States) -> None:
+    """Add what was read of one name to clients' memories."""
+    for row, client in enumerate(states.clients):
+        tensors = states.models[_ROLE]
+        memories[client][name] = {n: t[row].clone() for n, t in tensors.items()}
 
 
 def check_client_state(

@@ -3,6 +3,8 @@
 Its size is fixed, but it is sparse: only written rows take space on disk. Only the requested rows are
 read or written. A memory map would make whole pages resident, kill the process instead of raising an
 error when the disk is full, and share pages between machines that write neighbouring rows.
+
+Every state has a checksum, so that a damaged one is not taken for a state.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -44,6 +47,10 @@ DTYPES = {
 Ints = NDArray[np.int64]
 
 
+class DamagedError(FedkdError):
+    """A state file, or a state in it, is not as it was written."""
+
+
 @dataclass(frozen=True)
 class RowType:
     """Dtype and shape of a tensor's row."""
@@ -60,7 +67,10 @@ class RowType:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
-_BOOKKEEPING = {"round": RowType(torch.int64, ()), "digested": RowType(torch.int64, ())}
+BOOKKEEPING = ("round", "digested", "kept", "checksum")
+"""Numbers of each slot, int64, besides the parameters: see `StateFiles`."""
+
+_NUMBERS = dict.fromkeys(BOOKKEEPING, RowType(torch.int64, ()))
 
 
 def row_types(stack: Mapping[str, Tensor]) -> dict[str, RowType]:
@@ -77,19 +87,23 @@ class SlotFile:
         try:
             length = int.from_bytes(self._bytes(0, 8), "little")
             size = os.fstat(file.fileno()).st_size
-            header = json.loads(self._bytes(8, min(length, size)))
+            text = self._bytes(8, min(length, size))
+            header = json.loads(text)
             stored_metadata = header.pop("__metadata__")
             self._kinds = {name: _kind(entry) for name, entry in header.items()}
             self._starts = {
-                name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()
+                name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()
             }
-            whole = 8 + length + _data_size(self._kinds)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise FedkdError(f"{path} is not a file of client states") from None
+            written, whole = file_header(self._kinds, stored_metadata)
+            if written[8:] != text:
+                raise ValueError("not what we write")
+            self._header_checksum = crc32(text)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise DamagedError(f"{path} is not a file of client states") from None
         if size != whole:
-            raise FedkdError(f"{path} has {size} bytes instead of {whole}")
+            raise DamagedError(f"{path} has {size} bytes instead of {whole}")
         if stored_metadata != metadata:
-            raise FedkdError(
+            raise self._misfit(
                 f"{path} is for clients {_text(stored_metadata)}, not for {_text(metadata)}"
             )
 
@@ -99,29 +113,55 @@ class SlotFile:
         Raises:
             FedkdError: it holds others; the message names one that differs.
         """
-        expected = {**_BOOKKEEPING, **kinds}
+        expected = {**_NUMBERS, **kinds}
         if self._kinds == expected:
             return
         for name in {**expected, **self._kinds}:
             in_file, in_states = self._kinds.get(name), expected.get(name)
             if in_file != in_states:
-                raise FedkdError(
+                raise self._misfit(
                     f"{self._path} holds {name} as {in_file or 'nothing'} per client, and the states "
                     f"have {in_states or 'nothing'}: they are of other models"
                 )
 
     def empty_stack(self, count: int) -> dict[str, Tensor]:
-        """Return an uninitialised stack of `count` clients' parameters."""
+        """Return an uninitialised stack of all that the file holds of `count` clients."""
         return {
             name: torch.empty((count, *kind.shape), dtype=kind.dtype)
             for name, kind in self._kinds.items()
-            if name not in _BOOKKEEPING
         }
 
     def rounds(self) -> Ints:
         """Return the rounds of all slots, int64 ``[2, CLIENTS_A_FILE]``."""
         content = self._bytes(self._starts["round"], 2 * CLIENTS_A_FILE * 8)
         return np.frombuffer(content, "<i8").reshape(2, CLIENTS_A_FILE)
+
+    def checksums(self, positions: Ints, contents: Mapping[str, memoryview]) -> Ints:
+        """Return the checksums of positions of stacks, int64 ``[n]``; `contents` are all their bytes."""
+        names = sorted(set(contents) - {"checksum"})
+        sums = []
+        for position in positions.tolist():
+            value = self._header_checksum
+            for name in names:
+                size = self._kinds[name].size
+                value = crc32(contents[name][position * size : (position + 1) * size], value)
+            sums.append(value)
+        return np.array(sums, dtype=np.int64)
+
+    def whole(self, cells: Ints) -> NDArray[np.bool_]:
+        """Return which cells hold a state as it was written, ``[n]``."""
+        stack = self.empty_stack(len(cells))
+        positions = np.arange(len(cells))
+        contents = {name: bytes_of(tensor) for name, tensor in stack.items()}
+        self.read(cells, positions, contents)
+        stored = stack["checksum"].numpy()
+        fits: NDArray[np.bool_] = self.checksums(positions, contents) == stored
+        return fits
+
+    def _misfit(self, text: str) -> FedkdError:
+        """Return the error for a file of other clients or models, or of nobody's states any more."""
+        is_damaged = not self.whole(np.flatnonzero(self.rounds() != 0)).any()
+        return (DamagedError if is_damaged else FedkdError)(text)
 
     def write_rounds(self, rows: Ints, rounds: Ints) -> None:
         """Write the rounds int64 ``[2, n]`` of both slots of some rows."""
@@ -166,7 +206,7 @@ class SlotFile:
 
     def _some(self, count: int | None) -> int:
         if not count:
-            raise FedkdError(f"{self._path} ends early")
+            raise DamagedError(f"{self._path} ends early")
         return count
 
 
@@ -201,7 +241,7 @@ def file_header(
     Raises:
         FedkdError: a dtype cannot be stored.
     """
-    kinds = {**_BOOKKEEPING, **parameters}
+    kinds = {**_NUMBERS, **parameters}
     names = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, end = {}, 0
@@ -227,10 +267,6 @@ def _kind(entry: Mapping[str, Any]) -> RowType:
     if (slots, clients) != (2, CLIENTS_A_FILE):
         raise ValueError("not two slots per client")
     return RowType(DTYPES[entry["dtype"]], tuple(shape))
-
-
-def _data_size(kinds: Mapping[str, RowType]) -> int:
-    return sum(2 * CLIENTS_A_FILE * kind.size for kind in kinds.values())
 
 
 def _text(metadata: Mapping[str, str]) -> str:

@@ -10,11 +10,12 @@ as comma lists of models repeat with that period. `fedkd.clients.slot_file` desc
 A state is on the disk before `StateFiles.save` returns. A process that dies, or a machine that loses
 power, may leave a broken state in a slot, but never in the one that the instruction started from. The
 server records a round as finished only after its clients' states are written, so no instruction starts
-from a broken state.
+from a broken state. A state that has changed since it was written counts as lost, by its checksum.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,9 @@ import torch
 from torch import Tensor
 
 from fedkd.clients.slot_file import (
+    BOOKKEEPING,
     CLIENTS_A_FILE,
+    DamagedError,
     Ints,
     RowType,
     SlotFile,
@@ -39,8 +42,10 @@ from fedkd.clients.slot_file import (
 )
 from fedkd.clients.states import INITIAL, States
 from fedkd.errors import FedkdError
-from fedkd.records.files import flush_folder
+from fedkd.records.files import flush_folder, make_folder
 from fedkd.training.parameters import State
+
+_logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for a file that another process has locked."""
@@ -51,8 +56,8 @@ class StateFiles:
     """States on disk, for any number of processes at once.
 
     Client k is in ``<folder>/<k % period>-<k // period // CLIENTS_A_FILE>.safetensors``, which holds
-    ``<role>/<name>`` ``[2, CLIENTS_A_FILE, ...]``, and int64 ``round`` and
-    ``digested`` ``[2, CLIENTS_A_FILE]``: two slots a client, round 0 where a slot is empty.
+    ``<role>/<name>`` ``[2, CLIENTS_A_FILE, ...]``, and int64 ``round``, ``digested``, ``kept`` and
+    ``checksum`` ``[2, CLIENTS_A_FILE]``: two slots a client, round 0 where a slot is empty.
 
     Attributes:
         folder: created if it is missing.
@@ -61,6 +66,10 @@ class StateFiles:
 
     folder: Path
     period: int = 1
+
+    def path_of(self, client: int) -> Path:
+        """Return the file that holds a client's states."""
+        return next(self._locations([client])).path
 
     def load(self, bases: Mapping[int, int]) -> States:
         """Return states, on the CPU.
@@ -72,38 +81,54 @@ class StateFiles:
             The states that exist, in the order of `bases`; ``clients`` lists whose.
 
         Raises:
+            FedkdError: a state is damaged, a file cannot be read, or its parameters differ from those of
+                another file.
+        """
+        states, damaged = self.find(bases)
+        for text in damaged.values():
+            raise DamagedError(text)
+        return states
+
+    def find(self, bases: Mapping[int, int]) -> tuple[States, dict[int, str]]:
+        """Return the states that exist and are whole, as `load` does, and which are damaged.
+
+        Returns:
+            The states, and by client in one line why its state is not among them, if it is damaged.
+
+        Raises:
             FedkdError: a file cannot be read, or its parameters differ from those of another file.
         """
         clients = list(bases)
-        base_rounds = np.fromiter(bases.values(), np.int64, len(bases))
-        digested = torch.zeros(len(bases), dtype=torch.int64)
+        rounds = np.fromiter(bases.values(), np.int64, len(bases))
         exists = np.zeros(len(bases), dtype=bool)
         stack: dict[str, Tensor] = {}
+        damaged: dict[int, str] = {}
         for location in self._locations(clients):
             if not location.path.exists():
                 continue
-            with location.opened("read") as file:
-                stored = file.rounds()[:, location.rows]
-                matches = (stored == base_rounds[location.positions]) & (stored != INITIAL)
-                matched = matches.any(0)
-                if not matched.any():
-                    continue
-                if not stack:
-                    stack = file.empty_stack(len(clients))
-                    kinds = row_types(stack)
-                    contents = {n: bytes_of(t) for n, t in [*stack.items(), ("digested", digested)]}
-                file.check(kinds)
-                cells = (matches.argmax(0) * CLIENTS_A_FILE + location.rows)[matched]
-                positions = location.positions[matched]
-                file.read(cells, positions, contents)
-                exists[positions] = True
-        states = States(clients, _by_role(stack), digested.tolist())
+            try:
+                with location.opened("read") as file:
+                    whole, broken = _read(file, location, rounds, stack)
+            except DamagedError as error:
+                damaged |= {clients[position]: str(error) for position in location.positions}
+                continue
+            exists[whole] = True
+            for client in (clients[position] for position in broken):
+                what = f"what client {client} kept of round {bases[client]}"
+                damaged[client] = f"{location.path} is damaged: {what} is not as it was written"
+        numbers = {
+            name: stack.pop(name, torch.zeros(len(clients), dtype=torch.int64)).tolist()
+            for name in BOOKKEEPING
+        }
+        states = States(clients, _by_role(stack), numbers["digested"], numbers["kept"])
         if exists.all():
-            return states
-        return states.rows(np.flatnonzero(exists).tolist())
+            return states, damaged
+        return states.rows(np.flatnonzero(exists).tolist()), damaged
 
     def save(self, states: States, round: int, keep: Mapping[int, int]) -> None:
         """Write states, and delete these clients' older ones except those to keep.
+
+        A damaged file is replaced, and stays beside the new one, as ``<name>.damaged``.
 
         Args:
             states: on any device.
@@ -124,29 +149,16 @@ class StateFiles:
             for name, tensor in model.items()
         }
         kinds = row_types(stack)
-        digested = torch.tensor(states.digested, dtype=torch.int64)
-        contents = {name: bytes_of(t) for name, t in [*stack.items(), ("digested", digested)]}
-        rounds = {"round": bytes_of(torch.full((len(states),), round))}
+        numbers = {"digested": states.digested, "kept": states.kept, "checksum": [0] * len(states)}
+        stack |= {name: torch.tensor(each, dtype=torch.int64) for name, each in numbers.items()}
+        stack["round"] = torch.full((len(states),), round)  # the last, see `_write`
         kept_rounds = np.array([keep[client] for client in states.clients], dtype=np.int64)
         for location in self._locations(states.clients):
-            location.create(kinds)
-            with location.opened("written") as file:
-                file.check(kinds)
-                stored = file.rounds()[:, location.rows]
-                if (stored > round).any():
-                    raise FedkdError(
-                        f"{location.path} already holds states of rounds after {round}: an earlier run "
-                        "had the same name, or this process is left over from a run that has continued "
-                        "without it"
-                    )
-                stays = (stored == kept_rounds[location.positions]) & (stored != round)
-                cells = stays[0] * CLIENTS_A_FILE + location.rows
-                # A partial write must not count as a state: the slot is marked empty until all of it is
-                # written.
-                file.write_rounds(location.rows, np.where(stays, stored, INITIAL))
-                file.write(cells, location.positions, contents)
-                file.write(cells, location.positions, rounds)
-                file.flush()
+            try:
+                _write(location, kinds, stack, kept_rounds)
+            except DamagedError:
+                location.set_aside(kinds)
+                _write(location, kinds, stack, kept_rounds)
 
     def _locations(self, clients: Sequence[int]) -> Iterator[_Location]:
         """Yield the files of clients, with the clients in each."""
@@ -193,7 +205,7 @@ class _Location:
         # Another process may create it at the same time; the second must not replace the first.
         temporary = self.path.with_name(f".{self.path.name}.{token_hex(8)}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             header, size = file_header(kinds, self.metadata)
             with temporary.open("xb") as file:
                 file.write(header)
@@ -209,6 +221,26 @@ class _Location:
             with suppress(OSError):
                 temporary.unlink()
 
+    def set_aside(self, kinds: Mapping[str, RowType]) -> None:
+        """Rename the file, unless another process has replaced it meanwhile."""
+        try:
+            with FileIO(self.path, "r+") as file:
+                _lock(file, shared=False)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                        self._rename_if_damaged(file, kinds)
+        except OSError as error:
+            raise FedkdError(f"{self.path} cannot be replaced: {error.strerror}") from error
+
+    def _rename_if_damaged(self, file: FileIO, kinds: Mapping[str, RowType]) -> None:
+        try:
+            SlotFile(self.path, file, self.metadata).check(kinds)
+        except DamagedError as error:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            _logger.warning("%s: renamed to %s, and replaced", error, aside.name)
+            self.path.replace(aside)
+            flush_folder(self.path.parent)
+
     @contextmanager
     def opened(self, purpose: str) -> Iterator[SlotFile]:
         """Yield the open, locked file, to be ``"read"`` or ``"written"``.
@@ -222,6 +254,73 @@ class _Location:
                 yield SlotFile(self.path, file, self.metadata)
         except OSError as error:
             raise FedkdError(f"{self.path} cannot be {purpose}: {error.strerror}") from error
+
+
+def _read(
+    file: SlotFile, location: _Location, rounds: Ints, stack: dict[str, Tensor]
+) -> tuple[Ints, Ints]:
+    """Read a file's states of some rounds into a stack, which is made if it is empty.
+
+    Returns:
+        The positions of states that are as they were written, and of those that are not.
+
+    Raises:
+        FedkdError: the file's parameters differ from the stack's.
+    """
+    stored = file.rounds()[:, location.rows]
+    matches = (stored == rounds[location.positions]) & (stored != INITIAL)
+    matched = matches.any(0)
+    positions = location.positions[matched]
+    if not len(positions):
+        return positions, positions
+    found = stack or file.empty_stack(len(rounds))
+    file.check(row_types({name: found[name] for name in found if name not in BOOKKEEPING}))
+    contents = {name: bytes_of(tensor) for name, tensor in found.items()}
+    file.read((matches.argmax(0) * CLIENTS_A_FILE + location.rows)[matched], positions, contents)
+    fits = file.checksums(positions, contents) == found["checksum"].numpy()[positions]
+    if fits.any():
+        stack.update(found)
+    return positions[fits], positions[~fits]
+
+
+def _write(
+    location: _Location,
+    kinds: Mapping[str, RowType],
+    stack: Mapping[str, Tensor],
+    kept_rounds: Ints,
+) -> None:
+    """Write a stack's states of the clients of one file.
+
+    Args:
+        location: the file and its clients.
+        kinds: row types of the parameters.
+        stack: the parameters, and the numbers of `BOOKKEEPING`; checksums are set here.
+        kept_rounds: the round of the state to keep, of each state of the stack.
+
+    Raises:
+        FedkdError: see `StateFiles.save`; a `DamagedError` if the file is damaged.
+    """
+    round = int(stack["round"][0])
+    contents = {name: bytes_of(tensor) for name, tensor in stack.items()}
+    location.create(kinds)
+    with location.opened("written") as file:
+        file.check(kinds)
+        stored = file.rounds()[:, location.rows]
+        slots, columns = np.nonzero(stored > round)
+        if file.whole(slots * CLIENTS_A_FILE + location.rows[columns]).any():
+            raise FedkdError(
+                f"{location.path} already holds states of rounds after {round}: an earlier run "
+                "had the same name, or this process is left over from a run that has continued "
+                "without it"
+            )
+        stays = (stored == kept_rounds[location.positions]) & (stored != round)
+        cells = stays[0] * CLIENTS_A_FILE + location.rows
+        stack["checksum"].numpy()[location.positions] = file.checksums(location.positions, contents)
+        # A partial write must not count as a state: the slot is marked empty until all of it is
+        # written.
+        file.write_rounds(location.rows, np.where(stays, stored, INITIAL))
+        file.write(cells, location.positions, contents)
+        file.flush()
 
 
 def _lock(file: FileIO, *, shared: bool) -> None:

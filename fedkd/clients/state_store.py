@@ -31,7 +31,7 @@ class ResidentStates:
     """Client states, of which the stacks used last stay in memory, on their device.
 
     All states are on disk as well, so none is lost with the process, and `take` returns what
-    `StateFiles.load` would return. No other process may use the states of these clients.
+    `StateFiles.find` would return. No other process may use the states of these clients.
 
     Attributes:
         files: all states on disk.
@@ -57,10 +57,10 @@ class ResidentStates:
             device: of the states returned.
 
         Returns:
-            The states that exist, in the order of `bases`; ``clients`` lists whose.
+            The states that exist and are whole, in the order of `bases`; ``clients`` lists whose.
 
         Raises:
-            FedkdError: see `StateFiles.load`.
+            FedkdError: see `StateFiles.find`.
         """
         held: dict[_Held, list[int]] = {}
         missing: dict[int, int] = {}
@@ -75,7 +75,7 @@ class ResidentStates:
             if stack.states.clients == list(bases):
                 self._forget(stack)
                 return stack.states.to(device)
-        loaded = self.files.load(missing)
+        loaded, _ = self.files.find(missing)
         if not held:
             return loaded.to(device)
         for stack in held:  # used just now
@@ -86,6 +86,11 @@ class ResidentStates:
         if len(loaded):
             sources.append((loaded, range(len(loaded))))
         return gather(sources, [client for client in bases if client not in lost], device)
+
+    def why_lost(self, client: int, base: int) -> str:
+        """Return in one line why `take` finds no state of a client's base round."""
+        missing = f"has no state of round {base} to start from"
+        return self.files.find({client: base})[1].get(client, missing)
 
     def put(self, states: States, round: int, keep: Mapping[int, int]) -> None:
         """Write states to disk and keep them in memory; the caller must not modify them afterwards.

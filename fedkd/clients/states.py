@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,11 +22,16 @@ class States:
         models: parameters and buffers ``[K, ...]`` by role and name; clients without a local teacher
             have only a student.
         digested: of each client, the round of the newest knowledge that it has digested.
+        kept: of each client, the mark of the memory that belongs to its state: `memories.mark_of`.
     """
 
     clients: list[int]
     models: dict[str, State]
     digested: list[int]
+    kept: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kept = self.kept or [0] * len(self.clients)
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -38,8 +43,10 @@ class States:
             role: {name: tensor[index.to(tensor.device)] for name, tensor in model.items()}
             for role, model in self.models.items()
         }
-        clients, digested = ([each[i] for i in positions] for each in (self.clients, self.digested))
-        return States(clients, models, digested)
+        clients, digested, kept = (
+            [each[i] for i in positions] for each in (self.clients, self.digested, self.kept)
+        )
+        return States(clients, models, digested, kept)
 
     def to(self, device: torch.device) -> States:
         """Return these states on a device; tensors that are there already are not copied."""
@@ -47,7 +54,7 @@ class States:
             role: {name: tensor.to(device) for name, tensor in model.items()}
             for role, model in self.models.items()
         }
-        return States(self.clients, models, self.digested)
+        return States(self.clients, models, self.digested, self.kept)
 
 
 def concatenated(parts: Sequence[States]) -> States:
@@ -57,7 +64,8 @@ def concatenated(parts: Sequence[States]) -> States:
         for role, model in parts[0].models.items()
     }
     clients = [client for part in parts for client in part.clients]
-    return States(clients, models, [number for part in parts for number in part.digested])
+    digested = [number for part in parts for number in part.digested]
+    return States(clients, models, digested, [bits for part in parts for bits in part.kept])
 
 
 def gather(
@@ -80,6 +88,7 @@ def gather(
         positions = [place[states.clients[row]] for row in rows]
         for row, position in zip(rows, positions, strict=True):
             gathered.digested[position] = states.digested[row]
+            gathered.kept[position] = states.kept[row]
         for role, model in models.items():
             for name, tensor in model.items():
                 source = states.models[role][name]

@@ -52,6 +52,14 @@ def flush_folder(path: Path) -> None:
             os.close(folder)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and force the new entries to disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        flush_folder(folder.parent)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, atomically; NaN and infinity raise `ValueError`, as JSON has neither."""
     replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

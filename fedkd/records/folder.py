@@ -27,6 +27,7 @@ from fedkd.experiment import Experiment, read_toml
 from fedkd.records.files import (
     Row,
     flush_folder,
+    make_folder,
     package_version,
     read_json,
     replace_file,
@@ -102,7 +103,7 @@ class RunFolder:
         """Make a folder with its first files; return whether no other process had made it."""
         part = path.with_name(f".{path.name}.{os.getpid()}-{monotonic_ns()}.part")
         try:
-            part.mkdir(parents=True)
+            make_folder(part)
             begin(cls(part), path.name)
             part.rename(path)  # an empty folder is replaced, one with files is not
             flush_folder(path.parent)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import re
 import resource
 import shutil
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -65,7 +68,8 @@ def drawn(clients: Sequence[int], seed: int, roles: Sequence[Role] = ROLES) -> S
         for role in roles
     }
     digested = torch.randint(2**40, (len(clients),), generator=generator)
-    return States(list(clients), models, digested.tolist())
+    kept = torch.randint(8, (len(clients),), generator=generator)
+    return States(list(clients), models, digested.tolist(), kept.tolist())
 
 
 def marked(clients: Sequence[int], mark: float, size: int = 13) -> States:
@@ -83,6 +87,7 @@ def row(states: States, k: int) -> tuple[Any, ...]:
     """Spell out one client's state: names, dtypes, shapes, bytes."""
     return (
         states.digested[k],
+        states.kept[k],
         *(
             (role, name, tensor.dtype, tensor.shape[1:], to_bytes(tensor[k]))
             for role, model in states.models.items()
@@ -195,8 +200,12 @@ def test_a_file_is_a_safetensors_file_of_two_slots_a_client(tmp_path: Path) -> N
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"first": beginning, "step": "3", "count": "100"}
         tensors = load_file(path)
-        rounds, digested = tensors.pop("round"), tensors.pop("digested")
-        assert rounds.shape == digested.shape == (2, CLIENTS_A_FILE)
+        rounds, digested, kept, checksum = (
+            tensors.pop(name) for name in ("round", "digested", "kept", "checksum")
+        )
+        for numbers in (rounds, digested, kept, checksum):
+            assert (numbers.dtype, numbers.shape) == (torch.int64, (2, CLIENTS_A_FILE))
+        header = path.read_bytes()[8 : 8 + header_of(path)[0]]
         slots = rounds.nonzero().tolist()
         assert sorted(row for _, row in slots) == [0, 1]
         for (slot, at), client in zip(
@@ -204,12 +213,15 @@ def test_a_file_is_a_safetensors_file_of_two_slots_a_client(tmp_path: Path) -> N
         ):
             assert rounds[slot, at] == 7
             expected = row(states, states.clients.index(client))
-            assert digested[slot, at] == expected[0]
+            assert (digested[slot, at], kept[slot, at]) == expected[:2]
+            held = {**tensors, "round": rounds, "digested": digested, "kept": kept}
+            row_bytes = b"".join(to_bytes(held[name][slot, at]) for name in sorted(held))
+            assert checksum[slot, at] == zlib.crc32(header + row_bytes)
             read = [
                 (*name.split("/"), t.dtype, t.shape[2:], to_bytes(t[slot, at]))
                 for name, t in tensors.items()
             ]
-            assert Counter(read) == Counter(expected[1:])
+            assert Counter(read) == Counter(expected[2:])
 
 
 def test_ten_thousand_clients_take_the_space_of_those_that_ran(
@@ -625,6 +637,99 @@ def test_files_of_other_clients_are_refused(tmp_path: Path) -> None:
         StateFiles(tmp_path, period=2).load({2: 1})
 
 
+def header_of(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return a file's header, and its length without the eight bytes that say so."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return length, json.loads(content[8 : 8 + length])
+
+
+def flipped(path: Path, at: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_costs_at_most_its_own_client(tmp_path: Path) -> None:
+    """Wherever it is: no state is ever read as another than was written."""
+    states = drawn([2, 5, 71], 1)
+    expected = spelled(states)
+    store = StateFiles(tmp_path / "whole")
+    for number in (1, 2):
+        store.save(states, number, since(states, number - 1))
+    (path,) = files(tmp_path)
+    whole = path.read_bytes()
+    start = 8 + header_of(path)[0]
+    used = [at for at in range(start, len(whole)) if whole[at]]
+    found: Counter[int] = Counter()
+    for at in [*range(0, start, 7), *used[:: max(1, len(used) // 97)]]:
+        flipped(path, at)
+        try:
+            read, damaged = store.find(since(states, 2))
+        except FedkdError:  # for other clients, by what it says
+            assert at < start
+            read, damaged = States([], {}, []), dict.fromkeys(expected, "")
+        path.write_bytes(whole)
+        assert spelled(read) == {k: expected[k] for k in read.clients}
+        assert set(damaged) <= set(expected) - set(read.clients)
+        found[len(read)] += 1
+        if at < start:
+            assert len(read) == 0
+    assert set(found) == {0, 2, 3}  # the header; a state of round 2; one of round 1
+
+
+def test_a_damaged_state_is_named_and_written_anew(tmp_path: Path) -> None:
+    store = StateFiles(tmp_path)
+    store.save(marked([2, 3], 1), 1, since([2, 3]))
+    (path,) = files(tmp_path)
+    length, header = header_of(path)
+    flipped(
+        path,
+        8 + length + header["student/a"]["data_offsets"][0] + (CLIENTS_A_FILE + 3) * 13 * 4 + 5,
+    )
+    states, damaged = store.find(since([2, 3], 1))
+    assert spelled(states) == spelled(marked([2], 1))
+    reason = f"{path} is damaged: what client 3 kept of round 1 is not as it was written"
+    assert damaged == {3: reason}
+    with pytest.raises(FedkdError, match=re.escape(reason)):
+        store.load(since([2, 3], 1))
+    store.save(marked([3], 2), 2, {3: INITIAL})
+    assert spelled(store.load({2: 1, 3: 2})) == spelled(marked([2], 1)) | spelled(marked([3], 2))
+    assert files(tmp_path) == [path]
+
+
+def test_a_damaged_round_is_not_taken_for_that_of_a_newer_state(tmp_path: Path) -> None:
+    store = StateFiles(tmp_path)
+    store.save(marked([2, 3], 1), 1, since([2, 3]))
+    (path,) = files(tmp_path)
+    at = path.read_bytes().index((1).to_bytes(8, "little") * 2)  # of both clients, side by side
+    flipped(path, at + 3)
+    assert store.find(since([2, 3], 1))[0].clients == [3]
+    store.save(marked([2], 2), 2, {2: INITIAL})
+    assert spelled(store.load({2: 2, 3: 1})) == spelled(marked([2], 2)) | spelled(marked([3], 1))
+
+
+def test_a_file_that_two_processes_find_damaged_is_replaced_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = StateFiles(tmp_path)
+    path = tmp_path / "0-0.safetensors"
+    path.write_bytes(b"rubbish")
+    aside = state_files._Location.set_aside
+
+    def late(*given: Any) -> None:
+        """Do so when another process has done it and has written its state."""
+        monkeypatch.setattr(state_files._Location, "set_aside", aside)
+        StateFiles(tmp_path).save(marked([3], 3), 1, {3: INITIAL})
+        aside(*given)
+
+    monkeypatch.setattr(state_files._Location, "set_aside", late)
+    store.save(marked([2], 2), 1, {2: INITIAL})
+    assert spelled(store.load({2: 1, 3: 1})) == spelled(marked([2], 2)) | spelled(marked([3], 3))
+    assert (tmp_path / "0-0.safetensors.damaged").read_bytes() == b"rubbish"
+
+
 def test_a_system_that_moves_few_bytes_at_a_time_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -642,21 +747,24 @@ def test_a_system_that_moves_few_bytes_at_a_time_is_asked_again(
 
 
 @pytest.mark.parametrize("length", [0, 5, 8, 100, -1])
-def test_a_file_cut_short_is_named(tmp_path: Path, length: int) -> None:
+def test_a_file_cut_short_is_named_and_replaced(tmp_path: Path, length: int) -> None:
     store = StateFiles(tmp_path)
     store.save(marked([2], 1), 1, {2: INITIAL})
     (path,) = files(tmp_path)
-    path.write_bytes(path.read_bytes()[:length])
-    reason = f"{path} (is not a file of client states|has .* bytes instead of)"
+    cut = path.read_bytes()[:length]
+    path.write_bytes(cut)
+    reason = f"{path} (is not a file of client states|has .* bytes instead of|ends early)"
     with pytest.raises(FedkdError, match=reason):
         store.load({2: 1})
-    with pytest.raises(FedkdError, match=reason):
-        store.save(marked([2], 2), 2, {2: 1})
+    store.save(marked([2], 2), 2, {2: 1})
+    assert spelled(store.load({2: 2, 3: 1})) == spelled(marked([2], 2))
+    assert [each.name for each in files(tmp_path)] == [path.name, f"{path.name}.damaged"]
+    assert files(tmp_path)[1].read_bytes() == cut
 
 
 def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"round": torch.zeros(2, 100)}, tmp_path / "0-0.safetensors", {"first": "0"})
-    with pytest.raises(FedkdError, match=r"0-0\.safetensors has \d+ bytes|is for clients first 0,"):
+    with pytest.raises(FedkdError, match=r"0-0\.safetensors is not a file of client states"):
         StateFiles(tmp_path).load({2: 1})
     save_file({"a": torch.zeros(3, 100)}, tmp_path / "0-0.safetensors", {"first": "0"})
     with pytest.raises(FedkdError, match=r"0-0\.safetensors is not a file of client states"):
@@ -682,8 +790,10 @@ def test_a_full_disk_is_named_and_the_base_is_there(tmp_path: Path) -> None:
     store, clients = StateFiles(tmp_path), [2, 71]
     for number in (1, 2):
         store.save(marked(clients, number), number, since(clients, number - 1))
+    length, header = header_of(tmp_path / "0-0.safetensors")
+    between = 8 + length + header["student/a"]["data_offsets"][0] + (CLIENTS_A_FILE + 50) * 13 * 4
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (11_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (between, hard))
     try:
         with pytest.raises(FedkdError, match=r"0-0\.safetensors cannot be written: File too large"):
             store.save(marked(clients, 3), 3, since(clients, 2))
