@@ -44,6 +44,8 @@ def round_line(row: Row, rounds: int) -> str:
     if row["dropped"]:
         reasons = "; ".join(sorted(set(row["dropped"].values())))
         parts.append(f"{len(row['dropped'])} dropped ({reasons})")
+    if again := row.get("enrolled_again"):
+        parts.append(f"enrolled again: {', '.join(map(str, again))}")
     return f"round {row['round']} of {rounds}: {', '.join(parts) or 'not evaluated'}"
 
 

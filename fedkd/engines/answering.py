@@ -103,7 +103,7 @@ def _instructions(deliveries: Delivery, data: FederatedData) -> list[Instruction
 def reply(message: Message, answer: RecordDict | Failure) -> Message:
     """Return a client's answer as the reply to a message."""
     if isinstance(answer, Failure):
-        return error_reply(message, answer.reason)
+        return error_reply(message, answer.reason, is_lost=answer.is_lost)
     return Message(answer, reply_to=message)
 
 

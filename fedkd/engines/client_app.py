@@ -94,7 +94,7 @@ def _carried_out(delivery: Delivery, client: int, context: Context) -> RecordDic
         return Failure(client, _UNSAID)
     if isinstance(answer, Failure):
         _logger.warning("a client failed: %s", one_line(answer.reason))
-        return Failure(client, _UNSAID)
+        return Failure(client, _UNSAID, answer.is_lost)
     return answer
 
 

@@ -49,6 +49,7 @@ class Checkpoint:
         base: by client, the round of the state that it continues from.
         downlink: rows of our soft labels that clients know, where only changes are sent.
         uplink: rows of theirs that we know.
+        enrolled_again: the clients that lost what they kept and began once more like new ones.
         asked: by client, how many rows of soft labels it has been asked for in total.
         rounds_without_quorum: how many in a row, up to and including this one.
         totals: bytes so far, by name.
@@ -64,6 +65,7 @@ class Checkpoint:
     base: dict[int, int] = field(default_factory=dict)
     downlink: KnownRowsByClient = field(default_factory=dict)
     uplink: KnownRowsByClient = field(default_factory=dict)
+    enrolled_again: set[int] = field(default_factory=set)
     asked: dict[int, int] = field(default_factory=dict)
     rounds_without_quorum: int = 0
     totals: dict[str, int] = field(default_factory=dict)
@@ -85,6 +87,19 @@ class Checkpoint:
                 self.downlink[report.client] = sent[report.client]
             if isinstance(report.answer, SoftLabels):
                 self.uplink[report.client] = report.known
+
+    def enrol_again(self, client: int) -> bool:
+        """Let a client begin like a new one, once in a run; return whether it may.
+
+        What it has been asked for so far still counts.
+        """
+        if client in self.enrolled_again:
+            return False
+        self.enrolled_again.add(client)
+        self.base.pop(client, None)
+        self.downlink.pop(client, None)
+        self.uplink.pop(client, None)
+        return True
 
     def check(self, folder: RunFolder, identity: str) -> None:
         """Raise an error if this is the checkpoint of a run that is known by another identity.
@@ -120,6 +135,7 @@ class Checkpoint:
             "trained": self.trained,
             "base": sorted(self.base.items()),
             **listed,
+            "enrolled_again": sorted(self.enrolled_again),
             "asked": sorted(self.asked.items()),
             "lost": self.rounds_without_quorum,
             "totals": self.totals,
@@ -169,6 +185,7 @@ class Checkpoint:
             base=dict(fields["base"]),
             downlink=opened["sent"],
             uplink=opened["heard"],
+            enrolled_again=set(fields["enrolled_again"]),
             asked=dict(fields["asked"]),
             rounds_without_quorum=fields["lost"],
             totals=fields["totals"],

@@ -20,7 +20,7 @@ from fedkd.data.federated import FederatedData
 from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
-from fedkd.federation.flower_internals.replies import failure_reason
+from fedkd.federation.flower_internals.replies import failure_reason, says_lost
 from fedkd.federation.knowledge_records import typed_record
 from fedkd.federation.messages import decode_report
 from fedkd.federation.report_checks import check_report, with_known_numbers
@@ -72,6 +72,8 @@ class Exchange:
         sent: by client, what it has of our soft labels once it has replied.
         reports: the good replies, in order of partition.
         dropped: by client, why the others do not count.
+        lost: those of them that have lost a part of what they are to continue from.
+        enrolled_again: those that therefore begin once more like new clients.
         started: when it began, in seconds of the monotonic clock.
         encoding: seconds spent on encoding and decoding.
         events: counts replies from unknown nodes.
@@ -84,6 +86,8 @@ class Exchange:
     sent: dict[int, KnownRows | None] = field(default_factory=dict)
     reports: list[ClientReport] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
+    enrolled_again: list[int] = field(default_factory=list)
     started: float = field(default_factory=monotonic)
     encoding: float = 0.0
     events: Events = field(default_factory=Events)
@@ -123,6 +127,7 @@ class Exchange:
             elif silent.pop(client, None) is None:
                 self._count(client, reply, None)
                 self.dropped.setdefault(client, "replied twice")
+                self.lost.discard(client)
                 self.reports = [r for r in self.reports if r.client != client]
             else:
                 student = experiment.student_of(client)
@@ -143,6 +148,8 @@ class Exchange:
         """Add a client's report to `reports`, or drop the client."""
         report = None
         try:
+            if says_lost(reply):
+                self.lost.add(client)
             if reply.has_error():
                 raise FedkdError(failure_reason(reply))
             if not reply.has_content():

@@ -72,6 +72,7 @@ class RunRecord:
             "sampled": exchange.sampled,
             "answered": [report.client for report in exchange.reports],
             "dropped": _dropped(exchange),
+            "enrolled_again": exchange.enrolled_again,
             "withheld": _withheld(exchange.reports),
             "accepted": accepted,
             "events": _events_of(exchange),

@@ -222,6 +222,7 @@ class Federation:
             FedkdError: this is the third consecutive round without a quorum, or the strategy fails.
         """
         exchange = self._received(replies)
+        self._enrol_again(exchange)
         digested_round = self._checkpoint.knowledge_round
         accepted = len(exchange.reports) >= self._experiment.quorum
         aggregating = monotonic()
@@ -278,6 +279,14 @@ class Federation:
         for name in self._checkpoint.totals:
             self._checkpoint.totals[name] += counted[name]
         return exchange
+
+    def _enrol_again(self, exchange: Exchange) -> None:
+        """Let clients that have lost what they kept begin from the initial weights, each once."""
+        for client in sorted(exchange.lost & self._checkpoint.base.keys()):
+            if self._checkpoint.enrol_again(client):
+                exchange.enrolled_again.append(client)
+            else:
+                exchange.dropped[client] += "; it was enrolled again before, so it stays dropped"
 
     def _accept(self, exchange: Exchange) -> None:
         """Update the knowledge, and note in the checkpoint what the clients now have."""

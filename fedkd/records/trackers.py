@@ -33,7 +33,7 @@ _GROUPS = {
 }
 """Groups by a part of the field's name: the first that matches; `other` where none does."""
 
-_COUNTED = ("sampled", "answered", "dropped")
+_COUNTED = ("sampled", "answered", "dropped", "enrolled_again")
 """Fields that list clients: their length is logged."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import stat
@@ -12,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from damaging import change
 from executing import K, assert_same_state, new_store, reports, run, state
 from federation_tools import tiny
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fedkd
 from fedkd.clients.instructions import ClientReport, Failure
-from fedkd.clients.slot_file import CLIENTS_A_FILE
 from fedkd.clients.state_files import StateFiles
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL, States
@@ -99,25 +97,6 @@ def stored(kind: str, limit: int) -> tuple[ResidentStates, Path]:
     return store, path
 
 
-def row_of(path: Path, name: str, client: int) -> tuple[int, int]:
-    """Return where a client's tensor of round 1 begins in a file, and its bytes."""
-    with safe_open(path, "pt") as file:
-        slot = file.get_tensor("round")[:, client].tolist().index(1)
-        tensor = file.get_tensor(name)
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    size = tensor[slot, client].numel() * tensor.element_size()
-    start = json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
-    return 8 + length + int(start) + (slot * CLIENTS_A_FILE + client) * size, size
-
-
-def change(path: Path, name: str, client: int) -> None:
-    at, size = row_of(path, name, client)
-    content = bytearray(path.read_bytes())
-    content[at + size // 2] ^= 1
-    path.write_bytes(content)
-
-
 def another(path: Path, calls: torch.Tensor) -> None:
     """Put a file there as we write them, of another run."""
     path.unlink()
@@ -170,7 +149,7 @@ def test_a_lost_memory_is_a_failure_and_never_an_empty_one(damage: str, limit: i
 def test_a_damaged_memory_costs_its_own_client_alone(kind: str, what: str) -> None:
     store, path = stored(kind, K)
     undisturbed, _ = stored(kind, K)
-    change(path, {"tensor": {"own": "kept/calls", "up": "kept/codes"}[kind]}.get(what, what), 1)
+    change(path, {"tensor": {"own": "kept/calls", "up": "kept/codes"}[kind]}.get(what, what), 1, 1)
     results = executed(store, kind, 2)
     reason = {
         "round": f"its memory of round 1 is missing: {path}",

@@ -60,7 +60,7 @@ def watched(folder: Path, name: str, *, resident: bool = False) -> Seen:
     """Run the federation by its public name; if asked, with all clients in memory and in one stack."""
     seen = Seen(None)  # type: ignore[arg-type]  # it is there at the end
     alive: WeakSet[States] = WeakSet()
-    put, load = ResidentStates.put, StateFiles.load
+    put, find = ResidentStates.put, StateFiles.find
 
     def executing(
         data: FederatedData, parts: Sequence[FederationInstructions]
@@ -81,16 +81,16 @@ def watched(folder: Path, name: str, *, resident: bool = False) -> Seen:
         del states
         seen.in_memory[now].append(sum(len(each) for each in alive))
 
-    def loading(self: StateFiles, bases: Mapping[int, int]) -> States:
-        states = load(self, bases)
+    def finding(self: StateFiles, bases: Mapping[int, int]) -> tuple[States, dict[int, str]]:
+        states, damaged = find(self, bases)
         if "memory" not in self.folder.parts:  # what the test brings together at the end
             seen.loaded[len(seen.exchanges)] += len(states)
-        return states
+        return states, damaged
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(answering, "execute_together", executing)
         patch.setattr(ResidentStates, "put", putting)
-        patch.setattr(StateFiles, "load", loading)
+        patch.setattr(StateFiles, "find", finding)
         if resident:
             everything = (ROUNDS + 1) * CLIENTS  # what was overtaken counts until its stack goes
             patch.setattr(engine, "store_of", lambda e, _: answering.store_of(e, everything))

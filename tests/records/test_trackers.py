@@ -40,7 +40,7 @@ def leaves(row: Row) -> dict[str, float]:
             found.update({f"{field}/{key}": number for key, number in value.items()})
         elif isinstance(value, bool | int | float):
             found[field] = float(value)
-    for field in ("sampled", "answered", "dropped"):
+    for field in ("sampled", "answered", "dropped", "enrolled_again"):
         found[field] = len(row[field])
     del found["round"]
     return found

@@ -163,6 +163,9 @@ class Clients:
 
     Their states are in a folder of their own, which goes with them. With `replay` they do not work, and
     say exchange by exchange what they said then.
+
+    Attributes:
+        states: the folder of their states.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class Clients:
         folder = tempfile.mkdtemp(prefix="fedkd-tests-clients-")
         weakref.finalize(self, shutil.rmtree, folder)
         self._honest = in_process.Clients(experiment.replace(name="clients", run_dir=folder))
+        self.states = Path(folder) / "clients" / "clients"
         self._meddle = meddle or (lambda instruction, message, reply: reply)
         self._meddle_hello = meddle_hello or (lambda client, message, reply: reply)
         data = federated_data(experiment)

@@ -12,12 +12,27 @@ from flwr.common.constant import ErrorCode  # noqa: TID251
 from fedkd.errors import one_line
 from fedkd.federation.flower_internals.local_grid import isolated_records
 
+_LOST = 1001
+"""Our own code, far from Flower's: the client has lost a part of what it is to continue from."""
 
-def error_reply(message: Message, failure: Exception | str) -> Message:
-    """Return the reply of a client that failed: code 2, with "ValueError: text" or the text passed."""
+
+def error_reply(message: Message, failure: Exception | str, *, is_lost: bool = False) -> Message:
+    """Return the reply of a client that failed, with "ValueError: text" or the text passed.
+
+    Args:
+        message: to which it replies.
+        failure: why.
+        is_lost: whether it has lost a part of what it is to continue from; see `says_lost`.
+    """
     if isinstance(failure, Exception):
         failure = f"{type(failure).__name__}: {failure}".removesuffix(": ")
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, failure), reply_to=message)
+    code = _LOST if is_lost else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    return Message(Error(code, failure), reply_to=message)
+
+
+def says_lost(reply: Message) -> bool:
+    """Whether a reply says that its client has lost a part of what it is to continue from."""
+    return reply.has_error() and reply.error.code == _LOST
 
 
 def always_reply(

@@ -157,7 +157,9 @@ def of_runs(group: Federations) -> Table:
     title = (
         f"Results of the runs, {count}, {tested_on(first.experiment, first.result['test_size'])}"
     )
-    return from_cells(title, rows, best, [NOTE, *group.notes, *_withholding(group)])
+    return from_cells(
+        title, rows, best, [NOTE, *group.notes, *_withholding(group), *_beginnings(group)]
+    )
 
 
 def _withholding(group: Federations) -> list[str]:
@@ -168,6 +170,19 @@ def _withholding(group: Federations) -> list[str]:
     }
     return [
         f"{name}: clients that withhold their metrics, and are in no mean: {count}."
+        for name, count in counts.items()
+        if count
+    ]
+
+
+def _beginnings(group: Federations) -> list[str]:
+    """Return a note on each method some of whose clients began once more from the initial weights."""
+    counts = {
+        name: max(sum(len(row.get("enrolled_again", [])) for row in run.rounds) for run in runs)
+        for name, runs in group.runs.items()
+    }
+    return [
+        f"{name}: clients that lost what they kept, and began again from the initial weights: {count}."
         for name, count in counts.items()
         if count
     ]
