@@ -90,14 +90,14 @@ def test_a_run_that_is_cut_off_knows_who_was_enrolled_again(tmp_path: Path) -> N
 
     def cut_off(row: Row) -> None:
         happens(row)
-        raise CutOffError
+        if row["round"] in (2, 4):
+            raise CutOffError
 
     experiment = tiny(**KEYS, run_dir=str(folder.parent), name="it")
     with pytest.raises(CutOffError):
         fedkd.run(experiment, [EachRound(cut_off)])
-    for _ in range(ROUNDS - 1):
-        with pytest.raises(CutOffError):
-            resume(folder, [EachRound(cut_off)])
+    with pytest.raises(CutOffError):
+        resume(folder, [EachRound(cut_off)])
     done = resume(folder)
     assert list(map(exact, done.rounds)) == list(map(exact, whole.rounds))
     assert done.client_accuracy == whole.client_accuracy

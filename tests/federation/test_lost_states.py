@@ -12,6 +12,7 @@ from damaging import change, lose
 from exchanges import BAD, HONEST, K
 from federation_tools import ROUGH, Clients, Exchange, Finished, Meddle, open_federation, tiny
 from flwr.app import Message
+from sampling import one_in
 
 from fedkd.clients.instructions import Instruction
 from fedkd.engines import answering, in_process
@@ -117,7 +118,7 @@ LOSSES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", one_in(2, LOSSES))
 def test_who_loses_what_it_kept_is_dropped_and_begins_like_one_that_joins_late(loss: str) -> None:
     kind, happens, reason = LOSSES[loss]
     experiment = experiment_of(kind, 5)
