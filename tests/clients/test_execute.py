@@ -112,6 +112,23 @@ def test_one_clients_lost_state_does_not_touch_the_others(limit: int) -> None:
         assert_same_state(state(store, k, 2), state(other, k, 2))
 
 
+@pytest.mark.parametrize("other", [{"student": "mlp-9"}, {"teacher": "mlp-8"}])
+def test_states_of_other_models_are_another_runs(other: dict[str, Any]) -> None:
+    """They are not taken for lost ones, over which a client would write."""
+    for mine, theirs in ((tiny(), tiny(**other)), (tiny(**other), tiny())):
+        store = new_store(mine, 0)
+        run(theirs, [Revisit()], store=store)
+        (path,) = store.files.folder.glob("*.safetensors")
+        before = path.read_bytes()
+        models = [name for name in (mine.student_of(0), mine.teacher_of(0)) if name != "none"]
+        reason = (
+            f"{path} holds states of other models than {' and '.join(models)}: it is another run's"
+        )
+        results, _ = run(mine, [Revisit()], base=1, round=2, store=store)
+        assert results == [Failure(k, reason) for k in range(K)]
+        assert path.read_bytes() == before
+
+
 # --- In company and alone ------------------------------------------------------------------------
 
 
