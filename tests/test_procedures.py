@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from federation_tools import C, P, execute, federate, tiny
@@ -46,6 +47,18 @@ def count_calls(client: LocalClient, start: float) -> None:
     calls = client.state.get("calls", torch.tensor(start)) + 1
     client.state["calls"] = calls
     client.state["marked"] = torch.arange(len(client.public)) < calls
+
+
+@procedure
+def draw_from_torch(client: LocalClient) -> None:
+    """Draw what depends on who else draws."""
+    client.state["noise"] = torch.rand(3)
+
+
+@procedure
+def draw_from_numpy(client: LocalClient) -> None:
+    """The same."""
+    client.state["noise"] = torch.tensor(np.random.normal(size=3))
 
 
 @procedure
@@ -221,6 +234,8 @@ def test_several_sets_of_labels_are_digested_as_the_one_that_was_chosen(tmp_path
         ([Apply("os:system")], None, "only runs code of"),
         ([Predict(only="marked")], None, "no such tensor"),
         ([Apply(count_calls, {"stop": 1})], None, r"TypeError.*stop"),
+        ([Apply(draw_from_torch)], None, "draws from a global generator .* use client.generator"),
+        ([Apply(draw_from_numpy)], None, "draws from a global generator .* use client.generator"),
     ],
 )
 def test_what_a_client_cannot_do_is_its_failure_and_says_why(

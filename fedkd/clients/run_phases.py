@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from time import monotonic
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fedkd.clients.answers import (
@@ -125,14 +127,25 @@ def _apply(stack: Stack, phase: Apply, position: int) -> None:
     load_public = cache(stack.data.public.whole)  # once for all clients, if any reads it
     for row, memory in enumerate(stack.memories):
         before, client = memory.get("own", {}), _local_client(stack, row, stream, load_public)
-        received = client.received
+        received, generators = client.received, _global_generators()
         procedure(client, **phase.numbers)
+        if not all(map(torch.equal, generators, _global_generators())):
+            raise FedkdError(
+                f"{procedure.import_path} draws from a global generator of PyTorch or numpy, which other "
+                "clients share: use client.generator(purpose)"
+            )
         if client.received is not received:
             check_received(procedure, client.received)
         check_client_state(procedure.import_path, client.state, before)
         if client.received is not None:
             stack.knowledge[row] = client.received
         set_memory(memory, "own", client.state)
+
+
+def _global_generators() -> list[Tensor]:
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    position = torch.tensor(numpy_state["pos"])
+    return [torch.get_rng_state(), torch.as_tensor(numpy_state["key"].astype(np.int64)), position]
 
 
 def _occurrence(stack: Stack, position: int) -> int:

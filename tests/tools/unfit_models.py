@@ -165,6 +165,14 @@ class FailsInTraining(Net):
         return x
 
 
+class TwoOutputs(Net):
+    """Besides its logits, those of an auxiliary head in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits  # type: ignore[return-value]
+
+
 class Frozen(Net):
     def __init__(self, shape: Shape, num_classes: int) -> None:
         super().__init__(shape, num_classes)
@@ -198,6 +206,7 @@ REFUSED: dict[Callable[..., nn.Module], str] = {
     Infinite: r"initial weights 'a.bias' are not finite",
     Diverging: r"loss on real images is not a finite number",
     FailsInTraining: r"fails in training mode on 4 images: IndexError: no such layer \(unfit_models",
+    TwoOutputs: r"it returns tuple in training mode on 4 images: must be logits",
     WithoutParameters: r"neither parameters nor buffers",
 }
 """With what their trial says."""

@@ -125,14 +125,20 @@ class _Trial:
         return module.double() if self._dtype == torch.float64 else module.float()
 
     def _output(self, module: nn.Module, images: Tensor) -> Tensor:
+        where = f"in {'training' if module.training else 'evaluation'} mode on {len(images)} images"
         try:
-            output: Tensor = module(images)
+            output: object = module(images)
         except Exception as error:  # of the user's code
             if self._dtype == torch.float64:
                 raise _NoFloat64 from error
-            mode = "training" if module.training else "evaluation"
-            where = f"in {mode} mode on {len(images)} images"
             raise FedkdError(f"it fails {where}: {error_with_location(error)}") from error
+        if (
+            not isinstance(output, Tensor)
+            or output.shape[:1] != images.shape[:1]
+            or output.ndim != 2
+        ):
+            what = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise FedkdError(f"it returns {what} {where}: must be logits [B, C]")
         return output
 
     # --- The module alone -----------------------------------------------------------------------

@@ -89,10 +89,19 @@ class Steps:
         """
         module = self._build()
         effects = SideEffects(module) if watched else None
+        self._train(module, k, nudged)
+        if effects is not None:
+            effects.check()
+        state = copied(module)
+        with torch.no_grad():
+            images = self._images.batch(self._rows[k])
+            logits = self._call(module.eval(), self._nudge(images) if nudged else images)
+        return module, Result(state, logits)
+
+    def _train(self, module: nn.Module, k: int, nudged: bool) -> None:
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, RATE) if trained else None
-        device = self._images.device
-        index = torch.tensor([k], device=device)
+        index = torch.tensor([k], device=self._images.device)
         block = Block([k], index, [2], [_name(k)], BATCH, False, self._dtype)
         batches = Batches(self._stream, block)
         for tick in range(2):
@@ -107,13 +116,6 @@ class Steps:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        if effects is not None:
-            effects.check()
-        state = copied(module)
-        with torch.no_grad():
-            images = self._images.batch(self._rows[k])
-            logits = module.eval()(self._nudge(images) if nudged else images)
-        return module, Result(state, logits)
 
     def in_cohort(self, plan: Plan) -> list[Result]:
         """Return what two steps of a cohort give for each client."""
