@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import (
     PatchMerging,
     PatchMergingV2,
     SwinTransformerBlock,
     SwinTransformerBlockV2,
 )
+from torchvision.models.vgg import make_layers
 
 C = 7
 Build = Callable[[], nn.Module]
@@ -286,17 +288,25 @@ def _torchvision(name: str, **options: Any) -> Build:
     return lambda: tv.get_model(name, weights=None, num_classes=C, **options)
 
 
-def _narrow(name: str, features: int) -> Build:
+def _narrow(module: nn.Module, features: int) -> nn.Module:
     """Return a classifier of 4,096 units, 100 million weights in float64, as one of 32."""
+    module.classifier = nn.Sequential(
+        *(nn.Dropout(), nn.Linear(features, 32), nn.ReLU(inplace=True), nn.Linear(32, C))
+    )
+    return module
 
-    def build() -> nn.Module:
-        module: nn.Module = tv.get_model(name, weights=None, num_classes=C)
-        module.classifier = nn.Sequential(
-            *(nn.Dropout(), nn.Linear(features, 32), nn.ReLU(inplace=True), nn.Linear(32, C))
-        )
-        return module
 
-    return build
+def _alexnet() -> nn.Module:
+    return _narrow(tv.AlexNet(1), 256 * 36)
+
+
+def _vgg() -> nn.Module:
+    layers = make_layers([8, "M", 16, "M", 32, 32, "M", 32, "M", 32, "M"], batch_norm=True)
+    return _narrow(tv.VGG(layers, 1), 32 * 49)
+
+
+def _bottlenecks(**options: Any) -> Build:
+    return lambda: tv.ResNet(Bottleneck, [1, 1, 1, 1], num_classes=C, **options)
 
 
 def _swin(block: Any, merging: Any) -> Build:
@@ -319,7 +329,7 @@ FAMILIES: Mapping[str, tuple[Build, int]] = {
         lambda: tv.VisionTransformer(32, 8, 2, 2, 16, 31, dropout=0.1, num_classes=C),
         32,
     ),
-    "alexnet": (_narrow("alexnet", 256 * 36), 64),
+    "alexnet": (_alexnet, 64),
     "convnext": (_convnext, 32),
     "densenet": (_torchvision("densenet121"), 32),
     "efficientnet": (_torchvision("efficientnet_b0"), 32),
@@ -336,14 +346,13 @@ FAMILIES: Mapping[str, tuple[Build, int]] = {
     "regnet x": (_torchvision("regnet_x_400mf"), 32),
     "regnet y": (_torchvision("regnet_y_400mf"), 32),
     "resnet": (_torchvision("resnet18"), 32),
-    "resnext": (_torchvision("resnext50_32x4d"), 32),
+    "resnext": (_bottlenecks(groups=32, width_per_group=4), 32),
     "shufflenet": (_torchvision("shufflenet_v2_x0_5"), 32),
     "squeezenet": (_torchvision("squeezenet1_1"), 32),
     "swin": (_swin(SwinTransformerBlock, PatchMerging), 32),
     "swin v2": (_swin(SwinTransformerBlockV2, PatchMergingV2), 32),
-    "vgg": (_narrow("vgg11", 512 * 49), 32),
-    "wide resnet": (_torchvision("wide_resnet50_2"), 32),
+    "vgg": (_vgg, 32),
+    "wide resnet": (_bottlenecks(width_per_group=128), 32),
 }
-"""The smallest member of each family of torchvision, with the height of its images. Of ViT and MaxViT,
-for which 32x32 is too small, and of ConvNeXt and Swin, whose smallest has 28 million weights, a smaller
-one."""
+"""The smallest member of each family of torchvision, with the height of its images; a smaller one where
+that has over 10 million weights, or 32x32 is too small for it (ViT, MaxViT)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,8 @@ class _Trial:
 
     def __init__(self, build: Callable[[], nn.Module], images: Images, dtype: torch.dtype) -> None:
         self._build, self._dtype = build, dtype
-        self._start = copied(self._new())
+        self._untouched = self._built()
+        self._start = copied(self._untouched)
         self._steps = Steps(self._new, self._output, images, dtype)
         self.rounding = 0.0
 
@@ -96,10 +98,10 @@ class _Trial:
         self._check_initial_weights()
         remark = self._check_evaluation()
         plain = self._plain()
-        nudged = self._steps.plain(0, nudged=True)[1]
-        self.rounding = self._steps.rounding(plain[0], nudged)
-        tolerated = self._steps.tolerated(plain[0], nudged)
-        name = difference(self._steps.in_cohort(Plan(stacked=False)), plain, tolerated)
+        nudged = [self._steps.plain(k, nudged=True)[1] for k in range(CLIENTS)]
+        self.rounding = max(map(self._steps.rounding, plain, nudged))
+        tolerances = list(map(self._steps.tolerated, plain, nudged))
+        name = difference(self._steps.in_cohort(Plan(stacked=False)), plain, tolerances)
         if name:
             raise FedkdError(
                 f"after two steps its {name} differ from plain PyTorch: fedkd puts parameters and "
@@ -113,16 +115,23 @@ class _Trial:
             )
         layer = layers[0] or layers[1]
         why = f"{layer} lets the images of a batch affect each other" if layer else ""
-        why = why or self._why_not_stacked(plain, tolerated)
+        why = why or self._why_not_stacked(plain, tolerances)
         return Verdict(why, remark.removeprefix("; "))
 
-    def _new(self) -> nn.Module:
-        """Return the model with the same initial weights every time."""
+    def _built(self) -> nn.Module:
+        """Return the model, built with the same seed every time."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key("trial"))
             module = self._build()
         # Not `to`, which makes complex tensors real.
         return module.double() if self._dtype == torch.float64 else module.float()
+
+    def _new(self) -> nn.Module:
+        """Return a copy of the model as it was built, which takes less time than drawing weights."""
+        try:
+            return deepcopy(self._untouched)
+        except Exception:  # some of the user's attributes cannot be copied
+            return self._built()
 
     def _output(self, module: nn.Module, images: Tensor) -> Tensor:
         where = f"in {'training' if module.training else 'evaluation'} mode on {len(images)} images"
@@ -146,10 +155,10 @@ class _Trial:
     def _check_initial_weights(self) -> None:
         if not self._start:
             raise FedkdError("it has neither parameters nor buffers")
-        for name, _ in self._new().named_parameters():
+        for name, _ in self._untouched.named_parameters():
             if not bool(self._start[name].isfinite().all()):
                 raise FedkdError(f"its initial weights '{name}' are not finite numbers")
-        again = copied(self._new())
+        again = copied(self._built())
         for name, tensor in self._start.items():
             if not equal(tensor, again[name]):
                 raise FedkdError(
@@ -202,7 +211,7 @@ class _Trial:
             return coupled_layer(self._new().train(training), self._steps.batch())
         return ""
 
-    def _why_not_stacked(self, plain: list[Result], tolerated: dict[str, float]) -> str:
+    def _why_not_stacked(self, plain: list[Result], tolerances: list[dict[str, float]]) -> str:
         """Return why the model must not be stacked; empty if it may be."""
         module = self._new()
         on_cpu = self._steps.batch().device.type == "cpu"
@@ -210,7 +219,7 @@ class _Trial:
             return "a stack of models of its size gains nothing on a CPU"
         try:
             results = self._steps.in_cohort(Plan(stacked=True, block=CLIENTS))
-            name = difference(results, plain, tolerated)
+            name = difference(results, plain, tolerances)
         except Exception as error:  # of the user's code under vmap
             return f"vmap refuses it: {one_line(error)}"
         return f"stacked, its {name} differ from plain PyTorch" if name else ""

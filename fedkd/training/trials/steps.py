@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedkd.data.images import Images
 from fedkd.errors import FedkdError
 from fedkd.losses import ce
+from fedkd.randomness import draws, key
 from fedkd.training.batches import Batches, BatchStream, Block
 from fedkd.training.cohort import Cohort
 from fedkd.training.needs import is_trainable
@@ -158,14 +159,22 @@ class Steps:
         return {n: (t - self._start[n]).nan_to_num(0, 0, 0) for n, t in state.items()}
 
     def _nudge(self, images: Tensor) -> Tensor:
-        signs = torch.arange(images.numel(), device=images.device).reshape(images.shape) % 2 * 2 - 1
-        return images * (1 + _NUDGE[self._dtype] * signs.to(images.dtype))
+        signs = draws(torch.tensor(key("nudge")), images.numel()).reshape(images.shape) % 2 * 2 - 1
+        return images * (1 + _NUDGE[self._dtype] * signs.to(images))
 
 
-def difference(results: list[Result], plain: list[Result], tolerated: dict[str, float]) -> str:
-    """Return what differs most, in words; empty if all differences are tolerated."""
+def difference(
+    results: list[Result], plain: list[Result], tolerances: list[dict[str, float]]
+) -> str:
+    """Return what differs most, in words; empty if all differences are tolerated.
+
+    Args:
+        results: of each client.
+        plain: likewise, in plain PyTorch.
+        tolerances: of each client, see `Steps.tolerated`.
+    """
     largest: dict[str, float] = {}
-    for result, expected in zip(results, plain, strict=True):
+    for result, expected, tolerated in zip(results, plain, tolerances, strict=True):
         pairs = {"": (result.logits, expected.logits)}
         pairs |= {n: (result.state[n], t) for n, t in expected.state.items()}
         for name, (value, wanted) in pairs.items():
