@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ Row = dict[str, Any]
 """One round's record; `docs/records.md` is the glossary of its fields."""
 
 
+@cache  # reading it takes milliseconds, and a run asks for six
 def package_version(name: str) -> str:
     """Return an installed package's version, or ``"not installed"``: fedkd itself in a bare checkout."""
     try:

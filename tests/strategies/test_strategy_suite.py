@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sampling import one_in
 
 from fedkd.knowledge import SoftLabels, Weights
 from fedkd.losses import Term
@@ -19,16 +21,38 @@ from fedkd.testing.bench import Bench
 
 NAMES = list(strategies())
 RULE = ("types", "order", "alone", "simplex", "equal", "pure")
+QUICK = [check.name for check in CHECKS][: [check.name for check in CHECKS].index("rounds")]
+"""Checks that run no federation: `make test` has these of all strategies, the others of one in three."""
 
 
-def on_one_worker(name: str) -> Any:
-    """Keep a strategy's checks together, as they are run once."""
-    return pytest.param(name, marks=pytest.mark.xdist_group(f"suite-{name}"))
+def cases() -> Iterator[Any]:
+    """Yield strategies with the names of checks; those of a strategy stay on one worker, to run once."""
+    for param in one_in(3, NAMES):
+        (name,) = param.values
+        group = pytest.mark.xdist_group(f"suite-{name}")
+        for check in CHECKS:
+            marks = [] if check.name in QUICK else param.marks
+            yield pytest.param(name, check.name, marks=[group, *marks])
 
 
-@cache
-def findings(name: str) -> dict[str, CheckResult]:
-    return {finding.check: finding for finding in examine(strategies()[name]())}
+class Examination:
+    """A strategy's checks, each run when it is asked for, after those before it."""
+
+    def __init__(self, strategy: DistillationStrategy) -> None:
+        self._running = examine(strategy)
+        self._done: dict[str, CheckResult] = {}
+
+    def result(self, check: str) -> CheckResult:
+        while check not in self._done:
+            result = next(self._running)
+            self._done[result.check] = result
+        return self._done[check]
+
+
+@pytest.fixture(scope="module")
+def examined() -> Callable[[str], Examination]:
+    """Return what gives the examination of a strategy, of which there is one while this module runs."""
+    return cache(lambda name: Examination(strategies()[name]()))
 
 
 def brings_code(strategy: DistillationStrategy) -> bool:
@@ -53,12 +77,11 @@ def does_not_apply(check: str, strategy: DistillationStrategy) -> bool:
     }.get(check, False)
 
 
-@pytest.mark.parametrize("check", [check.name for check in CHECKS])
-@pytest.mark.parametrize("name", [on_one_worker(name) for name in NAMES])
-def test_a_strategy_passes(name: str, check: str) -> None:
-    finding = findings(name)[check]
-    expected = "not applicable" if does_not_apply(check, strategies()[name]()) else "passed"
-    assert finding.result == expected, str(finding)
+@pytest.mark.parametrize(("name", "check"), [*cases()])
+def test_a_strategy_passes(examined: Callable[[str], Examination], name: str, check: str) -> None:
+    result = examined(name).result(check)
+    applies = not does_not_apply(check, strategies()[name]())
+    assert result.result == ("passed" if applies else "not applicable"), str(result)
 
 
 @pytest.mark.slow
