@@ -469,6 +469,7 @@ def test_a_pipe_gets_no_control_codes_and_ctrl_c_is_one_line() -> None:
     assert Path("runs/long/rounds.jsonl").read_text().startswith('{"round": 1')
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_exec_ends_a_module_with_130_too(here: Path) -> None:
     """Where dataclasses make their methods: Python then marks the process as ended by the signal."""
     (here / "interrupted.py").write_text('exec("raise KeyboardInterrupt")\n')

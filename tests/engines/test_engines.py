@@ -142,22 +142,19 @@ def assert_same_row(got: Row, expected: Row) -> None:
             assert got[name] == expected[name], name
 
 
-ON_RAY = ("FedMD-mixed",)
-"""Cases that run on Ray in `make test`; `test_strategy_suite.py` has others, `make test-slow` all."""
+QUICK = "FedMD-mixed"
+"""The case of `make test`; `make test-slow` has all."""
+
+
+def slow(case: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (case != QUICK)
 
 
 @pytest.mark.parametrize(
     ("case", "engine"),
     [
-        ("CFD", "cohort"),
-        ("FedMD-mixed", "cohort"),
-        *(
-            pytest.param(
-                *(case, "flower"),
-                marks=[pytest.mark.ray, *[pytest.mark.slow] * (case not in ON_RAY)],
-            )
-            for case in CASES
-        ),
+        *(pytest.param(case, "cohort", marks=slow(case)) for case in ("CFD", QUICK)),
+        *(pytest.param(case, "flower", marks=[pytest.mark.ray, *slow(case)]) for case in CASES),
     ],
 )
 def test_both_engines_give_the_same_run(
@@ -191,18 +188,18 @@ def assert_same_result(got: Run, expected: Run) -> None:
     assert got.result["client_own_accuracy"] == expected.result["client_own_accuracy"]
 
 
-def test_the_cases_are_worth_comparing() -> None:
+@pytest.mark.parametrize("case", [pytest.param(case, marks=slow(case)) for case in CASES])
+def test_a_case_is_worth_comparing(case: str) -> None:
     """Clients differ, rounds differ, and knowledge is digested."""
-    for case in CASES:
-        found = reference(case)
-        accuracies = [row["client_accuracy_after_revisit"] for row in found.run.rounds]
-        assert len({tuple(row) for row in accuracies}) > 1, case
-        assert len({value for row in accuracies for value in row}) > 2, case
-        if CASES[case]["strategy"] not in ("FedAvg", "FedProto"):
-            assert all("loss_digest" in row for row in found.run.rounds[1:])
-            first, second = found.answers[0]["values"], found.answers[1]["values"]
-            assert not torch.equal(first, second)
-            assert not torch.equal(first[0], first[1])
+    found = reference(case)
+    accuracies = [row["client_accuracy_after_revisit"] for row in found.run.rounds]
+    assert len({tuple(row) for row in accuracies}) > 1
+    assert len({value for row in accuracies for value in row}) > 2
+    if CASES[case]["strategy"] not in ("FedAvg", "FedProto"):
+        assert all("loss_digest" in row for row in found.run.rounds[1:])
+        first, second = found.answers[0]["values"], found.answers[1]["values"]
+        assert not torch.equal(first, second)
+        assert not torch.equal(first[0], first[1])
 
 
 def test_the_engine_in_this_process_knows_nothing_of_ray() -> None:

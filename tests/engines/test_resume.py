@@ -19,6 +19,7 @@ import pytest
 import torch
 from federation_tools import tiny
 from killing import Killers
+from sampling import one_in
 
 import fedkd
 from fedkd.cli import main
@@ -220,6 +221,7 @@ def test_ctrl_c_finishes_the_round_and_names_how_to_go_on(tmp_path: Path) -> Non
     assert Checkpoint.load(tmp_path / "runs/it").round == int(match[1])
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     """In the middle of a round that would take hours."""
     write_config(tmp_path)
@@ -484,7 +486,7 @@ def untimed_rows(folder: Path) -> list[Any]:
     return [untimed(row) for row in Run.load(folder).rounds]
 
 
-@pytest.mark.parametrize("seeds", [[5, 3], [5]])
+@pytest.mark.parametrize("seeds", one_in(2, [[5, 3], [5]]))
 def test_a_sweep_that_is_interrupted_goes_on(tmp_path: Path, seeds: list[int]) -> None:
     """Two seeds train side by side; one trains alone."""
     experiment = tiny(num_server_rounds=3, strategy="DSFL", partition_seed=2, plan="stacked")

@@ -62,6 +62,9 @@ TINY = fedkd.Experiment(
     device="cpu",
 )
 
+QUICK = TINY.replace(num_server_rounds=1, local_epochs=1, distill_epochs=1)
+"""The same where nothing needs to be learnt."""
+
 Floats = NDArray[np.float64]
 
 
@@ -343,7 +346,7 @@ def test_a_torch_export_holds_no_pickle_and_no_path_of_this_machine(
 
 
 @needs_onnx
-@pytest.mark.parametrize("to", ["onnx", "int8"])
+@pytest.mark.parametrize("to", one_in(2, ["int8", "onnx"]))  # integers are made of an ONNX file
 def test_an_onnx_file_is_whole_and_says_nothing_of_this_machine(
     finished: Run, tmp_path: Path, to: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +360,7 @@ def test_an_onnx_file_is_whole_and_says_nothing_of_this_machine(
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_int8_takes_a_quarter_of_the_weights(tmp_path: Path) -> None:
     sizes = {}
     pixels = torch.zeros((3, *COLOUR), dtype=torch.uint8)
@@ -400,7 +404,7 @@ def test_each_client_and_its_teacher_are_told_apart(finished: Run) -> None:
 
 
 def test_where_weights_are_shared_all_clients_are_one(tmp_path: Path) -> None:
-    run = fedkd.run(TINY.replace(strategy="FedAvg", teacher="none", run_dir=str(tmp_path)))
+    run = fedkd.run(QUICK.replace(strategy="FedAvg", teacher="none", run_dir=str(tmp_path)))
     first, last = find(run.path, client=0).state, find(run.path, client=2).state
     assert all(torch.equal(first[name], last[name]) for name in first)
     done = export(run.path)
@@ -411,14 +415,14 @@ def test_where_weights_are_shared_all_clients_are_one(tmp_path: Path) -> None:
 
 def test_mixed_and_own_models(tmp_path: Path) -> None:
     names = "mlp-7,test_export:odd"
-    run = fedkd.run(TINY.replace(student=names, teacher="none", run_dir=str(tmp_path)))
+    run = fedkd.run(QUICK.replace(student=names, teacher="none", run_dir=str(tmp_path)))
     done = export(run.path, client=1)
     assert done.card["model"]["architecture"] == "test_export:odd"
     assert done.accuracy == run.client_accuracy[1]
 
 
 def test_a_fold_is_not_called_a_test_set(tmp_path: Path) -> None:
-    run = fedkd.run(TINY.varied(fold="2/3", run_dir=str(tmp_path)))
+    run = fedkd.run(QUICK.varied(fold="2/3", run_dir=str(tmp_path)))
     done = export(run.path)
     assert done.accuracy == run.client_accuracy[0]
     assert done.card["accuracy"]["images"] == run.result["test_size"]
@@ -446,12 +450,10 @@ def test_calibration_sees_training_and_public_images_alone(finished: Run) -> Non
 # --- Central runs ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def central(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+@pytest.fixture(scope="module")
+def central(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """A central run of two seeds, and the models that were put into its folder."""
-    run = fedkd.central(
-        TINY.replace(run_dir=str(tmp_path), local_epochs=1, distill_epochs=1), [3, 5]
-    )
+    run = fedkd.central(QUICK.replace(run_dir=str(tmp_path_factory.mktemp("central"))), [3, 5])
     assert run.path is not None
     tensors = {}
     torch.manual_seed(2)
@@ -486,7 +488,8 @@ def test_a_central_runs_models_are_told_apart(
 
 
 def test_a_central_run_keeps_the_models_of_its_record(tmp_path: Path) -> None:
-    run = fedkd.central(TINY.replace(run_dir=str(tmp_path)), [3, 5])
+    quick = TINY.replace(distill_epochs=3, batch_size=61, run_dir=str(tmp_path))
+    run = fedkd.central(quick, [3, 5])
     assert run.path is not None
     for model, recorded in (
         ("teacher", run.teacher_accuracies),
@@ -546,8 +549,8 @@ def test_a_client_without_a_teacher_has_none(copied: Path) -> None:
         export(copied, model="teacher")
 
 
-def test_central_runs_have_seeds(central: tuple[Path, dict[str, Tensor]]) -> None:
-    folder, _ = central
+def test_central_runs_have_seeds(central: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(central[0], tmp_path / "copy"))
     for arguments, text in (
         ({"client": 0}, "client = 0: a central run has no clients"),
         ({"seed": 4}, "seed = 4: this run has seeds 3, 5"),
@@ -592,7 +595,7 @@ def test_changed_code_is_noticed(copied: Path) -> None:
 
 def test_a_model_that_no_graph_can_hold_is_named(tmp_path: Path) -> None:
     own = "test_export:deciding"
-    run = fedkd.run(TINY.replace(student=own, teacher="none", plan="loop", run_dir=str(tmp_path)))
+    run = fedkd.run(QUICK.replace(student=own, teacher="none", plan="loop", run_dir=str(tmp_path)))
     with pytest.raises(
         fedkd.FedkdError, match=rf"to = 'torch-export': the student '{own}': .*any "
     ):
@@ -791,7 +794,7 @@ PAGE = DOCS / "export.md"
 def test_the_snippets_of_the_docs_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fedkd.run(TINY.replace(dataset="mnist-5k", train_size=500, run_dir=str(tmp_path)))
+    run = fedkd.run(QUICK.replace(dataset="mnist-5k", train_size=500, run_dir=str(tmp_path)))
     outputs = {"torch-export": "student.pt2", "onnx": "student.onnx", "int8": "student.int8.onnx"}
     exports = [export(run.path, to, output=tmp_path / name) for to, name in outputs.items()]
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from sampling import one_in
 
 import fedkd
 from fedkd.experiment import Experiment
@@ -118,13 +117,25 @@ def named(keys: dict[str, Any]) -> str:
 # --- Real runs ------------------------------------------------------------------------------------
 
 
+def takes_a_moment(keys: dict[str, Any]) -> bool:
+    return keys.get("strategy") in ("FedAvg", "LocalOnly") or keys == ONCE
+
+
+def slow_if(is_slow: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * is_slow
+
+
 def _each_seed() -> Iterator[Any]:
-    """One seed, and where a run takes a moment two more; but for the first of a kind they are slow."""
-    kinds: set[str] = set()
+    """One seed, and where a run takes a moment two more, which are slow.
+
+    So are the runs that take longer, but for the first of a kind of which no other takes a moment.
+    """
+    kinds = {kind for kind, keys in FAILING if takes_a_moment(keys)} | {"tau-too-soft"}
     for kind, keys in FAILING:
-        yield pytest.param(kind, keys, 0, marks=[pytest.mark.slow] * (kind in kinds))
+        is_quick = takes_a_moment(keys)
+        yield pytest.param(kind, keys, 0, marks=slow_if(kind in kinds and not is_quick))
         kinds.add(kind)
-        if keys.get("strategy") == "FedAvg" or keys == ONCE:
+        if is_quick:
             yield from (pytest.param(kind, keys, s, marks=pytest.mark.slow) for s in (1, 2))
 
 
@@ -140,7 +151,14 @@ def test_a_run_made_to_fail_says_how(
     assert changed != run.experiment  # what is suggested can be done, and changes something
 
 
-@pytest.mark.parametrize(("kind", "keys"), one_in(2, FAILING_CENTRALLY), ids=str)
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        pytest.param(kind, keys, marks=slow_if(kind not in ("student-too-small", "too-few-epochs")))
+        for kind, keys in FAILING_CENTRALLY
+    ],
+    ids=str,
+)
 def test_a_central_run_made_to_fail_says_how(
     kind: str, keys: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -150,11 +168,8 @@ def test_a_central_run_made_to_fail_says_how(
 @pytest.mark.parametrize(
     "keys",
     [
-        *HEALTHY[::3],
-        *(
-            pytest.param(keys, marks=pytest.mark.slow)
-            for keys in [*HEALTHY[1::3], *HEALTHY[2::3], *MORE_HEALTHY]
-        ),
+        *(pytest.param(k, marks=slow_if(bool(k) and not takes_a_moment(k))) for k in HEALTHY),
+        *(pytest.param(keys, marks=pytest.mark.slow) for keys in MORE_HEALTHY),
     ],
     ids=named,
 )
@@ -164,10 +179,7 @@ def test_a_healthy_run_says_nothing(keys: dict[str, Any], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        HEALTHY_CENTRALLY[0],
-        *(pytest.param(keys, marks=pytest.mark.slow) for keys in HEALTHY_CENTRALLY[1:]),
-    ],
+    [pytest.param(keys, marks=slow_if(bool(keys))) for keys in HEALTHY_CENTRALLY],
     ids=named,
 )
 def test_a_healthy_central_run_says_nothing(keys: dict[str, Any], tmp_path: Path) -> None:
@@ -189,8 +201,8 @@ def test_the_suggestion_helps(bad: dict[str, Any], tmp_path: Path) -> None:
 def test_a_run_that_was_not_saved_and_one_without_the_newer_records_say_nothing(
     tmp_path: Path,
 ) -> None:
-    keys = {"student": "mlp-1", "dataset": "digits"}
-    experiment = Experiment(**{**BASE, **CENTRAL, **keys})
+    keys = {"student": "mlp-1", "dataset": "digits", "strategy": "FedAvg"}
+    experiment = Experiment(**{**BASE, **CENTRAL, **ONCE, **keys})
     assert findings(fedkd.central(experiment, save=False)) == []
     run = federated(tmp_path, keys)
     assert [each.kind for each in findings(run)] == ["student-too-small"]

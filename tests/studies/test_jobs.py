@@ -56,12 +56,12 @@ def test_several_at_once_give_the_numbers_of_one_after_another(tmp_path: Path) -
     at_once = fedkd.compare(
         EXPERIMENT.replace(run_dir=str(tmp_path / "two")),
         METHODS,
-        [0, 1],
+        [0],
         jobs=2,
         progress=lambda text, share: told.append((text, share)),
     )
     assert not makers(os.getpid())
-    alone = fedkd.compare(EXPERIMENT.replace(run_dir=str(tmp_path / "one")), METHODS, [0, 1])
+    alone = fedkd.compare(EXPERIMENT.replace(run_dir=str(tmp_path / "one")), METHODS, [0])
     assert numbers(at_once) == numbers(alone)
     assert re.fullmatch(
         r"2 runs at once, each with 1 thread: a run takes \d\.\d GB of memory, [\d.]+ GB are free",
@@ -70,8 +70,8 @@ def test_several_at_once_give_the_numbers_of_one_after_another(tmp_path: Path) -
     assert alone.remark is None
     shares = [share for _, share in told]
     assert shares == sorted(shares)
-    assert told[0] == ("central baseline (0 of 5 done)", 0.0)  # alone, to be measured
-    assert told[-1] == ("5 of 5 done", 1.0)
+    assert told[0] == ("central baseline (0 of 3 done)", 0.0)  # alone, to be measured
+    assert told[-1] == ("3 of 3 done", 1.0)
     together = {text for text, _ in told if ";" in text}
     assert together
     assert all(text.count("; ") == 1 for text in together)
@@ -114,6 +114,7 @@ fedkd.compare(experiment, ["local", "fedavg", "fedprox"], jobs=3)
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     experiment = EXPERIMENT.replace(run_dir=str(runs))
