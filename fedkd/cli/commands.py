@@ -16,6 +16,7 @@ from cyclopts.exceptions import CycloptsError
 
 from fedkd.cli import looking, running
 from fedkd.cli.usage import usage
+from fedkd.engines.interrupts import Termination, on_sigterm
 from fedkd.errors import FedkdError, printable
 from fedkd.records.files import package_version
 
@@ -47,13 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: with 2 for an error the user can fix and with 130 for Ctrl-C, each after one line on
-            stderr. Any other exception is a bug in fedkd and comes with its traceback.
+        SystemExit: with 2 for an error the user can fix, with 130 for Ctrl-C and with 143 for SIGTERM,
+            each after one line on stderr. Any other exception is a bug in fedkd and comes with its
+            traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without τ still gets its table
     tokens = sys.argv[1:] if argv is None else list(argv)
+    with on_sigterm() as termination:
+        _run(tokens, termination)
+
+
+def _run(tokens: Sequence[str], termination: Termination) -> None:
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except FedkdError as error:
@@ -64,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # An interrupt inside exec() of a string (dataclasses make their methods so) marks the process:
         # `python -m` would then end by the signal instead of 130. Another exec() takes the mark away.
         exec("")
-        _exit(str(interrupt) or "interrupted", 130)
+        _exit(str(interrupt) or "interrupted", 143 if termination.requested else 130)
 
 
 def _exit(text: str, code: int) -> NoReturn:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from fedkd.cli.presets import PRESETS, preset
+from fedkd.engines.ray_leftovers import remove_leftovers
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment, read_toml
 from fedkd.keys import AUTO, accepted, kebab
@@ -150,6 +151,7 @@ class _Start:
             sources = [(resumed, begun(resumed).flat()), *sources]
         try:
             experiment = Experiment.load(*sources)
+            remove_leftovers()
             yield experiment.smoke(*self._flags()) if self.smoke else experiment
         except FedkdError as error:
             raise error.with_sources(_origins(sources)) from error

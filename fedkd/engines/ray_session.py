@@ -12,10 +12,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
+from fedkd.engines.interrupts import keeping_sigterm
+from fedkd.engines.ray_leftovers import VARIABLE, own_folder
 from fedkd.errors import FedkdError, one_line
 from fedkd.federation.flower_internals.backend import quiet, replaced
 
@@ -71,10 +74,12 @@ class RaySession:
         ray: the module.
         nodes: the machines that Ray had when it last answered: resources by id.
         gone: ids of those that it had before.
+        folder: of a Ray that is started here.
     """
 
-    def __init__(self, ray: Any) -> None:
+    def __init__(self, ray: Any, folder: Path | None = None) -> None:
         self.ray = ray
+        self.folder = folder
         self.nodes: dict[str, dict[str, float]] = {}
         self.gone: frozenset[str] = frozenset()
         self._lock = Lock()
@@ -97,7 +102,7 @@ class RaySession:
         """
         try:
             # Linux ends Ray's processes with the thread that started them, so it has to stay.
-            _in_thread(init, afterwards=self._ended.wait).result(timeout)
+            _in_thread(keeping_sigterm(init), afterwards=self._ended.wait).result(timeout)
         except TimeoutError as error:
             raise FedkdError(f"{what} (no answer in {timeout:g} s)") from error
         except (Exception, SystemExit) as error:  # Ray has many
@@ -182,9 +187,15 @@ class RaySession:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
-def local_ray(verbose: bool = False) -> dict[str, Any]:
-    """Return the arguments of `ray.init` that start Ray on this machine, for this process only."""
+def local_ray(folder: Path | None, verbose: bool = False) -> dict[str, Any]:
+    """Return the arguments of `ray.init` that start Ray on this machine, for this process only.
+
+    Args:
+        folder: of the session.
+        verbose: whether Ray logs.
+    """
     return {
+        "_temp_dir": str(folder),
         "address": "local",  # even if RAY_ADDRESS is set
         "include_dashboard": False,
         **ray_log(verbose),
@@ -205,10 +216,11 @@ def ray_session(
     Args:
         threads: Threads that the libraries of the worker processes may use.
         verbose: Whether Flower and Ray log.
-        joins: Whether a cluster is joined. Otherwise only this machine reaches Ray.
+        joins: Whether a cluster is joined. Otherwise only this machine reaches Ray, and what is left
+            of it afterwards is ended and removed.
 
     Raises:
-        FedkdError: Ray already runs in this process.
+        FedkdError: Ray already runs in this process, or has no place for its files.
     """
     # As Flower does: under `uv run` Ray would ship the working folder to every worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -216,13 +228,26 @@ def ray_session(
 
     if ray.is_initialized():
         raise FedkdError("Ray already runs in this process: call ray.shutdown() first")
-    session = RaySession(ray)
-    reach = nullcontext() if joins else _on_loopback()
-    with _environment(_worker_environment(threads)), _silence(verbose), reach:
+    with ExitStack() as stack:
+        stack.enter_context(_silence(verbose))
+        folder = None if joins else stack.enter_context(_folder())
+        stack.enter_context(_environment(_worker_environment(threads, folder)))
+        if not joins:
+            stack.enter_context(_on_loopback())
+        session = RaySession(ray, folder)
+        stack.callback(session.leave, ray.shutdown)
+        yield session
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Yield a folder for Ray's files, see `own_folder`."""
+    with ExitStack() as stack:
         try:
-            yield session
-        finally:
-            session.leave(ray.shutdown)
+            folder = stack.enter_context(own_folder())
+        except OSError as error:
+            raise FedkdError(f"Ray does not start ({one_line(error)})") from error
+        yield folder
 
 
 @contextmanager
@@ -243,8 +268,8 @@ def _on_loopback() -> Iterator[None]:
         yield
 
 
-def _worker_environment(threads: int) -> dict[str, str]:
-    """Return the variables that the workers inherit.
+def _worker_environment(threads: int, folder: Path | None) -> dict[str, str]:
+    """Return the variables that Ray's processes inherit.
 
     Ray would choose the number of threads itself; the server's process keeps its own number.
     """
@@ -252,6 +277,7 @@ def _worker_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
+        **({} if folder is None else {VARIABLE: str(folder)}),
     }
 
 

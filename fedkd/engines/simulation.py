@@ -105,12 +105,13 @@ def simulate(
     ):
         workers = _Workers(session, events or Events(), start_timeout)
         run = _Server(server, num_clients, start_timeout, workers)
+        init = {**local_ray(session.folder, verbose), **resources}
         try:
             run_simulation(
                 run,
                 client_app,
                 num_clients=num_clients,
-                backend_config=_backend_config(resources, client_cpus, client_gpus, verbose),
+                backend_config=_backend_config(init, client_cpus, client_gpus),
                 processes=workers,
             )
         except Exception as exception:
@@ -298,9 +299,9 @@ class _Workers:
 
 
 def _backend_config(
-    resources: Mapping[str, int], client_cpus: float, client_gpus: float, verbose: bool
+    init: Mapping[str, Any], client_cpus: float, client_gpus: float
 ) -> dict[str, dict[str, Any]]:
     return {
-        "init_args": {**local_ray(verbose), **resources},
+        "init_args": dict(init),
         "client_resources": {"num_cpus": client_cpus, "num_gpus": client_gpus},
     }

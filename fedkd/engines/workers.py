@@ -282,7 +282,8 @@ def _ray(experiment: Experiment) -> Iterator[tuple[RaySession, Share]]:
         threads = min(share.cpus, max(1, torch.get_num_threads() // workers))
         share = replace(share, threads=threads)
         with ray_session(share.threads) as session:
-            init = partial(session.ray.init, **local_ray(), num_cpus=cpus, num_gpus=gpus)
+            arguments = {**local_ray(session.folder), "num_cpus": cpus, "num_gpus": gpus}
+            init = partial(session.ray.init, **arguments)
             session.start(init, f"num-workers = {workers}: Ray does not start", RAY_TIMEOUT)
             yield session, share
         return
