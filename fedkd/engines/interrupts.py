@@ -1,4 +1,4 @@
-"""Ctrl-C: the first lets the round finish, the second stops at once. So does SIGTERM."""
+"""Ctrl-C: the first lets the round finish, the second stops at once. SIGTERM stops at once."""
 
 from __future__ import annotations
 
