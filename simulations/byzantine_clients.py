@@ -171,6 +171,28 @@ Against them: `combine` of the strategies that average soft labels (`median`, `t
 `geometric-median`), and the strategies [Cronus](strategies/cronus.md) and
 [ExpGuard](strategies/expguard.md).
 
+## Absurd numbers
+
+What a client sends may be finite and yet useless: weights of 1e20, a negative variance of BatchNorm,
+class means whose squares overflow. No bound decides this. The server tries it on 32 of its public
+images (or one for each class, if there are more classes):
+
+1. **Alone.** Weights are put into the model, whose logits and cross entropy must be finite. Soft
+   labels and class means are what a client learns from in one step, from the initial model: losses
+   and gradients must be finite. A client that fails is dropped.
+2. **Together.** The round's new knowledge is loaded, or learnt from in two steps of each fit, by a
+   client of each architecture (by up to 8 where each receives something else). Losses and gradients
+   must be finite even if a million times as large, as clients have other images and take more steps;
+   the server's model must be finite too. If not, clients are dropped in the order of their distance
+   from the coordinate-wise median: the root mean square over all numbers. For weights, those that
+   were sent out count as one client more. As few as possible are dropped, and fewer than half: where
+   that does not help, nobody is, as training itself has diverged.
+
+The record's `dropped` gives the reason, and the round is as if they had been silent. Large numbers
+from which something can be learnt stay. What only makes training unstable, step by step, passes:
+class means ten thousand times too large can drive plain SGD with a high learning rate to infinity
+within two rounds.
+
 ## Measured
 
 mnist-5k, ten clients (Dirichlet 1.0, 200 private images each on average), 400 unlabelled public

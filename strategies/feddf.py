@@ -60,13 +60,7 @@ class FedDF(DistillationStrategy):
     def update(self, replies: Replies, server: Server) -> Weights | None:
         assert replies.weights is not None
         drawn = server.draw()
-        weights, answers = replies.weights, server.predict(drawn, replies.weights)
-        is_finite = answers.values.isfinite().flatten(1).all(1)
-        if not bool(is_finite.all()):  # finite weights can give outputs that are not finite
-            weights = weights.of(answers.clients[is_finite])
-            if not weights.by_model:
-                return None
-            answers = server.predict(drawn, weights)
+        answers = server.predict(drawn, replies.weights)
         distil = Fit("distil", public={"kl": 1.0}, epochs=self.server_epochs, numbers={"tau": 1.0})
         ensemble_labels = SoftLabels.shared(answers.mean_logits(), drawn, "logits")
-        return server.fit(distil, ensemble_labels, weights=self.aggregate(weights))
+        return server.fit(distil, ensemble_labels, weights=self.aggregate(replies.weights))

@@ -25,6 +25,7 @@ from fedkd.knowledge import (
 )
 from fedkd.knowledge.samples import check_samples
 from fedkd.phases import Apply, Phase, check_phases, closing
+from fedkd.training.parameters import State
 from fedkd.user_code import attributed
 
 
@@ -105,6 +106,23 @@ class Algorithm(Protocol):
         ...
 
 
+@dataclass
+class Proposal:
+    """What an update makes of some replies, before it is accepted.
+
+    Attributes:
+        knowledge: new, or ``None`` to keep the previous.
+        server: with the state that the update leaves.
+        model: the weights of the server's model before the update, if it has one.
+        fault: the error of its values, if these are wrong.
+    """
+
+    knowledge: Knowledge | None
+    server: Server
+    model: State | None = None
+    fault: FedkdError | None = None
+
+
 class CheckedAlgorithm:
     """An algorithm whose results are checked, and whose errors say where they come from.
 
@@ -146,33 +164,79 @@ class CheckedAlgorithm:
         with self.attributed_to("request"):
             return check_samples(self._algorithm.request(self._server), self._server.num_public)
 
-    def personalise(self, knowledge: Knowledge, client: int, phases: Sequence[Phase]) -> Knowledge:
-        """Return what a client receives: K = 1, unless one of its phases is a procedure that chooses."""
+    def personalise(
+        self,
+        knowledge: Knowledge,
+        client: int,
+        phases: Sequence[Phase],
+        server: Server | None = None,
+    ) -> Knowledge:
+        """Return what a client receives: K = 1, unless one of its phases is a procedure that chooses.
+
+        Args:
+            knowledge: of all clients.
+            client: its partition id.
+            phases: what it is to do.
+            server: as a proposal has left it; by default as it is.
+        """
         with self.attributed_to("personalise", [client]):
-            received: object = self._algorithm.personalise(knowledge, client, self._server)
+            received: object = self._algorithm.personalise(
+                knowledge, client, server or self._server
+            )
             if not isinstance(received, KINDS):
                 raise FedkdError(f"returns a {type(received).__name__} instead of knowledge")
             if not any(isinstance(phase, Apply) for phase in phases):
                 require_one(received)
         return received
 
-    def update(self, replies: Replies) -> Knowledge | None:
-        """Return new knowledge, or ``None``; an update that fails leaves `server.state` unchanged."""
+    def propose(self, replies: Replies) -> Proposal:
+        """Return the new knowledge that replies lead to, to be accepted or withdrawn.
+
+        Raises:
+            FedkdError: the update fails, or returns what does not fit the experiment.
+        """
         server = self._server
         draft = copy(server)
         draft.state = deepcopy(server.state)
-        with self.attributed_to("update", replies.clients):
-            new = self._algorithm.update(replies, draft)
-            if new is not None:
-                self.check_knowledge(new)
-        server.state, server.trained = draft.state, draft.trained
-        return new
+        model = None if server.model is None else server.model.state(0)
+        try:
+            with self.attributed_to("update", replies.clients):
+                new = self._algorithm.update(replies, draft)
+                if new is not None:
+                    self.check_knowledge(new)
+        except BaseException:
+            _restore_model(server, model)
+            raise
+        proposal = Proposal(new, draft, model)
+        if new is not None:
+            try:
+                with self.attributed_to("update", replies.clients):
+                    check_answer(new)
+            except FedkdError as error:
+                proposal.fault = error
+        return proposal
+
+    def accept(self, proposal: Proposal) -> Knowledge | None:
+        """Make the server what a proposal has made of it, and return the new knowledge.
+
+        Raises:
+            FedkdError: the values of the knowledge are wrong.
+        """
+        if proposal.fault is not None:
+            self.withdraw(proposal)
+            raise proposal.fault
+        self._server.state, self._server.trained = proposal.server.state, proposal.server.trained
+        return proposal.knowledge
+
+    def withdraw(self, proposal: Proposal) -> None:
+        """Put the server's model back to what it was before a proposal, which changed nothing else."""
+        _restore_model(self._server, proposal.model)
 
     def check_knowledge(self, new: object) -> None:
         """Refuse what is not knowledge, or does not fit the experiment.
 
         Raises:
-            FedkdError: it is another type, or its classes, samples or values are wrong.
+            FedkdError: it is another type, or its classes or samples are wrong.
         """
         if not isinstance(new, KINDS):
             raise FedkdError(f"returns a {type(new).__name__} instead of knowledge or None")
@@ -187,7 +251,11 @@ class CheckedAlgorithm:
             raise FedkdError(
                 f"returns means of {new.values.shape[1]} classes: must be {self._server.num_classes}"
             )
-        check_answer(new)
+
+
+def _restore_model(server: Server, state: State | None) -> None:
+    if server.model is not None and state is not None:
+        server.model.load(0, state)
 
 
 def _listed(clients: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ class Bytes:
     payload: dict[int, int] = field(default_factory=dict)
     wire: dict[int, int] = field(default_factory=dict)
     by_tensor: dict[str, int] = field(default_factory=dict)
+    _named: dict[int, dict[str, int]] = field(default_factory=dict, repr=False)
 
     def count(self, client: int, records: RecordDict, merged: str | None = None) -> None:
         """Add a message to or from a client, its tensors under their own names or all as `merged`."""
@@ -48,6 +49,13 @@ class Bytes:
         for name, size in sizes.items():
             key = name if merged is None else merged
             self.by_tensor[key] = self.by_tensor.get(key, 0) + size
+        self._named[client] = sizes if merged is None else {}
+
+    def refuse(self, client: int) -> None:
+        """Count the tensors of a client's last message as refused, which turned out to be bad."""
+        for name, size in self._named.pop(client, {}).items():
+            self.by_tensor[name] -= size
+            self.by_tensor[REFUSED] = self.by_tensor.get(REFUSED, 0) + size
 
     def record(self, direction: str, clients: Sequence[int]) -> dict[str, Any]:
         """Return the sums, and the numbers of `clients` in their order."""
@@ -136,6 +144,12 @@ class Exchange:
         self.dropped = {client: one_line(reason) for client, reason in self.dropped.items()}
         self.reports.sort(key=lambda report: report.client)
         self.encoding += monotonic() - received
+
+    def leave_out(self, client: int, reason: str) -> None:
+        """Drop a client whose report was good, for a reason that showed later."""
+        self.reports = [report for report in self.reports if report.client != client]
+        self.dropped[client] = one_line(reason)
+        self.up.refuse(client)
 
     def _judge(
         self,

@@ -8,7 +8,7 @@ record of a round and its checkpoint are on disk before the next round begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import monotonic
 from typing import Any, Literal
@@ -17,13 +17,13 @@ import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
-from torch import Tensor
 
-from fedkd.clients.instructions import ClientReport, Instruction
+from fedkd.clients.instructions import Instruction
 from fedkd.clients.states import INITIAL
 from fedkd.data.federated import FederatedData, class_counts
 from fedkd.errors import DivergedError, FedkdError
 from fedkd.experiment import Experiment
+from fedkd.federation.acceptance import Acceptance
 from fedkd.federation.algorithm import Algorithm, CheckedAlgorithm
 from fedkd.federation.checkpoint import Checkpoint
 from fedkd.federation.events import Events
@@ -32,8 +32,8 @@ from fedkd.federation.messages import TRAIN, encode_instruction, encode_request,
 from fedkd.federation.outgoing import Outgoing, SharedKnownRows
 from fedkd.federation.roster import Roster
 from fedkd.federation.round_record import RunRecord
-from fedkd.federation.server import Replies, Server
-from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
+from fedkd.federation.server import Server
+from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.phases import Digest, Predict
 from fedkd.randomness import permutation
 from fedkd.records.files import Row
@@ -82,6 +82,7 @@ class Federation:
         self._experiment_record = experiment_record(experiment)
         self._server = Server(experiment, data)
         self._algorithm = CheckedAlgorithm(strategy, self._server)
+        self._acceptance = Acceptance(self._algorithm, self._server)
         self._checkpoint = Checkpoint(
             totals=dict.fromkeys(_TOTALS, 0), identity=as_one(folder.identity) if folder else ""
         )
@@ -224,14 +225,18 @@ class Federation:
         exchange = self._received(replies)
         self._enrol_again(exchange)
         digested_round = self._checkpoint.knowledge_round
-        accepted = len(exchange.reports) >= self._experiment.quorum
         aggregating = monotonic()
-        if accepted:
-            self._accept(exchange)
+        self._acceptance.leave_out_useless(exchange)
+        accepted = self._has_quorum(exchange) and self._accept(exchange)
         self._checkpoint.rounds_without_quorum = (
             0 if accepted else self._checkpoint.rounds_without_quorum + 1
         )
-        spent = {"aggregate": monotonic() - aggregating, "round": monotonic() - exchange.started}
+        ended, trial = monotonic(), self._acceptance.trial_seconds()
+        spent = {
+            "aggregate": ended - aggregating - trial,
+            "trial": trial,
+            "round": ended - exchange.started,
+        }
         row = self._record.row(
             exchange,
             self._checkpoint,
@@ -288,12 +293,24 @@ class Federation:
             else:
                 exchange.dropped[client] += "; it was enrolled again before, so it stays dropped"
 
-    def _accept(self, exchange: Exchange) -> None:
-        """Update the knowledge, and note in the checkpoint what the clients now have."""
-        new = self._algorithm.update(_replies(exchange.reports, self._server.targets))
+    def _has_quorum(self, exchange: Exchange) -> bool:
+        return len(exchange.reports) >= self._experiment.quorum
+
+    def _accept(self, exchange: Exchange) -> bool:
+        """Update the knowledge, and note in the checkpoint what the clients now have.
+
+        Returns:
+            Whether there is a quorum of replies with which the new knowledge works; else nothing changes.
+        """
+        proposal = self._acceptance.update(exchange, self._checkpoint.knowledge)
+        if not self._has_quorum(exchange):
+            self._algorithm.withdraw(proposal)
+            return False
+        new = self._algorithm.accept(proposal)
         self._checkpoint.commit(self._server.round, exchange.reports, exchange.sent)
         if new is not None:
             self._renew(new)
+        return True
 
     def _renew(self, new: Knowledge) -> None:
         """Replace the knowledge; an optional server model digests it."""
@@ -337,16 +354,3 @@ def _failure(what: str, dropped: Iterable[str], rate: float) -> FedkdError:
         advice = f"training diverged at learning-rate = {rate:g}: try {rate / 10:g}"
         return DivergedError(f"{text}; {advice}")
     return FedkdError(text)
-
-
-def _replies(reports: Sequence[ClientReport], targets: Tensor | None) -> Replies:
-    answers = [report.answer for report in reports]
-    labels = [answer for answer in answers if isinstance(answer, SoftLabels)]
-    means = [answer for answer in answers if isinstance(answer, ClassMeans)]
-    weights = [answer for answer in answers if isinstance(answer, Weights)]
-    return Replies(
-        [report.client for report in reports],
-        SoftLabels.stack(labels, targets) if labels else None,
-        ClassMeans.stack(means) if means else None,
-        Weights.stack(weights) if weights else None,
-    )

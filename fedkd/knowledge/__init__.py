@@ -8,7 +8,7 @@ answers of clients are combined.
 """
 
 from fedkd.knowledge.arrival import Sizes
-from fedkd.knowledge.class_means import LARGEST_MEAN, ClassMeans, Output
+from fedkd.knowledge.class_means import ClassMeans, Output
 from fedkd.knowledge.kinds import (
     KINDS,
     Knowledge,
@@ -29,7 +29,6 @@ from fedkd.knowledge.wire import Wire
 
 __all__ = [
     "KINDS",
-    "LARGEST_MEAN",
     "SIMPLEX_TOLERANCE",
     "ClassMeans",
     "Knowledge",

@@ -17,9 +17,6 @@ from fedkd.knowledge.soft_labels import check_simplex
 Output = Literal["logits", "probabilities", "features"]
 """The outputs that class means can be means of."""
 
-LARGEST_MEAN = 1e15
-"""The largest class mean that is accepted: distances to it are squared and added in float32."""
-
 
 @dataclass(frozen=True, eq=False)
 class ClassMeans:
@@ -110,12 +107,10 @@ class ClassMeans:
         """Refuse means that no client can have.
 
         Raises:
-            FedkdError: negative counts, means too large, or probabilities off the simplex.
+            FedkdError: negative counts, or probabilities off the simplex.
         """
         if bool((self.counts < 0).any()):
             raise FedkdError("holds negative counts")
-        if bool((self.values.abs() > LARGEST_MEAN).any()):
-            raise FedkdError(f"holds class means beyond {LARGEST_MEAN:g}, whose squares overflow")
         if self.of == "probabilities":
             check_simplex(self.values[self.present])
 

@@ -71,16 +71,6 @@ class Weights:
         """Return these weights, replaced by `newer` for the architectures that it has."""
         return Weights({**self.by_model, **newer.by_model})
 
-    def of(self, clients: Tensor) -> Weights:
-        """Return the weights of some clients (int64 partition ids), without empty architectures."""
-        selected = {}
-        for name, part in self.by_model.items():
-            rows = torch.isin(part.clients, clients).nonzero().flatten()
-            if len(rows):
-                tensors = {n: tensor[rows] for n, tensor in part.tensors.items()}
-                selected[name] = ModelWeights(tensors, part.clients[rows], part.num_examples[rows])
-        return Weights(selected)
-
     def only(self, model: str) -> Weights:
         """Return the part that a client with architecture `model` can load."""
         return Weights({model: self.by_model[model]})

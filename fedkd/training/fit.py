@@ -257,7 +257,9 @@ class _Trace:
         self._steps = torch.tensor(steps, device=device)
         self._losses = torch.full(shape, torch.nan, dtype=dtype, device=device)
         self._norms = torch.full_like(self._losses[:, ::NORM_EVERY], torch.nan)
-        # Summed step by step: the rounding of a sum over a padded axis depends on its length.
+        self._measured = -(-self._steps // NORM_EVERY)
+        # Added step by step: the rounding of a sum over a padded axis depends on its length. Shares of
+        # the mean are added, as finite numbers may add up to infinity.
         self._loss = torch.zeros(len(steps), dtype=dtype, device=device)
         self._norm = torch.zeros_like(self._loss)
 
@@ -265,16 +267,15 @@ class _Trace:
         """Add a step of the first models: losses ``[active]`` and gradients ``[active, ...]``."""
         active = len(losses)
         self._losses[:active, tick] = losses
-        self._loss[:active] += losses
+        self._loss[:active] += losses / self._steps[:active]
         if tick % NORM_EVERY == 0:
             norms = _norms([grad for grad in grads if grad is not None])
             self._norms[:active, tick // NORM_EVERY] = norms
-            self._norm[:active] += norms
+            self._norm[:active] += norms / self._measured[:active]
 
     def fitted(self) -> Fitted:
         """Return losses and gradient norms of all steps."""
-        measured = -(-self._steps // NORM_EVERY)
-        return Fitted(self._loss / self._steps, self._norm / measured, self._losses, self._norms)
+        return Fitted(self._loss, self._norm, self._losses, self._norms)
 
 
 def _norms(grads: Sequence[Tensor]) -> Tensor:
@@ -283,5 +284,8 @@ def _norms(grads: Sequence[Tensor]) -> Tensor:
     for grad in grads:
         # Contiguous, as numbers are added in the order in which they lie in memory.
         rows = grad.contiguous().view(len(grad), -1)
-        norms = torch.hypot(norms, torch.linalg.vector_norm(rows, dim=1))
+        # Relative to the largest number, whose square may overflow.
+        largest = rows.abs().amax(1).clamp_min(torch.finfo(rows.dtype).tiny)
+        relative = torch.linalg.vector_norm(rows / largest.unsqueeze(1), dim=1)
+        norms = torch.hypot(norms, largest * relative)
     return norms

@@ -21,7 +21,7 @@ from fedkd.engines.preflight import check
 from fedkd.engines.run import run
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
-from fedkd.federation import rounds as federation
+from fedkd.federation import acceptance
 from fedkd.federation.server import Replies
 from fedkd.knowledge import ClassMeans, Knowledge, SoftLabels, Weights
 from fedkd.records import Row, Run
@@ -85,7 +85,7 @@ class Told:
 def told(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> Told:
     """Run an experiment by its public name and listen in on the server."""
     answers: list[dict[str, Tensor]] = []
-    gather = federation._replies
+    gather = acceptance._replies
 
     def listen(*arguments: Any) -> Replies:
         replies = gather(*arguments)
@@ -93,7 +93,7 @@ def told(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> Told:
         return replies
 
     with monkeypatch.context() as patch:
-        patch.setattr(federation, "_replies", listen)
+        patch.setattr(acceptance, "_replies", listen)
         return Told(run(experiment), answers)
 
 

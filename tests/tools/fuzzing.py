@@ -191,6 +191,19 @@ def _floats(change: Callable[[Numbers, Random], Numbers]) -> Spoil:
     return spoil
 
 
+def _every_float(*values: float) -> Spoil:
+    """Fill all floating-point arrays with one of `values`."""
+
+    def spoil(content: RecordDict, random: Random) -> RecordDict:
+        value, arrays = random.choice(values), arrays_of(content)
+        filled = {
+            n: Array(np.full_like(a, value)) for n, a in arrays.items() if a.dtype.kind == "f"
+        }
+        return with_arrays(content, {**filled})
+
+    return spoil
+
+
 def _values(change: Callable[[Numbers, Random], Numbers]) -> Spoil:
     """Change the array ``values``."""
 
@@ -718,7 +731,14 @@ CASES: dict[str, Case] = {
         "class-means",
     ),
     "counts-spoilt": Case(_counts, "counts", "class-means"),
-    "means-beyond-belief": Case(_values(_with(1e16, -3e38)), "class means beyond", "class-means"),
+    "means-beyond-belief": Case(
+        _values(lambda values, random: np.full_like(values, random.choice([1e20, -3e38]))),
+        "simplex|negative prob|sums differ|class means with which losses or gradients are not finite",
+        "class-means",
+    ),
+    "weights-beyond-belief": Case(
+        _every_float(1e20, 3e38), "weights with which predictions are not finite", "weights"
+    ),
     "model-another": Case(
         _kind_says("model", "lenet", "", "mlp-9", LONG, ESCAPES),
         "does not send the weights of",
