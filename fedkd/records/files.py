@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedkd.errors import FedkdError
+from fedkd.records.shapes import CentralResult, Result, Shape, misfit
+
+RESULT = "result.json"
+"""The file that completes a run."""
 
 Row = dict[str, Any]
 """One round's record; `docs/records.md` is the glossary of its fields."""
@@ -67,45 +72,97 @@ def write_json(path: Path, value: object) -> None:
     replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Raise an error that names a file of a run folder that cannot be read in the block."""
-    try:
-        yield
-    except OSError:
-        raise FedkdError(f"{path.parent} holds no {what}: {path.name} is missing") from None
-    except ValueError as error:
-        raise FedkdError(f"{path.parent}: {path.name} is not valid JSON ({error})") from None
-
-
-def read_json(path: Path, what: str = "finished run") -> dict[str, Any]:
+def read_json(path: Path, shape: type[Shape], what: str = "finished run") -> dict[str, Any]:
     """Return the object in a file of a run folder.
 
     Args:
         path: the file.
+        shape: what it must hold.
         what: what a folder with such a file holds.
 
     Raises:
-        FedkdError: the file is missing or damaged.
+        FedkdError: the file is missing or damaged, or does not hold that.
     """
-    with _reading(path, what):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
-        return found
+    where = f"{path.parent}: {path.name}"
+    return checked(_value(read_bytes(path, what), where), shape, where)
 
 
-def read_lines(path: Path) -> list[Row]:
-    """Return the objects in a file of a run folder, one per line.
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return the content of ``result.json``: with ``seeds`` of a central baseline, else of a federation.
 
     Raises:
-        FedkdError: the file is missing or damaged.
+        FedkdError: the run is not finished, or the file is damaged.
     """
-    with _reading(path, "finished run"):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    where = f"{folder}: {RESULT}"
+    value = _value(read_bytes(folder / RESULT, "finished run"), where)
+    keys = value.keys() if isinstance(value, dict) else {"seeds"}
+    if not keys & {"seeds", "client_accuracy"}:
+        raise FedkdError(f"{where} is of neither a federated nor a central run")
+    is_central = "seeds" in keys
+    return checked(value, CentralResult if is_central else Result, where)
 
 
-def read_shards(folder: Path | None) -> dict[str, Any] | None:
-    """Return how many images of each class each client holds, or `None` where a run has no record."""
-    path = None if folder is None else folder / "shards.json"
-    return read_json(path) if path is not None and path.is_file() else None
+def read_lines(path: Path, shape: type[Shape], *, skip_cut: bool = False) -> list[Row]:
+    """Return the objects in a file of a run folder, one per line.
+
+    Args:
+        path: the file.
+        shape: what each line must hold.
+        skip_cut: whether to leave out lines that are no JSON, as an interrupted process leaves them.
+
+    Raises:
+        FedkdError: the file is missing or damaged, or a line does not hold that.
+    """
+    rows = []
+    for number, line in enumerate(read_bytes(path, "finished run").splitlines(), 1):
+        where = f"{path.parent}: {path.name}, line {number}"
+        try:
+            value = _value(line, where)
+        except FedkdError:
+            if skip_cut:
+                continue
+            raise
+        rows.append(checked(value, shape, where))
+    return rows
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """Return the content of a file of a run folder; `what` is what a folder with such a file holds.
+
+    Raises:
+        FedkdError: the file is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FedkdError(f"{path.parent} holds no {what}: {path.name} is missing") from None
+    except OSError as error:
+        raise FedkdError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name that no file can have
+        raise FedkdError(f"{path} cannot be read: {error}") from None
+
+
+def _value(content: bytes, where: str) -> Any:
+    """Return what JSON says."""
+    try:
+        return _JSON.validate_json(content)
+    except ValidationError as error:
+        reason = error.errors()[0]["ctx"]["error"]
+        raise FedkdError(f"{where} is not valid JSON ({reason})") from None
+
+
+def checked(value: Any, shape: type[Shape], where: str) -> dict[str, Any]:
+    """Return a value, unchanged, that fits a shape.
+
+    Raises:
+        FedkdError: it does not; the text begins with `where`.
+    """
+    try:
+        shape.model_validate(value)
+    except ValidationError as error:
+        raise FedkdError(f"{where}: {misfit(error)}") from None
+    return value  # type: ignore[no-any-return]
+
+
+_JSON: TypeAdapter[Any] = TypeAdapter(Any)
+"""Unlike the standard library's, its parser refuses what is nested too deep, and halves of letters."""

@@ -25,19 +25,19 @@ import tomli_w
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.files import (
+    RESULT,
     Row,
     flush_folder,
     make_folder,
     package_version,
     read_json,
+    read_result,
     replace_file,
     write_json,
 )
 from fedkd.records.identity import FILE as IDENTITY
 from fedkd.records.identity import Identity, changes, keys_of
-
-RESULT = "result.json"
-"""The file that completes a run."""
+from fedkd.records.shapes import IdentityRecord
 
 _PACKAGES = ("fedkd", "torch", "torchvision", "flwr", "ray", "numpy")
 
@@ -151,7 +151,7 @@ class RunFolder:
 
     def _edited_rounds(self, experiment: Experiment) -> list[str]:
         """Return in words that a finished run has another number of rounds than it says, if so."""
-        result = read_json(self.path / RESULT) if self.is_finished else {}
+        result = read_result(self.path) if self.is_finished else {}
         rounds = {"num-server-rounds": result.get("rounds", experiment.num_server_rounds)}
         return changes(
             {"keys": rounds}, {"keys": {"num-server-rounds": experiment.num_server_rounds}}
@@ -165,10 +165,7 @@ class RunFolder:
             FedkdError: ``identity.json`` is damaged.
         """
         path = self.path / IDENTITY
-        found = read_json(path, "run") if path.is_file() else {}
-        if not all(isinstance(part, dict) for part in found.values()):
-            raise FedkdError(f"{path} is damaged: restore it, or start a new run")
-        return found
+        return read_json(path, IdentityRecord, "run") if path.exists() else {}
 
     @property
     def is_finished(self) -> bool:

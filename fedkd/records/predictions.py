@@ -20,6 +20,8 @@ from fedkd.records.files import replace_file
 
 FILE = "tested.safetensors"
 
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 MOST_ANSWERS = 100_000_000
 """Models × images kept per run, 4 bytes each. In larger populations only the first models are kept."""
 
@@ -68,17 +70,8 @@ class Tested:
         except (OSError, SafetensorError) as error:
             raise FedkdError(f"{path} cannot be read: {error}") from None
         kinds = sorted({name.partition("/")[0] for name in tensors if "/" in name})
-        return cls(
-            tensors["labels"].long(),
-            {
-                kind: Predictions(
-                    tensors[f"{kind}/classes"].long(),
-                    tensors[f"{kind}/confidences"].float(),
-                    tensors[f"{kind}/owners"].tolist(),
-                )
-                for kind in kinds
-            },
-        )
+        labels = _checked(path, tensors, "labels")
+        return cls(labels, {kind: _predictions(path, tensors, kind, len(labels)) for kind in kinds})
 
     def save(self, folder: Path) -> None:
         """Write the file.
@@ -98,3 +91,40 @@ class Tested:
     def correct(self, kind: str) -> Tensor:
         """Return which predictions are right: bool ``[M, N]``."""
         return self.models[kind].classes == self.labels
+
+
+def _predictions(path: Path, tensors: Mapping[str, Tensor], kind: str, images: int) -> Predictions:
+    """Return the predictions of the models of one kind.
+
+    Raises:
+        FedkdError: a tensor is missing, or of another kind.
+    """
+    owners = _checked(path, tensors, f"{kind}/owners")
+    shape = (len(owners), images)
+    classes = _checked(path, tensors, f"{kind}/classes", shape)
+    confidences = _checked(path, tensors, f"{kind}/confidences", shape, is_whole=False)
+    if bool(confidences.isinf().any()):
+        raise FedkdError(f"{path}: {kind}/confidences must be finite, or NaN where there is none")
+    return Predictions(classes, confidences, owners.tolist())
+
+
+def _checked(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    *,
+    is_whole: bool = True,
+) -> Tensor:
+    """Return a tensor as int64 or float32, which must be of whole numbers or not, and of a shape."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise FedkdError(f"{path} holds no {name}")
+    fits = tensor.dtype in _WHOLE if is_whole else tensor.is_floating_point()
+    if not fits or tuple(tensor.shape) != (shape or (tensor.numel(),)):
+        wanted = "of any length" if shape is None else str(list(shape))
+        kind = "whole numbers" if is_whole else "floating-point numbers"
+        raise FedkdError(
+            f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}: must be {kind}, {wanted}"
+        )
+    return tensor.long() if is_whole else tensor.float()

@@ -11,6 +11,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.files import Row, read_json, read_lines
 from fedkd.records.folder import RunFolder
+from fedkd.records.shapes import CentralResult, KnowledgeOfRound, Result, Round, Shards
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,61 @@ class Run:
             FedkdError: the folder holds no finished run.
         """
         folder = Path(path)
-        rows = read_lines(folder / "rounds.jsonl")
-        return cls(folder, rows, read_json(folder / "result.json"))
+        rows = read_lines(folder / "rounds.jsonl", Round)
+        run = cls(folder, rows, read_json(folder / "result.json", Result))
+        run._refuse_other_rounds()
+        return run
+
+    def _refuse_other_rounds(self) -> None:
+        """Raise an error unless the records are of all rounds and of the clients in the result."""
+        count, clients = self.result["rounds"], len(self.client_accuracy)
+        where = f"{self.path}: rounds.jsonl"
+        if [row["round"] for row in self.rounds] != list(range(1, count + 1)):
+            raise FedkdError(f"{where} does not hold rounds 1 to {count}, each once")
+        for row in self.rounds:
+            largest = max([*row["sampled"], *row["answered"]], default=0)
+            if largest >= clients:
+                raise FedkdError(
+                    f"{where}, line {row['round']}: names client {largest}; result.json has clients 0 "
+                    f"to {clients - 1}"
+                )
 
     @property
     def experiment(self) -> Experiment:
         """What was run."""
         return RunFolder(self.path).experiment
+
+    @property
+    def shards(self) -> dict[str, Any] | None:
+        """How many images of each class each client holds, or `None` where there is no record.
+
+        Raises:
+            FedkdError: the record is damaged, or of other clients.
+        """
+        found = read_shards(self.path)
+        if found is not None and len(found["counts"]) != len(self.client_accuracy):
+            raise FedkdError(
+                f"{self.path}: shards.json has {len(found['counts'])} clients, and result.json "
+                f"{len(self.client_accuracy)}"
+            )
+        return found
+
+    @property
+    def knowledge(self) -> list[Row]:
+        """The content of ``knowledge.jsonl``, one dict per round with soft labels; empty without it.
+
+        Raises:
+            FedkdError: the file is damaged, or of other classes than the shards.
+        """
+        path, shards = self.path / "knowledge.jsonl", self.shards
+        rows = read_lines(path, KnowledgeOfRound) if path.exists() else []
+        for number, row in enumerate(rows, 1):
+            if shards is not None and len(row["by_class"]) != len(shards["classes"]):
+                raise FedkdError(
+                    f"{path.parent}: {path.name}, line {number}: by_class has {len(row['by_class'])} "
+                    f"classes, and shards.json {len(shards['classes'])}"
+                )
+        return rows
 
     @property
     def has_accuracy(self) -> bool:
@@ -123,11 +172,8 @@ class CentralRun:
             FedkdError: the folder holds no finished central run.
         """
         folder = Path(path)
-        result = read_json(folder / "result.json")
+        result = read_json(folder / "result.json", CentralResult)
         names = [each.name for each in fields(cls) if each.name != "path"]
-        missing = [name for name in names if name not in result]
-        if missing:
-            raise FedkdError(f"{folder} holds no central run: result.json has no {missing[0]}")
         return cls(folder, **{name: result[name] for name in names})
 
     @property
@@ -136,6 +182,11 @@ class CentralRun:
         if self.path is None:
             raise FedkdError("this central run was not saved")
         return RunFolder(self.path).experiment
+
+    @property
+    def shards(self) -> dict[str, Any] | None:
+        """How many images of each class each client holds, or `None` where there is no record."""
+        return None if self.path is None else read_shards(self.path)
 
     @property
     def teacher_accuracy(self) -> float:
@@ -183,6 +234,12 @@ class CentralRun:
             "gap_closed": self.gap_closed,
             **plural,
         }
+
+
+def read_shards(folder: Path) -> dict[str, Any] | None:
+    """Return the content of ``shards.json``, or `None` where a folder has none."""
+    path = folder / "shards.json"
+    return read_json(path, Shards) if path.exists() else None
 
 
 NOTHING = 0.05

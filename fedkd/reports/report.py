@@ -13,7 +13,7 @@ from typing import Any
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
-from fedkd.records.files import package_version, read_shards, replace_file
+from fedkd.records.files import package_version, replace_file
 from fedkd.records.results import CentralRun, Run
 from fedkd.reports.findings.diagnose import findings
 from fedkd.reports.findings.learning import Finding
@@ -165,7 +165,7 @@ def _facts(group: Federations) -> str:
 
 def _public(run: Run) -> str:
     experiment = run.experiment
-    shards = read_shards(run.path)
+    shards = run.shards
     counts = shards["public"] if shards else None
     count = f"{sum(counts):,} " if counts else f"{experiment.public_size or ''} ".lstrip()
     where = "" if experiment.public == "train" else f" of {experiment.public}"

@@ -32,6 +32,7 @@ from fedkd.records import Run
 from fedkd.records.callbacks import EachRound
 from fedkd.records.files import read_lines
 from fedkd.records.folder import RunFolder
+from fedkd.records.shapes import Round
 from fedkd.studies.comparison.result import Comparison
 from fedkd.studies.comparison.run import resume as resume_comparison
 from fedkd.studies.sweep.request import resume as resume_sweep
@@ -216,7 +217,7 @@ def test_ctrl_c_finishes_the_round_and_names_how_to_go_on(tmp_path: Path) -> Non
         last,
     )
     assert match
-    rows = read_lines(tmp_path / "runs/it/rounds.jsonl")
+    rows = read_lines(tmp_path / "runs/it/rounds.jsonl", Round)
     assert [row["round"] for row in rows] == list(range(1, int(match[1]) + 1))
     assert Checkpoint.load(tmp_path / "runs/it").round == int(match[1])
 

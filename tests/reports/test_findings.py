@@ -262,6 +262,10 @@ def records(
             "answered": clients,
             "dropped": {},
             "accepted": True,
+            "server_accuracy": None,
+            "bytes_up": 0,
+            "bytes_down": 0,
+            "seconds": {"round": 1.0},
             "loss_revisit": loss * sum(H) / 3,
             "gradient_norm_revisit": 1.0,
         }
@@ -271,6 +275,13 @@ def records(
         "client_accuracy": [accuracy] * len(counts),
         "training_accuracy": training,
         "client_training_accuracy": [training] * len(counts),
+        "server_accuracy": None,
+        "dropped": {},
+        "rounds": len(relative),
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "test_size": 7,
+        "seconds": 1.0,
     }
     made.write_result({**ended, **(result or {})})
     return Run.load(made.path)

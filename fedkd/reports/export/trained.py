@@ -19,7 +19,7 @@ from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
-from fedkd.records.files import read_json
+from fedkd.records.files import read_result
 from fedkd.records.folder import RunFolder
 from fedkd.records.identity import changes
 from fedkd.records.predictions import Tested
@@ -117,7 +117,7 @@ def find(
         FedkdError: the run is not finished, has no such model, or its files cannot be read.
     """
     folder = RunFolder.existing(run_folder)
-    result = read_json(folder.path / "result.json")
+    result = read_result(folder.path)
     experiment = folder.experiment.replace(device="cpu")
     if "client_accuracy" in result:
         if seed is not None:
@@ -125,8 +125,6 @@ def find(
                 Setting("seed", seed), ": a federated run has one seed; give a client instead"
             )
         return _unchanged(_of_client(folder, experiment, result, model or "student", client))
-    if "seeds" not in result:
-        raise FedkdError(f"{folder.path} holds neither a federated nor a central run")
     if client is not None:
         raise FedkdError(f"client = {client}: a central run has no clients; give a seed instead")
     return _unchanged(_of_seed(folder, experiment, result, model or "student-distilled", seed))

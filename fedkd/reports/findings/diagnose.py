@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from math import log
 
-from fedkd.records.files import read_shards
 from fedkd.records.results import CentralRun, Run
 from fedkd.reports.findings import centralised, federated
-from fedkd.reports.findings.learning import Finding, too_high
+from fedkd.reports.findings.learning import Finding, label_entropy, too_high
 
 
 def findings(run: Run | CentralRun) -> list[Finding]:
@@ -32,7 +31,7 @@ def _of_federation(run: Run) -> Finding | None:
     """Return the finding of the first rule that applies, in this order."""
     if (refused := federated.refused(run)) is not None:
         return too_high(run.experiment, refused)
-    counts = read_shards(run.path)
+    counts = run.shards
     if counts is None or run.result.get("training_accuracy") is None:
         return None
     rows = [row for row in run.rounds if row["accepted"] and row["answered"]]
@@ -53,7 +52,7 @@ def _of_federation(run: Run) -> Finding | None:
 
 def _of_central(run: CentralRun) -> Finding | None:
     """Return the first finding, the teacher's first: the student distilled learns from it."""
-    counts = read_shards(run.path)
+    counts = run.shards
     if counts is None:
         return None
     experiment = run.experiment
@@ -63,6 +62,8 @@ def _of_central(run: CentralRun) -> Finding | None:
                 experiment, f"the loss of the {centralised.spoken(model)} is not finite"
             )
     labels = [sum(column) for column in zip(*counts["counts"], strict=True)]
+    if not run.training or label_entropy(labels) < federated.ONE_CLASS:
+        return None
     teacher, alone = (
         centralised.learning_of(run, model, labels) for model in ("teacher", "student-alone")
     )

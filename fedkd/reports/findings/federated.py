@@ -44,6 +44,9 @@ IGNORED, MISSED = 0.7, 0.15
 APART = 0.3
 """Accuracy on training images by which one architecture of several is behind the best."""
 
+ONE_CLASS = 0.05
+"""Entropy of labels in nats, below which there is hardly more than one class."""
+
 NOT_FINITE = ("not finite", "NaN or infinity")
 """Texts in the reasons for refusing replies that hold such numbers."""
 
@@ -53,7 +56,7 @@ def refused(run: Run) -> str | None:
     for row in run.rounds:
         reasons = row["dropped"].values()
         lost = [reason for reason in reasons if any(text in reason for text in NOT_FINITE)]
-        if 2 * len(lost) >= len(row["sampled"]):
+        if lost and 2 * len(lost) >= len(row["sampled"]):
             return (
                 f"{len(lost)} of {len(row['sampled'])} replies to round {row['round']} were refused "
                 f"({lost[0]})"
@@ -68,7 +71,7 @@ def learning_of(run: Run, rows: Sequence[Row], counts: Mapping[str, Any]) -> Lea
     if not trained or trained[-1] is not rows[-1]:
         return None
     baselines = [mean_of(entropies[k] for k in reporting(row)) for row in trained]
-    if min(baselines) < 0.05:  # shards of one class: nothing to learn
+    if min(baselines) < ONE_CLASS:  # nothing to learn
         return None
     accuracies = run.result["client_training_accuracy"]
     known = [k for k, accuracy in enumerate(accuracies) if accuracy is not None]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkd.knowledge.calibration import expected_calibration_error, reliability
 from fedkd.records.predictions import Tested
 from fedkd.records.results import Run
-from fedkd.reports.page.parts import Drawing, knowledge_of
+from fedkd.reports.page.parts import Drawing
 from fedkd.reports.plots import points as point_plots
 from fedkd.reports.plots.points import Reliability
 from fedkd.studies.comparison import methods
@@ -76,8 +76,8 @@ def _answers(tested: Tested, kind: str, seeds: Sequence[int] | None) -> tuple[Te
 
 def of_aggregate(runs: Sequence[Run]) -> list[Reliability]:
     """Return the line of the last soft labels, all seeds together."""
-    last = [rows[-1]["reliability"] for run in runs if (rows := knowledge_of(run.path))]
-    recorded = [bins for bins in last if bins]
+    last = [rows[-1]["reliability"] for run in runs if (rows := run.knowledge)]
+    recorded = [bins for bins in last if bins and any(bins["count"])]
     return [_line("aggregate", _summed(recorded), "aggregate")] if recorded else []
 
 

@@ -10,7 +10,7 @@ from string import ascii_uppercase
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
-from fedkd.records.files import read_json
+from fedkd.records.files import read_result
 from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun, Run
 from fedkd.studies.comparison.methods import label
@@ -142,7 +142,7 @@ def _read(folder: Path) -> Comparison | CentralRun | Run | Sweep:
         run = Run.load(folder)
         _ = run.experiment  # raises here if another version wrote it with other keys
         return run
-    if "teacher_accuracies" not in read_json(folder / "result.json"):
+    if "teacher_accuracies" not in read_result(folder):
         raise FedkdError(f"{folder} holds no finished run: rounds.jsonl is missing")
     return CentralRun.load(folder)
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from math import log, nan
 from statistics import mean, median
 
-from fedkd.records.files import read_shards
 from fedkd.records.results import Run
 from fedkd.reports.page import calibration as report_calibration
 from fedkd.reports.page import curves as report_curves
@@ -18,7 +17,6 @@ from fedkd.reports.page.parts import (
     Missing,
     Shown,
     central_accuracies,
-    knowledge_of,
     left_out,
     slug,
     spread_over,
@@ -174,7 +172,7 @@ def _by_bytes(view: _View) -> Shown:
 def _shards(view: _View) -> Shown:
     title = "Label distribution of the shards"
     for run in (run for runs in view.group.runs.values() for run in runs):
-        if (dealt := read_shards(run.path)) is not None:
+        if (dealt := run.shards) is not None:
             break
     else:
         return Missing(title, "no run has a shards.json")
@@ -246,11 +244,11 @@ def _soft_labels(view: _View) -> list[Shown]:
     title = "Mean soft labels"
     drawings: list[Shown] = []
     for label, runs in view.methods.items():
-        recorded = knowledge_of(runs[0].path)
+        recorded = runs[0].knowledge
         if not recorded or not any(recorded[-1]["by_class"]):
             continue
         last = recorded[-1]
-        classes = (read_shards(runs[0].path) or {}).get("classes") or [
+        classes = (runs[0].shards or {}).get("classes") or [
             str(c) for c in range(len(last["by_class"]))
         ]
         rows = "true class" if last["by"] == "label" else "most probable class"
@@ -292,7 +290,7 @@ def _entropy(view: _View) -> Shown:
 
 def _class_count(view: _View) -> int | None:
     for runs in view.group.runs.values():
-        if dealt := read_shards(runs[0].path):
+        if dealt := runs[0].shards:
             return len(dealt["classes"])
     return None
 

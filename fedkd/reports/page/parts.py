@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedkd.experiment import Experiment
-from fedkd.records.files import read_lines
 from fedkd.records.results import CentralRun, Run
 from fedkd.studies.comparison import methods
 from fedkd.studies.comparison.methods import CENTRAL
@@ -92,12 +90,6 @@ def central_accuracies(run: CentralRun) -> dict[str, list[float]]:
     """Return test accuracies 0..1 per seed by the model's label."""
     accuracies = (run.teacher_accuracies, run.student_alone_accuracies, run.student_accuracies)
     return dict(zip(map(methods.label, CENTRAL), accuracies, strict=True))
-
-
-def knowledge_of(folder: Path) -> list[dict[str, Any]]:
-    """Return ``knowledge.jsonl`` of a run, one object per round; empty where there is none."""
-    path = folder / "knowledge.jsonl"
-    return read_lines(path) if path.is_file() else []
 
 
 def left_out(names: Sequence[str]) -> str:

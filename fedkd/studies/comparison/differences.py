@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkd.records.predictions import Tested
+from fedkd.errors import FedkdError
+from fedkd.records.files import read_result
+from fedkd.records.predictions import FILE, Tested
 from fedkd.records.results import Run
 from fedkd.studies.comparison import significance
 from fedkd.studies.comparison.entries import Difference, Entry
@@ -91,4 +93,10 @@ def _right(path: Path, kind: str, owner: int | None = None) -> Bools | None:
     if tested is None or kind not in tested.models:
         return None
     rows: Bools = tested.correct(kind).numpy()
-    return rows if owner is None else rows[[tested.models[kind].owners.index(owner)]]
+    images = read_result(path)["test_size"]
+    if rows.shape[1] != images:
+        raise FedkdError(f"{path}/{FILE} is of {rows.shape[1]} test images, the run of {images}")
+    owners = tested.models[kind].owners
+    if owner is None or owner in owners:
+        return rows if owner is None else rows[[owners.index(owner)]]
+    raise FedkdError(f"{path}/{FILE} holds no predictions of seed {owner}")

@@ -6,21 +6,73 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import normpath, relpath
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
 
 from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.records.files import read_json, write_json
 from fedkd.records.folder import RunFolder
+from fedkd.records.shapes import Count, Shape, Share, Value, equal_lengths
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
 from fedkd.studies.comparison.entries import Counted, counted
-from fedkd.studies.comparison.methods import variant
+from fedkd.studies.comparison.methods import CENTRAL, variant
 
 FILE = "comparison.json"
 
 _BESIDES = {"seed", *Experiment.keys("bookkeeping")}
 """Keys in which a comparison may differ from one of the same name."""
+
+
+_UNCHANGED = ("methods", "seeds", "reference", "target", "reused", "remark")
+
+
+class _Counted(Shape):
+    """A `Counted` in the file."""
+
+    field: Annotated[str, Field(pattern=r"^(accuracy|accuracy_after_\w+|server_accuracy)$")]
+    later: bool
+    delivered: bool
+
+
+class _Content(Shape):
+    """``comparison.json``."""
+
+    experiment: dict[str, Value]
+    methods: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    reference: str
+    target: Share | None
+    runs: dict[str, list[str]]
+    central: dict[Annotated[str, Field(pattern=r"^\d{1,18}$")], str]
+    counted: dict[str, _Counted]
+    reused: Count
+    remark: str | None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for name, values in (("methods", self.methods), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ")
+        if self.reference not in self.methods:
+            raise ValueError("reference must be one of the methods")
+        if self.runs or self.central:
+            self._refuse_gaps()
+        return self
+
+    def _refuse_gaps(self) -> None:
+        """Raise an error if a finished comparison lacks a run."""
+        is_pooled = not set(self.methods).isdisjoint(CENTRAL)
+        federated = [method for method in self.methods if method not in CENTRAL]
+        if not self.runs.keys() == self.counted.keys() == set(federated):
+            raise ValueError("runs and counted must have an entry of each strategy in methods")
+        if is_pooled and sorted(map(int, self.central)) != sorted(self.seeds):
+            raise ValueError("central must have an entry of each seed")
+        equal_lengths(
+            ((f"runs.{method}", each) for method, each in self.runs.items()), len(self.seeds)
+        )
 
 
 @dataclass(frozen=True)
@@ -133,26 +185,22 @@ class ComparisonRecord:
         Raises:
             FedkdError: the folder holds none.
         """
-        values = read_json(folder / FILE, "comparison")
-        try:
-            return cls._of(values, folder)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise FedkdError(
-                f"{folder / FILE} was not written by this version ({error!r})"
-            ) from None
+        values = read_json(folder / FILE, _Content, "comparison")
 
-    @classmethod
-    def _of(cls, values: dict[str, Any], folder: Path) -> ComparisonRecord:
         def absolute(path: str) -> Path:
             return Path(normpath(folder / path))
 
-        values["experiment"] = Experiment.load((str(folder / FILE), values["experiment"]))
-        values["runs"] = {
-            m: [absolute(path) for path in paths] for m, paths in values["runs"].items()
-        }
-        values["central"] = {int(seed): absolute(path) for seed, path in values["central"].items()}
-        values["counted"] = {m: Counted(**each) for m, each in values["counted"].items()}
-        return cls(**values, path=folder)
+        return cls(
+            experiment=Experiment.load((str(folder / FILE), values["experiment"])),
+            runs={m: [absolute(path) for path in paths] for m, paths in values["runs"].items()},
+            central={int(seed): absolute(path) for seed, path in values["central"].items()},
+            counted={
+                method: Counted(each["field"], each["later"], each["delivered"])
+                for method, each in values["counted"].items()
+            },
+            **{name: values[name] for name in _UNCHANGED},
+            path=folder,
+        )
 
 
 def _strategy(experiment: Experiment, method: str) -> DistillationStrategy:

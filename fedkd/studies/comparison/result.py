@@ -175,6 +175,7 @@ def _assembled(record: ComparisonRecord) -> dict[str, Any]:
         )
     runs = {name: [Run.load(path) for path in paths] for name, paths in record.runs.items()}
     baseline = joined(record.central) if record.central else None
+    _refuse_other_data([run for each in runs.values() for run in each], baseline)
     points = {n: [curve(run, record.counted[n]) for run in each] for n, each in runs.items()}
     entries = [
         central_entry(name, baseline)
@@ -203,3 +204,20 @@ def _assembled(record: ComparisonRecord) -> dict[str, Any]:
         "reused": record.reused,
         "remark": record.remark,
     }
+
+
+def _refuse_other_data(runs: Sequence[Run], baseline: CentralRun | None) -> None:
+    """Raise an error unless all runs have the same number of test images, and of clients.
+
+    Raises:
+        FedkdError: a folder has been replaced by that of another experiment.
+    """
+    sizes = {run.path: int(run.result["test_size"]) for run in runs}
+    expected = baseline.test_size if baseline else next(iter(sizes.values()))
+    for run in runs:
+        clients, first = len(run.client_accuracy), len(runs[0].client_accuracy)
+        if sizes[run.path] != expected or clients != first:
+            raise FedkdError(
+                f"{run.path} has {sizes[run.path]} test images and {clients} clients: the comparison "
+                f"has {expected} and {first}"
+            )

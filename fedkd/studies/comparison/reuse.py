@@ -15,7 +15,7 @@ from fedkd.experiment import Experiment
 from fedkd.federation.checkpoint import FILE as CHECKPOINT
 from fedkd.keys import AUTO
 from fedkd.machine import resolve_device
-from fedkd.records.files import read_json
+from fedkd.records.files import read_result
 from fedkd.records.folder import RunFolder
 from fedkd.records.identity import Identity, changes, counted
 from fedkd.records.results import CentralRun
@@ -115,7 +115,7 @@ def _read(folder: Path) -> _ExistingRun | None:
     try:
         text = (folder / "experiment.toml").read_text(encoding="utf-8")
         is_finished = RunFolder(folder).is_finished
-        result = read_json(folder / "result.json") if is_finished else {}
+        result = read_result(folder) if is_finished else {}
         header = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
         experiment, identity = RunFolder(folder).experiment, RunFolder(folder).identity
         seeds = tuple(result["seeds"]) if "seeds" in result else ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from fedkd.engines.identity import software
 from fedkd.engines.run_folder import record_beginning
@@ -15,9 +16,10 @@ from fedkd.errors import FedkdError, Setting
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar
 from fedkd.machine import resolve_device
-from fedkd.records.files import read_json, write_json
+from fedkd.records.files import read_json, read_lines, write_json
 from fedkd.records.folder import RunFolder
 from fedkd.records.identity import Identity, as_one, changes
+from fedkd.records.shapes import Count, IdentityRecord, Positive, Shape, Share, Value
 
 Of = Literal["federation", "central"]
 """Whose accuracy: the mean over a federation's clients, or the central distilled student's."""
@@ -26,6 +28,46 @@ Keys = dict[str, Scalar]
 """A point: values by key, as in Python."""
 
 _RECORD, _POINTS, _IDENTITIES = "sweep.json", "points.jsonl", "identities.json"
+
+
+class _Settings(Shape):
+    """``sweep.json``."""
+
+    of: Of
+    grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)]
+    is_search: bool
+    trials: Positive | None
+    seeds: Annotated[list[Count], Field(min_length=1)]
+    folds: Annotated[int, Field(ge=2)]
+    points: list[dict[str, Value]]
+    remark: str | None = None
+
+    @model_validator(mode="after")
+    def _points_of_the_grid(self) -> Self:
+        if self.is_search != (self.trials is not None):
+            raise ValueError("trials must be given for a search, and only then")
+        for point in self.points:
+            if point.keys() != self.grid.keys():
+                raise ValueError(f"points must have the keys {', '.join(self.grid)}")
+            if not self.is_search and any(v not in self.grid[key] for key, v in point.items()):
+                raise ValueError("points must have values of the grid")
+        return self
+
+
+class _Measured(Shape):
+    """A line of ``points.jsonl``."""
+
+    keys: dict[str, Value]
+    seed: Count
+    fold: Annotated[str, Field(pattern=r"^\d{1,9}/\d{1,9}$")]
+    accuracy: Share
+    identity: str
+
+
+class _Identities(Shape):
+    """``identities.json``: identities by fingerprint."""
+
+    __pydantic_extra__: dict[str, IdentityRecord] = Field(init=False)  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -70,10 +112,13 @@ class Done:
         Raises:
             FedkdError: not all are measured yet.
         """
-        cells = [[Cell(keys, seed, fold) for fold in range(1, folds + 1)] for seed in seeds]
-        if not all(cell.name in self._accuracies for row in cells for cell in row):
-            raise FedkdError("the sweep is unfinished: run it again to continue")
-        return [[self._accuracies[cell.name] for cell in row] for row in cells]
+        try:
+            return [
+                [self._accuracies[Cell(keys, seed, fold).name] for fold in range(1, folds + 1)]
+                for seed in seeds
+            ]
+        except KeyError:
+            raise FedkdError("the sweep is unfinished: run it again to continue") from None
 
 
 @dataclass(frozen=True)
@@ -152,27 +197,22 @@ class SweepFolder:
         Raises:
             FedkdError: the folder holds no sweep.
         """
-        settings = read_json(self.path / _RECORD, "sweep")
-        missing = {"of", "grid", "is_search", "trials", "seeds", "folds", "points"} - set(settings)
-        if missing:
-            raise FedkdError(f"{self.path / _RECORD} lacks {', '.join(sorted(missing))}")
-        return settings
+        return read_json(self.path / _RECORD, _Settings, "sweep")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write the sweep's settings."""
         write_json(self.path / _RECORD, dict(record))
 
     def done(self) -> Done:
-        """Return what is done; incomplete lines are ignored."""
+        """Return what is done; incomplete lines are ignored.
+
+        Raises:
+            FedkdError: a complete line is damaged.
+        """
         done, path = Done(), self.path / _POINTS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                point = json.loads(line)
-                cell = Cell(point["keys"], point["seed"], int(point["fold"].partition("/")[0]))
-                done.add(cell, point["accuracy"], point["identity"])
-            except (ValueError, KeyError):
-                continue
+        for point in read_lines(path, _Measured, skip_cut=True) if path.exists() else []:
+            cell = Cell(point["keys"], point["seed"], int(point["fold"].partition("/")[0]))
+            done.add(cell, point["accuracy"], point["identity"])
         return done
 
     def append(
@@ -189,7 +229,7 @@ class SweepFolder:
     def identities(self) -> dict[str, Identity]:
         """Return what cells were measured with, by the fingerprint that their lines hold."""
         path = self.path / _IDENTITIES
-        return read_json(path, "sweep") if path.is_file() else {}
+        return read_json(path, _Identities, "sweep") if path.exists() else {}
 
 
 def _software() -> Identity:
