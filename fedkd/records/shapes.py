@@ -85,6 +85,7 @@ class Round(Shape):
     sampled: Clients
     answered: Clients
     dropped: dict[str, str]
+    enrolled_again: Clients = []
     withheld: dict[str, Clients] = {}
     accepted: bool
     events: dict[str, Count] = {}

@@ -148,7 +148,8 @@ COMPANY: dict[str, dict[str, Any]] = {
     ("keys", "threads"),
     [
         *(pytest.param(keys, 1, id=name) for name, keys in COMPANY.items()),
-        *(pytest.param(COMPANY[n], 2, id=f"{n}-2") for n in ("mlp", "resnet", "loops")),
+        *(pytest.param(COMPANY[n], 2, id=f"{n}-2") for n in ("mlp", "loops")),
+        pytest.param(COMPANY["resnet"], 2, id="resnet-2", marks=pytest.mark.slow),
     ],
 )
 def test_a_clients_numbers_do_not_depend_on_who_else_takes_part(

@@ -105,10 +105,7 @@ def server_model(strategy: str) -> dict[str, str]:
 # --- The same numbers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    one_in(3, sorted(strategies())),
-)
+@pytest.mark.parametrize("strategy", one_in(6, sorted(strategies())))
 def test_federations_side_by_side_are_those_alone(strategy: str, tmp_path: Path) -> None:
     base = shared(tmp_path, strategy=strategy, **server_model(strategy))
     found, apart = side_by_side(base, DIFFERENT), alone(base, DIFFERENT[:2])
@@ -121,7 +118,7 @@ def test_federations_side_by_side_are_those_alone(strategy: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "keys",
     one_in(
-        2,
+        4,
         [
             {"strategy": "SCARLET", "codec": "simplex:2+changed+range", "fraction_train": 0.67},
             {"strategy": "CFD", "server_model": "mlp-11", "fraction_train": 0.34},
@@ -152,7 +149,7 @@ def test_so_they_are_with_memories_codecs_some_clients_and_mixed_models(
 
 @pytest.mark.parametrize(
     ("strategy", "student"),
-    [("DSFL", "mlp-8"), ("FedProx", "mlp-8"), ("KTpFL", "test_side_by_side:normed")],
+    one_in(3, [("DSFL", "mlp-8"), ("FedProx", "mlp-8"), ("KTpFL", "test_side_by_side:normed")]),
 )
 def test_those_that_differ_in_the_seed_alone_are_the_same_to_the_last_bit(
     strategy: str, student: str, tmp_path: Path
@@ -199,7 +196,7 @@ def breaking(
     monkeypatch.setattr(client, "run_phases", broken)
 
 
-@pytest.mark.parametrize("strategy", ["DSFL", "FedAvg", "SelectiveFD"])
+@pytest.mark.parametrize("strategy", one_in(3, ["DSFL", "FedAvg", "SelectiveFD"]))
 def test_a_client_that_fails_is_dropped_by_its_own_federation_alone(
     strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

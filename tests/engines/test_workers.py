@@ -445,6 +445,7 @@ def test_what_a_worker_does_costs_its_clients_at_most_a_round(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_foreign_cluster_is_left_as_it_was(cluster: str) -> None:
     import ray
 

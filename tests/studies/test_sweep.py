@@ -161,8 +161,9 @@ def test_seeds_with_shards_of_their_own_are_stacks_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stacks = watched(monkeypatch)
-    sweep(federation(tmp_path), {"tau": [1, 3]}, [5, 8], folds=2)
-    sweep(federation(tmp_path, partition_seed=3), {"tau": [1, 3]}, [5, 8], folds=2)
+    base = federation(tmp_path, num_server_rounds=1)
+    sweep(base, {"tau": [1, 3]}, [5, 8], folds=2)
+    sweep(base.replace(partition_seed=3), {"tau": [1, 3]}, [5, 8], folds=2)
     sweep(central(tmp_path), {"tau": [1, 3]}, [5, 8], folds=2, of="central")
     assert [len(stack) for stack in stacks] == [2] * 4 + [4] * 2 + [4] * 2
 
@@ -172,10 +173,11 @@ def test_a_stack_holds_no_more_models_than_memory(
 ) -> None:
     monkeypatch.setattr(training, "MODELS_AT_ONCE", 7)  # two federations of three clients
     stacks = watched(monkeypatch)
-    found = sweep(federation(tmp_path), {"tau": [1, 2, 3, 4, 5]}, folds=2)
+    base = federation(tmp_path, num_server_rounds=1)
+    found = sweep(base, {"tau": [1, 2, 3, 4, 5]}, folds=2)
     assert [len(stack) for stack in stacks] == [2, 2, 1] * 2
     monkeypatch.setattr(training, "MODELS_AT_ONCE", 2)
-    again = sweep(federation(tmp_path, name="again"), {"tau": [1, 2, 3, 4, 5]}, folds=2)
+    again = sweep(base.replace(name="again"), {"tau": [1, 2, 3, 4, 5]}, folds=2)
     for one, other in zip(found.points, again.points, strict=True):
         assert np.array(one.accuracies) == pytest.approx(np.array(other.accuracies), abs=CLOSE)
 
@@ -278,7 +280,8 @@ def test_what_is_printed_for_machines_is_json(tmp_path: Path) -> None:
 def test_a_finished_sweep_trains_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for of, base in (("central", central(tmp_path)), ("federation", federation(tmp_path))):
+    quick = federation(tmp_path, num_server_rounds=1)
+    for of, base in (("central", central(tmp_path)), ("federation", quick)):
         first = sweep(base, {"tau": [1, 3]}, [5], 2, of=of)
         with monkeypatch.context() as patch:
             stacks = watched(patch)
