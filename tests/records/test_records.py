@@ -18,16 +18,28 @@ from fedkd.records.files import replace_file, write_json
 from fedkd.records.folder import RunFolder, environment
 from fedkd.records.results import CentralRun, gap_closed
 
+OF_A_ROUND: dict[str, Any] = {
+    "answered": [],
+    "accepted": False,
+    "server_accuracy": None,
+    "bytes_up": 0,
+    "bytes_down": 7,
+    "seconds": {"round": 0.25},
+}
 ROWS: list[dict[str, Any]] = [
-    {"round": 1, "sampled": [0, 2], "dropped": {"1": "no «reply»"}, "accuracy": None},
-    {"round": 2, "sampled": [1], "dropped": {}, "accuracy": 0.1 + 0.2},
+    {"round": 1, "sampled": [0, 2], "dropped": {"1": "no «reply»"}, "accuracy": None, **OF_A_ROUND},
+    {"round": 2, "sampled": [1], "dropped": {}, "accuracy": 0.1 + 0.2, **OF_A_ROUND},
 ]
 RESULT: dict[str, Any] = {
     "accuracy": 0.75,
     "client_accuracy": [0.5, None, 1.0],
     "server_accuracy": None,
+    "dropped": {},
+    "rounds": 2,
     "bytes_up": 2**40,
     "bytes_down": 7,
+    "test_size": 61,
+    "seconds": 0.5,
 }
 
 
@@ -168,14 +180,14 @@ def test_rounds_are_appended_line_by_line(tmp_path: Path) -> None:
 def test_what_json_does_not_know_is_never_written(tmp_path: Path, value: float) -> None:
     folder = made(tmp_path)
     folder.append_round(ROWS[0])
-    folder.write_result(RESULT)
+    folder.write_result({**RESULT, "rounds": 1})
     with pytest.raises(ValueError, match="JSON"):
         folder.append_round({"round": 2, "accuracy": value})
     with pytest.raises(ValueError, match="JSON"):
         folder.write_result({"accuracy": [value]})
     run = Run.load(folder.path)
     assert run.rounds == ROWS[:1]
-    assert run.result == RESULT
+    assert run.result == {**RESULT, "rounds": 1}
 
 
 def test_a_file_is_replaced_whole_and_leaves_no_scraps(tmp_path: Path) -> None:
@@ -219,7 +231,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def finished(tmp_path: Path) -> Path:
     folder = made(tmp_path)
-    folder.write_experiment(Experiment(seed=7), environment("cpu", 1))
+    folder.write_experiment(Experiment(seed=7, num_server_rounds=2), environment("cpu", 1))
     for row in ROWS:
         folder.append_round(row)
     folder.write_result(RESULT)
@@ -233,7 +245,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert run.path == path
         assert run.rounds == ROWS
         assert run.result == RESULT
-        assert run.experiment == Experiment(seed=7)
+        assert run.experiment == Experiment(seed=7, num_server_rounds=2)
         assert run.accuracy == 0.75
         assert run.client_accuracy == [0.5, None, 1.0]
         assert run.server_accuracy is None
