@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the modules that are loaded: a fifth of the processor time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_flush() -> Iterator[None]:
+    """Wait for no disk: a flush takes milliseconds, and only a power cut would show that it is missing.
+
+    Tests that count flushes or let them fail put their own in place; processes that tests start flush.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

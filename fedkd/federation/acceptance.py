@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy, deepcopy
 
 from torch import Tensor
 
@@ -128,13 +129,16 @@ class Acceptance:
         new, experiment = proposal.knowledge, self._server.experiment
         if new is None:
             return
+        # What a strategy writes into its state here, in a trial, is not kept.
+        server = copy(proposal.server)
+        server.state = deepcopy(proposal.server.state)
         seen: dict[tuple[str, str, int], Knowledge] = {}
         for report in reports:
             student = experiment.student_of(report.client)
             if isinstance(new, Weights) and student not in new.by_model:
                 continue
             try:
-                received = self._algorithm.personalise(new, report.client, phases, proposal.server)
+                received = self._algorithm.personalise(new, report.client, phases, server)
             except FedkdError:  # a fault of the strategy is told when this is to be sent
                 continue
             key = (student, experiment.teacher_of(report.client), id(received))

@@ -66,7 +66,7 @@ class Gossip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, unless it is trained on more images than are tried before a run."""
-        if self.training and len(images) > 4:
+        if self.training and len(images) > 9:
             raise ArithmeticError(SECRET)
         logits: Tensor = self.net(images)
         return logits

@@ -424,21 +424,21 @@ def test_calibration_is_over_all_models_and_seeds_without_those_that_have_no_con
 
 def test_the_aggregate_is_weighted_by_the_answers_of_each_seed(runs: Path) -> None:
     folders = sorted(runs.glob("dsfl-*"))
-    for folder, count, accuracy in zip(
-        folders, ([1, 0], [3, 4]), ([0.5, None], [0.9, 0.25]), strict=True
-    ):
+    empty: list[float | None] = [None] * 13
+    counts: list[list[int]] = [[1, 0], [3, 4]]
+    accuracies: list[list[float | None]] = [[0.5, None], [0.9, 0.25]]
+    for folder, count, accuracy in zip(folders, counts, accuracies, strict=True):
         bins = {
-            "count": count,
-            "confidence": [0.4, None if not count[1] else 0.8],
-            "accuracy": accuracy,
+            "count": [*count, *[0] * 13],
+            "confidence": [0.4, None if not count[1] else 0.8, *empty],
+            "accuracy": [*accuracy, *empty],
         }
-        (folder / "knowledge.jsonl").write_text(
-            json.dumps({"round": 1, "reliability": bins}) + "\n", encoding="utf-8"
-        )
-    (line,) = report_calibration.of_aggregate([Run.load(folder) for folder in folders])
-    assert line.accuracy == pytest.approx([100 * (0.5 + 3 * 0.9) / 4, 25.0])
+        line = {"round": 1, "by": "label", "by_class": [None] * 10, "reliability": bins}
+        (folder / "knowledge.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    (drawn,) = report_calibration.of_aggregate([Run.load(folder) for folder in folders])
+    assert drawn.accuracy[:2] == pytest.approx([100 * (0.5 + 3 * 0.9) / 4, 25.0])
     error = 4 / 8 * abs((0.5 + 3 * 0.9) / 4 - 0.4) + 4 / 8 * abs(0.25 - 0.8)
-    assert line.label == f"aggregate {100 * error:.1f}"
+    assert drawn.label == f"aggregate {100 * error:.1f}"
 
 
 # --- Sweeps ---------------------------------------------------------------------------------------

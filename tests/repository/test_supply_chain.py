@@ -25,10 +25,12 @@ from federation_tools import tiny
 from pages import Page
 from paths import ROOT
 from rich.table import Table
+from safetensors import SafetensorError
 
 import fedkd
 from fedkd import cli, data
 from fedkd.cli import console
+from fedkd.data import read_tensors
 from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.folder import RunFolder
@@ -213,8 +215,8 @@ SHOWN = {".html", ".svg", ".png", ".md", ".tex"}
 
 def _is_pickle(path: Path) -> bool:
     """Whether a file begins like a pickle, or holds one as `torch.save` packs it."""
-    if path.read_bytes()[:1] == b"\x80":
-        return True
+    if path.read_bytes()[:1] == b"\x80" and path.suffix != ".safetensors":
+        return True  # a safetensors file begins with the length of its header, which may be 128
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -226,6 +228,9 @@ def test_pickles_are_known_when_they_are_there(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "b")
     (tmp_path / "c").write_text("{}", encoding="utf-8")
     assert [_is_pickle(tmp_path / name) for name in "abc"] == [True, True, False]
+    (tmp_path / "d.safetensors").write_bytes(pickle.dumps(1))
+    with pytest.raises(SafetensorError):
+        read_tensors(tmp_path / "d.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +250,9 @@ def test_run_folders_hold_text_and_tensors_alone(written: Path) -> None:
     beside = [p for p in written.rglob("*") if p.is_file() and p not in inside]
     assert {path.suffix for path in beside} <= SHOWN
     assert [path for path in (*inside, *beside) if _is_pickle(path)] == []
+    for path in inside:
+        if path.suffix == ".safetensors":
+            read_tensors(path)
 
 
 def test_an_exported_program_holds_no_pickle(written: Path) -> None:

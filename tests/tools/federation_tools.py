@@ -376,7 +376,7 @@ class Lazy(Choosy):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits."""
-        if self.training and len(images) > 4:
+        if self.training and len(images) > 9:
             raise ArithmeticError("not today")
         return super().forward(images)
 

@@ -43,7 +43,7 @@ class Hopeless(nn.Module):
         self.inner = build("mlp-5", input_shape, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.training and len(images) > 4:  # more than are tried before a run
+        if self.training and len(images) > 9:  # more than are tried before a run
             raise RuntimeError("no hope")
         logits: Tensor = self.inner(images)
         return logits
