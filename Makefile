@@ -5,9 +5,6 @@
 #   ARGS="-k fedmd"              passed on to the demo or to pytest
 #   PIP_CONSTRAINT=.ci/constraints.txt   (pip's own) the locked versions, as CI installs them
 
-# Bytecode is kept: else each worker, and each process that a test starts, compiles everything anew.
-unexport PYTHONDONTWRITEBYTECODE
-
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
