@@ -19,6 +19,7 @@ def _experiment(folder: Path, engine: str) -> fedkd.Experiment:
         num_server_rounds=5,
         public_size=97,
         min_partition_size=11,
+        batch_size=37,
         engine=engine,
         plan="loop",  # not measured, as these students count how often they are trained
         run_dir=str(folder / "runs"),
@@ -40,7 +41,7 @@ def test_a_dead_process_costs_one_round_of_one_client(folder: Path) -> None:
     assert [row["dropped"] for row in run.rounds] == [
         {},
         {"1": "client process died"},
-        {"2": "RuntimeError: out of luck (accident_models.py, line 202)"},
+        {"2": "RuntimeError: out of luck (accident_models.py, line 207)"},
         {},
         {},
     ]
@@ -64,7 +65,7 @@ def test_in_process_a_client_that_raises_costs_nobody_else(folder: Path) -> None
     assert [row["dropped"] for row in run.rounds] == [
         {},
         {},
-        {"2": "RuntimeError: out of luck (accident_models.py, line 202)"},
+        {"2": "RuntimeError: out of luck (accident_models.py, line 207)"},
         {},
         {},
     ]

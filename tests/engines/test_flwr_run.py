@@ -96,7 +96,7 @@ def test_flwr_run_completes_though_a_client_process_dies(
 ) -> None:
     app = copied_app(tmp_path / "app")
     run_config = (
-        "dataset='digits' num-clients=3 num-server-rounds=4 strategy='DSFL' public-size=97 "
+        "dataset='digits' num-clients=3 num-server-rounds=4 strategy='DSFL' public-size=97 batch-size=37 "
         # The plan is given: to measure one the server would run the model, which counts its fits.
         "student='mlp-20,accident_models:dying,mlp-20' plan='loop' "
         f"run-dir='{tmp_path / 'runs'}' name='from-flwr'"

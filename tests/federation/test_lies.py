@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation_tools import Finished, federate, tiny
+from federation_tools import Exchange, Finished, federate, tiny
 from flwr.app import Message
 from lies import CLASS_MEANS, LARGEST, LOGITS, PROBABILITIES, WEIGHTS, Arrays, Lie, told
 from sampling import one_in
@@ -45,6 +45,8 @@ def experiment_of(strategy: str, **keys: Any) -> Experiment:
         "teacher": "mlp-7" if cls.facts.local_teacher else "none",
         "server_model": "mlp-8" if cls.facts.server_model == "required" else "none",
         "codec": "float32" if strategy == "CFD" else "auto",
+        # Models as new as these agree on no sample well enough to be passed on.
+        "strategy_config": "ambiguity=2" if strategy == "SelectiveFD" else "none",
         "evaluate_every": 3,
         "plan": "stacked",
     }
@@ -75,12 +77,22 @@ def left_out(done: Finished) -> list[set[int]]:
     return [{int(client) for client in row["dropped"]} for row in done.rows]
 
 
-def numbers_of(received: Knowledge | Packed | None) -> list[Tensor]:
-    """Return the tensors of what a client received, which is there."""
-    if isinstance(received, Packed):
-        return [*received.arrays.values()]
-    assert received is not None
-    return tensors_of(received)
+def told_to_all(done: Finished) -> list[Tensor]:
+    """Return the tensors of the knowledge that clients received in the last exchange that had some."""
+    exchange = next(e for e in reversed(done.exchanges) if _knowledge_in(e))
+    assert exchange.instructions.keys() == set(range(K))
+    tensors: list[Tensor] = []
+    for received in _knowledge_in(exchange):
+        if isinstance(received, Packed):
+            tensors += received.arrays.values()
+        else:
+            tensors += tensors_of(received)
+    return tensors
+
+
+def _knowledge_in(exchange: Exchange) -> list[Knowledge | Packed]:
+    told = [instruction.knowledge for instruction in exchange.instructions.values()]
+    return [knowledge for knowledge in told if knowledge is not None]
 
 
 TABLE = [(strategy, name) for strategy in strategies() for name in lies_for(strategy)]
@@ -100,8 +112,7 @@ def test_a_lie_ends_no_run_spoils_no_knowledge_and_costs_no_other_client_anythin
     assert all(row["accepted"] for row in done.rows)
     assert all(dropped <= {LIAR} for dropped in left_out(done))
     assert done.exchanges[-1].instructions.keys() == set(range(K))
-    told_last = [i.knowledge for i in done.exchanges[-1].instructions.values()]
-    assert all(bool(t.isfinite().all()) for each in told_last for t in numbers_of(each))
+    assert all(bool(tensor.isfinite().all()) for tensor in told_to_all(done))
 
 
 # --- What is left out, and what is not -------------------------------------------------------------
@@ -140,10 +151,8 @@ def test_of_mixed_architectures_the_others_make_their_models_without_the_liar(
     done = lying(experiment, WEIGHTS[f"all {LARGEST:.3g}"])
     silent = federate(experiment, lambda i, m, r: None if i.client == LIAR else r)
     assert left_out(done) == left_out(silent) == [{LIAR}]
-    for client in range(K):
-        mine, theirs = (each.exchanges[-1].instructions[client] for each in (done, silent))
-        pairs = zip(numbers_of(mine.knowledge), numbers_of(theirs.knowledge), strict=True)
-        assert all(torch.equal(ours, others) for ours, others in pairs)
+    for ours, others in zip(told_to_all(done), told_to_all(silent), strict=True):
+        assert torch.equal(ours, others)
 
 
 def test_what_alone_can_be_used_is_left_out_where_it_spoils_all_together() -> None:
