@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
@@ -40,7 +41,7 @@ class FedkdError(ValueError):
     """
 
     def __init__(self, *parts: str | Setting) -> None:
-        super().__init__("".join(map(str, parts)))
+        super().__init__(printable("".join(map(str, parts))))
         self.parts = parts
 
     def with_sources(self, origins: Mapping[str, tuple[object, str]]) -> Self:
@@ -112,17 +113,37 @@ def _likeness(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other).ratio()
 
 
-_UNPRINTABLE = {
-    code: "\ufffd"
-    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-    if chr(code) not in "\n\t"
-}
-"""Control characters, which a terminal executes, and those that change the direction of writing."""
+# Control characters, which a terminal executes; those that change the direction of writing or end a line
+# where an editor shows none; halves of letters, which no file takes.
+_RAW = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:
-    """Return a text without characters that a terminal would execute: names may come from any file."""
-    return text.translate(_UNPRINTABLE)
+    """Return a text that a terminal, a page or a log can show: names may come from anywhere.
+
+    Control characters but line feed and tab, and those that change the direction of writing, become
+    U+FFFD.
+    """
+    return _RAW.sub("\ufffd", text)
+
+
+def safe_logger(name: str) -> logging.Logger:
+    """Return the logger of a module, whose messages and tracebacks are made `printable`."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_show_safely)
+    return logger
+
+
+def _show_safely(record: logging.LogRecord) -> bool:
+    """Replace what a record says, before any handler formats it."""
+    said = record.getMessage()
+    if printable(said) != said:
+        record.msg, record.args = printable(said), None
+    if record.exc_info and not record.exc_text:
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+    return True
 
 
 class DivergedError(FedkdError):

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedkd.errors import FedkdError, Setting
+from fedkd.errors import FedkdError, Setting, one_line, printable
 from fedkd.keys import (
     AUTO,
     Requirement,
@@ -335,9 +335,11 @@ class Experiment(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_empty_and_truth(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse what pydantic would accept: true for the number 1, and an empty text."""
+        """Refuse what pydantic would accept: true for the number 1, a text that is empty or not shown."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if value == "" or (isinstance(value, bool) and annotation is not bool):
+            raise ValueError("refused")
+        if isinstance(value, str) and printable(value) != value:
             raise ValueError("refused")
         return value
 
@@ -561,19 +563,35 @@ def read_toml(path: str | Path) -> tuple[str, dict[str, object]]:
         FedkdError: the file cannot be read or is not TOML; the text names the file and the line.
     """
     try:
-        keys = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise FedkdError(f"config = {path}: {reason}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise FedkdError(f"{path} is not valid TOML: {error}") from None
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise FedkdError(f"config = {path}: {error.strerror}") from None
+    except ValueError as error:  # a name that no file can have
+        raise FedkdError(f"config = {path!r}: {error}") from None
+    return str(path), parse_toml(path, content)
+
+
+def parse_toml(path: str | Path, content: bytes) -> dict[str, object]:
+    """Return the keys in the content of an experiment file.
+
+    Raises:
+        FedkdError: it is not TOML, or nested; the text names the file and the line.
+    """
+    try:
+        keys = tomllib.loads(content.decode())
+    except UnicodeDecodeError:
+        raise FedkdError(f"config = {path}: is not UTF-8 text") from None
+    except RecursionError:
+        raise FedkdError(f"{path} is not valid TOML: nested too deep") from None
+    except ValueError as error:  # among them a number of more digits than Python reads
+        raise FedkdError(f"{path} is not valid TOML: {one_line(str(error))}") from None
     nested = [name for name, value in keys.items() if isinstance(value, dict | list)]
     if nested:
         raise FedkdError(
             f"{nested[0]} in {path}: experiment files are flat, every value a string, number or "
             "boolean"
         )
-    return str(path), keys
+    return keys
 
 
 def _cycle(names: str, client: int) -> str:

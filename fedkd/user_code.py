@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from importlib import import_module
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, cast
 
 from fedkd.errors import FedkdError, Setting, nearest, one_line
@@ -91,13 +92,13 @@ def load_file(path: Path, key: str) -> ModuleType:
     if name in sys.modules and _changed.setdefault(where, changed) == changed:
         return sys.modules[name]
     add_import_path(path.resolve().parent)
-    spec = spec_from_file_location(name, path.resolve())
+    loader = _AsItStands(name, where)
+    spec = spec_from_file_location(name, where, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise FedkdError(
@@ -105,6 +106,14 @@ def load_file(path: Path, key: str) -> ModuleType:
         ) from error
     _changed[where] = changed
     return module
+
+
+class _AsItStands(SourceFileLoader):
+    """Compiles the file: what is cached passes for it if size and second of change are the same."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the module's code."""
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _module_name(path: Path) -> str:

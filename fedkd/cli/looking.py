@@ -131,7 +131,7 @@ def cite(
     experiment = folder.experiment
     strategy = strategy_of(experiment)
     used = experiment.replace(codec="/".join(map(str, strategy.wires(experiment))))
-    entries = citations(used, strategy.facts, folder.version)
+    entries = citations(used, strategy.facts, folder.environment.get("fedkd"))
     output.result(entries, entries, entries)
 
 

@@ -8,7 +8,6 @@ the in-process engine all of a round.
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -24,14 +23,14 @@ from fedkd.clients.starting import Start, start_of
 from fedkd.clients.state_store import ResidentStates
 from fedkd.clients.states import INITIAL, States, concatenated
 from fedkd.data.federated import FederatedData
-from fedkd.errors import FedkdError, one_line
+from fedkd.errors import FedkdError, one_line, safe_logger
 from fedkd.experiment import Experiment
 from fedkd.knowledge import SoftLabels
 from fedkd.knowledge.codec import Packed
 from fedkd.phases import to_text
 from fedkd.user_code import error_with_location, user_location
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False)

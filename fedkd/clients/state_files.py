@@ -15,7 +15,6 @@ from a broken state. A state that has changed since it was written counts as los
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,11 +40,11 @@ from fedkd.clients.slot_file import (
     row_types,
 )
 from fedkd.clients.states import INITIAL, States
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, safe_logger
 from fedkd.records.files import flush_folder, make_folder
 from fedkd.training.parameters import State
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 LOCK_TIMEOUT = 60.0
 """Seconds to wait for a file that another process has locked."""

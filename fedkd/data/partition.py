@@ -8,7 +8,6 @@ the samples are permuted first: another seed then moves blocks, not only proport
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import warnings
 from dataclasses import astuple, dataclass
@@ -22,11 +21,11 @@ from torch import Tensor
 
 from fedkd import randomness
 from fedkd.data.cache import fingerprint, read_tensors, write_tensors
-from fedkd.errors import FedkdError, Setting, nearest
+from fedkd.errors import FedkdError, Setting, nearest, safe_logger
 
 KINDS = ("iid", "dirichlet", "shard", "pathological")
 
-_log = logging.getLogger(__name__)
+_log = safe_logger(__name__)
 
 
 def split_public(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ and its clients' states are, which device it uses and how much noise it requires
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,7 +22,7 @@ from fedkd.data.federated import federated_data
 from fedkd.engines.answering import Delivery, handle_together, reply, store_of
 from fedkd.engines.deployment import within_limits
 from fedkd.engines.node_limits import KEYS, NodeLimits, check_present
-from fedkd.errors import FedkdError, Setting, nearest, one_line
+from fedkd.errors import FedkdError, Setting, nearest, one_line, safe_logger
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import always_reply
 from fedkd.federation.messages import (
@@ -38,7 +37,7 @@ from fedkd.machine import keep_freed_memory
 from fedkd.phases import Predict, installed_modules
 from fedkd.user_code import find_function, fingerprint, is_within
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _NODE = "this node's --node-config"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from threading import Lock
 
-_logger = logging.getLogger(__name__)
+from fedkd.errors import safe_logger
+
+_logger = safe_logger(__name__)
 
 
 class Events:

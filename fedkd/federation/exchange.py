@@ -6,7 +6,6 @@ the message.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as shown
@@ -17,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedkd.clients.instructions import ClientReport, Instruction
 from fedkd.data.federated import FederatedData
-from fedkd.errors import FedkdError, one_line
+from fedkd.errors import FedkdError, one_line, safe_logger
 from fedkd.experiment import Experiment
 from fedkd.federation.events import Events
 from fedkd.federation.flower_internals.replies import failure_reason, says_lost
@@ -26,7 +25,7 @@ from fedkd.federation.messages import decode_report
 from fedkd.federation.report_checks import check_report, with_known_numbers
 from fedkd.knowledge.codec import KnownRows
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 REFUSED = "refused"
 """Name under which the tensors of refused replies are counted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from time import monotonic, sleep
 
@@ -10,13 +9,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkd.data.federated import FederatedData
-from fedkd.errors import FedkdError, Setting, one_line
+from fedkd.errors import FedkdError, Setting, one_line, safe_logger
 from fedkd.experiment import Experiment
 from fedkd.federation.flower_internals.replies import failure_reason
 from fedkd.federation.messages import HELLO, Introduction, decode_introduction
 from fedkd.user_code import fingerprint
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 HELLO_TIMEOUT = 60.0
 """Seconds until all clients must have introduced themselves."""

@@ -8,7 +8,6 @@ gradients that are not finite has failed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from fedkd.clients.run_phases import run_phases
 from fedkd.clients.stack import Stack
 from fedkd.clients.states import INITIAL, States
 from fedkd.data.federated import FederatedData
+from fedkd.errors import safe_logger
 from fedkd.experiment import Experiment
 from fedkd.knowledge import Knowledge, SoftLabels, Weights
 from fedkd.losses import log_probabilities
@@ -31,7 +31,7 @@ from fedkd.randomness import permutation
 from fedkd.training.architectures import architectures_of
 from fedkd.training.parameters import State
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 IMAGES = 32
 """Images of a trial, or one of each class if there are more classes."""

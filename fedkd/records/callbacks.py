@@ -17,19 +17,18 @@ yet.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, safe_logger
 from fedkd.experiment import Experiment
 from fedkd.records.files import Row
 from fedkd.records.results import Run
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 
 class Callback:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, printable
 from fedkd.records.shapes import CentralResult, Result, Shape, misfit
 
 RESULT = "result.json"
 """The file that completes a run."""
+
+MOST_BYTES = 1 << 30
+"""Largest file of text that is read: a thousand rounds of a thousand clients take a tenth of it."""
 
 Row = dict[str, Any]
 """One round's record; `docs/records.md` is the glossary of its fields."""
@@ -113,7 +119,11 @@ def read_lines(path: Path, shape: type[Shape], *, skip_cut: bool = False) -> lis
     Raises:
         FedkdError: the file is missing or damaged, or a line does not hold that.
     """
-    rows = []
+    return [row for _, row in rows_in(path, shape, skip_cut=skip_cut)]
+
+
+def rows_in(path: Path, shape: type[Shape], *, skip_cut: bool) -> Iterator[tuple[bytes, Row]]:
+    """Yield each line of a file with its object; see `read_lines`."""
     for number, line in enumerate(read_bytes(path, "finished run").splitlines(), 1):
         where = f"{path.parent}: {path.name}, line {number}"
         try:
@@ -122,8 +132,7 @@ def read_lines(path: Path, shape: type[Shape], *, skip_cut: bool = False) -> lis
             if skip_cut:
                 continue
             raise
-        rows.append(checked(value, shape, where))
-    return rows
+        yield line, checked(value, shape, where)
 
 
 def read_bytes(path: Path, what: str) -> bytes:
@@ -133,22 +142,48 @@ def read_bytes(path: Path, what: str) -> bytes:
         FedkdError: the file is missing or cannot be read.
     """
     try:
-        return path.read_bytes()
+        reason = _why_not_read(path.stat())
+        if not reason:
+            return path.read_bytes()
     except FileNotFoundError:
         raise FedkdError(f"{path.parent} holds no {what}: {path.name} is missing") from None
     except OSError as error:
-        raise FedkdError(f"{path} cannot be read: {error.strerror}") from None
+        reason = str(error.strerror)
     except ValueError as error:  # a name that no file can have
-        raise FedkdError(f"{path} cannot be read: {error}") from None
+        reason = str(error)
+    raise FedkdError(f"{path} cannot be read: {reason}")
+
+
+def _why_not_read(file: os.stat_result) -> str:
+    """Return why a file is not read, or an empty text: a pipe would block, and a device never ends."""
+    if not S_ISREG(file.st_mode):
+        return "is not a file"
+    return f"has more than {MOST_BYTES:,} bytes" if file.st_size > MOST_BYTES else ""
 
 
 def _value(content: bytes, where: str) -> Any:
-    """Return what JSON says."""
+    """Return what JSON says, its texts made `printable`."""
     try:
-        return _JSON.validate_json(content)
+        value = _JSON.validate_json(content)
     except ValidationError as error:
         reason = error.errors()[0]["ctx"]["error"]
         raise FedkdError(f"{where} is not valid JSON ({reason})") from None
+    return _printable(value) if _MARKS.search(content) else value
+
+
+def _printable(value: Any) -> Any:
+    match value:
+        case str():
+            return printable(value)
+        case list():
+            return [_printable(each) for each in value]
+        case dict():
+            return {printable(key): _printable(each) for key, each in value.items()}
+    return value
+
+
+_MARKS = re.compile(rb"\\u|[\x7f-\xff]")
+"""What a text of JSON contains if there is anything in it besides plain ASCII."""
 
 
 def checked(value: Any, shape: type[Shape], where: str) -> dict[str, Any]:

@@ -22,23 +22,28 @@ from typing import IO, Any, Self
 
 import tomli_w
 
-from fedkd.errors import FedkdError, Setting
-from fedkd.experiment import Experiment, read_toml
+from fedkd.errors import FedkdError, Setting, printable
+from fedkd.experiment import Experiment, parse_toml
 from fedkd.records.files import (
     RESULT,
     Row,
     flush_folder,
     make_folder,
     package_version,
+    read_bytes,
     read_json,
     read_result,
     replace_file,
+    rows_in,
     write_json,
 )
 from fedkd.records.identity import FILE as IDENTITY
 from fedkd.records.identity import Identity, changes, keys_of
-from fedkd.records.shapes import IdentityRecord
+from fedkd.records.shapes import IdentityRecord, KnowledgeOfRound, Round, Shape
 
+EXPERIMENT = "experiment.toml"
+
+_COMMENT = re.compile(r"^# ([\w-]+): (.+)$", re.MULTILINE)
 _PACKAGES = ("fedkd", "torch", "torchvision", "flwr", "ray", "numpy")
 
 
@@ -126,8 +131,12 @@ class RunFolder:
             FedkdError: the path is not one.
         """
         folder = Path(path)
-        if not (folder / "experiment.toml").is_file():
-            raise FedkdError(f"{folder} is not a run folder: it has no experiment.toml")
+        try:
+            is_run = (folder / EXPERIMENT).is_file()
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise FedkdError(f"{folder} cannot be read: {error.strerror}") from None
+        if not is_run:
+            raise FedkdError(f"{folder} is not a run folder: it has no {EXPERIMENT}")
         return cls(folder)
 
     @property
@@ -137,14 +146,15 @@ class RunFolder:
         Raises:
             FedkdError: ``experiment.toml`` is damaged, or a key that changes numbers was edited since.
         """
-        experiment = Experiment.load(read_toml(self.path / "experiment.toml"))
+        file = self.path / EXPERIMENT
+        experiment = Experiment.load((str(file), parse_toml(file, read_bytes(file, "run"))))
         recorded = self.identity.get("keys", {})
         present = keys_of(experiment)
         same_kind = {name: present[name] for name in recorded if name in present}
         edited = changes({"keys": recorded}, {"keys": same_kind}) + self._edited_rounds(experiment)
         if edited:
             raise FedkdError(
-                f"{self.path}/experiment.toml was edited after the run began: {'; '.join(edited)}; "
+                f"{file} was edited after the run began: {'; '.join(edited)}; "
                 "restore it, or start a new run with --config and another name"
             )
         return experiment
@@ -212,17 +222,20 @@ class RunFolder:
             return True
 
     @property
-    def version(self) -> str | None:
-        """The version of fedkd that wrote it, if recorded."""
-        text = (self.path / "experiment.toml").read_text(encoding="utf-8")
-        match = re.search(r"^# fedkd: (\S+)$", text, re.MULTILINE)
-        return match[1] if match else None
+    def environment(self) -> dict[str, str]:
+        """Versions, device and threads that it was run with, by name: comments of ``experiment.toml``.
+
+        Raises:
+            FedkdError: the file cannot be read.
+        """
+        text = read_bytes(self.path / EXPERIMENT, "run").decode(errors="replace")
+        return {name: printable(value) for name, value in _COMMENT.findall(text)}
 
     def write_experiment(self, experiment: Experiment, surroundings: Mapping[str, Any]) -> None:
         """Write ``experiment.toml``: versions as comments, then every key."""
         comments = "".join(f"# {name}: {value}\n" for name, value in surroundings.items())
         keys = tomli_w.dumps(experiment.flat())
-        replace_file(self.path / "experiment.toml", (comments + "\n" + keys).encode())
+        replace_file(self.path / EXPERIMENT, (comments + "\n" + keys).encode())
 
     def extend(self, rounds: int) -> None:
         """Set the number of rounds; a finished run is unfinished from then on.
@@ -230,8 +243,8 @@ class RunFolder:
         Raises:
             FedkdError: a file cannot be written.
         """
-        path = self.path / "experiment.toml"
-        text = path.read_text(encoding="utf-8")
+        path = self.path / EXPERIMENT
+        text = read_bytes(path, "run").decode()
         changed = re.sub(
             r"^num-server-rounds = \d+$", f"num-server-rounds = {rounds}", text, flags=re.MULTILINE
         )
@@ -270,28 +283,24 @@ class RunFolder:
         """
         for temporary in self.path.rglob(".*.part"):
             temporary.unlink(missing_ok=True)
-        self._cut("knowledge.jsonl", last)
-        rows = self._cut("rounds.jsonl", last)
+        self._cut("knowledge.jsonl", KnowledgeOfRound, last)
+        rows = self._cut("rounds.jsonl", Round, last)
         if [row["round"] for row in rows] != list(range(1, last + 1)):
             raise FedkdError(
                 f"{self.path}/rounds.jsonl does not hold rounds 1 to {last}, each once"
             )
         return rows
 
-    def _cut(self, name: str, last: int) -> list[Row]:
+    def _cut(self, name: str, shape: type[Shape], last: int) -> list[Row]:
         """Remove incomplete lines and rounds after `last` from a file of JSON lines; return the rest."""
         path = self.path / name
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        complete, rows = [], []
-        for line in lines:
-            with suppress(ValueError):  # incomplete
-                row = json.loads(line)
-                if line.endswith(b"\n") and row["round"] <= last:
-                    complete.append(line)
-                    rows.append(row)
-        if complete != lines:
-            replace_file(path, b"".join(complete))
-        return rows
+        if not path.exists():
+            return []
+        rows = [each for each in rows_in(path, shape, skip_cut=True) if each[1]["round"] <= last]
+        content = b"".join(line + b"\n" for line, _ in rows)
+        if content != read_bytes(path, "run"):
+            replace_file(path, content)
+        return [row for _, row in rows]
 
     def write_shards(self, counts: Mapping[str, Any]) -> None:
         """Write ``shards.json``: how many images of each class each client holds."""
@@ -316,7 +325,7 @@ def _is_free(path: Path) -> bool:
 
 def _advice(path: Path) -> str:
     """Return what to do about a folder that exists."""
-    kinds = {"comparison.json": "compare", "sweep.json": "sweep", "experiment.toml": "run"}
+    kinds = {"comparison.json": "compare", "sweep.json": "sweep", EXPERIMENT: "run"}
     command = next((kinds[name] for name in kinds if (path / name).is_file()), None)
     if command is None or (path / RESULT).is_file():
         return "choose another name, or remove the folder"

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.records.files import package_version, replace_file
+from fedkd.records.folder import RunFolder
 from fedkd.records.results import CentralRun, Run
 from fedkd.reports.findings.diagnose import findings
 from fedkd.reports.findings.learning import Finding
@@ -313,7 +314,7 @@ def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
     )
     environment.filters["sentence"] = _sentence
     title = sections[0].title if len(sections) == 1 else "fedkd report"
-    return environment.get_template("report.html.jinja").render(
+    html = environment.get_template("report.html.jinja").render(
         title=title,
         lead=_lead(sections),
         sections=_numbered(sections),
@@ -321,6 +322,7 @@ def page(sections: Sequence[Section], skipped: Sequence[str] = ()) -> str:
         light=LIGHT,
         version=package_version("fedkd"),
     )
+    return printable(html)
 
 
 def _lead(sections: Sequence[Section]) -> str:
@@ -365,7 +367,7 @@ def _versions(folders: Iterable[Path]) -> str:
     folders_by_versions: dict[str, list[str]] = {}
     for folder in folders:
         if (folder / "experiment.toml").is_file():
-            versions = report_experiment.versions(folder)
+            versions = RunFolder(folder).environment
             text = ", ".join(f"{name} {value}" for name, value in versions.items())
             folders_by_versions.setdefault(text, []).append(folder.name)
     if len(folders_by_versions) == 1:
@@ -397,5 +399,5 @@ def _write_files(sections: Sequence[Section], folder: Path) -> None:
         for each in section.drawings:
             report_svg.save(each.figure, folder / f"{prefix}{each.key}")
         for table in section.tables:
-            replace_file(folder / f"{prefix}{table.key}.md", table.markdown().encode())
-            replace_file(folder / f"{prefix}{table.key}.tex", table.latex().encode())
+            for ending, text in (("md", table.markdown()), ("tex", table.latex())):
+                replace_file(folder / f"{prefix}{table.key}.{ending}", printable(text).encode())

@@ -5,7 +5,6 @@ The weights depend on a seed and a name alone, so every process starts with the 
 
 from __future__ import annotations
 
-import logging
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData
 from fedkd.data.images import Images
+from fedkd.errors import safe_logger
 from fedkd.experiment import Experiment
 from fedkd.training import models
 from fedkd.training.cohort import Cohort
@@ -22,7 +22,7 @@ from fedkd.training.plans import Plan, plan_from_key
 from fedkd.training.trials.models import Verdict, verdict_on
 from fedkd.user_code import find_function
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _VERDICTS: dict[tuple[object, ...], Verdict] = {}
 """On users' models, by what they are known by: one is tried once in a process."""

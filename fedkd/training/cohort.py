@@ -8,7 +8,6 @@ changes results only within floating-point tolerance.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedkd.data.images import Images
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, safe_logger
 from fedkd.machine import Precision, forward_pass, matrix_products
 from fedkd.training.batches import VECTOR, BatchStream, Block
 from fedkd.training.fit import BlockFit, Fitted, Progress, concatenated_fits
@@ -31,7 +30,7 @@ from fedkd.training.plans import Plan
 from fedkd.training.schedule import Stream, steps_per_epoch
 from fedkd.training.vmap_modes import FeaturesFirst
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _Forward = Callable[[Stateless, State, Tensor], Tensor]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass, replace
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedkd.errors import one_line
+from fedkd.errors import one_line, safe_logger
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 _TEXT = re.compile(r"(?:loop|stacked(?:-(?P<block>[1-9]\d*))?)(?:x(?P<lanes>[1-9]\d*))?")
 

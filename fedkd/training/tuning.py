@@ -7,7 +7,6 @@ clients all read.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData, federated_data
-from fedkd.errors import FedkdError, Setting, one_line
+from fedkd.errors import FedkdError, Setting, one_line, safe_logger
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO
 from fedkd.losses import ce
@@ -30,7 +29,7 @@ from fedkd.training.plans import Plan, default_plan, largest_block
 from fedkd.training.schedule import steps_per_epoch
 from fedkd.user_code import find_function
 
-_logger = logging.getLogger(__name__)
+_logger = safe_logger(__name__)
 
 STEPS = 6
 """Steps taken with each plan; the first is not timed."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -22,6 +24,7 @@ import pytest
 import torch
 import torchvision
 from federation_tools import tiny
+from folders_of_runs import one_of_each
 from pages import Page
 from paths import ROOT
 from rich.table import Table
@@ -31,7 +34,7 @@ import fedkd
 from fedkd import cli, data
 from fedkd.cli import console
 from fedkd.data import read_tensors
-from fedkd.errors import FedkdError, printable
+from fedkd.errors import FedkdError, printable, safe_logger
 from fedkd.experiment import Experiment, read_toml
 from fedkd.records.folder import RunFolder
 from fedkd.reports.report import report
@@ -237,9 +240,7 @@ def test_pickles_are_known_when_they_are_there(tmp_path: Path) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of a comparison, its runs, a baseline and a sweep, with a report beside it."""
     folder = tmp_path_factory.mktemp("written")
-    base = tiny(run_dir=str(folder / "runs"), teacher="mlp-13", num_server_rounds=2)
-    fedkd.compare(base, ["student-distilled", "LocalOnly", "DSFL"], [0])
-    fedkd.sweep(base, {"alpha": [0.3, 0.7]}, folds=2)
+    one_of_each(folder / "runs")
     report([folder / "runs"], folder / "report.html", folder / "figures")
     return folder
 
@@ -457,7 +458,10 @@ def test_ray_listens_on_loopback_has_no_dashboard_and_reaches_nobody(
 # --- Somebody else's folder -----------------------------------------------------------------------
 
 DRAWN = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"&{{7*7}}$\\frac{$[red]"
-HOSTILE = f"{DRAWN}\x1b[31m"
+MARKS = "\x1b[31m\x07\x9b\u202e\u2066\u200f\u061c\u2028\ud800"
+"""What a terminal or an editor obeys, and half of a letter."""
+
+HOSTILE = f"{DRAWN}{MARKS[:-1]}"  # no file holds half of a letter
 
 
 def _spoiled(value: Any) -> Any:
@@ -473,7 +477,7 @@ def _spoil(folder: Path) -> None:
     """Put hostile text into whatever a run folder lets its author choose."""
     for path in folder.glob("*/shards.json"):
         said = json.loads(path.read_text(encoding="utf-8"))
-        said["classes"] = [f"{name}{DRAWN}" for name in said["classes"]]
+        said["classes"] = [f"{name}{HOSTILE}" for name in said["classes"]]
         path.write_text(json.dumps(said), encoding="utf-8")
     for path in folder.glob("*/rounds.jsonl"):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -481,6 +485,7 @@ def _spoil(folder: Path) -> None:
             row["dropped"] = {"1": HOSTILE}
             row[HOSTILE] = HOSTILE
             row["events"] = {HOSTILE: 3}
+            row["seconds"] |= {HOSTILE: 0.1}
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     for path in folder.glob("*/result.json"):
         said = json.loads(path.read_text(encoding="utf-8"))
@@ -492,11 +497,11 @@ def _spoil(folder: Path) -> None:
         )  # or the keys are known to be others
         text = path.read_text(encoding="utf-8")
         for key in ("data-dir", "dataset", "client-code", "teacher", "student", "strategy"):
-            hostile = f"{key} = {json.dumps(HOSTILE)}"
+            hostile = f"{key} = {json.dumps(DRAWN)}"
             escaped = hostile.replace("\\", r"\\")
             text = re.sub(rf"^{key} = .*$", escaped, text, flags=re.MULTILINE)
-        safe = HOSTILE.replace("\x1b", "")  # TOML allows no control characters in comments
-        path.write_text(f"# python: {safe}\n# device: {safe}\n{text}", encoding="utf-8")
+        comment = f"{DRAWN}\u202e\u2066"  # TOML allows no control characters in comments
+        path.write_text(f"# python: {comment}\n# device: {comment}\n{text}", encoding="utf-8")
 
 
 @pytest.fixture
@@ -505,7 +510,7 @@ def hostile(written: Path, tmp_path: Path) -> Path:
     runs = tmp_path / "theirs"
     for path in (written / "runs").iterdir():
         if (path / "rounds.jsonl").is_file():
-            shutil.copytree(path, runs / path.name)
+            shutil.copytree(path, runs / f"{path.name}{MARKS[:-1]}")
     _spoil(runs)
     return runs
 
@@ -520,8 +525,47 @@ def test_a_report_on_hostile_folders_holds_no_markup_of_theirs(
     assert not [n for _, given in page.elements for n in given if n.startswith("on")]
     assert "<script>alert(1)</script>" in page.text  # shown, as text
     assert "49" not in re.findall(r"'\"&(.{2})", page.text)  # {{7*7}} stands for itself
-    for path in (tmp_path / "figures").glob("*.svg"):
-        assert "<script" not in path.read_text(encoding="utf-8"), path
+    written = [tmp_path / "page.html", *(tmp_path / "figures").glob("*.[smt]*")]
+    assert {path.suffix for path in written} == {".html", ".svg", ".md", ".tex"}
+    for path in written:
+        text = path.read_text(encoding="utf-8")
+        assert not set(MARKS) - set("[31m") & set(text), path
+        assert "<script" not in text or path.suffix in (".md", ".tex"), path
+
+
+@pytest.mark.parametrize("mark", MARKS.replace("[31m", ""))
+def test_an_experiment_file_whose_texts_hold_marks_is_refused(mark: str, tmp_path: Path) -> None:
+    with pytest.raises(FedkdError, match=r"^student = .*: must be text") as refused:
+        fedkd.Experiment(student=f"mlp-8{mark}")
+    assert mark not in str(refused.value)
+
+
+def test_a_log_obeys_no_name() -> None:
+    """Whatever handler it is that writes: the record itself is safe."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = safe_logger("fedkd.test")
+    logger.addHandler(handler)
+    try:
+        logger.warning("%s of %d", f"a{MARKS}", 3)
+        try:
+            raise ValueError(f"b{MARKS}")
+        except ValueError:
+            logger.warning("c", exc_info=True)
+        logger.warning("%s of %d", "d", 5)
+    finally:
+        logger.removeHandler(handler)
+    said = stream.getvalue()
+    assert not set(MARKS) - set("[31m") & set(said)
+    assert "a\ufffd[31m" in said
+    assert "ValueError: b\ufffd[31m" in said
+    assert "d of 5" in said
+
+
+def test_every_module_logs_safely() -> None:
+    for path in (ROOT / "fedkd").rglob("*.py"):
+        used = path.read_text(encoding="utf-8").count("getLogger(__name__)")
+        assert not used, path
 
 
 EVIL = """

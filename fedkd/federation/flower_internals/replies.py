@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 
 from flwr.app import Context, Error, Message
 from flwr.common.constant import ErrorCode  # noqa: TID251
 
-from fedkd.errors import one_line
+from fedkd.errors import one_line, safe_logger
 from fedkd.federation.flower_internals.local_grid import isolated_records
 
 _LOST = 1001
@@ -52,7 +51,7 @@ def always_reply(
             raise no_message(reply)
     except Exception as exception:
         context.state = before
-        logging.getLogger(__name__).warning("a client failed", exc_info=True)
+        safe_logger(__name__).warning("a client failed", exc_info=True)
         return error_reply(message, exception)
     return reply
 

@@ -204,7 +204,7 @@ def _training(trained: Trained) -> dict[str, Any]:
     return {
         "kind": trained.kind,
         "run": str(folder.path),
-        "fedkd": folder.version,
+        "fedkd": folder.environment.get("fedkd"),
         "command": f"fedkd {command} --config {config} --name auto{seeds}",
         "experiment": folder.experiment.flat(),
     }

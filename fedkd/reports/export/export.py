@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedkd.errors import FedkdError, nearest, one_line
+from fedkd.errors import FedkdError, nearest, one_line, printable
 from fedkd.randomness import permutation
 from fedkd.records.files import replace_file, write_json
 from fedkd.reports.export.card import Verified, as_markdown, card_of, facts_of
@@ -128,7 +128,7 @@ def export(
         )
         draft.replace(path)
     write_json(_beside(path, ".json"), card)
-    replace_file(_beside(path, ".md"), as_markdown(card).encode())
+    replace_file(_beside(path, ".md"), printable(as_markdown(card)).encode())
     return Export(path, card)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, printable
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.records.files import read_result
@@ -81,7 +81,7 @@ def find(folders: Sequence[str | Path] = ()) -> Sources:
     centrals: list[CentralRun] = []
     sweeps: list[Sweep] = []
     skipped: list[str] = []
-    for path, is_given in _listed(folders or (RUNS,)):
+    for path, is_given in _readable(folders or (RUNS,)):
         try:
             match _read(path):
                 case Comparison() as comparison:
@@ -95,13 +95,26 @@ def find(folders: Sequence[str | Path] = ()) -> Sources:
         except FedkdError as error:
             if is_given:
                 raise
-            skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            where = printable(str(path))
+            skipped.append(str(error) if where in str(error) else f"{where}: {error}")
     sources = _sorted(comparisons, runs, centrals, sweeps, skipped)
     if not (sources.federations or sources.centrals or sources.sweeps):
         reasons = f"; not shown: {'; '.join(skipped)}" if skipped else ""
         where = ", ".join(map(str, folders)) or f"{RUNS}/"
         raise FedkdError(f"folders = {where}: no finished run to report on{reasons}")
     return sources
+
+
+def _readable(folders: Sequence[str | Path]) -> list[tuple[Path, bool]]:
+    """Return each run folder with whether it was given itself.
+
+    Raises:
+        FedkdError: a folder is not there, cannot be read, or holds nothing of ours.
+    """
+    try:
+        return _listed(folders)
+    except OSError as error:
+        raise FedkdError(f"folders: {error.filename} cannot be read ({error.strerror})") from None
 
 
 def _listed(folders: Iterable[str | Path]) -> list[tuple[Path, bool]]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from fedkd.experiment import Experiment
 from fedkd.keys import AUTO, Scalar, kebab
 
 _PLACE = ("name", "run_dir")
 """Keys for the place of a run's folder; a repetition has another."""
-
-_COMMENT = re.compile(r"^# ([\w-]+): (.+)$", re.MULTILINE)
 
 
 def differing(experiments: Sequence[Experiment]) -> list[tuple[str, str, str]]:
@@ -63,9 +59,3 @@ def command(
         if name not in (*_PLACE, *leave) and value != field.default:
             parts.append([f"--{kebab(name)}", _text(value)])
     return [shlex.join(part) for part in parts]
-
-
-def versions(folder: Path) -> dict[str, str]:
-    """Return the comments of a run's ``experiment.toml`` by name."""
-    text = (folder / "experiment.toml").read_text(encoding="utf-8")
-    return dict(_COMMENT.findall(text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -113,13 +112,11 @@ def common_plan(experiment: Experiment, reused: Iterable[Path]) -> Experiment:
 def _read(folder: Path) -> _ExistingRun | None:
     """Return a run, or `None` for a folder that holds none, or not what it is known by."""
     try:
-        text = (folder / "experiment.toml").read_text(encoding="utf-8")
         is_finished = RunFolder(folder).is_finished
         result = read_result(folder) if is_finished else {}
-        header = dict(re.findall(r"^# (\S+): (.+)$", text, re.MULTILINE))
         experiment, identity = RunFolder(folder).experiment, RunFolder(folder).identity
         seeds = tuple(result["seeds"]) if "seeds" in result else ()
-        experiment = experiment.replace(device=header["device"])
+        experiment = experiment.replace(device=RunFolder(folder).environment["device"])
         return _ExistingRun(folder, experiment, identity, is_finished, seeds) if identity else None
     except (OSError, ValueError, KeyError):  # an incomplete record, or keys of another version
         return None
