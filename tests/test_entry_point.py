@@ -78,6 +78,7 @@ def fedkd(site: Path, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_installed_strategy_is_listed(site: Path, tmp_path: Path) -> None:
     names = fedkd(site, tmp_path, "strategies", "--quiet").split()
     assert "TeachEachOther" in names

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from fedkd.errors import FedkdError
 from fedkd.knowledge import Knowledge, SoftLabels
 from fedkd.knowledge.codec import KnownRows
 from fedkd.knowledge.kinds import BY_NAME
-from fedkd.records.files import replace_file
+from fedkd.records.files import read_safetensors, replace_file
 from fedkd.records.folder import RunFolder
 from fedkd.training.parameters import State
 
@@ -156,12 +155,10 @@ class Checkpoint:
         path = folder / FILE
         if not path.exists():
             return cls()
+        tensors, metadata = read_safetensors(path)
         try:
-            with safe_open(path, "pt") as file:
-                fields = json.loads(file.metadata()[_FIELDS])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._of(fields, tensors)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            return cls._of(json.loads(metadata[_FIELDS]), tensors)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise FedkdError(f"{path} is not a checkpoint of this version ({error!r})") from None
 
     @classmethod

@@ -11,12 +11,16 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 
-from fedkd.errors import FedkdError, printable
+from fedkd.errors import FedkdError, one_line, printable
 from fedkd.records.shapes import CentralResult, Result, Shape, misfit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESULT = "result.json"
 """The file that completes a run."""
@@ -152,6 +156,22 @@ def read_bytes(path: Path, what: str) -> bytes:
     except ValueError as error:  # a name that no file can have
         reason = str(error)
     raise FedkdError(f"{path} cannot be read: {reason}")
+
+
+def read_safetensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file whose names begin with `prefix`, and the file's metadata.
+
+    Raises:
+        FedkdError: the file cannot be read.
+    """
+    try:
+        if not path.is_file():  # a pipe would block
+            raise FedkdError(f"{path} is not a file")
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (OSError, SafetensorError, MemoryError) as error:
+        raise FedkdError(f"{path} cannot be read: {one_line(str(error))}") from None
 
 
 def _why_not_read(file: os.stat_result) -> str:

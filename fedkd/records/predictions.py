@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fedkd.errors import FedkdError
-from fedkd.records.files import replace_file
+from fedkd.records.files import read_safetensors, replace_file
 
 FILE = "tested.safetensors"
 
@@ -64,11 +63,7 @@ class Tested:
         path = Path(folder) / FILE
         if not path.exists():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise FedkdError(f"{path} cannot be read: {error}") from None
+        tensors, _ = read_safetensors(path)
         kinds = sorted({name.partition("/")[0] for name in tensors if "/" in name})
         labels = _checked(path, tensors, "labels")
         return cls(labels, {kind: _predictions(path, tensors, kind, len(labels)) for kind in kinds})

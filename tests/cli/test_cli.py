@@ -439,6 +439,7 @@ def test_a_run_folder_is_itself_a_config(cli: Cli) -> None:
     assert second["client_accuracy"] == first["client_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_no_control_codes_and_ctrl_c_is_one_line() -> None:
     flags = ["--dataset", "digits", "--num-server-rounds", "5000", "--name", "long"]
     flags += [

@@ -526,6 +526,7 @@ def write_share(folder: str, index: int, barrier: Barrier) -> None:
             store.save(marked(clients, 10 * round + index), round, since(clients, round - 1))
 
 
+@pytest.mark.slow
 def test_processes_write_clients_of_the_same_files(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(SHARE)

@@ -464,6 +464,7 @@ with task_identity():
 SAID = "TimeoutError: the message's deadline, or the node's max-seconds, has passed"
 
 
+@pytest.mark.slow
 def test_a_call_that_hangs_fails_at_the_deadline_and_ends_its_process_soon_after() -> None:
     """Those that heed a `TimeoutError` reply; those that do not are ended."""
     started = [

@@ -192,6 +192,7 @@ np.save({str(folder / "logits.npy")!r}, logits)
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ALL)
 def test_a_fresh_process_gets_from_raw_images_what_the_weights_say(
     finished: Run, tmp_path: Path, to: str
@@ -790,6 +791,7 @@ def test_facts_fit_a_terminal(exported: Export) -> None:
 PAGE = DOCS / "export.md"
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_the_snippets_of_the_docs_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

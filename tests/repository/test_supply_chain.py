@@ -353,6 +353,7 @@ KEYS = (
 )
 
 
+@pytest.mark.slow
 def test_run_compare_and_report_reach_nobody(tmp_path: Path) -> None:
     code = f"""
 import sys

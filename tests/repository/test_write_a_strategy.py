@@ -112,6 +112,7 @@ def folder(tmp_path: Path) -> Path:
 # --- What the page says ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_works_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     """Every block of Python becomes a file, every command runs, on fewer images where it can."""
     blocks = re.findall(r'```python\n("""(\S+\.py)""".*?)```', PAGE, re.DOTALL)

@@ -51,6 +51,7 @@ def numbers(comparison: fedkd.Comparison) -> Any:
     return rows, comparison.central.training, comparison.central.student_accuracies
 
 
+@pytest.mark.slow
 def test_several_at_once_give_the_numbers_of_one_after_another(tmp_path: Path) -> None:
     told: list[tuple[str, float]] = []
     at_once = fedkd.compare(

@@ -6,12 +6,10 @@ The choice of a model never depends on an accuracy: that would be selection on t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedkd.clients.state_files import StateFiles
@@ -19,7 +17,7 @@ from fedkd.code_fingerprint import code_fingerprints
 from fedkd.data.federated import FederatedData, federated_data
 from fedkd.errors import FedkdError, Setting, nearest
 from fedkd.experiment import Experiment
-from fedkd.records.files import read_result
+from fedkd.records.files import read_result, read_safetensors
 from fedkd.records.folder import RunFolder
 from fedkd.records.identity import changes
 from fedkd.records.predictions import Tested
@@ -259,10 +257,8 @@ def _saved_state(path: Path, prefix: str) -> State:
             f"{path.parent} holds no {path.name}: the version of fedkd that made it did not save models; "
             "run `fedkd central` again"
         )
-    state: State = {}
-    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-        state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    tensors, _ = read_safetensors(path, prefix)
+    state: State = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if not state:
-        raise FedkdError(f"{path} cannot be read, or holds nothing under {prefix}")
+        raise FedkdError(f"{path} holds nothing under {prefix}")
     return state
