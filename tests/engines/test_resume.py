@@ -321,7 +321,10 @@ def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
     ("damage", "said"),
     [
         (lambda f: (f / "rounds.jsonl").unlink(), r"rounds\.jsonl does not hold rounds 1 to 2"),
-        (lambda f: (f / "server.safetensors").write_bytes(b"x" * 99), r"server\.safetensors cannot be read: "),
+        (
+            lambda f: (f / "server.safetensors").write_bytes(b"x" * 99),
+            r"server\.safetensors cannot be read: ",
+        ),
         (lambda f: (f / "experiment.toml").unlink(), "has no experiment.toml"),
     ],
 )

@@ -79,8 +79,8 @@ def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     if isinstance(value, dict):
         for key, each in value.items():
             yield from places(each, (*above, key))
-    if isinstance(value, list):
-        for place in sorted({0, len(value) - 1} - {-1}):
+    if isinstance(value, list) and value:
+        for place in sorted({0, len(value) - 1}):
             yield from places(value[place], (*above, place))
 
 
