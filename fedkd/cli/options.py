@@ -246,18 +246,6 @@ def chosen_seeds(text: str | None, experiment: Experiment) -> list[int]:
     return seeds
 
 
-def chosen_accuracy(text: str | None) -> float | None:
-    """Return the accuracy in a text, a fraction or in percent, as a fraction."""
-    if text is None:
-        return None
-    try:
-        return float(text.rstrip("% ")) / (100 if "%" in text else 1)
-    except ValueError:
-        raise FedkdError(
-            f"target = '{text}' (from --target): must be an accuracy such as 0.85 or 85%"
-        ) from None
-
-
 def chosen_count(text: str | None) -> int:
     """Return how many runs are made at once."""
     try:

@@ -16,7 +16,6 @@ from fedkd.cli.options import (
     AnyStart,
     Resume,
     Seeds,
-    chosen_accuracy,
     chosen_count,
     chosen_seeds,
     refuse_beside,
@@ -124,8 +123,8 @@ def compare(
         Parameter(
             group=WORK,
             metavar="ACCURACY",
-            help="target for which rounds and bytes are shown [0.85 or 85%; default what all methods "
-            "that send data reach]",
+            help="target for which rounds and bytes are shown [0.85 or 85%, or a share of the central "
+            "student's; default 0.9c]",
         ),
     ] = None,
     jobs: Annotated[
@@ -149,7 +148,7 @@ def compare(
 
         names = None if methods is None else methods.split(",")
         chosen = chosen_seeds(seeds, experiment)
-        share, at_once = chosen_accuracy(target), chosen_count(jobs)
+        fixed, at_once = comparison.checked_target(target), chosen_count(jobs)
         with output.progress(lambda: preview.compare_preview(experiment)) as steps:
             if resume is not None:
                 done = comparison.resume(resume, jobs=at_once, progress=steps.show)
@@ -159,7 +158,7 @@ def compare(
                     names,
                     chosen,
                     reference=reference,
-                    target=share,
+                    target=fixed,
                     jobs=at_once,
                     progress=steps.show,
                 )

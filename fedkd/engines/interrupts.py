@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import threading
@@ -33,7 +34,11 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("fedkd: finishing the round; Ctrl-C again stops at once", file=sys.stderr)
+        text = "fedkd: finishing the round; Ctrl-C again stops at once"
+        try:
+            print(text, file=sys.stderr)
+        except RuntimeError:  # it came while a line was being written, which cannot be interrupted
+            os.write(2, f"{text}\n".encode())
 
 
 @contextmanager

@@ -185,8 +185,8 @@ def _compare_command(comparison: Comparison) -> list[str]:
         "seeds": ",".join(map(str, comparison.seeds)),
         "reference": comparison.reference,
     }
-    if comparison.target is not None and comparison.target_reason is None:
-        options["target"] = f"{comparison.target:g}"
+    if comparison.asked_target is not None:
+        options["target"] = str(comparison.asked_target)
     return report_experiment.command("compare", comparison.experiment, options, ("seed",))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from sampling import one_in
 
 import fedkd
 from fedkd.cli import main
+from fedkd.engines.interrupts import Interrupts
 from fedkd.engines.run import resume
 from fedkd.errors import FedkdError
 from fedkd.federation.checkpoint import Checkpoint
@@ -220,6 +222,36 @@ def test_ctrl_c_finishes_the_round_and_names_how_to_go_on(tmp_path: Path) -> Non
     rows = read_lines(tmp_path / "runs/it/rounds.jsonl", Round)
     assert [row["round"] for row in rows] == list(range(1, int(match[1]) + 1))
     assert Checkpoint.load(tmp_path / "runs/it").round == int(match[1])
+
+
+class _Interrupting(io.RawIOBase):
+    """A file during whose first write Ctrl-C arrives."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        if not self._interrupts.requested:
+            self._interrupts.handle(signal.SIGINT, None)
+        return len(content)
+
+
+def test_ctrl_c_may_come_while_a_line_is_written(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    interrupts = Interrupts()
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(_Interrupting(interrupts)), line_buffering=True, encoding="utf-8"
+    )
+    monkeypatch.setattr(sys, "stderr", stream)
+    print("round 1 of 3", file=sys.stderr)
+    assert interrupts.requested
+    assert "finishing the round" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.handle(signal.SIGINT, None)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ LIES = [
     ({"client": 2**62}, f"partition {2**62}"),
     ({"sources": "0123"}, "client 1 runs other code"),
     ({"num_examples": 0}, "num-examples = 0"),
-    ({"student": "\x1b[2J\x07\u202emlp"}, r"another student, \[2J mlp"),
+    ({"student": "\x1b[2J\x07\u202emlp"}, r"another student, \ufffd\[2J\ufffd\ufffdmlp"),
     ({"student": "os:abort"}, "another student"),
     ({"client": 1.0}, "sends no introduction"),
 ]

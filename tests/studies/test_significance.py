@@ -1,180 +1,198 @@
-"""The interval and the test are those of slow loops, closed forms and scipy."""
+"""Intervals and tests are those of closed forms, enumerations and other implementations, and cover."""
 
 from __future__ import annotations
 
-from itertools import product
-from math import comb
-from statistics import NormalDist
+from dataclasses import replace
+from itertools import combinations, product
+from math import atan, cos, pi, sin, sqrt
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from sampling import one_in
+from scipy import stats
 
-from fedkd.studies.comparison import significance
+from fedkd.studies.comparison.differences import difference
+from fedkd.studies.comparison.entries import Entry
 from fedkd.studies.comparison.significance import (
-    bootstrap,
-    images_won,
-    mean_difference,
+    detectable,
+    holm,
+    interval,
+    p_value,
     paired,
-    sign_test,
+    ratio_interval,
+    sign_flip,
 )
 
-
-def _slow(differences: list[list[float]], draws: int, seed: int) -> tuple[float, float]:
-    """Resample seeds, then clients within each, in plain loops with another generator."""
-    chance = np.random.Generator(np.random.MT19937(seed))
-    means = []
-    for _ in range(draws):
-        total = 0.0
-        for _ in differences:
-            clients = differences[int(chance.integers(len(differences)))]
-            picked = [clients[int(chance.integers(len(clients)))] for _ in clients]
-            total += sum(picked) / len(picked)
-        means.append(total / len(differences))
-    means.sort()
-    return means[round(0.025 * draws)], means[round(0.975 * draws)]
+FIVE = [0.031, -0.012, 0.044, 0.019, 0.027]
 
 
-def _some(seeds: int, clients: int, between: float, within: float) -> list[np.ndarray]:
-    chance = np.random.default_rng(7)
-    centres = chance.normal(0.03, between, seeds)
-    return [chance.normal(centre, within, clients) for centre in centres]
+def two_sided(t: float, df: int) -> float:
+    """Return P(|T| > t), by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle, term, total = atan(t / sqrt(df)), 1.0, 0.0
+    if df % 2 == 0:
+        for j in range(0, df - 1, 2):
+            total += term
+            term *= (j + 1) / (j + 2) * cos(angle) ** 2
+        return 1 - sin(angle) * total
+    term = cos(angle)
+    for j in range(1, df - 1, 2):
+        total += term
+        term *= (j + 1) / (j + 2) * cos(angle) ** 2
+    return 1 - 2 / pi * (angle + sin(angle) * total)
 
 
-def test_the_interval_is_that_of_a_slow_loop() -> None:
-    differences = _some(5, 7, 0.05, 0.11)
-    slow = _slow([each.tolist() for each in differences], 6000, 3)
-    width = slow[1] - slow[0]
-    assert bootstrap(differences) == pytest.approx(slow, abs=0.04 * width)
+def test_the_interval_is_that_of_the_table_of_t() -> None:
+    """Five differences: mean 0.0218, s² = 0.0018188 / 4, t of 4 degrees of freedom 2.776445."""
+    mean = sum(FIVE) / 5
+    variance = sum((d - mean) ** 2 for d in FIVE) / 4
+    half = 2.776445 * sqrt(variance / 5)
+    assert interval(FIVE) == pytest.approx((mean - half, mean + half), rel=1e-6)
 
 
-def test_the_interval_of_a_few_numbers_is_that_of_all_resamples() -> None:
-    """Two seeds of two and three clients: every resample written out, with its chance."""
-    differences = [[-0.11, 0.05], [0.02, 0.07, 0.29]]
-    outcomes: list[tuple[float, float]] = []
-    for first, second in product(differences, repeat=2):
-        resamples = [list(product(each, repeat=len(each))) for each in (first, second)]
-        chance = 1 / 4 / len(resamples[0]) / len(resamples[1])
-        for a, b in product(*resamples):
-            outcomes.append(((sum(a) / len(a) + sum(b) / len(b)) / 2, chance))
-    outcomes.sort()
-    cumulated = np.cumsum([chance for _, chance in outcomes])
-    low, high = bootstrap([np.array(each) for each in differences]) or (0, 0)
-    exact = [outcomes[int((cumulated < share).sum())][0] for share in (0.025, 0.975)]
-    assert (low, high) == pytest.approx(exact, abs=1e-9)
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 7, 11])
+def test_p_is_the_tail_of_t_and_agrees_with_the_interval(count: int) -> None:
+    values = np.random.default_rng(count).normal(0.02, 0.03, count).tolist()
+    mean = sum(values) / count
+    error = sqrt(sum((v - mean) ** 2 for v in values) / (count - 1) / count)
+    assert p_value(values) == pytest.approx(two_sided(abs(mean) / error, count - 1), rel=1e-9)
+    low, high = interval(values) or (0.0, 0.0)
+    for end in (low, high):  # moved until an end is 0, the difference is just significant
+        assert p_value([v - end for v in values]) == pytest.approx(0.05, rel=1e-9)
 
 
-def test_over_many_clients_of_one_seed_the_interval_is_the_normal_one() -> None:
-    (values,) = _some(1, 401, 0.0, 0.2)
-    margin = NormalDist().inv_cdf(0.975) * values.std() / 401**0.5
-    expected = (values.mean() - margin, values.mean() + margin)
-    assert bootstrap([values]) == pytest.approx(expected, abs=0.05 * margin)
+@pytest.mark.parametrize("values", [[], [0.1], [0.1, 0.2], [0.03, 0.03, 0.03]])
+def test_what_shows_nothing_about_chance_has_neither_interval_nor_p(values: list[float]) -> None:
+    assert interval(values) is None
+    assert p_value(values) is None
+    assert detectable(values) is None
 
 
-def test_over_many_seeds_of_one_model_the_interval_is_the_normal_one() -> None:
-    differences = _some(101, 1, 0.2, 0.0)
-    values = np.concatenate(differences)
-    margin = NormalDist().inv_cdf(0.975) * values.std() / 101**0.5
-    expected = (values.mean() - margin, values.mean() + margin)
-    assert bootstrap(differences) == pytest.approx(expected, abs=0.05 * margin)
+def test_signs_are_flipped_in_all_ways() -> None:
+    for count in range(1, 9):
+        values = np.random.default_rng(count).normal(0.3, 1, count).tolist()
+        as_far = 0
+        for signs in product((-1, 1), repeat=count):
+            flipped = sum(s * v for s, v in zip(signs, values, strict=True))
+            as_far += abs(flipped) >= abs(sum(values)) - 1e-12
+        assert sign_flip(values) == as_far / 2**count
+    assert sign_flip([0.1] * 6) == 2 / 64  # the least that six seeds can give
+    assert sign_flip([0.1, -0.1]) == 1.0
+    assert sign_flip([]) is None
+    assert sign_flip([0.1] * 17) is None
 
 
-def test_variances_of_the_two_stages_add_up() -> None:
-    """Var = (between the seeds' means + mean within / K) / S, both with 1/n."""
-    differences = _some(23, 11, 0.07, 0.31)
-    means = np.array([each.mean() for each in differences])
-    within = np.mean([each.var() for each in differences]) / 11
-    spread = ((means.var() + within) / 23) ** 0.5
-    low, high = bootstrap(differences) or (0, 0)
-    assert (high - low) / 2 == pytest.approx(NormalDist().inv_cdf(0.975) * spread, rel=0.05)
+def test_sign_flips_agree_with_scipy() -> None:
+    values = np.random.default_rng(3).normal(0.4, 1, 9)
+    found = stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+    )
+    assert sign_flip(values.tolist()) == pytest.approx(found.pvalue)
 
 
-def test_the_draws_are_the_same_each_time_and_however_many_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    differences = _some(3, 5, 0.05, 0.05)
-    once = bootstrap(differences)
-    assert bootstrap(differences) == once
-    monkeypatch.setattr(significance, "_MOST_NUMBERS", 977)
-    assert bootstrap(differences) == pytest.approx(once, abs=0.003)
+def test_holm_by_hand() -> None:
+    """0.01·4 = 0.04; 0.02·3 = 0.06; 0.04·2 = 0.08; 0.03 is third: 0.03·2 = 0.06 is raised to 0.06."""
+    assert holm([0.02, 0.01, None, 0.04, 0.03]) == pytest.approx([0.06, 0.04, None, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.013]) == [0.013]
+    assert holm([]) == []
 
 
-def test_one_seed_of_equal_differences_has_no_interval() -> None:
-    assert bootstrap([np.array([0.03])]) is None
-    assert bootstrap([np.array([0.03, 0.03, 0.03])]) is None
-    assert bootstrap([np.array([0.03]), np.array([0.03])]) == pytest.approx((0.03, 0.03))
+def test_holm_is_the_closed_test_of_bonferroni() -> None:
+    """Corrected p: the largest Bonferroni p of all sets of hypotheses that a hypothesis is in."""
+    values = [0.004, 0.03, 0.011, 0.2, 0.019]
+    for place, corrected in enumerate(holm(list(values))):
+        closed = max(
+            min(1.0, len(chosen) * min(values[i] for i in chosen))
+            for size in range(1, 6)
+            for chosen in combinations(range(5), size)
+            if place in chosen
+        )
+        assert corrected == pytest.approx(closed)
+
+
+@pytest.mark.parametrize("count", [3, 6, 10])
+def test_what_can_be_detected_is_found_four_times_in_five(count: int) -> None:
+    values = np.random.default_rng(count).normal(0, 0.05, count)
+    shift = detectable(values.tolist())
+    assert shift is not None
+    spread = values.std(ddof=1)
+    draws = np.random.default_rng(7).normal(shift, spread, (40_000, count))
+    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.008)
+
+
+def test_an_interval_of_a_ratio_holds_the_ratios_that_are_not_refused() -> None:
+    above, below = [0.21, 0.30, 0.24, 0.29, 0.33], [0.41, 0.47, 0.44, 0.5, 0.46]
+    low, high = ratio_interval(above, below) or (0.0, 0.0)
+
+    def p(ratio: float) -> float:
+        rest = [a - ratio * b for a, b in zip(above, below, strict=True)]
+        return float(stats.ttest_1samp(rest, 0).pvalue)
+
+    assert p(low) == pytest.approx(0.05, rel=1e-6)
+    assert p(high) == pytest.approx(0.05, rel=1e-6)
+    assert p((low + high) / 2) > 0.05
+    assert low < sum(above) / sum(below) < high
+
+
+def test_a_ratio_whose_denominator_may_be_0_has_no_interval() -> None:
+    assert ratio_interval([0.2, 0.3, 0.1], [0.4, -0.1, 0.1]) is None
+    assert ratio_interval([0.2, 0.3], [0.4, 0.5]) is None
 
 
 def test_clients_are_paired_and_a_central_model_with_each_of_them() -> None:
     nan = float("nan")
     ours = [np.array([0.5, nan, 0.75]), np.array([0.25, 0.5, 1.0])]
     theirs = [np.array([0.25, 0.5, 0.5]), np.array([0.5, nan, 0.5])]
-    both = paired(ours, theirs)
-    assert [each.tolist() for each in both] == [[0.25, 0.25], [-0.25, 0.5]]
-    assert mean_difference(both) == (0.25 + 0.125) / 2
+    assert paired(ours, theirs) == [0.25, 0.125]
     central = paired([np.array([0.9]), np.array([1.0])], theirs)
-    assert central[0] == pytest.approx([0.65, 0.4, 0.4])
-    assert central[1] == pytest.approx([0.5, 0.5])
+    assert central == pytest.approx([0.9 - 1.25 / 3, 0.5])
+    assert paired([np.array([nan, 0.5])], [np.array([0.5, nan])]) == []
 
 
-@pytest.mark.parametrize(("seeds", "covered"), [(2, 0.5), (3, 0.75)])
-def test_with_few_seeds_and_no_clients_the_interval_covers_less_than_it_says(
-    seeds: int, covered: float, monkeypatch: pytest.MonkeyPatch
+# --- Coverage, through the code that prints -------------------------------------------------------
+
+TRIES, CLIENTS = 2_000, 10
+
+
+def entry_of(accuracies: np.ndarray) -> Entry:
+    """Return a method with these accuracies by seed and client."""
+    rows: list[list[float | None]] = [[float(a) for a in row] for row in accuracies]
+    return Entry("DSFL", accuracies.mean(1).tolist(), rows, 0, None, 1, 1, 1.0)
+
+
+def coverage(seeds: int, true: float, between: float, within: float) -> float:
+    """Return how many experiments have an interval that holds the true difference.
+
+    Shards make both methods better or worse alike, and each method's seeds and clients differ besides.
+    """
+    chance = np.random.default_rng(seeds)
+    held = 0
+    for _ in range(TRIES):
+        shards = chance.normal(0.7, 0.1, (seeds, 1))
+        ours, theirs = (
+            shards + chance.normal(0, between, (seeds, 1)) + chance.normal(0, within, (seeds, CLIENTS))
+            for _ in range(2)
+        )  # fmt: skip
+        found = difference(entry_of(ours + true), entry_of(theirs))
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= true <= found.high
+    return held / TRIES
+
+
+SPREADS = [(0.02, 0.04), (0.03, 0.0), (0.0, 0.05)]
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize(("between", "within"), one_in(3, SPREADS))
+def test_an_interval_holds_the_true_difference_as_often_as_it_says(
+    seeds: int, between: float, within: float
 ) -> None:
-    """Its ends are then the least and the largest difference: 1 − 2^(1 − S) (`docs/compare.md`)."""
-    monkeypatch.setattr(significance, "DRAWS", 1000)
-    chance = np.random.default_rng(11)
-    hits = 0
-    for _ in range(1000):
-        low, high = bootstrap(list(chance.normal(0, 1, (seeds, 1)))) or (0, 0)
-        hits += low <= 0 <= high
-    assert hits / 1000 == pytest.approx(covered, abs=0.05)
+    assert 0.93 <= coverage(seeds, 0.04, between, within) <= 0.97
 
 
-# --- The exact test -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("won", "lost"), [(0, 0), (1, 0), (3, 11), (11, 3), (5, 5), (6, 5), (0, 17), (211, 173)]
-)
-def test_the_sign_test_is_the_two_sided_binomial_test(won: int, lost: int) -> None:
-    expected = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    assert sign_test(won, lost) == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_sign_test_counts_all_splits_that_are_as_uneven() -> None:
-    for count in range(1, 12):
-        for won in range(count + 1):
-            as_uneven = [k for k in range(count + 1) if abs(2 * k - count) >= abs(2 * won - count)]
-            share = sum(comb(count, k) for k in as_uneven) / 2**count
-            assert sign_test(won, count - won) == pytest.approx(share)
-
-
-def test_the_sign_test_of_a_whole_test_set_is_a_number() -> None:
-    assert sign_test(0, 60_000) == 0.0
-    assert sign_test(30_100, 29_900) == pytest.approx(binomtest(30_100, 60_000).pvalue)
-
-
-def test_of_two_single_models_the_discordant_images_count() -> None:
-    ours = np.array([[1, 1, 1, 0, 0, 1, 0]], dtype=bool)
-    theirs = np.array([[1, 0, 0, 1, 0, 0, 0]], dtype=bool)
-    assert images_won(ours, theirs) == (3, 1)
-    assert images_won(theirs, ours) == (1, 3)
-
-
-def test_of_several_models_the_larger_share_wins_an_image() -> None:
-    chance = np.random.default_rng(5)
-    ours, theirs = chance.random((3, 101)) < 0.6, chance.random((6, 101)) < 0.5
-    won = lost = 0
-    for image in range(101):
-        mine, their = sum(ours[:, image].tolist()) * 2, sum(theirs[:, image].tolist())
-        won, lost = won + (mine > their), lost + (mine < their)
-    assert images_won(ours, theirs) == (won, lost)
-    assert won + lost < 101  # there are ties, which no rounding may break
-
-
-def test_under_no_difference_few_tests_are_small() -> None:
-    """Exactness: the chance of p ≤ 0.05 is at most 0.05, whatever the number of images that differ."""
-    for count in range(1, 60):
-        small = [k for k in range(count + 1) if sign_test(k, count - k) <= 0.05]
-        assert sum(comb(count, k) for k in small) / 2**count <= 0.05
+def test_a_row_without_an_interval_says_what_is_known() -> None:
+    one = entry_of(np.full((2, CLIENTS), 0.5))
+    found = difference(replace(one, accuracies=[0.5, 0.5]), one)
+    assert (found.mean, found.low, found.p_value, found.p_sign_flip) == (0.0, None, None, 1.0)

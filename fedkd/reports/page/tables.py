@@ -106,9 +106,10 @@ def mean_percent(fractions: Sequence[float]) -> str:
 
 
 COLUMNS = (
-    "Accuracy: mean over clients, ± standard deviation over seeds; clients: the worst to the best; "
-    "server: its own model, where it differs; gap: share of the way from local only to student "
-    "distilled; last: difference to the reference in points, its interval, and a test on images."
+    "Accuracy: mean over clients, ± standard deviation over seeds; worst decile: mean of the tenth of "
+    "the clients that is worst off; server: its own model, where it differs; gap: share of the way from "
+    "local only to the better central student, with its interval; last: difference to the reference in "
+    "points, its interval, and p, all over seeds."
 )
 
 

@@ -7,16 +7,17 @@ closing exchange. `Counted` names the field of a method's records that holds it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import floor
+from math import ceil
 from statistics import mean, stdev
 from typing import Any
 
 from fedkd.phases import Fit, Load, Phase, closing
 from fedkd.records.results import CentralRun, Run, gap_closed
 from fedkd.strategy import DistillationStrategy
-from fedkd.studies.comparison.methods import CENTRAL, DISTILLED, LOCAL, label
+from fedkd.studies.comparison.methods import ALONE, CENTRAL, DISTILLED, LOCAL, label
+from fedkd.studies.comparison.significance import ratio_interval
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,13 @@ def curve(run: Run, field: Counted) -> list[Point]:
 
 
 def reached(points: Sequence[Point], target: float) -> Point | None:
-    """Return the first point that is as accurate as `target`, or `None`."""
-    return next((point for point in points if point.accuracy >= target - 1e-9), None)
+    """Return the first point from which on all are as accurate as `target`, or `None`."""
+    held = None
+    for point in reversed(points):
+        if point.accuracy < target - 1e-9:
+            break
+        held = point
+    return held
 
 
 @dataclass(frozen=True)
@@ -96,20 +102,24 @@ class Difference:
 
     Attributes:
         mean: of accuracies 0..1, over seeds of the mean over clients.
-        low: lower end of the 95 % interval, or `None` where it cannot be computed.
+        by_seed: the differences of which it is the mean.
+        low: lower end of the 95 % interval of the paired t over seeds, or `None` where there is none.
         high: upper end.
-        images_won: test images on which a larger share of the method's models is right; `None` where
-            runs did not keep their predictions.
-        images_lost: on which a larger share of the reference's is.
-        p_value: of the exact test on these two counts.
+        p_value: of the paired t-test.
+        p_holm: the same, corrected for how many methods are compared with the reference.
+        p_sign_flip: of the exact test that flips the signs of the differences.
+        detectable: the smallest true difference that so many seeds would have shown in 80 % of
+            experiments.
     """
 
     mean: float
-    low: float | None
-    high: float | None
-    images_won: int | None = None
-    images_lost: int | None = None
+    by_seed: list[float]
+    low: float | None = None
+    high: float | None = None
     p_value: float | None = None
+    p_holm: float | None = None
+    p_sign_flip: float | None = None
+    detectable: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +132,8 @@ class Entry:
             of the central model.
         client_accuracies: by seed of each client, `None` for one that did not answer; `None` for a
             central model.
-        worst: accuracy of the worst client, mean over seeds, or `None` for a central model.
-        best: of the best client.
+        worst_decile: mean accuracy of the tenth of the clients (at least one) that is worst off, mean
+            over seeds, or `None` for a central model.
         server_accuracies: of the server's model per seed, where it keeps one.
         bytes_up: payload bytes of all clients over a run, mean over seeds, or `None`.
         bytes_down: likewise.
@@ -132,7 +142,10 @@ class Entry:
         rounds_to_target: by seed, `None` where it is never reached; `None` for a central model or
             without a target.
         bytes_to_target: bytes up and down until then, likewise.
-        gap_closed: (method − local only) / (student distilled − local only), or `None`.
+        gap_closed: (method − local only) / (central student − local only), or `None`.
+        gap_low: lower end of its 95 % interval over seeds, or `None` where there is none.
+        gap_high: upper end.
+        gap_to: the central student, the better of the two.
         difference: to the reference, or `None` for the reference itself.
         sentence: the comparison with the reference in words, likewise.
     """
@@ -140,8 +153,7 @@ class Entry:
     method: str
     accuracies: list[float]
     client_accuracies: list[list[float | None]] | None
-    worst: float | None
-    best: float | None
+    worst_decile: float | None
     server_accuracies: list[float] | None
     bytes_up: float | None
     bytes_down: float | None
@@ -150,6 +162,9 @@ class Entry:
     rounds_to_target: list[int | None] | None = None
     bytes_to_target: list[int | None] | None = None
     gap_closed: float | None = None
+    gap_low: float | None = None
+    gap_high: float | None = None
+    gap_to: str | None = None
     difference: Difference | None = None
     sentence: str | None = None
 
@@ -184,7 +199,7 @@ def central_entry(name: str, baseline: CentralRun) -> Entry:
         DISTILLED: baseline.student_accuracies,
     }[name]
     seconds = sum(baseline.seconds.values()) / len(accuracies)
-    return Entry(name, accuracies, None, None, None, None, None, None, seconds)
+    return Entry(name, accuracies, None, None, None, None, None, seconds)
 
 
 def federated_entry(name: str, runs: Sequence[Run], field: Counted) -> Entry:
@@ -195,8 +210,7 @@ def federated_entry(name: str, runs: Sequence[Run], field: Counted) -> Entry:
         name,
         [r.accuracy for r in runs],
         [r.client_accuracy for r in runs],
-        mean(min(each) for each in clients),
-        mean(max(each) for each in clients),
+        mean(mean(sorted(each)[: ceil(len(each) / 10)]) for each in clients),
         servers or None,
         mean(r.bytes_up for r in runs),
         mean(r.bytes_down for r in runs),
@@ -205,34 +219,36 @@ def federated_entry(name: str, runs: Sequence[Run], field: Counted) -> Entry:
     )
 
 
-def default_target(
-    entries: Sequence[Entry], curves: Mapping[str, Sequence[Sequence[Point]]]
-) -> tuple[float, str] | None:
-    """Return a target accuracy in whole percent, and the reason for it.
+Target = float | str
+"""An accuracy 0..1, or ``0.9c``: nine tenths of the central student's."""
 
-    The highest that every method that sends anything reaches with every seed; where that is no more
-    than clients reach on their own, nine tenths of the best such method's; `None` if none sends.
+DEFAULT_TARGET = "0.9c"
+
+
+def target_of(asked: Target | None, entries: Sequence[Entry]) -> tuple[float, str | None] | None:
+    """Return a target accuracy, and in words where it comes from, unless it is a number.
+
+    Args:
+        asked: fixed before the runs; `None` for `DEFAULT_TARGET`.
+        entries: all methods.
+
+    Returns:
+        `None` where it is a share of the central student, and none is compared.
     """
-    sending = [entry for entry in entries if entry.sent]
-    if not sending:
+    asked = DEFAULT_TARGET if asked is None else asked
+    if not isinstance(asked, str):
+        return asked, None
+    central = central_student(entries)
+    if central is None:
         return None
-    tops = [max(p.accuracy for p in points) for e in sending for points in curves[e.method]]
-    alone = [entry.accuracy for entry in entries if entry.method == LOCAL]
-    common = _whole_percent(min(tops))
-    if common > max(alone, default=0.0):
-        return (
-            common,
-            "the highest whole percent that all methods that send data reach with every seed",
-        )
-    best = _whole_percent(0.9 * max(entry.accuracy for entry in sending))
-    return (
-        best,
-        "nine tenths of the best, as not all methods that send data are better than local only",
-    )
+    share = float(asked.removesuffix("c"))
+    return share * central.accuracy, f"{share:g} of the accuracy of {central.label}"
 
 
-def _whole_percent(share: float) -> float:
-    return floor(100 * share + 1e-9) / 100
+def central_student(entries: Sequence[Entry]) -> Entry | None:
+    """Return the better of the two central students, or `None` if none is compared."""
+    students = [entry for entry in entries if entry.method in (ALONE, DISTILLED)]
+    return max(students, key=lambda entry: entry.accuracy, default=None)
 
 
 def with_target(
@@ -252,19 +268,35 @@ def with_target(
 def with_gaps(entries: Sequence[Entry], baseline: CentralRun | None) -> list[Entry]:
     """Return the entries with the gap that each strategy closes, where both its ends are compared.
 
-    There is none where the student distilled or its teacher has learnt nothing.
+    There is none where the central student is not better than clients on their own, or it, or the
+    teacher that it learnt from, has learnt nothing.
     """
-    by_name = {entry.method: entry.accuracy for entry in entries}
-    low, high = by_name.get(LOCAL), by_name.get(DISTILLED)
-    lost = () if baseline is None else baseline.without_learning
-    if low is None or high is None or "teacher" in lost or DISTILLED in lost:
+    low = next((entry for entry in entries if entry.method == LOCAL), None)
+    high = central_student(entries)
+    if low is None or high is None or _lost(high, baseline):
         return list(entries)
     return [
-        entry
-        if entry.method in (*CENTRAL, LOCAL)
-        else replace(entry, gap_closed=gap_closed(entry.accuracy, low, high))
+        entry if entry.method in (*CENTRAL, LOCAL) else _with_gap(entry, low, high)
         for entry in entries
     ]
+
+
+def _lost(student: Entry, baseline: CentralRun | None) -> bool:
+    """Whether a central student, or the teacher that it learnt from, has learnt nothing."""
+    lost = () if baseline is None else baseline.without_learning
+    return student.method in lost or (student.method == DISTILLED and "teacher" in lost)
+
+
+def _with_gap(entry: Entry, low: Entry, high: Entry) -> Entry:
+    share = gap_closed(entry.accuracy, low.accuracy, high.accuracy)
+    if share is None:
+        return entry
+    above, below = (
+        [a - b for a, b in zip(each.accuracies, low.accuracies, strict=True)]
+        for each in (entry, high)
+    )
+    ends = ratio_interval(above, below) or (None, None)
+    return replace(entry, gap_closed=share, gap_low=ends[0], gap_high=ends[1], gap_to=high.method)
 
 
 def as_row(entry: Entry) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from fedkd.training.plans import without
 CENTRAL = ("teacher", "student-alone", "student-distilled")
 """Methods of the central baseline; all others are strategies."""
 
-LOCAL, DISTILLED = "LocalOnly", "student-distilled"
-"""Between these two the gap closed is measured."""
+LOCAL, ALONE, DISTILLED = "LocalOnly", "student-alone", "student-distilled"
+"""The gap closed is measured from the first to the better of the other two."""
 
 _LABELS = {
     "teacher": "teacher",
-    "student-alone": "student alone",
+    ALONE: "student alone",
     DISTILLED: "student distilled",
     LOCAL: "local only",
 }

@@ -17,7 +17,7 @@ from fedkd.records.folder import RunFolder
 from fedkd.records.shapes import Count, Shape, Share, Value, equal_lengths
 from fedkd.registry import find
 from fedkd.strategy import DistillationStrategy
-from fedkd.studies.comparison.entries import Counted, counted
+from fedkd.studies.comparison.entries import Counted, Target, counted
 from fedkd.studies.comparison.methods import CENTRAL, variant
 
 FILE = "comparison.json"
@@ -44,7 +44,7 @@ class _Content(Shape):
     methods: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[Count], Field(min_length=1)]
     reference: str
-    target: Share | None
+    target: Share | Annotated[str, Field(pattern=r"^\d{0,3}\.?\d{1,9}c$")] | None
     runs: dict[str, list[str]]
     central: dict[Annotated[str, Field(pattern=r"^\d{1,18}$")], str]
     counted: dict[str, _Counted]
@@ -97,7 +97,7 @@ class ComparisonRecord:
     methods: list[str]
     seeds: list[int]
     reference: str
-    target: float | None
+    target: Target | None
     runs: dict[str, list[Path]] = field(default_factory=dict)
     central: dict[int, Path] = field(default_factory=dict)
     reused: int = 0

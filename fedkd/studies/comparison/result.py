@@ -14,15 +14,16 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.results import CentralRun, Run
 from fedkd.studies.comparison import tables
-from fedkd.studies.comparison.differences import Bools, difference, right, with_differences
+from fedkd.studies.comparison.differences import difference, with_differences
 from fedkd.studies.comparison.entries import (
     Difference,
     Entry,
+    Target,
     as_row,
     central_entry,
     curve,
-    default_target,
     federated_entry,
+    target_of,
     with_gaps,
     with_target,
 )
@@ -47,8 +48,9 @@ class Comparison:
             its seeds are in several folders.
         central_folders: of the central baseline, by seed.
         reference: the method that the others are compared with.
+        asked_target: what the target was fixed as before the runs, or `None` for the default.
         target: accuracy 0..1 for which the entries give rounds and bytes, or `None`.
-        target_reason: why it was chosen, or `None` if the user gave it.
+        target_reason: where it comes from, or `None` if it was given as a number.
         reused: runs that existed already; a central baseline counts once a seed.
         remark: how many runs were made at once and why, or `None` if one at a time was requested.
     """
@@ -62,6 +64,7 @@ class Comparison:
     central: CentralRun | None
     central_folders: dict[int, Path]
     reference: str
+    asked_target: Target | None
     target: float | None
     target_reason: str | None
     reused: int
@@ -120,12 +123,8 @@ class Comparison:
         return [*notes, self.remark + "."] if self.remark is not None else notes
 
     def difference(self, method: Method, reference: Method) -> Difference:
-        """Return one method minus another, with interval and test; the docs state what they cover."""
-        ours, theirs = self[method], self[reference]
-        return difference(ours, theirs, *map(self._right, (ours, theirs)))
-
-    def _right(self, entry: Entry) -> Bools | None:
-        return right(entry.method, self.runs.get(entry.method, ()), self.central_folders)
+        """Return one method minus another, with interval and tests; the docs state what they cover."""
+        return difference(self[method], self[reference])
 
     def as_json(self) -> dict[str, Any]:
         """Return everything that ``--json`` prints."""
@@ -183,22 +182,20 @@ def _assembled(record: ComparisonRecord) -> dict[str, Any]:
         else federated_entry(name, runs[name], record.counted[name])
         for name in record.methods
     ]
-    target, why = record.target, None
-    if target is None:
-        target, why = default_target(entries, points) or (None, None)
+    target, why = target_of(record.target, entries) or (None, None)
     entries = [with_target(e, points.get(e.method), target) for e in with_gaps(entries, baseline)]
-    answers = {n: right(n, runs.get(n, ()), record.central) for n in record.methods}
     sizes = [run.result["test_size"] for each in runs.values() for run in each[:1]]
     return {
         "path": record.path,
         "experiment": record.experiment,
-        "entries": with_differences(entries, record.reference, target, answers),
+        "entries": with_differences(entries, record.reference, target),
         "seeds": record.seeds,
         "test_size": baseline.test_size if baseline else int(sizes[0]),
         "runs": runs,
         "central": baseline,
         "central_folders": record.central,
         "reference": record.reference,
+        "asked_target": record.target,
         "target": target,
         "target_reason": why,
         "reused": record.reused,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 from fedkd.data.sources import held, reload
@@ -15,6 +16,7 @@ from fedkd.engines.interrupts import naming_resume_command
 from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.studies.arguments import Progress, seeds_of, silent
+from fedkd.studies.comparison.entries import Target
 from fedkd.studies.comparison.jobs import Job, check_jobs, make, threads, threads_each
 from fedkd.studies.comparison.methods import (
     LOCAL,
@@ -39,7 +41,7 @@ def compare(
     seeds: Sequence[int] | None = None,
     *,
     reference: Method | None = None,
-    target: float | None = None,
+    target: Target | None = None,
     jobs: int = 1,
     progress: Progress = silent,
 ) -> Comparison:
@@ -56,8 +58,8 @@ def compare(
         seeds: of all methods; default the experiment's.
         reference: the method that the others are compared with; default LocalOnly if it is compared,
             else the first.
-        target: accuracy, 0..1 or in percent, for which rounds and bytes are given; for the default see
-            `fedkd.studies.comparison.entries.default_target`.
+        target: for which rounds and bytes are given: an accuracy, 0..1 or in percent, or a share of the
+            central student's, such as ``"0.9c"``, which is the default where there is one.
         jobs: runs made at once, each in its own process, when they fit into memory. The numbers are
             the same as one after another.
         progress: called with a description of the current work and the share that is done, 0..1.
@@ -73,9 +75,9 @@ def compare(
     with held():
         check_all(experiment, names, seeds)
         chosen = _reference(names, reference)
-        share = _share(target)
+        fixed = checked_target(target)
         ComparisonRecord.check(experiment)
-        record = ComparisonRecord(experiment, names, seeds, chosen, share).written()  # for `resume`
+        record = ComparisonRecord(experiment, names, seeds, chosen, fixed).written()  # for `resume`
         with naming_resume_command(f"compare --resume {record.path}", lambda _: "interrupted"):
             done = _made(record, jobs, progress)
     return Comparison.from_record(done.written())
@@ -119,14 +121,27 @@ def _reference(names: Sequence[str], method: Method | None) -> str:
     return name
 
 
-def _share(target: float | None) -> float | None:
-    """Return a target, given as a fraction or, above 1, in percent, as a fraction."""
+def checked_target(target: Target | None) -> Target | None:
+    """Return a target as it is recorded: a fraction, also if given in percent, or a share as text.
+
+    Raises:
+        FedkdError: it is neither an accuracy nor a share of one.
+    """
     if target is None:
         return None
-    share = target / 100 if target > 1 else target
-    if not 0 < share <= 1:
-        raise FedkdError(f"target = {target:g}: must be an accuracy, > 0 and ≤ 1, or in percent")
-    return share
+    text = str(target).strip()
+    of_central, number = text.endswith("c"), text.removesuffix("c").removesuffix("%")
+    try:
+        value = float(number) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = nan
+    value = value / 100 if value > 1 and not of_central else value
+    if not 0 < value <= 1:
+        raise FedkdError(
+            f"target = {target!r}: must be an accuracy such as 0.85 or 85%, or a share of the central "
+            "student's such as 0.9c, above 0 and at most 1"
+        )
+    return f"{value:g}c" if of_central else value
 
 
 def _made(record: ComparisonRecord, at_once: int, progress: Progress) -> ComparisonRecord:

@@ -1,4 +1,4 @@
-"""Uncertainty of the difference of two methods: a bootstrap over seeds and clients, and an exact test.
+"""How sure a difference of two methods is. The unit is the seed, and both methods have the same seeds.
 
 Pure functions of numbers; `docs/compare.md` states what they cover and what they do not.
 """
@@ -6,105 +6,160 @@ Pure functions of numbers; `docs/compare.md` states what they cover and what the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
-
-from fedkd.randomness import key
-
-DRAWS = 10_000
-"""Resamples behind an interval."""
+from scipy import optimize, stats
 
 LEVEL = 0.95
-"""Share of the resampled means inside an interval."""
+"""Share of experiments whose interval holds the true difference."""
 
-_MOST_NUMBERS = 4_000_000
-"""Numbers drawn at a time, 32 MB of them: there may be thousands of clients."""
+POWER = 0.8
+"""Chance with which a test finds what `detectable` says."""
+
+LEAST_SEEDS = 3
+"""Seeds that an interval takes; with fewer the spread over seeds is not known."""
+
+MOST_FLIPPED = 16
+"""Seeds whose signs are flipped in all 2ⁿ ways."""
 
 Floats = NDArray[np.float64]
 
 
-def paired(ours: Sequence[Floats], theirs: Sequence[Floats]) -> list[Floats]:
-    """Return the differences of two methods client by client: equal numbers have the same data.
+def paired(ours: Sequence[Floats], theirs: Sequence[Floats]) -> list[float]:
+    """Return the difference of two methods by seed: the mean over clients that answered in both.
 
     Args:
         ours: by seed the accuracies ``[K]`` of a federation's clients, NaN of one that did not answer,
             or ``[1]`` of a central model, which is paired with every client.
-        theirs: the other method's, likewise.
+        theirs: the other method's, likewise; equal numbers have the same data.
 
     Returns:
-        By seed the differences of the clients that answered in both; a seed without any has none.
+        One number a seed; a seed in which nobody answered in both has none.
     """
     differences = (a - b for a, b in zip(ours, theirs, strict=True))
-    return [each[~np.isnan(each)] for each in differences]
+    known = (each[~np.isnan(each)] for each in differences)
+    return [float(each.mean()) for each in known if len(each)]
 
 
-def mean_difference(differences: Sequence[Floats]) -> float:
-    """Return the mean over seeds of the mean over a seed's clients."""
-    return float(np.mean([each.mean() for each in differences]))
-
-
-def bootstrap(differences: Sequence[Floats]) -> tuple[float, float] | None:
-    """Return the percentile interval of `mean_difference` under a two-stage bootstrap.
-
-    Seeds are drawn with replacement, then, independently for each drawn seed, as many of its clients
-    as it has (Davison and Hinkley 1997, section 3.8). As differences are drawn, both methods see the
-    same draws. The same numbers give the same interval: the draws have a fixed seed.
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean: mean ± t·s/√n, t of n − 1 degrees of freedom.
 
     Args:
-        differences: `paired` ones by seed; each seed has at least one.
+        differences: paired ones, one a seed, taken to be normal (Student 1908).
 
     Returns:
-        The ends, or `None` for one seed whose differences are all equal: they show nothing about chance.
+        The ends, or `None` for fewer than `LEAST_SEEDS` differences, or if all are equal: they show
+        nothing about chance.
     """
-    if len(differences) == 1 and np.ptp(differences[0]) == 0:
+    if not _show_chance(differences):
         return None
-    chance = np.random.default_rng(key("bootstrap"))
-    seeds = chance.integers(len(differences), size=(DRAWS, len(differences)))
-    means = np.zeros(DRAWS)
-    for number, each in enumerate(differences):
-        times_drawn = (seeds == number).sum(1)
-        owners = np.repeat(np.arange(DRAWS), times_drawn)
-        drawn = _resampled_means(chance, each, len(owners))
-        means += np.bincount(owners, weights=drawn, minlength=DRAWS)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means / len(differences), (tail, 1 - tail))
-    return float(low), float(high)
+    middle, half = float(np.mean(differences)), _t(len(differences)) * _error(differences)
+    return middle - half, middle + half
 
 
-def _resampled_means(chance: np.random.Generator, values: Floats, count: int) -> Floats:
-    """Return the means of `count` samples of `values`, as large as it and with replacement."""
-    at_once = max(1, _MOST_NUMBERS // len(values))
-    means = np.empty(count)
-    for begin in range(0, count, at_once):
-        part = means[begin : begin + at_once]
-        part[:] = values[chance.integers(len(values), size=(len(part), len(values)))].mean(1)
-    return means
+def p_value(differences: Sequence[float]) -> float | None:
+    """Return the two-sided p-value of the paired t-test of no difference; `None` as for `interval`."""
+    if not _show_chance(differences):
+        return None
+    statistic = float(np.mean(differences)) / _error(differences)
+    return float(2 * stats.t.sf(abs(statistic), len(differences) - 1))
 
 
-def images_won(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> tuple[int, int]:
-    """Return on how many test images a larger share of one method's models is right.
+def sign_flip(differences: Sequence[float]) -> float | None:
+    """Return the exact two-sided p-value of no difference, whatever the law, if it is symmetric.
+
+    Without a difference each of the 2ⁿ ways to flip signs is as likely. p is the share of those whose
+    mean is as far from 0 (Fisher 1935, section 21): at least 2/2ⁿ, so 6 seeds are needed for 0.05.
 
     Args:
-        ours: whether each model is right on each image, ``[M, N]``; models of all seeds and clients.
-        theirs: the other method's, ``[L, N]``, of the same images.
+        differences: paired ones, one a seed.
 
     Returns:
-        How many images `ours` wins, and how many `theirs` wins; the others are ties.
+        `None` for no difference, or more than `MOST_FLIPPED`.
     """
-    # Integers, so that equal shares compare as equal.
-    margin = ours.sum(0) * len(theirs) - theirs.sum(0) * len(ours)
-    return int((margin > 0).sum()), int((margin < 0).sum())
+    if not 0 < len(differences) <= MOST_FLIPPED:
+        return None
+    values = np.array(differences)
+    sums = abs(_signs(len(values)) @ values)
+    reached = sums >= abs(values.sum()) - 1e-12 * abs(values).sum()  # as sums are rounded
+    return float(reached.mean())
 
 
-def sign_test(won: int, lost: int) -> float:
-    """Return the two-sided p-value of as uneven a split, were each side equally likely.
+def detectable(differences: Sequence[float]) -> float | None:
+    """Return the smallest true difference that as many seeds would have shown in 80 % of experiments.
 
-    With one model each this is McNemar's exact test (1947) on the images that one of them gets right.
+    By the noncentral t distribution, with the spread of these differences; `None` as for `interval`.
     """
-    count = won + lost
-    term = total = 1  # binomial coefficients, exact
-    for number in range(min(won, lost)):
-        term = term * (count - number) // (number + 1)
-        total += term
-    return min(1.0, float(2 * total / 2**count))
+    if not _show_chance(differences):
+        return None
+    return _noncentrality(len(differences)) * _error(differences)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values corrected for how many there are (Holm 1979): at most all of them together err.
+
+    Args:
+        p_values: `None` stays `None`, and does not count.
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for rank, (p, place) in enumerate(known):
+        least = max(least, min(1.0, p * (len(known) - rank)))
+        corrected[place] = least
+    return corrected
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of mean(above) / mean(below), both of the same seeds (Fieller 1954).
+
+    Its ends are the ratios ρ for which above − ρ·below has a mean that is just not different from 0.
+
+    Returns:
+        `None` for fewer than `LEAST_SEEDS` seeds, or where it is unbounded: the denominator could be 0.
+    """
+    if len(above) < LEAST_SEEDS:
+        return None
+    (xx, xy), (_, yy) = np.cov(above, below) / len(above) * _t(len(above)) ** 2
+    x, y = float(np.mean(above)), float(np.mean(below))
+    # (x − ρy)² = xx − 2ρ·xy + ρ²·yy, a quadratic in ρ.
+    square, half, constant = y * y - yy, x * y - xy, x * x - xx
+    if square <= 1e-12 * y * y:
+        return None
+    root = sqrt(max(0.0, half * half - square * constant))
+    return float((half - root) / square), float((half + root) / square)
+
+
+def _show_chance(differences: Sequence[float]) -> bool:
+    """Whether there are enough differences, and not all the same."""
+    return len(differences) >= LEAST_SEEDS and float(np.ptp(differences)) > 1e-12
+
+
+def _error(differences: Sequence[float]) -> float:
+    """Return the standard error of the mean."""
+    return float(np.std(differences, ddof=1)) / sqrt(len(differences))
+
+
+@lru_cache
+def _signs(count: int) -> Floats:
+    """Return all ways to choose so many signs, ``[2ⁿ, n]``."""
+    bits = np.arange(2**count)[:, None] >> np.arange(count) & 1
+    return (2 * bits - 1).astype(np.float64)
+
+
+@lru_cache
+def _t(count: int) -> float:
+    return float(stats.t.ppf((1 + LEVEL) / 2, count - 1))
+
+
+@lru_cache
+def _noncentrality(count: int) -> float:
+    """Return the true difference over its standard error at which the test has its power."""
+    critical, degrees = _t(count), count - 1
+    most = 2 * (critical + float(stats.t.ppf(POWER, degrees)))
+    return float(
+        optimize.brentq(lambda shift: stats.nct.sf(critical, degrees, shift) - POWER, 0, most)
+    )

@@ -8,9 +8,13 @@ from statistics import mean
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from fedkd.studies.comparison.entries import Difference, Entry
-from fedkd.studies.comparison.methods import CENTRAL, DISTILLED, LOCAL, label
+from fedkd.studies.comparison.entries import Difference, Entry, central_student
+from fedkd.studies.comparison.methods import CENTRAL, LOCAL, label
+from fedkd.studies.comparison.significance import LEAST_SEEDS
 from fedkd.studies.comparison.verdicts import percent, size
+
+MANY = 6
+"""Seeds from which on a sign test can show anything at all (2/2⁶ < 0.05)."""
 
 Cells = Mapping[str, str | None]
 """A row by column; `None` where the column does not apply."""
@@ -19,8 +23,8 @@ Cells = Mapping[str, str | None]
 def accuracy_table(entries: Sequence[Entry], title: str, reference: str) -> Table:
     """Return accuracies in percent and differences in percentage points, one row per method.
 
-    ``clients`` spans the worst and the best client, ``gap`` is the gap closed. The server has a column
-    where its model differs from the clients'.
+    ``worst decile`` is of the clients that are worst off, ``gap`` is the gap closed. The server has a
+    column where its model differs from the clients'.
     """
     rows = [{**_accuracy_cells(entry, reference)} for entry in entries]
     if _about_gap(entries):
@@ -44,33 +48,45 @@ def _accuracy_cells(entry: Entry, reference: str) -> dict[str, str | None]:
     return {
         "method": entry.label,
         "accuracy": f"{100 * entry.accuracy:.1f}{spread}",
-        "clients": None
-        if entry.worst is None or entry.best is None
-        else f"{100 * entry.worst:.1f}–{100 * entry.best:.1f}",
+        "worst decile": None if entry.worst_decile is None else f"{100 * entry.worst_decile:.1f}",
         "server": f"{100 * mean(servers):.1f}" if servers else None,
-        "gap": None
-        if entry.gap_closed is None
-        else f"{100 * entry.gap_closed:.0f} %".replace("-", "−"),
+        "gap": _gap_cell(entry),
         **_difference_cells(entry.difference, f"− {label(reference)}"),
     }
 
 
+def _gap_cell(entry: Entry) -> str | None:
+    """Return the gap closed, with its interval if it has one; ``n/a`` where that is unbounded."""
+    if entry.gap_closed is None:
+        return None
+    if entry.gap_low is None or entry.gap_high is None:
+        enough = len(entry.accuracies) >= LEAST_SEEDS
+        return "n/a" if enough else _minus(f"{100 * entry.gap_closed:.0f} %")
+    ends = f"{100 * entry.gap_low:.0f} to {100 * entry.gap_high:.0f}"
+    return _minus(f"{100 * entry.gap_closed:.0f} % ({ends})")
+
+
 def _difference_cells(difference: Difference | None, column: str) -> dict[str, str | None]:
     if difference is None:
-        return {column: None, "95 % interval": None, "p (images)": None}
-    low, high, p = difference.low, difference.high, difference.p_value
+        return {column: None, "95 % interval": None, "p (Holm)": None}
+    low, high, p = difference.low, difference.high, difference.p_holm
+    unknown = None if len(difference.by_seed) < LEAST_SEEDS else "n/a"
     return {
         column: _signed(difference.mean),
-        "95 % interval": "n/a"
+        "95 % interval": unknown
         if low is None or high is None
         else f"{_signed(low)} to {_signed(high)}",
-        "p (images)": "n/a" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
+        "p (Holm)": unknown if p is None else "<0.001" if p < 0.001 else f"{p:.3f}",
     }
 
 
 def _signed(difference: float) -> str:
     """Return a difference in percentage points as text."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+    return _minus(f"{100 * difference:+.1f}")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
 
 def _cost_cells(entry: Entry, target: float | None) -> dict[str, str | None]:
@@ -114,9 +130,9 @@ def notes(
     entries: Sequence[Entry], seeds: int, target: float | None, target_reason: str | None
 ) -> list[str]:
     """Return notes on the tables: what is n/a and why, and what the intervals cover."""
-    remarks = [_about_interval(entries, seeds), _about_tests(entries), _about_gap(entries)]
+    remarks = [_about_interval(entries, seeds), _about_power(entries), _about_gap(entries)]
     if target is not None and target_reason is not None:
-        remarks.append(f"Target {percent(target)}: {target_reason}.")
+        remarks.append(f"Target {percent(round(target, 4))}: {target_reason}.")
     return [note for note in remarks if note is not None]
 
 
@@ -124,38 +140,39 @@ def _about_interval(entries: Sequence[Entry], seeds: int) -> str | None:
     differences = [e.difference for e in entries if e.difference is not None]
     if not differences:
         return None
+    if seeds < LEAST_SEEDS:
+        return f"No intervals: they take {LEAST_SEEDS} seeds, and {MANY} to be of use; these are {seeds}."
     if all(difference.low is None for difference in differences):
-        return "No interval: one seed, and no clients that differ."
-    if seeds == 1:
-        return "Intervals are over clients only, with one seed: variation between seeds is not included."
-    few = (
-        f"; with {seeds} seeds they are too narrow where seeds matter more than clients"
-        if seeds < 5
-        else ""
-    )
-    return f"Intervals are over seeds and clients{few}."
+        return "No intervals: all seeds have the same differences."
+    count = len([d for d in differences if d.p_value is not None])
+    holm = f", p corrected for {count} comparisons" if count > 1 else ""
+    return f"Intervals and p: paired t over {seeds} seeds{holm}."
 
 
-def _about_tests(entries: Sequence[Entry]) -> str | None:
-    differences = [e.difference for e in entries if e.difference is not None]
-    if not differences:
+def _about_power(entries: Sequence[Entry]) -> str | None:
+    """Return which differences so few seeds would miss."""
+    known = [(e.difference.detectable, e.label) for e in entries
+             if e.difference is not None and e.difference.detectable is not None]  # fmt: skip
+    if not known:
         return None
-    if any(difference.p_value is None for difference in differences):
-        return "p is n/a where runs did not keep their predictions on the test images."
-    return "p: exact sign test over the test images; it treats the trained models as fixed."
+    (least, one), (most, other) = min(known), max(known)
+    said = f"{100 * most:.1f} pp ({other})"
+    if len(known) > 1:
+        said = f"{100 * least:.1f} pp ({one}) to {said}"
+    return f"Smallest difference that so many seeds find in 4 of 5 experiments: {said}."
 
 
 def _about_gap(entries: Sequence[Entry]) -> str | None:
     by_name = {entry.method: entry for entry in entries}
-    low, high = by_name.get(LOCAL), by_name.get(DISTILLED)
+    low, high = by_name.get(LOCAL), central_student(entries)
     closing = [entry for entry in entries if _may_close_gap(entry)]
     is_known = any(entry.gap_closed is not None for entry in closing)
     if low is None or high is None or is_known or not closing:
         return None
     if high.accuracy > low.accuracy:
-        return f"The gap closed is n/a: {label(DISTILLED)} or its teacher has learnt nothing."
+        return f"The gap closed is n/a: {high.label} or its teacher has learnt nothing."
     return (
-        f"The gap closed is n/a: {label(DISTILLED)} ({percent(round(high.accuracy, 3))}) is not better "
+        f"The gap closed is n/a: {high.label} ({percent(round(high.accuracy, 3))}) is not better "
         f"than {label(LOCAL)} ({percent(round(low.accuracy, 3))})."
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from fedkd.studies.comparison.entries import Difference, Entry
-from fedkd.studies.comparison.methods import DISTILLED, LOCAL, label, subject
+from fedkd.studies.comparison.methods import LOCAL, label, subject
 
 
 def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float | None) -> str:
@@ -93,21 +93,20 @@ def _certainty(difference: Difference, seeds: int) -> str:
     if difference.low is None or difference.high is None:
         return f"{over}, no interval"
     low, high = round(100 * difference.low, 1), round(100 * difference.high, 1)
-    clients = "" if seeds > 1 else " over clients"
     if low < 0 < high:
         ends = f"from {-low:.1f} lower to {high:.1f} higher"
     else:
         low, high = sorted((abs(low), abs(high)))
         ends = f"{low:.1f}–{high:.1f}"
-    return f"95 % interval {ends}{clients}, {over}"
+    return f"95 % interval {ends}, {over}"
 
 
 def _gap(ours: Entry, theirs: Entry) -> str:
     """Return the gap closed, where the reference is local only."""
     gap = ours.gap_closed
-    if theirs.method != LOCAL or gap is None or gap <= 0:
+    if theirs.method != LOCAL or gap is None or gap <= 0 or ours.gap_to is None:
         return ""
-    return f", closing {100 * gap:.0f} % of the gap to {label(DISTILLED)}"
+    return f", closing {100 * gap:.0f} % of the gap to {label(ours.gap_to)}"
 
 
 def rivals(entries: Sequence[Entry], reference: str) -> tuple[str, str] | None:
