@@ -342,6 +342,7 @@ def test_the_noise_of_a_node_is_nobodys_to_repeat(monkeypatch: pytest.MonkeyPatc
 # --- Records and report ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_epsilon_is_in_the_record_and_in_the_report(tmp_path: Path) -> None:
     keys: dict[str, Any] = {
         "num_server_rounds": 3,

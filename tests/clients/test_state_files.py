@@ -321,6 +321,7 @@ def test_files_hold_what_a_dictionary_would(history: list[Any]) -> None:
             assert spelled(store.load(everyone)) == model.load(everyone)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(histories, st.integers(0, 17))
 def test_what_stays_in_memory_is_what_is_on_disk(history: list[Any], limit: int) -> None:

@@ -110,6 +110,7 @@ def drawn_again(seen: Seen) -> list[int]:
     return [k for k in range(CLIENTS) if sum(k in sampled for sampled in rounds) > 1]
 
 
+@pytest.mark.slow
 def test_the_case_is_worth_looking_at(many: Seen) -> None:
     """Clients come again, others come for the first time after knowledge is there, most never."""
     rounds = [row["sampled"] for row in many.run.rounds]

@@ -202,6 +202,7 @@ def test_a_case_is_worth_comparing(case: str) -> None:
         assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.slow
 def test_the_engine_in_this_process_knows_nothing_of_ray() -> None:
     code = (
         "import sys; import fedkd; assert 'torch' not in sys.modules; import fedkd.engines.in_process;"

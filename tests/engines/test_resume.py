@@ -197,6 +197,7 @@ def write_config(folder: Path) -> None:
     (folder / "it.toml").write_text("\n".join(toml))
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_round_and_names_how_to_go_on(tmp_path: Path) -> None:
     write_config(tmp_path)
     flags = ["--num-server-rounds", "100000", "--plan", "stacked"]

@@ -232,7 +232,7 @@ def spoilt(reply: Message, name: str, seed: int) -> Message:
     return with_content(reply, CASES[name].spoil(reply.content, Random(seed)))
 
 
-@pytest.mark.parametrize("kind", one_in(8, KINDS))
+@pytest.mark.parametrize("kind", one_in(16, KINDS))
 def test_a_spoilt_reply_costs_its_client_the_round_and_nobody_else_anything(
     kind: str, tries: Tries
 ) -> None:

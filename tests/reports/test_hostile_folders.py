@@ -109,7 +109,7 @@ def spoiled(path: Path, chunk: int, count: int = 8) -> Iterator[tuple[str, str]]
 CHUNKS = [(kind, name, n) for n in range(4) for kind, names in JSON.items() for name in names]
 
 
-@pytest.mark.parametrize(("kind", "name", "chunk"), one_in(7, CHUNKS))
+@pytest.mark.parametrize(("kind", "name", "chunk"), one_in(15, CHUNKS))
 def test_a_value_that_is_another_is_one_line_or_shown(
     kind: str,
     name: str,
@@ -184,7 +184,7 @@ FILES = {
 CASES = [(k, name, damage) for damage in DAMAGES for k, names in FILES.items() for name in names]
 
 
-@pytest.mark.parametrize(("kind", "name", "damage"), one_in(29, CASES))
+@pytest.mark.parametrize(("kind", "name", "damage"), one_in(67, CASES))
 def test_a_file_that_is_none_is_one_line_or_not_needed(
     kind: str,
     name: str,

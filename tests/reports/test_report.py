@@ -271,6 +271,7 @@ def test_a_baseline_alone(runs: Path, tmp_path: Path) -> None:
 # --- Files ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_figures_and_tables_are_files_too(compared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "paper" / "figures"
     report([compared], tmp_path / "report.html", folder)

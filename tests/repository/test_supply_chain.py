@@ -368,6 +368,7 @@ assert "flwr" in sys.modules
     assert (tmp_path / "page.html").is_file()
 
 
+@pytest.mark.slow
 def test_telemetry_is_off_before_anything_reads_it(tmp_path: Path) -> None:
     code = """
 import fedkd, os, flwr.supercore.telemetry as a, flwr_datasets.common.telemetry as b

@@ -514,7 +514,7 @@ def test_reference_and_target_are_as_asked(copy: Path) -> None:
     assert Comparison.load(one.path) == one
     share = fedkd.compare(experiment, [DSFL, "student-alone"], [0], target="0.8c")
     assert share.asked_target == "0.8c"
-    assert share.target == pytest.approx(0.8 * share["student alone"].accuracy)
+    assert share.target == pytest.approx(0.8 * share["student alone"].accuracy, abs=5e-4)
     assert Comparison.load(share.path) == share
     again = fedkd.compare(experiment, ["dsfl", "fedavg"], [0], target=0.35)
     assert again.target == 0.35

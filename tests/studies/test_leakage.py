@@ -235,6 +235,7 @@ def test_a_proxy_answers_like_its_client_and_like_no_other() -> None:
 # --- The script -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_audit_runs_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

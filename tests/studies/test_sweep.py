@@ -83,6 +83,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 # --- The same numbers as by hand -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_points_are_federations_of_their_own(tmp_path: Path) -> None:
     grid: Grid = {"alpha": [0.3, 1.0], "local_epochs": [1, 2]}
     base = federation(tmp_path, name="mine", tau=2.0)

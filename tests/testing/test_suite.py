@@ -657,6 +657,7 @@ def own_experiment(folder: Path, **keys: Any) -> Experiment:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_experiment_brings_its_own_data_and_models(tmp_path: Path) -> None:
     checks = check_strategy(Mean(), own_experiment(tmp_path, teacher="mlp-5"))
     mixed = next(result for result in checks.results if result.check == "mixed")

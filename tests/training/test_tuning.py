@@ -317,6 +317,7 @@ def run_by(timing: Timing, timed: Callable[[Timing], Any], folder: Path, name: s
     )
 
 
+@pytest.mark.slow
 def test_the_choice_is_recorded_and_does_not_decide_results(
     timed: Callable[[Timing], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,7 +242,8 @@ def target_of(asked: Target | None, entries: Sequence[Entry]) -> tuple[float, st
     if central is None:
         return None
     share = float(asked.removesuffix("c"))
-    return share * central.accuracy, f"{share:g} of the accuracy of {central.label}"
+    # To a tenth of a point, as it is printed.
+    return round(share * central.accuracy, 3), f"{share:g} of the accuracy of {central.label}"
 
 
 def central_student(entries: Sequence[Entry]) -> Entry | None:

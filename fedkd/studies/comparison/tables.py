@@ -132,7 +132,7 @@ def notes(
     """Return notes on the tables: what is n/a and why, and what the intervals cover."""
     remarks = [_about_interval(entries, seeds), _about_power(entries), _about_gap(entries)]
     if target is not None and target_reason is not None:
-        remarks.append(f"Target {percent(round(target, 4))}: {target_reason}.")
+        remarks.append(f"Target {percent(target)}: {target_reason}.")
     return [note for note in remarks if note is not None]
 
 
