@@ -35,6 +35,8 @@ for _command in (
     running.compare,
     running.sweep,
     looking.report,
+    looking.list_,
+    looking.diff,
     looking.export,
     looking.strategies,
     looking.cite,

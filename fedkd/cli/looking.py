@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -200,3 +201,59 @@ def data(
         facts = results.dataset_facts(load(name, folder))
         brief = f"{name}: {facts['train']} training and {facts['test']} test images"
         output.result(facts, [brief], [facts])
+
+
+def list_(
+    folder: Annotated[
+        str, Parameter(metavar="FOLDER", help="folder that contains the folders of runs")
+    ] = "runs",
+    /,
+    *,
+    where: Annotated[
+        str | None,
+        Parameter(
+            group=WORK,
+            metavar="VALUE",
+            help='only runs with these keys, as key=value pairs separated by spaces ["strategy=DSFL '
+            'seed=0"]',
+        ),
+    ] = None,
+    output: AnyOutput = TEXT,
+) -> None:
+    """List runs, baselines and sweeps with their results."""
+    from fedkd.cli import results
+    from fedkd.records.overview import overviews
+
+    found, skipped = overviews(folder, _pairs(where))
+    for line in skipped:
+        print(printable(line), file=sys.stderr)
+    brief = [f"{run.path.name}: {results.overview_result(run)}" for run in found]
+    output.result([run.as_row() for run in found], brief, [results.overviews_table(found)])
+
+
+def _pairs(text: str | None) -> dict[str, str]:
+    """Return the values by key in a text of ``key=value`` pairs."""
+    pairs = {}
+    for part in (text or "").split():
+        key, equals, value = part.partition("=")
+        if not (key and equals and value):
+            raise FedkdError(f"where = '{text}': '{part}' must be key=value")
+        pairs[key] = value
+    return pairs
+
+
+def diff(
+    first: Annotated[str, Parameter(metavar="RUN", help="run folder")],
+    second: Annotated[str, Parameter(metavar="RUN", help="run folder")],
+    /,
+    *,
+    output: AnyOutput = TEXT,
+) -> None:
+    """Show how two runs differ: keys, code, data and versions, and their figures."""
+    from fedkd.cli import results
+    from fedkd.records.overview import differences
+
+    found = differences(first, second)
+    value = {"keys": found.keys, "besides": found.besides, "figures": found.figures}
+    full = results.differences_parts(found, Path(first).name, Path(second).name)
+    output.result(value, [*found.keys, *found.besides] or ["nothing but the figures"], full)

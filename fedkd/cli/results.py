@@ -13,14 +13,15 @@ from rich.table import Table
 
 from fedkd.cli.console import table_of
 from fedkd.data import DATASETS, Dataset
-from fedkd.keys import kebab
+from fedkd.keys import AUTO, kebab
 from fedkd.knowledge.kinds import KINDS, in_words
 from fedkd.records.files import Row
+from fedkd.records.overview import Differences, Overview
 from fedkd.records.results import CentralRun, Run
 from fedkd.strategy import DistillationStrategy
 from fedkd.testing.outcomes import CheckResults
 from fedkd.training.profiling import TIMED
-from fedkd.wording import percent, plus_minus
+from fedkd.wording import percent, plus_minus, size
 
 SHOWN_ROUNDS = 5
 """Rounds in the table at the end; all are in the run folder."""
@@ -283,3 +284,70 @@ def spread(fractions: Sequence[float]) -> str:
 
 def _mean_std(values: Sequence[float]) -> str:
     return plus_minus(mean(values), stdev(values) if len(values) > 1 else None)
+
+
+# --- Runs in a folder -----------------------------------------------------------------------------
+
+
+def overviews_table(runs: Sequence[Overview]) -> Table:
+    """Return a line for each run."""
+    table = table_of("run", "what", "data", "clients", "seed", "rounds", "result", right=False)
+    for run in runs:
+        experiment = run.experiment
+        is_federated = run.kind == "federated"
+        table.add_row(
+            run.path.name,
+            experiment.strategy if is_federated else run.kind,
+            experiment.dataset,
+            f"{experiment.num_clients:,}" if is_federated else "",
+            str(experiment.seed),
+            f"{experiment.num_server_rounds:,}" if is_federated else "",
+            overview_result(run),
+        )
+    return table
+
+
+def overview_result(run: Overview) -> str:
+    """Return a run's result in words."""
+    if run.kind == "sweep":
+        return "see fedkd report"
+    if not run.is_finished:
+        return "unfinished"
+    if run.kind == "central":
+        return f"student {percent(run.figures['student_distilled_accuracy'])}"
+    sent = run.figures["bytes_up"] + run.figures["bytes_down"]
+    return f"{percent(run.figures.get('accuracy'))}, {size(sent)}"
+
+
+def differences_parts(found: Differences, first: str, second: str) -> list[Table | str]:
+    """Return how two runs differ, for the terminal."""
+    parts: list[Table | str] = []
+    if found.keys:
+        keys = table_of("key", first, second, right=False)
+        for name, values in found.keys.items():
+            keys.add_row(name, *map(_value, values))
+        parts.append(keys)
+    if found.besides:
+        parts.append("\n".join(["also differ:", *(f"  {each}" for each in found.besides)]))
+    if not parts:
+        parts.append("no key, code, data or version differs")
+    figures = table_of("figure", first, second, "difference")
+    for name, (ours, theirs) in found.figures.items():
+        figures.add_row(name.replace("_", " "), *_compared(name, ours, theirs))
+    return [*parts, figures]
+
+
+def _compared(name: str, ours: float | None, theirs: float | None) -> Iterable[str]:
+    """Yield two values of a figure, and the second minus the first."""
+    scale, text = (100, "{:.2f} %") if "accuracy" in name else (1, "{:,.6g}")
+    for value in (ours, theirs):
+        yield "n/a" if value is None else text.format(scale * value)
+    if ours is None or theirs is None:
+        yield ""
+    else:
+        between = scale * (theirs - ours)
+        yield (f"{between:+.2f} pp" if scale > 1 else f"{between:+,.6g}").replace("-", "−")
+
+
+def _value(value: object) -> str:
+    return AUTO if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -90,7 +90,7 @@ WRONG = {
     "strategies --alpha 1": "unknown option --alpha; `fedkd strategies --help` lists them",
     "rum --alpha 1": (
         "unknown command 'rum' (did you mean 'run'?); the commands are run, central, compare, sweep, "
-        "report, export, strategies, cite, check, data"
+        "report, list, diff, export, strategies, cite, check, data"
     ),
     "run alpha=0.5": (
         "unexpected argument 'alpha=0.5' (did you mean '--alpha 0.5'?); `fedkd run --help` lists "

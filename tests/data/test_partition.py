@@ -401,6 +401,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     assert "the partition is not cached for other processes" in caplog.text
 
 
+@pytest.mark.slow
 def test_importing_the_module_imports_no_partitioner() -> None:
     code = (
         "import sys, fedkd.data.partition; "

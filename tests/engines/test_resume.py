@@ -157,10 +157,8 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
     assert_same(expected, tmp_path / "runs" / "it")
 
 
-@pytest.mark.parametrize(
-    "share",
-    [0.42, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 0.23, 0.65, 0.88))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.23, 0.42, 0.65, 0.88])
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_room(
     killers: Killers, whole: Callable[[str], Whole], tmp_path: Path, share: float
 ) -> None:

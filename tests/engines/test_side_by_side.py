@@ -115,6 +115,7 @@ def test_federations_side_by_side_are_those_alone(strategy: str, tmp_path: Path)
     assert len(norms) > 1 or strategy == "FedGEMS"  # they do differ from each other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     one_in(

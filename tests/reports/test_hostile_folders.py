@@ -124,6 +124,7 @@ def test_a_value_that_is_another_is_one_line_or_shown(
         (folder / name).write_text(text)
         print(done)  # pytest shows it if this fails
         tried(words, capsys)
+        tried(["list", str(mine)], capsys)
 
 
 # --- Files that are none --------------------------------------------------------------------------
@@ -196,9 +197,10 @@ def test_a_file_that_is_none_is_one_line_or_not_needed(
     folder = folder_of(kind, mine)
     DAMAGES[damage](folder / name)
     page = ["--output", str(tmp_path / "page.html")]
-    commands = [["report", str(folder), *page], ["report", str(mine), *page]]
+    commands = [["report", str(folder), *page], ["report", str(mine), *page], ["list", str(mine)]]
     if kind in ("dsfl", "central"):
         commands += [["cite", str(folder)], ["export", str(folder)]]
+        commands.append(["diff", str(folder), str(folder)])
     if kind != "central":
         command = {"dsfl": "run"}.get(kind, kind)
         commands.append([command, "--resume", str(folder)])
@@ -212,9 +214,11 @@ def test_a_folder_that_cannot_be_is_one_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(tmp_path / name)
-    for words in (["report", folder], ["cite", folder], ["export", folder], ["run", "--resume", folder],
-                  ["compare", "--resume", folder], ["sweep", "--resume", folder],
-                  ["report", str(tmp_path), "--output", f"{folder}/page.html"],
-                  ["run", "--config", folder]):  # fmt: skip
+    for words in (
+        *(["report", folder], ["cite", folder], ["export", folder], ["run", "--config", folder]),
+        *([command, "--resume", folder] for command in ("run", "compare", "sweep")),
+        *(["diff", folder, folder], *([["list", folder]] if name else [])),
+        ["report", str(tmp_path), "--output", f"{folder}/page.html"],
+    ):
         print(words)
         assert tried(words, capsys), words

@@ -113,6 +113,7 @@ def test_the_same_folders_give_the_same_file_without_data_or_models(
     assert again.read_text(encoding="utf-8") == page.source
 
 
+@pytest.mark.slow
 def test_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>&"
     for path in runs.glob("*/shards.json"):

@@ -139,6 +139,7 @@ def test_the_step_s_momentum_is_swept(tmp_path: Path) -> None:
     assert found.points[0].accuracy != found.points[1].accuracy
 
 
+@pytest.mark.slow
 def test_a_key_without_effect_at_some_points_is_left_out_of_those(tmp_path: Path) -> None:
     """Where nobody attacks, and where shards are equal parts."""
     base = federation(tmp_path, num_server_rounds=1, attack="label-flip", attackers=0.3)
@@ -169,6 +170,7 @@ def test_seeds_with_shards_of_their_own_are_stacks_of_their_own(
     assert [len(stack) for stack in stacks] == [2] * 4 + [4] * 2 + [4] * 2
 
 
+@pytest.mark.slow
 def test_a_stack_holds_no_more_models_than_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from fedkd.studies.comparison.entries import Difference, Entry, as_row
-from fedkd.studies.comparison.verdicts import percent, rivals, sentence, size
+from fedkd.studies.comparison.verdicts import percent, rivals, sentence
+from fedkd.wording import size
 
 
 def entry(

@@ -12,8 +12,7 @@ from fedkd.records.results import CentralRun, Run
 from fedkd.reports.page.collect import Federations
 from fedkd.reports.page.parts import central_accuracies, tested_on
 from fedkd.studies.comparison.result import Comparison
-from fedkd.studies.comparison.verdicts import size
-from fedkd.wording import plus_minus
+from fedkd.wording import plus_minus, size
 
 NONE = "–"
 

@@ -99,7 +99,7 @@ def detectable(differences: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return p-values corrected for how many there are (Holm 1979): at most all of them together err.
+    """Return p-values corrected for how many there are (Holm 1979), so that all together err as seldom.
 
     Args:
         p_values: `None` stays `None`, and does not count.

@@ -11,7 +11,8 @@ from rich.table import Table
 from fedkd.studies.comparison.entries import Difference, Entry, central_student
 from fedkd.studies.comparison.methods import CENTRAL, LOCAL, label
 from fedkd.studies.comparison.significance import LEAST_SEEDS
-from fedkd.studies.comparison.verdicts import percent, size
+from fedkd.studies.comparison.verdicts import percent
+from fedkd.wording import size
 
 MANY = 6
 """Seeds from which on a sign test can show anything at all (2/2⁶ < 0.05)."""

@@ -7,6 +7,7 @@ from statistics import mean
 
 from fedkd.studies.comparison.entries import Difference, Entry
 from fedkd.studies.comparison.methods import LOCAL, label, subject
+from fedkd.wording import size
 
 
 def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float | None) -> str:
@@ -128,14 +129,3 @@ def rivals(entries: Sequence[Entry], reference: str) -> tuple[str, str] | None:
 def percent(share: float) -> str:
     """Return a share in percent, with the decimals that it has (at most two)."""
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes with a unit (powers of 1000)."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.2f} GB"
