@@ -390,9 +390,7 @@ def test_differences_are_those_of_clients(comparison: fedkd.Comparison) -> None:
     assert entry.difference.mean == pytest.approx(sum(by_seed) / 2)
     assert entry.difference.mean == pytest.approx(entry.accuracy - comparison["LocalOnly"].accuracy)
     assert (entry.difference.low, entry.difference.p_value) == (None, None)
-    assert (
-        comparison.notes[0] == "No intervals: they take 3 seeds, and 6 to be of use; these are 2."
-    )
+    assert comparison.notes[0] == "No intervals with 2: they take 3 seeds, and 6 to be of use."
 
 
 def with_three_seeds(comparison: fedkd.Comparison) -> list[Entry]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fedkd.studies.comparison.entries import Difference, Entry, as_row
-from fedkd.studies.comparison.verdicts import percent, rivals, sentence
+from fedkd.studies.comparison.verdicts import percent, sentence, verdict
 from fedkd.wording import size
 
 
@@ -173,14 +173,56 @@ def test_without_a_target_bytes_are_those_of_the_run() -> None:
     assert text.startswith("DSFL sends 1.0 MB and ends 0.4 pp higher than FedAvg (")
 
 
-def test_the_two_that_matter_are_fedavg_and_the_best_other_that_sends() -> None:
-    local, teacher = entry("LocalOnly", 1, sent=0.0), entry("teacher", 1, sent=None, accuracy=0.9)
-    fedavg, dsfl = entry("FedAvg", 1, accuracy=0.8), entry("DSFL", 1, accuracy=0.6)
-    fedmd = entry("FedMD", 1, accuracy=0.7)
-    assert rivals([teacher, local, dsfl, fedavg, fedmd], "LocalOnly") == ("FedMD", "FedAvg")
-    assert rivals([teacher, local, dsfl, fedmd], "LocalOnly") == ("FedMD", "DSFL")
-    assert rivals([teacher, local, dsfl], "LocalOnly") is None
-    assert rivals([fedavg, dsfl], "FedAvg") is None  # its own sentence says it
+def test_a_target_passed_in_the_first_round_is_not_raced_for() -> None:
+    text = sentence(entry("DSFL", 1, 1), entry("FedAvg", 3, 4), NEAR, 0.85)
+    assert text.startswith("DSFL sends 1.0 MB and ends 0.4 pp higher than FedAvg (")
+    assert "reaches" in sentence(entry("DSFL", 1, 2), entry("FedAvg", 3, 4), NEAR, 0.85)
+
+
+def test_a_method_whose_seeds_differ_much_is_called_unstable() -> None:
+    ours = replace(entry("FedMD", 3, 3, 3), accuracies=[0.8, 0.9, 0.75])
+    text = sentence(ours, entry("FedAvg", 3, 3, 3), NEAR, None)
+    assert text.endswith("; it is unstable (± 7.6 pp over seeds).")
+    steady = replace(ours, accuracies=[0.8, 0.84, 0.78])
+    assert "unstable" not in sentence(steady, entry("FedAvg", 3, 3, 3), NEAR, None)
+
+
+def sure(mean: float, p: float) -> Difference:
+    return Difference(mean, [], mean - 0.01, mean + 0.01, p_value=p / 2, p_holm=p)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "others", "text"),
+    [
+        (
+            6,
+            {"FedAvg": sure(0.097, 0.02)},
+            "DSFL is ahead of FedAvg by 9.7 pp (95 % interval 8.7–10.7, 6 seeds), at equal rounds, not "
+            "at equal work or bytes.",
+        ),
+        (
+            6,
+            {"FedMD": sure(0.02, 0.3), "FedAvg": sure(0.097, 0.02), "CFD": sure(0.12, 0.01)},
+            "DSFL is ahead of FedAvg by 9.7 pp (95 % interval 8.7–10.7, 6 seeds), and of 1 more by more "
+            "than that, at equal rounds, not at equal work or bytes. 6 seeds cannot tell it from FedMD.",
+        ),
+        (
+            4,
+            {"FedMD": sure(0.02, 0.3), "CFD": sure(0.03, 0.05), "FedAvg": sure(0.1, 0.06)},
+            "Undecided: 4 seeds cannot tell DSFL from FedMD, CFD and FedAvg.",
+        ),
+        (
+            2,
+            {"FedMD": Difference(0.02, []), "FedAvg": Difference(0.3, [])},
+            "Undecided between DSFL, FedMD and FedAvg: 2 seeds show no difference; that takes 3 seeds, "
+            "and 6 to be of use.",
+        ),
+    ],
+)
+def test_a_verdict(seeds: int, others: dict[str, Difference], text: str) -> None:
+    best = entry("DSFL", *([3] * seeds))
+    pairs = [(entry(name, *([3] * seeds)), between) for name, between in others.items()]
+    assert verdict(best, pairs) == text
 
 
 def test_numbers_as_text() -> None:

@@ -22,12 +22,9 @@ def with_differences(entries: Sequence[Entry], reference: str, target: float | N
     """
     theirs = next(entry for entry in entries if entry.method == reference)
     others = [entry for entry in entries if entry is not theirs]
-    plain = [difference(entry, theirs) for entry in others]
-    corrected = significance.holm([each.p_value for each in plain])
-    between = {
-        entry.method: replace(each, p_holm=p)
-        for entry, each, p in zip(others, plain, corrected, strict=True)
-    }
+    between = dict(
+        zip((e.method for e in others), corrected([(e, theirs) for e in others]), strict=True)
+    )
     return [
         replace(
             entry,
@@ -38,6 +35,13 @@ def with_differences(entries: Sequence[Entry], reference: str, target: float | N
         else entry
         for entry in entries
     ]
+
+
+def corrected(pairs: Sequence[tuple[Entry, Entry]]) -> list[Difference]:
+    """Return the difference of each pair, p corrected for how many there are."""
+    plain = [difference(*pair) for pair in pairs]
+    p_values = significance.holm([each.p_value for each in plain])
+    return [replace(each, p_holm=p) for each, p in zip(plain, p_values, strict=True)]
 
 
 def difference(ours: Entry, theirs: Entry) -> Difference:

@@ -14,7 +14,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.results import CentralRun, Run
 from fedkd.studies.comparison import tables
-from fedkd.studies.comparison.differences import difference, with_differences
+from fedkd.studies.comparison.differences import corrected, difference, with_differences
 from fedkd.studies.comparison.entries import (
     Difference,
     Entry,
@@ -30,7 +30,7 @@ from fedkd.studies.comparison.entries import (
 from fedkd.studies.comparison.methods import CENTRAL, Method, canonical
 from fedkd.studies.comparison.record import ComparisonRecord
 from fedkd.studies.comparison.reuse import joined
-from fedkd.studies.comparison.verdicts import rivals, sentence
+from fedkd.studies.comparison.verdicts import verdict
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,20 @@ class Comparison:
         raise FedkdError(f"method = '{name}' is not compared here; the methods are {names}")
 
     @property
-    def sentences(self) -> list[str]:
-        """The results in words: a sentence per method, and one on the two main rivals.
+    def verdict(self) -> str | None:
+        """Which method that sends something is ahead of which others, or that it is undecided."""
+        sending = sorted((e for e in self.entries if e.sent), key=lambda e: -e.accuracy)
+        if len(sending) < 2:
+            return None
+        best, *others = sending
+        between = corrected([(best, other) for other in others])
+        return verdict(best, list(zip(others, between, strict=True)))
 
-        See `fedkd.studies.comparison.verdicts.rivals`.
-        """
-        sentences = [entry.sentence for entry in self.entries if entry.sentence is not None]
-        if (pair := rivals(self.entries, self.reference)) is not None:
-            ours, theirs = self[pair[0]], self[pair[1]]
-            sentences.append(sentence(ours, theirs, self.difference(*pair), self.target))
-        return sentences
+    @property
+    def sentences(self) -> list[str]:
+        """The results in words: the verdict, and a sentence for each method."""
+        sentences = [self.verdict, *(entry.sentence for entry in self.entries)]
+        return [text for text in sentences if text is not None]
 
     @property
     def notes(self) -> list[str]:
@@ -139,6 +143,7 @@ class Comparison:
             "reused": self.reused,
             "remark": self.remark,
             "methods": self.rows,
+            "verdict": self.verdict,
             "sentences": self.sentences,
             "notes": self.notes,
             "runs": paths,

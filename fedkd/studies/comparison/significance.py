@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-LEVEL = 0.95
+ERROR = 0.05
+"""Share of experiments without a difference in which a test finds one."""
+
+LEVEL = 1 - ERROR
 """Share of experiments whose interval holds the true difference."""
 
 POWER = 0.8

@@ -11,11 +11,8 @@ from rich.table import Table
 from fedkd.studies.comparison.entries import Difference, Entry, central_student
 from fedkd.studies.comparison.methods import CENTRAL, LOCAL, label
 from fedkd.studies.comparison.significance import LEAST_SEEDS
-from fedkd.studies.comparison.verdicts import percent
+from fedkd.studies.comparison.verdicts import OF_USE, percent
 from fedkd.wording import size
-
-MANY = 6
-"""Seeds from which on a sign test can show anything at all (2/2⁶ < 0.05)."""
 
 Cells = Mapping[str, str | None]
 """A row by column; `None` where the column does not apply."""
@@ -142,7 +139,9 @@ def _about_interval(entries: Sequence[Entry], seeds: int) -> str | None:
     if not differences:
         return None
     if seeds < LEAST_SEEDS:
-        return f"No intervals: they take {LEAST_SEEDS} seeds, and {MANY} to be of use; these are {seeds}."
+        return (
+            f"No intervals with {seeds}: they take {LEAST_SEEDS} seeds, and {OF_USE} to be of use."
+        )
     if all(difference.low is None for difference in differences):
         return "No intervals: all seeds have the same differences."
     count = len([d for d in differences if d.p_value is not None])

@@ -1,4 +1,4 @@
-"""A comparison of two methods in one sentence."""
+"""A comparison in words: one verdict, and one sentence for each method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from statistics import mean
 
 from fedkd.studies.comparison.entries import Difference, Entry
 from fedkd.studies.comparison.methods import LOCAL, label, subject
+from fedkd.studies.comparison.significance import ERROR, LEAST_SEEDS
 from fedkd.wording import size
+
+OF_USE = 6
+"""Seeds from which on also the test without any law can show a difference (2/2⁶ < 0.05)."""
+
+UNSTABLE = 0.05
+"""Standard deviation of accuracies over seeds from which on a method is called unstable."""
 
 
 def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float | None) -> str:
@@ -23,7 +30,44 @@ def sentence(ours: Entry, theirs: Entry, difference: Difference, target: float |
     named = cost is not None and theirs.label in cost
     end = _end(difference, "" if named else f" than {theirs.label}", theirs.label)
     text = f"{subject(ours.method)} {'' if cost is None else f'{cost} and '}{end}"
-    return f"{text} ({_certainty(difference, len(ours.accuracies))}){_gap(ours, theirs)}."
+    certainty = _certainty(difference, len(ours.accuracies))
+    return f"{text} ({certainty}){_gap(ours, theirs)}{_stability(ours)}."
+
+
+def verdict(best: Entry, others: Sequence[tuple[Entry, Difference]]) -> str:
+    """Return which methods the best one is ahead of, and from which so few seeds cannot tell it.
+
+    Args:
+        best: the most accurate method that sends anything.
+        others: the others that do, and the best one minus each, with p corrected for their number.
+    """
+    seeds = len(best.accuracies)
+    behind = [each for each in others if _is_sure(each[1])]
+    names = _listed([other.label for other, between in others if not _is_sure(between)])
+    if seeds < LEAST_SEEDS:
+        few = "1 seed shows" if seeds == 1 else f"{seeds} seeds show"
+        all_names = _listed([best.label, *(other.label for other, _ in others)])
+        return (
+            f"Undecided between {all_names}: {few} no difference; that takes "
+            f"{LEAST_SEEDS} seeds, and {OF_USE} to be of use."
+        )
+    if not behind:
+        return f"Undecided: {seeds} seeds cannot tell {best.label} from {names}."
+    nearest, between = min(behind, key=lambda each: each[1].mean)
+    more = f", and of {len(behind) - 1} more by more than that" if len(behind) > 1 else ""
+    text = (
+        f"{best.label} is ahead of {nearest.label} by {100 * between.mean:.1f} pp "
+        f"({_certainty(between, seeds)}){more}, at equal rounds, not at equal work or bytes."
+    )
+    return f"{text} {seeds} seeds cannot tell it from {names}." if names else text
+
+
+def _is_sure(difference: Difference) -> bool:
+    return difference.p_holm is not None and difference.p_holm < ERROR
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 # --- Cost -----------------------------------------------------------------------------------------
@@ -33,11 +77,16 @@ def _cost(ours: Entry, theirs: Entry, target: float | None) -> str | None:
     """Return a comparison of bytes, if any: to the target if both send, else in total."""
     if ours.sent is None:
         return None
-    if ours.sent and theirs.sent and target is not None:
+    if ours.sent and theirs.sent and target is not None and not _is_easy(ours, theirs):
         return _race(ours, theirs, percent(target))
     if ours.sent:
         return f"sends {size(ours.sent)}"
     return "sends nothing" if theirs.sent else None
+
+
+def _is_easy(*entries: Entry) -> bool:
+    """Whether a method passes the target in the first round with every seed: bytes to it say nothing."""
+    return any(set(entry.rounds_to_target or ()) == {1} for entry in entries)
 
 
 def _race(ours: Entry, theirs: Entry, target: str) -> str:
@@ -110,17 +159,11 @@ def _gap(ours: Entry, theirs: Entry) -> str:
     return f", closing {100 * gap:.0f} % of the gap to {label(ours.gap_to)}"
 
 
-def rivals(entries: Sequence[Entry], reference: str) -> tuple[str, str] | None:
-    """Return the two most interesting methods besides the reference.
-
-    These are the most accurate one that sends something, and FedAvg or else the next most accurate.
-    """
-    sending = [e for e in entries if e.sent and e.method != reference]
-    ranked = [e.method for e in sorted(sending, key=lambda e: -e.accuracy)]
-    others = [name for name in ranked if name != "FedAvg"]
-    if "FedAvg" in ranked and others:
-        return others[0], "FedAvg"
-    return (ranked[0], ranked[1]) if len(ranked) > 1 else None
+def _stability(entry: Entry) -> str:
+    """Return a warning about a method whose seeds differ much."""
+    if len(entry.accuracies) < LEAST_SEEDS or (entry.spread or 0) < UNSTABLE:
+        return ""
+    return f"; it is unstable (± {100 * (entry.spread or 0):.1f} pp over seeds)"
 
 
 # --- Numbers as text ------------------------------------------------------------------------------
