@@ -11,7 +11,7 @@ import pytest
 from sampling import one_in
 from scipy import stats
 
-from fedkd.studies.comparison.differences import difference
+from fedkd.studies.comparison.differences import difference, verdict_on
 from fedkd.studies.comparison.entries import Entry
 from fedkd.studies.comparison.significance import (
     detectable,
@@ -190,6 +190,22 @@ def test_an_interval_holds_the_true_difference_as_often_as_it_says(
     seeds: int, between: float, within: float
 ) -> None:
     assert 0.93 <= coverage(seeds, 0.04, between, within) <= 0.97
+
+
+def test_a_verdict_names_a_winner_among_equals_in_one_of_twenty_comparisons_at_most() -> None:
+    """Five methods that differ by chance alone, of which the best is picked."""
+    chance, tries, ahead = np.random.default_rng(5), 300, 0
+    for _ in range(tries):
+        shards = chance.normal(0.7, 0.1, (6, 1)) + np.zeros(CLIENTS)
+        methods = [entry_of(shards + chance.normal(0, 0.03, (6, 1))) for _ in range(5)]
+        said = verdict_on([replace(m, method=f"m{n}") for n, m in enumerate(methods)])
+        assert said is not None
+        ahead += "is ahead of" in said
+    assert ahead / tries <= 0.06
+    better = [shards + 0.1 * n + chance.normal(0, 0.01, (6, 1)) for n in range(3)]
+    sure = [replace(entry_of(accuracies), method=f"m{n}") for n, accuracies in enumerate(better)]
+    assert (verdict_on(sure) or "").startswith("m2 is ahead of m1 by ")
+    assert verdict_on(sure[:1]) is None
 
 
 def test_a_row_without_an_interval_says_what_is_known() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 
 from fedkd.studies.comparison import significance
 from fedkd.studies.comparison.entries import Difference, Entry
-from fedkd.studies.comparison.verdicts import sentence
+from fedkd.studies.comparison.verdicts import sentence, verdict
 
 
 def with_differences(entries: Sequence[Entry], reference: str, target: float | None) -> list[Entry]:
@@ -35,6 +36,19 @@ def with_differences(entries: Sequence[Entry], reference: str, target: float | N
         else entry
         for entry in entries
     ]
+
+
+def verdict_on(entries: Sequence[Entry]) -> str | None:
+    """Return which method that sends something is ahead of which others; `None` for fewer than two.
+
+    The best one is known only afterwards, so p is corrected for all pairs, not for those with the best.
+    """
+    sending = sorted((entry for entry in entries if entry.sent), key=lambda entry: -entry.accuracy)
+    if len(sending) < 2:
+        return None
+    best, *others = sending
+    between = corrected(list(combinations(sending, 2)))  # first those with the best
+    return verdict(best, list(zip(others, between, strict=False)))
 
 
 def corrected(pairs: Sequence[tuple[Entry, Entry]]) -> list[Difference]:

@@ -14,7 +14,7 @@ from fedkd.errors import FedkdError
 from fedkd.experiment import Experiment
 from fedkd.records.results import CentralRun, Run
 from fedkd.studies.comparison import tables
-from fedkd.studies.comparison.differences import corrected, difference, with_differences
+from fedkd.studies.comparison.differences import difference, verdict_on, with_differences
 from fedkd.studies.comparison.entries import (
     Difference,
     Entry,
@@ -30,7 +30,6 @@ from fedkd.studies.comparison.entries import (
 from fedkd.studies.comparison.methods import CENTRAL, Method, canonical
 from fedkd.studies.comparison.record import ComparisonRecord
 from fedkd.studies.comparison.reuse import joined
-from fedkd.studies.comparison.verdicts import verdict
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,7 @@ class Comparison:
     @property
     def verdict(self) -> str | None:
         """Which method that sends something is ahead of which others, or that it is undecided."""
-        sending = sorted((e for e in self.entries if e.sent), key=lambda e: -e.accuracy)
-        if len(sending) < 2:
-            return None
-        best, *others = sending
-        between = corrected([(best, other) for other in others])
-        return verdict(best, list(zip(others, between, strict=True)))
+        return verdict_on(self.entries)
 
     @property
     def sentences(self) -> list[str]:

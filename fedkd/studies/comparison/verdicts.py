@@ -39,7 +39,7 @@ def verdict(best: Entry, others: Sequence[tuple[Entry, Difference]]) -> str:
 
     Args:
         best: the most accurate method that sends anything.
-        others: the others that do, and the best one minus each, with p corrected for their number.
+        others: the others that do, and the best one minus each, with corrected p.
     """
     seeds = len(best.accuracies)
     behind = [each for each in others if _is_sure(each[1])]
