@@ -55,6 +55,15 @@ Seeds = Annotated[
     ),
 ]
 
+NumSeeds = Annotated[
+    str | None,
+    Parameter(
+        name="--num-seeds",
+        group=WORK,
+        metavar="N",
+        help="how many seeds, from the key seed on, instead of --seeds [whole number ≥ 1]",
+    ),
+]
 
 Resume = Annotated[
     str | None,
@@ -236,19 +245,34 @@ def _origins(sources: Sequence[Source]) -> dict[str, tuple[object, str]]:
     return origins
 
 
-def chosen_seeds(text: str | None, experiment: Experiment) -> list[int]:
-    """Return the seeds in a text, separated by commas and checked as ``seed``, which is the default."""
+def chosen_seeds(text: str | None, count: str | None, experiment: Experiment) -> list[int]:
+    """Return the seeds in a text, separated by commas, or so many from the key ``seed`` on.
+
+    Raises:
+        FedkdError: one of them is no seed or is there twice, or both are given.
+    """
+    if text is not None and count is not None:
+        raise FedkdError(f"seeds = '{text}' contradicts num-seeds = '{count}': give one of the two")
     if text is None:
-        return [experiment.seed]
+        return [experiment.seed + n for n in range(chosen_count(count, "num-seeds"))]
     seeds = [Experiment.load(("--seeds", {"seed": part.strip()})).seed for part in text.split(",")]
     if len(set(seeds)) < len(seeds):
         raise FedkdError(f"seeds = '{text}' (from --seeds): give each seed once")
     return seeds
 
 
-def chosen_count(text: str | None) -> int:
-    """Return how many runs are made at once."""
-    try:
-        return 1 if text is None else int(text)
-    except ValueError:
-        raise FedkdError(f"jobs = '{text}' (from --jobs): must be a whole number ≥ 1") from None
+def chosen_count(text: str | None, key: str) -> int:
+    """Return the number in a text, by default 1.
+
+    Raises:
+        FedkdError: it is none, or below 1.
+    """
+    if text is None:
+        return 1
+    if not (text.isdecimal() and 1 <= int(text) <= _MOST):
+        raise FedkdError(f"{key} = '{text}' (from --{key}): must be a whole number ≥ 1")
+    return int(text)
+
+
+_MOST = 100_000
+"""More runs than anybody makes."""

@@ -14,6 +14,7 @@ from fedkd.cli.options import (
     WORK,
     AnyOutput,
     AnyStart,
+    NumSeeds,
     Resume,
     Seeds,
     chosen_count,
@@ -75,14 +76,20 @@ def run(
     )
 
 
-def central(*, seeds: Seeds = None, start: AnyStart = DEFAULTS, output: AnyOutput = TEXT) -> None:
+def central(
+    *,
+    seeds: Seeds = None,
+    num_seeds: NumSeeds = None,
+    start: AnyStart = DEFAULTS,
+    output: AnyOutput = TEXT,
+) -> None:
     """Train a teacher on the pooled data, a student alone and a student distilled from it."""
     with start.experiment() as experiment:
         from fedkd.cli import preview, results
         from fedkd.reports.findings.diagnose import findings
         from fedkd.studies.central import central as run_central
 
-        chosen = chosen_seeds(seeds, experiment)
+        chosen = chosen_seeds(seeds, num_seeds, experiment)
         with output.progress(lambda: preview.central_preview(experiment, chosen)) as steps:
             done = run_central(experiment, chosen, progress=steps.show)
     causes = findings(done)
@@ -109,6 +116,7 @@ def compare(
         ),
     ] = None,
     seeds: Seeds = None,
+    num_seeds: NumSeeds = None,
     reference: Annotated[
         str | None,
         Parameter(
@@ -141,14 +149,15 @@ def compare(
     output: AnyOutput = TEXT,
 ) -> None:
     """Run methods side by side on the same shards, public set and initial weights."""
-    refuse_beside(resume, methods=methods, seeds=seeds, reference=reference, target=target)
+    given = {"seeds": seeds, "num_seeds": num_seeds, "reference": reference, "target": target}
+    refuse_beside(resume, methods=methods, **given)
     with start.experiment(resume, _begun_comparison) as experiment:
         from fedkd.cli import preview, results
         from fedkd.studies.comparison import run as comparison
 
         names = None if methods is None else methods.split(",")
-        chosen = chosen_seeds(seeds, experiment)
-        fixed, at_once = comparison.checked_target(target), chosen_count(jobs)
+        chosen = chosen_seeds(seeds, num_seeds, experiment)
+        fixed, at_once = comparison.checked_target(target), chosen_count(jobs, "jobs")
         with output.progress(lambda: preview.compare_preview(experiment)) as steps:
             if resume is not None:
                 done = comparison.resume(resume, jobs=at_once, progress=steps.show)
@@ -211,12 +220,14 @@ def sweep(
         ),
     ] = None,
     seeds: Seeds = None,
+    num_seeds: NumSeeds = None,
     resume: Resume = None,
     start: AnyStart = DEFAULTS,
     output: AnyOutput = TEXT,
 ) -> None:
     """Choose alpha, tau and the like by cross-validation on the training images."""
-    refuse_beside(resume, vary=vary, of=of, folds=folds, trials=trials, seeds=seeds)
+    given = {"folds": folds, "trials": trials, "seeds": seeds, "num_seeds": num_seeds}
+    refuse_beside(resume, vary=vary, of=of, **given)
     with start.experiment(resume) as experiment:
         from fedkd.cli import preview
         from fedkd.studies.sweep.grid import parse
@@ -226,7 +237,7 @@ def sweep(
             request = SweepRequest.in_folder(resume)
         else:
             grid = parse(vary, is_search=trials is not None)
-            chosen = chosen_seeds(seeds, experiment)
+            chosen = chosen_seeds(seeds, num_seeds, experiment)
             parts = 3 if folds is None else folds
             request = SweepRequest(grid, trials, chosen, parts, of or "federation")
         with output.progress(

@@ -150,6 +150,12 @@ WRONG = {
     "compare --seeds=-1,2": (
         "seed = '-1' (from --seeds): must be whole number ≥ 0 and < 2147483648"
     ),
+    "compare --seeds 0,1 --num-seeds 3": (
+        "seeds = '0,1' contradicts num-seeds = '3': give one of the two"
+    ),
+    "sweep --vary tau=1,2 --num-seeds 0": (
+        "num-seeds = '0' (from --num-seeds): must be a whole number ≥ 1"
+    ),
     "central --seeds 3,4,3": "seeds = '3,4,3' (from --seeds): give each seed once",
 }
 
@@ -524,7 +530,8 @@ def test_central_says_when_there_is_no_gap(cli: Cli) -> None:
 
 
 def test_compare_gives_what_run_gives(cli: Cli) -> None:
-    both = cli.json("compare", *SMALL, "--methods", "local,FedAvg", "--seeds", "0,1")
+    both = cli.json("compare", *SMALL, "--methods", "local,FedAvg", "--num-seeds", "2")
+    assert both["seeds"] == [0, 1]
     alone = cli.json("run", *SMALL, "--strategy", "fedavg", "--seed", "1")
     by_method = {row["method"]: row for row in both["methods"]}
     assert list(by_method) == ["LocalOnly", "FedAvg"]
