@@ -1,6 +1,6 @@
 """Folders that were edited, cut off or made by somebody who means harm: one line, never a traceback.
 
-Every value of every file is replaced in turn, and every file by something that is none.
+Values drawn from every file are replaced by others, and every file by something that is none.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def replaced(value: Any, place: tuple[Any, ...], by: Any) -> Any:
     return copy
 
 
-def spoiled(path: Path, chunk: int, count: int = 8) -> Iterator[tuple[str, str]]:
+def spoiled(path: Path, chunk: int, count: int = 7) -> Iterator[tuple[str, str]]:
     """Yield texts of a file in which one value is another, and what was done."""
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     values = [json.loads(line) for line in lines]
@@ -106,7 +106,7 @@ def spoiled(path: Path, chunk: int, count: int = 8) -> Iterator[tuple[str, str]]
         yield "\n".join([*lines[:number], said, *lines[number + 1 :]]), f"{place} = {by!r}"
 
 
-CHUNKS = [(kind, name, n) for n in range(4) for kind, names in JSON.items() for name in names]
+CHUNKS = [(kind, name, n) for n in range(3) for kind, names in JSON.items() for name in names]
 
 
 @pytest.mark.parametrize(("kind", "name", "chunk"), one_in(15, CHUNKS))
@@ -197,7 +197,13 @@ def test_a_file_that_is_none_is_one_line_or_not_needed(
     folder = folder_of(kind, mine)
     DAMAGES[damage](folder / name)
     page = ["--output", str(tmp_path / "page.html")]
-    commands = [["report", str(folder), *page], ["report", str(mine), *page], ["list", str(mine)]]
+    commands = [["report", str(folder), *page], ["list", str(mine)]]
+    if damage in (
+        "a link to a device",
+        "a pipe",
+        "huge",
+    ):  # the comparison reads what it names, too
+        commands.append(["report", str(mine), *page])
     if kind in ("dsfl", "central"):
         commands += [["cite", str(folder)], ["export", str(folder)]]
         commands.append(["diff", str(folder), str(folder)])
