@@ -129,6 +129,12 @@ def printable(text: str) -> str:
     return _RAW.sub("\ufffd", text)
 
 
+def naming(path: Path, error: FedkdError) -> str:
+    """Return the text of an error about a path, which it names."""
+    where = printable(str(path))
+    return str(error) if where in str(error) else f"{where}: {error}"
+
+
 def safe_logger(name: str) -> logging.Logger:
     """Return the logger of a module, whose messages and tracebacks are made `printable`."""
     logger = logging.getLogger(name)

@@ -18,7 +18,7 @@ from cyclopts import Group, Parameter
 
 from fedkd.cli.presets import PRESETS, preset
 from fedkd.engines.ray_leftovers import remove_leftovers
-from fedkd.errors import FedkdError
+from fedkd.errors import FedkdError, one_line
 from fedkd.experiment import Experiment, read_toml
 from fedkd.keys import AUTO, accepted, kebab
 
@@ -265,14 +265,13 @@ def chosen_count(text: str | None, key: str) -> int:
     """Return the number in a text, by default 1.
 
     Raises:
-        FedkdError: it is none, or below 1.
+        FedkdError: it is none, below 1, or more runs than anybody makes.
     """
     if text is None:
         return 1
-    if not (text.isdecimal() and 1 <= int(text) <= _MOST):
+    digits = text if text.isdecimal() else "0"
+    if len(digits) > 6:
+        raise FedkdError(f"{key} = '{one_line(text)}' (from --{key}): must be below 1,000,000")
+    if int(digits) < 1:
         raise FedkdError(f"{key} = '{text}' (from --{key}): must be a whole number ≥ 1")
-    return int(text)
-
-
-_MOST = 100_000
-"""More runs than anybody makes."""
+    return int(digits)

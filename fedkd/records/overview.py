@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedkd.errors import FedkdError, nearest, printable
+from fedkd.errors import FedkdError, naming, nearest
 from fedkd.experiment import Experiment
 from fedkd.keys import Scalar, kebab
 from fedkd.records.files import read_result
@@ -36,9 +36,9 @@ class Overview:
 
     Attributes:
         path: its folder.
-        kind: a federation, a central baseline, or a sweep.
+        kind: a federation, a central baseline (`federated` until it is finished), or a sweep.
         experiment: what was run.
-        is_finished: whether it has a result; sweeps are never asked.
+        is_finished: whether it has a result; `False` for a sweep.
         figures: of a finished run, by name: ``accuracy`` 0..1, ``bytes_up``, ``seconds``, ...
     """
 
@@ -59,9 +59,7 @@ class Overview:
         if (folder.path / "sweep.json").is_file():
             return cls(folder.path, "sweep", folder.experiment, is_finished=False, figures={})
         result = read_result(folder.path) if folder.is_finished else {}
-        # A central baseline writes nothing but its result.
-        has_rounds = (folder.path / "rounds.jsonl").is_file() or "client_accuracy" in result
-        kind: Kind = "federated" if has_rounds or not result else "central"
+        kind: Kind = "central" if "seeds" in result else "federated"
         figures = _figures(result) if result else {}
         return cls(folder.path, kind, folder.experiment, bool(result), figures)
 
@@ -102,8 +100,7 @@ def overviews(
         try:
             run = Overview.of(path)
         except FedkdError as error:
-            where = printable(str(path))
-            skipped.append(str(error) if where in str(error) else f"{where}: {error}")
+            skipped.append(naming(path, error))
             continue
         values = run.experiment.flat()
         if run.kind == "central":

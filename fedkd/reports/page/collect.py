@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
-from fedkd.errors import FedkdError, printable
+from fedkd.errors import FedkdError, naming
 from fedkd.experiment import Experiment
 from fedkd.keys import kebab
 from fedkd.records.files import read_result
@@ -95,8 +95,7 @@ def find(folders: Sequence[str | Path] = ()) -> Sources:
         except FedkdError as error:
             if is_given:
                 raise
-            where = printable(str(path))
-            skipped.append(str(error) if where in str(error) else f"{where}: {error}")
+            skipped.append(naming(path, error))
     sources = _sorted(comparisons, runs, centrals, sweeps, skipped)
     if not (sources.federations or sources.centrals or sources.sweeps):
         reasons = f"; not shown: {'; '.join(skipped)}" if skipped else ""

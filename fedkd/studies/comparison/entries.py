@@ -106,7 +106,7 @@ class Difference:
         low: lower end of the 95 % interval of the paired t over seeds, or `None` where there is none.
         high: upper end.
         p_value: of the paired t-test.
-        p_holm: the same, corrected for how many methods are compared with the reference.
+        p_holm: the same, corrected for how many differences are tested together.
         p_sign_flip: of the exact test that flips the signs of the differences.
         detectable: the smallest true difference that so many seeds would have shown in 80 % of
             experiments.

@@ -135,7 +135,7 @@ def checked_target(target: Target | None) -> Target | None:
         value = float(number) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = nan
-    value = value / 100 if value > 1 and not of_central else value
+    value = round(value, 4) if of_central else value / 100 if value > 1 else value
     if not 0 < value <= 1:
         raise FedkdError(
             f"target = {target!r}: must be an accuracy such as 0.85 or 85%, or a share of the central "
